@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +41,10 @@ class Geometry:
     @property
     def orientation(self) -> str:
         """Axis codes such as "LPS": the direction in which each axis grows."""
-        import nibabel
+        from nibabel.orientations import aff2axcodes
 
-        return "".join(code or "?" for code in nibabel.aff2axcodes(self.affine))
+        codes = aff2axcodes(self.affine)  # type: ignore[no-untyped-call]
+        return "".join(code or "?" for code in codes)
 
 
 class Reader(Protocol):
@@ -89,6 +93,132 @@ class Writer(Protocol):
     ) -> None:
         """Commit after success, abort after an error."""
         ...
+
+
+def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[range]:
+    """Split the slices from `start` to `count` into ranges of the given depths.
+
+    The last depth repeats; the last range may be shorter. Raises VolumeError when `start`
+    lies outside the volume, ValueError when a depth is not positive.
+    """
+    if not depths or min(depths) < 1:
+        raise ValueError(f"expected slab depths of at least 1, found {depths}")
+    if not 0 <= start <= count:
+        raise VolumeError(
+            f"expected a first slice from 0 to {count}, found {start}: choose one that exists"
+        )
+    for depth in chain(depths, repeat(depths[-1])):
+        if start >= count:
+            return
+        yield range(start, min(start + depth, count))
+        start += depth
+
+
+class FrameWriter(ABC):
+    """What every Writer shares: it checks frames, counts them, and leaves all or nothing.
+
+    A format adds `_append` (one frame), `_publish` (finish under the final name) and `_discard`
+    (remove everything).
+    """
+
+    def __init__(self, path: Path, geometry: Geometry, dtype: str) -> None:
+        # Through a link, so that the link stays and what it points at is replaced.
+        self.path = Path(os.path.realpath(path))
+        self.geometry = geometry
+        self._dtype = np.dtype(dtype)
+        self._count = 0
+        self._open = True
+        # Hidden and beside the target: a rename within one folder is atomic.
+        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        if not self.path.parent.is_dir():
+            raise VolumeError(
+                f"expected a folder {self.path.parent} to write {self.path.name} into, "
+                "found none: create it first"
+            )
+
+    @abstractmethod
+    def _append(self, frame: Frames) -> None:
+        """Store one frame [x, y], already of the stored dtype."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Finish the partial output and give it its final name."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Remove the partial output; called once, also after `_append` failed."""
+
+    def write(self, frames: Frames) -> None:
+        """Append frames [t, x, y] in HU, int16 or float32; `frames` itself is not changed."""
+        if not self._open:
+            raise VolumeError(f"expected {self.path} to be open, found it closed: create it anew")
+        nx, ny, nz = self.geometry.shape
+        if frames.ndim != 3 or frames.shape[1:] != (nx, ny) or self._count + len(frames) > nz:
+            raise VolumeError(
+                f"expected at most {nz - self._count} more slices of {nx}x{ny}, found frames of "
+                f"shape {frames.shape}: the geometry must be that of what is written"
+            )
+        if frames.dtype not in (np.int16, np.float32):
+            raise VolumeError(f"expected int16 or float32 frames, found {frames.dtype}: convert it")
+        try:
+            # One frame at a time: temporaries stay small, and the bytes of a compressed file
+            # do not depend on how its frames were grouped.
+            for frame in frames:
+                self._append(self._stored(frame))
+                self._count += 1
+        except OSError as error:
+            self.abort()
+            raise VolumeError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def commit(self) -> None:
+        """Finish, check that every frame came, and give the output its final name."""
+        if not self._open:
+            return
+        if self._count != self.geometry.shape[2]:
+            self.abort()
+            raise VolumeError(
+                f"expected {self.geometry.shape[2]} slices for {self.path}, found {self._count}: "
+                "nothing was written"
+            )
+        try:
+            self._publish()
+        except OSError as error:
+            self.abort()
+            raise VolumeError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._open = False
+
+    def abort(self) -> None:
+        """Remove what was written; nothing is left under the final or a temporary name."""
+        if self._open:
+            self._open = False
+            self._discard()
+
+    def _stored(self, frame: Frames) -> Frames:
+        if frame.dtype.kind == "f":
+            if not np.isfinite(frame).all():
+                raise VolumeError(
+                    f"expected finite values, found NaN or infinity in slice {self._count} "
+                    f"for {self.path}: use fp32 if the model overflowed in half precision"
+                )
+            if self._dtype.kind == "i":
+                limits = np.iinfo(self._dtype)
+                frame = np.rint(frame)
+                np.clip(frame, limits.min, limits.max, out=frame)
+        return frame.astype(self._dtype, copy=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.abort()
 
 
 def open_volume(path: Path | str, series: str | None = None) -> Reader:
