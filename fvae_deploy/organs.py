@@ -1,0 +1,49 @@
+"""Names of the 117 organs of TotalSegmentator v2 (its "total" task), by label number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_SIDES = ("left", "right")
+_SPINE = [f"vertebrae_{part}{n}" for part, last in (("L", 5), ("T", 12), ("C", 7))
+          for n in range(last, 0, -1)]  # fmt: skip
+
+
+def _names() -> Iterator[str]:
+    yield from ("spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach")
+    yield from ("pancreas", "adrenal_gland_right", "adrenal_gland_left")
+    yield from ("lung_upper_lobe_left", "lung_lower_lobe_left")
+    yield from ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right")
+    yield from ("esophagus", "trachea", "thyroid_gland", "small_bowel", "duodenum", "colon")
+    yield from ("urinary_bladder", "prostate", "kidney_cyst_left", "kidney_cyst_right")
+    yield from ("sacrum", "vertebrae_S1", *_SPINE)
+    yield from ("heart", "aorta", "pulmonary_vein", "brachiocephalic_trunk")
+    yield from ("subclavian_artery_right", "subclavian_artery_left")
+    yield from ("common_carotid_artery_right", "common_carotid_artery_left")
+    yield from ("brachiocephalic_vein_left", "brachiocephalic_vein_right")
+    yield from ("atrial_appendage_left", "superior_vena_cava", "inferior_vena_cava")
+    yield "portal_vein_and_splenic_vein"
+    for pair in ("iliac_artery", "iliac_vena", "humerus", "scapula", "clavicula", "femur", "hip"):
+        yield from (f"{pair}_{side}" for side in _SIDES)
+    yield "spinal_cord"
+    for pair in ("gluteus_maximus", "gluteus_medius", "gluteus_minimus", "autochthon", "iliopsoas"):
+        yield from (f"{pair}_{side}" for side in _SIDES)
+    yield from ("brain", "skull")
+    yield from (f"rib_{side}_{n}" for side in _SIDES for n in range(1, 13))
+    yield from ("sternum", "costal_cartilages")
+
+
+ORGANS: dict[int, str] = dict(enumerate(_names(), start=1))
+
+
+def organ_name(label: int) -> str:
+    """Name of a label, or "label 205" for a number that TotalSegmentator does not use."""
+    return ORGANS.get(label, f"label {label}")
+
+
+def organ_label(name: str) -> int:
+    """Label number of an organ's name; KeyError for a name that is not in the list."""
+    return _LABELS[name]
+
+
+_LABELS = {name: label for label, name in ORGANS.items()}
