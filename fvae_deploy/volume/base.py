@@ -168,7 +168,7 @@ class FrameWriter(ABC):
                 self._count += 1
         except OSError as error:
             self.abort()
-            raise VolumeError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise self._refused(error) from error
 
     def commit(self) -> None:
         """Finish, check that every frame came, and give the output its final name."""
@@ -184,7 +184,7 @@ class FrameWriter(ABC):
             self._publish()
         except OSError as error:
             self.abort()
-            raise VolumeError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise self._refused(error) from error
         self._open = False
 
     def abort(self) -> None:
@@ -205,6 +205,12 @@ class FrameWriter(ABC):
                 frame = np.rint(frame)
                 np.clip(frame, limits.min, limits.max, out=frame)
         return frame.astype(self._dtype, copy=False)
+
+    def _refused(self, error: OSError) -> VolumeError:
+        return VolumeError(
+            f"expected room and permission to write {self.path}, found: {error.strerror or error}; "
+            "free some space or choose another folder"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -142,7 +142,7 @@ class NiftiWriter(FrameWriter):
             self._file.write(header.binaryblock + bytes(4))  # 4 zero bytes: no extensions
         except OSError as error:
             self.abort()
-            raise VolumeError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise self._refused(error) from error
 
     def _append(self, frame: Frames) -> None:
         self._file.write(np.ascontiguousarray(frame.T).view(np.uint8).data.cast("B"))
@@ -276,7 +276,9 @@ def _reading(path: Path) -> Iterator[None]:
             f"expected sound gzip data, found damage in {path} ({error}): copy it again"
         ) from error
     except OSError as error:
-        raise VolumeError(f"cannot read {path}: {error.strerror or error}") from error
+        raise VolumeError(
+            f"expected to read {path}, found: {error.strerror or error}; check its permissions"
+        ) from error
     except MemoryError as error:
         raise VolumeError(
             f"expected slices that fit in memory, {path} has larger ones: is its header damaged?"

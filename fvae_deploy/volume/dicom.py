@@ -1,0 +1,353 @@
+"""A folder of DICOM slices, decoded one slice at a time.
+
+Headers are read once, without pixels; slices are sorted along the normal of their plane and
+must be one complete CT series. The affine is that of the slices' own positions, so a tilted
+gantry gives a sheared affine and not a resampled volume.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID
+
+from fvae_deploy.errors import VolumeError
+from fvae_deploy.volume.base import Frames, Geometry, slab_ranges
+
+_PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+_USUAL = {  # what holds where a slice does not say
+    "RescaleSlope": 1,
+    "RescaleIntercept": 0,
+    "BitsStored": 16,
+    "PixelRepresentation": 0,
+    "SliceThickness": 0,
+    "SpacingBetweenSlices": 0,
+}
+_TAGS = [
+    *_PLACE,
+    *_USUAL,
+    "ImageType",
+    "Modality",
+    "NumberOfFrames",
+    "PhotometricInterpretation",
+    "SamplesPerPixel",
+    "SeriesDescription",
+    "SeriesInstanceUID",
+]
+
+
+class DicomReader:
+    """One CT series of a folder, or of the folders directly in it.
+
+    Axis x runs along columns, y along rows, z along the normal of the slices. Frames are int16 if
+    bits, slope and intercept of every slice promise whole numbers within int16, else float32.
+    Files that are not DICOM, DICOMDIR, localizers and, beside a CT series, other modalities are
+    passed over. `series` is a SeriesInstanceUID or a unique end of one.
+
+    Raises VolumeError for what is not one complete, evenly spaced series of CT slices.
+    """
+
+    def __init__(self, path: Path | str, series: str | None = None) -> None:
+        self.path = Path(path)
+        chosen = _choose(_scan(self.path), series, self.path)
+        slices = [_Slice.of(file, header) for file, header in chosen]
+        _check_alike(slices)
+        normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
+        self._slices = sorted(slices, key=lambda slice_: float(slice_.position @ normal))
+        columns, rows = slices[0].shape
+        affine = _affine(self._slices, normal)
+        self.geometry = Geometry((columns, rows, len(slices)), affine)
+        self._dtype = np.int16 if all(slice_.is_whole for slice_ in slices) else np.float32
+
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+        """Yield frames [t, x, y] in HU from slice `start` on; the last depth repeats.
+
+        Only the slices of the slab being asked for are decoded. Raises VolumeError, naming the
+        file, for pixels that are truncated or cannot be decoded.
+        """
+        columns, rows, count = self.geometry.shape
+        for indices in slab_ranges(count, depths, start):
+            slab = np.empty((len(indices), rows, columns), self._dtype)
+            for plane, index in zip(slab, indices, strict=True):
+                plane[:] = self._slices[index].decode()
+            yield slab.transpose(0, 2, 1)
+
+    def close(self) -> None:
+        """Release the files: none is held between slices."""
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What placing and decoding one slice needs; lengths in millimetres, directions in LPS."""
+
+    path: Path
+    shape: tuple[int, int]  # columns, rows
+    position: NDArray[np.float64]
+    orientation: NDArray[np.float64]  # along a row, then down a column
+    spacing: tuple[float, float]  # between columns, between rows
+    thickness: float
+    bits: int
+    signed: bool
+    slope: float
+    intercept: float
+
+    @classmethod
+    def of(cls, path: Path, header: dict[str, Any]) -> _Slice:
+        """Check the header of one slice; raises VolumeError for what is missing or unfit."""
+        for name in _PLACE:
+            if header.get(name) in (None, "", []):
+                raise VolumeError(
+                    f"expected {name} in every slice, found none in {path}: "
+                    "export the series again with its geometry"
+                )
+        for name, wanted in (("PhotometricInterpretation", "MONOCHROME2"), ("SamplesPerPixel", 1)):
+            if header.get(name, wanted) != wanted:
+                raise VolumeError(
+                    f"expected {name} {wanted}, found {header[name]} in {path}: "
+                    "export the series as plain CT"
+                )
+        numbers = {
+            name: _numbers(header, name, size, path)
+            for name, size in zip(_PLACE, (3, 6, 2, 1, 1), strict=True)
+        }
+        for name, value in _USUAL.items():
+            given = header if header.get(name) not in (None, "") else {name: value}
+            numbers[name] = _numbers(given, name, 1, path)
+        between_rows, between_columns = numbers["PixelSpacing"].tolist()
+        columns, rows, slope, intercept, bits, signed, thick, apart = (
+            float(numbers[name][0]) for name in ("Columns", "Rows", *_USUAL)
+        )
+        if not (min(columns, rows) >= 1 and slope != 0 and 1 <= bits <= 32):
+            raise VolumeError(
+                f"expected pixels of 1 to 32 bits and a RescaleSlope, found {columns:g}x{rows:g} "
+                f"pixels of {bits:g} bits, slope {slope:g} in {path}: export the series again"
+            )
+        return cls(
+            path=path,
+            shape=(int(columns), int(rows)),
+            position=numbers["ImagePositionPatient"],
+            orientation=numbers["ImageOrientationPatient"],
+            spacing=(between_columns, between_rows),
+            thickness=thick or apart,
+            bits=int(bits),
+            signed=signed == 1,
+            slope=slope,
+            intercept=intercept,
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every value that fits the stored bits is a whole number within int16."""
+        low = -(1 << (self.bits - 1)) if self.signed else 0
+        ends = [n * self.slope + self.intercept for n in (low, low + (1 << self.bits) - 1)]
+        whole = self.slope.is_integer() and self.intercept.is_integer()
+        return whole and min(ends) >= -32768 and max(ends) <= 32767
+
+    def decode(self) -> NDArray[Any]:
+        """Decode to HU [y, x], float64; raises VolumeError for pixels that cannot be had."""
+        try:
+            stored = pydicom.dcmread(self.path).pixel_array
+        except Exception as error:  # pydicom and its plugins raise almost any kind
+            reason = str(error).partition("\n")[0]
+            raise VolumeError(
+                f"expected the pixels of one slice, could not decode {self.path} ({reason}): "
+                "copy it again"
+            ) from error
+        if stored.shape != self.shape[::-1]:
+            raise VolumeError(
+                f"expected {self.shape[::-1]} pixels, found {stored.shape} in {self.path}: "
+                "export the series again"
+            )
+        values: NDArray[Any] = stored * self.slope + self.intercept
+        if self.is_whole and not (values.min() >= -32768 and values.max() <= 32767):
+            raise VolumeError(
+                f"expected pixels of {self.bits} bits, found larger ones in {self.path}: "
+                "correct BitsStored"
+            )
+        return values
+
+
+def _numbers(header: dict[str, Any], name: str, size: int, path: Path) -> NDArray[np.float64]:
+    try:
+        values = np.atleast_1d(np.asarray(header[name], np.float64))
+    except (TypeError, ValueError):
+        values = np.full(1, np.nan)
+    if values.shape != (size,) or not np.isfinite(values).all():
+        raise VolumeError(
+            f"expected {size} finite numbers in {name}, found {header[name]} in {path}: "
+            "export the series again"
+        )
+    return values
+
+
+_Header = tuple[Path, dict[str, Any]]
+
+
+def _scan(folder: Path) -> dict[str, list[_Header]]:
+    """Read the headers of all DICOM images in a folder, by SeriesInstanceUID."""
+    series: dict[str, list[_Header]] = {}
+    try:
+        entries = sorted(folder.iterdir())
+        nested = [file for entry in entries if entry.is_dir() for file in sorted(entry.iterdir())]
+        files = [file for file in entries + nested if file.is_file() and file.name != "DICOMDIR"]
+    except OSError as error:
+        raise VolumeError(f"expected to list {folder}, found: {error.strerror or error}") from error
+    found = False
+    for file in files:
+        header = _read(file)
+        found = found or header is not None
+        if header is not None and "LOCALIZER" not in header.get("ImageType", ()):
+            series.setdefault(header.get("SeriesInstanceUID", ""), []).append((file, header))
+    if not series:
+        what = "only localizers" if found else "no DICOM file"
+        raise VolumeError(f"expected a folder of DICOM slices, found {what} in {folder}: check it")
+    return series
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom warns of odd values; those used are checked
+            data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS])
+            header = {name: data[name].value for name in _TAGS if name in data}
+            header["syntax"] = data.file_meta.get("TransferSyntaxUID")
+    except InvalidDicomError:
+        return None
+    except OSError as error:
+        raise VolumeError(f"expected to read {file}, found: {error.strerror or error}") from error
+    except Exception as error:  # a damaged element can raise almost any kind
+        raise VolumeError(
+            f"expected a sound DICOM header, found a damaged one in {file} ({error}): copy it again"
+        ) from error
+    return header
+
+
+def _choose(series: dict[str, list[_Header]], wanted: str | None, folder: Path) -> list[_Header]:
+    def modality(uid: str) -> str:
+        return str(series[uid][0][1].get("Modality") or "unknown")
+
+    listing = "; ".join(
+        f"...{uid[-12:]} {slices[0][1].get('SeriesDescription', '')!s} "
+        f"({len(slices)} {modality(uid)})"
+        for uid, slices in series.items()
+    )
+    if wanted is None:
+        uids = [uid for uid in series if modality(uid) == "CT"] or list(series)
+    else:
+        uids = [uid for uid in series if uid == wanted]
+        uids = uids or [uid for uid in series if uid.endswith(wanted)]
+    if len(uids) != 1:
+        raise VolumeError(
+            f"expected one series, found {len(uids) or 'none'} "
+            f"{'to choose from' if wanted is None else f'ending in {wanted}'} in {folder}: "
+            f"{listing}: choose one with --series"
+        )
+    chosen = series[uids[0]]
+    for file, header in chosen:
+        if header.get("Modality") != "CT":
+            raise VolumeError(
+                f"expected modality CT, found {modality(uids[0])} in {file}: fvae reads CT only"
+            )
+        if header.get("NumberOfFrames") not in (None, "", 1):
+            raise VolumeError(
+                f"expected one slice a file, found multi-frame CT in {file}: "
+                "convert it with dcm2niix"
+            )
+        _check_decoder(file, header["syntax"])
+    return chosen
+
+
+def _check_decoder(file: Path, syntax: UID | None) -> None:
+    if syntax is None or not syntax.is_compressed:
+        return
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise VolumeError(
+            f"expected pixels that can be decoded, found {syntax.name} in {file}: "
+            "convert the series with dcm2niix"
+        ) from None
+    if not available:
+        raise VolumeError(
+            f"expected a decoder of {syntax.name} for {file}, found none: "
+            "pip install 'pylibjpeg[libjpeg,openjpeg,rle]'"
+        )
+
+
+def _check_alike(slices: list[_Slice]) -> None:
+    first = slices[0]
+    for other in slices[1:]:
+        for what, one, two in (
+            ("size", first.shape, other.shape),
+            ("pixel spacing", first.spacing, other.spacing),
+            ("orientation", first.orientation, other.orientation),
+        ):
+            if not np.allclose(one, two, rtol=1e-4, atol=1e-4):
+                raise VolumeError(
+                    f"expected slices of one {what}, found {np.asarray(one).tolist()} in "
+                    f"{first.path.name} and {np.asarray(two).tolist()} in {other.path.name}: "
+                    "separate the series"
+                )
+
+
+def _affine(slices: list[_Slice], normal: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Build the RAS affine of sorted slices; raises VolumeError unless they are evenly spaced."""
+    first, last = slices[0], slices[-1]
+    if len(slices) > 1:
+        _check_spacing(slices, normal)
+        step = (last.position - first.position) / (len(slices) - 1)
+    elif first.thickness > 0:
+        step = normal * first.thickness
+    else:
+        raise VolumeError(
+            f"expected SliceThickness in a single slice, found none in {first.path}: "
+            "add it, or give the whole series"
+        )
+    lps = np.eye(4)
+    lps[:3, 0] = first.orientation[:3] * first.spacing[0]
+    lps[:3, 1] = first.orientation[3:] * first.spacing[1]
+    lps[:3, 2], lps[:3, 3] = step, first.position
+    if not abs(np.linalg.det(lps)) > 0:
+        raise VolumeError(
+            f"expected an affine that can be inverted, found {lps[:3].tolist()} in {first.path}: "
+            "export the series again with its geometry"
+        )
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+
+
+def _check_spacing(slices: list[_Slice], normal: NDArray[np.float64]) -> None:
+    depths = np.array([slice_.position @ normal for slice_ in slices])
+    gaps = np.diff(depths)
+    usual = float(np.median(gaps))
+    tolerance = max(0.01, 0.01 * usual)
+    for (one, two), depth, gap in zip(pairwise(slices), depths, gaps, strict=False):
+        if gap < 1e-3:
+            raise VolumeError(
+                f"expected one slice at each position, found {one.path.name} and {two.path.name} "
+                f"both at {depth:.3f} mm: remove one, or choose one with --series"
+            )
+        if abs(gap - usual) > tolerance:
+            what = "missing slices" if gap > 1.5 * usual else "uneven spacing"
+            raise VolumeError(
+                f"expected slices {usual:.3f} mm apart, found {what}: {gap:.3f} mm after "
+                f"{depth:.3f} mm, between {one.path.name} and {two.path.name}: complete the series"
+            )
+    positions = np.stack([slice_.position for slice_ in slices])
+    line = np.linspace(positions[0], positions[-1], len(slices))
+    beside = np.abs(positions - line).max(axis=1)
+    worst = int(beside.argmax())
+    if beside[worst] > 0.1 * usual:  # gaps may each be a little off: what they add up to counts
+        raise VolumeError(
+            f"expected slices along one line, {slices[worst].path.name} lies beside it: "
+            "separate the series"
+        )
