@@ -114,6 +114,17 @@ def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[ran
         start += depth
 
 
+def check_finite(planes: Frames, first: int, path: Path) -> None:
+    """Raise VolumeError naming the first slice that holds NaN or infinity."""
+    if planes.dtype.kind == "f":
+        for index, plane in enumerate(planes, first):
+            if not np.isfinite(plane).all():
+                raise VolumeError(
+                    f"expected finite values, found NaN or infinity in slice {index} of {path}: "
+                    "replace them, for example with -1024"
+                )
+
+
 class FrameWriter(ABC):
     """What every Writer shares: it checks frames, counts them, and leaves all or nothing.
 

@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, slab_ranges
+from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, check_finite, slab_ranges
 
 _gzip: Any = igzip_threaded  # its functions carry no types
 _BLOCK = 1 << 20  # bytes decompressed at a time, so that a header that lies cannot claim memory
@@ -197,13 +197,7 @@ class _Layout:
             with np.errstate(over="ignore", invalid="ignore"):
                 for index, plane in enumerate(stored):  # float64 of a slice, never of a volume
                     values[index] = plane.astype(np.float64) * self.slope + self.inter
-        if values.dtype.kind == "f":
-            for index, plane in enumerate(values):
-                if not np.isfinite(plane).all():
-                    raise VolumeError(
-                        f"expected finite values, found NaN or infinity in slice {first + index} "
-                        f"of {path}: replace them, for example with -1024"
-                    )
+        check_finite(values, first, path)
         return values
 
 
