@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,18 @@ def test_the_table_shows_every_organ_and_fits_a_terminal(tmp_path: Path):
     assert json.loads(json.dumps(found.to_dict()))["organs"][0]["name"] == (
         "portal_vein_and_splenic_vein"
     )
+
+
+def test_memory_does_not_grow_with_the_number_of_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "SLAB_VOXELS", 64 * 64 * 4)
+    peaks = []
+    for slices in (8, 8, 160):  # the first time warms what is loaded once
+        path = store(tmp_path / "a.nii", scan(0, (slices, 64, 64)))
+        organs = store(tmp_path / "organs.nii", np.ones((slices, 64, 64), np.int16))
+        tracemalloc.start()
+        compare(path, path, labels=organs)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]

@@ -1,5 +1,6 @@
 """The phantom: the same torso whatever the grid, slice by slice, with plausible HU."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_another_z_extent_samples_the_same_torso():
     coarse, fine = torso((64, 64, 15)), torso((64, 64, 45))
     for k in (2, 7, 12):  # their middles coincide: 3 k + 1
         np.testing.assert_array_equal(coarse.slice(k)[1], fine.slice(3 * k + 1)[1])
+
+
+def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
+    peaks = []
+    for slices in (24, 24, 200):  # the first time warms what is loaded once
+        tracemalloc.start()
+        write_phantom(tmp_path / "ct.nii", (48, 48, slices))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 @settings(max_examples=20, deadline=None)
