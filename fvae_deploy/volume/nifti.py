@@ -13,7 +13,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -152,13 +152,11 @@ class NiftiWriter(FrameWriter):
         os.replace(self._partial, self.path)
 
     def _discard(self) -> None:
-        try:
-            if self._file is not None:
+        if self._file is not None:
+            with suppress(OSError):  # a full disk complains once more
                 self._file.close()
-        except OSError:
-            pass  # a full disk complains once more; the file is removed below
-        finally:
-            self._partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._partial.unlink()
 
 
 @dataclass(frozen=True)
