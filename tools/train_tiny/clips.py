@@ -63,11 +63,17 @@ class ClipMaker:
         angle = random.uniform(0, 2 * math.pi)
         zoom = random.uniform(0.55, 1.1) * size / reach
         zooms = zoom * torch.exp(t * random.normal(0, 0.015))
-        turns = random.uniform(0, 2 * math.pi) * (random.random() < 0.5) + t * random.normal(0, 0.02)
+        turns = random.uniform(0, 2 * math.pi) * (random.random() < 0.5) + t * random.normal(
+            0, 0.02
+        )
         theta = torch.stack(
             [
-                torch.stack([zooms * turns.cos(), -zooms * turns.sin(), t * speed * math.cos(angle)]),
-                torch.stack([zooms * turns.sin(), zooms * turns.cos(), t * speed * math.sin(angle)]),
+                torch.stack(
+                    [zooms * turns.cos(), -zooms * turns.sin(), t * speed * math.cos(angle)]
+                ),
+                torch.stack(
+                    [zooms * turns.sin(), zooms * turns.cos(), t * speed * math.sin(angle)]
+                ),
             ]
         ).permute(2, 0, 1)
         grid = F.affine_grid(theta, [frames, 1, size, size], align_corners=False)

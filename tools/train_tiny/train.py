@@ -140,7 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--latent-noise", type=float, default=0.02, help="up to this share of each channel's deviation")
+    parser.add_argument(
+        "--latent-noise",
+        type=float,
+        default=0.02,
+        help="up to this share of each channel's deviation",
+    )
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -169,12 +174,18 @@ def main() -> None:
         with (options.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    log(step=step, held_out=psnr_and_mae(average, held_out), parameters=sum(p.numel() for p in model.parameters()))
+    log(
+        step=step,
+        held_out=psnr_and_mae(average, held_out),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
     begin, losses = time.monotonic(), []
     while step < options.steps:
         progress = step / options.steps
         warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.005)
+        optimizer.param_groups[0]["lr"] = (
+            options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.005)
+        )
         clips = maker.batch(*shape_at(progress))
         z = model.encode(clips / 2)
         deviation = z.detach().std(dim=(0, 2, 3, 4), keepdim=True)
@@ -194,7 +205,12 @@ def main() -> None:
         if step % options.save_every == 0:
             weights = {k: v.contiguous() for k, v in average.state_dict().items()}
             save_file(weights, options.out / "tiny.safetensors")
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            }
             torch.save(state, saved.with_suffix(".new"))
             saved.with_suffix(".new").replace(saved)
             log(

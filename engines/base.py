@@ -1,0 +1,91 @@
+"""What every engine offers, and the one table from names to modules."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import Manifest
+
+Array = Any  # numpy float32 for data; state is the engine's own kind
+
+
+class Engine(Protocol):
+    """A bundle opened in one runtime on one device at one precision."""
+
+    name: str
+    precision: str
+
+    def run(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute one part.
+
+        The data input is a C-contiguous float32 array; the data output is a float32 array,
+        valid until the next run of the same part. State inputs are what this engine returned
+        (or float32 arrays), and are used up: the engine may write the next state into them.
+
+        Raises EngineError when the inputs do not fit the part or the runtime fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the runtime's memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an engine lives, what it needs and what would install it."""
+
+    module: str
+    requires: str
+    remedy: str
+
+
+# In the order in which `auto` tries them.
+ENGINES = {
+    "openvino": Entry("open_vino", "openvino", "pip install 'fvae-deploy[cpu]'"),
+    "onnxruntime": Entry("onnx_runtime", "onnxruntime", "pip install 'fvae-deploy[cpu]'"),
+    "torch": Entry("eager", "torch", "pip install 'fvae-deploy[export]'"),
+    "fake": Entry("fake", "numpy", ""),
+}
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def missing(name: str) -> str | None:
+    """Say what keeps an engine from running here, with the remedy; None when nothing does."""
+    entry = ENGINES[name]
+    if importlib.util.find_spec(entry.requires) is None:
+        return f"needs the package {entry.requires}: {entry.remedy}"
+    return None
+
+
+def choose() -> tuple[str, str]:
+    """The engine that `auto` takes here, and why."""
+    reasons = []
+    for name in ("openvino", "onnxruntime", "torch"):
+        problem = missing(name)
+        if problem is None:
+            return name, "; ".join([*reasons, f"{name} is installed"])
+        reasons.append(f"{name} {problem}")
+    raise EngineError(f"expected one engine to run here, found none: {'; '.join(reasons)}")
+
+
+def open_engine(
+    bundle: Path, manifest: Manifest, name: str, device: str = "cpu", precision: str = "fp32"
+) -> Engine:
+    """Open a bundle in an engine of this name; raises EngineError with the remedy."""
+    if name not in ENGINES:
+        raise EngineError(f"expected one of {', '.join(ENGINES)}, found engine {name!r}")
+    if precision not in PRECISIONS:
+        raise EngineError(f"expected one of {', '.join(PRECISIONS)}, found precision {precision!r}")
+    problem = missing(name)
+    if problem is not None:
+        raise EngineError(f"engine {name} cannot run here: it {problem}")
+    module = importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
+    engine: Engine = module.open(bundle, manifest, device, precision)
+    return engine

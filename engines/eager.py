@@ -1,0 +1,78 @@
+"""Eager torch: the reference engine; rebuilds the exported network from the bundle's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.models.lean_vae import LeanVAEConfig
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EagerEngine:
+    """See `fvae_deploy.engines.base.Engine`. State is a torch tensor in the engine's dtype."""
+
+    name = "torch"
+
+    def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
+        if manifest.network.family != "lean_vae":
+            raise EngineError(
+                f"expected a network of family lean_vae, found {manifest.network.family}: "
+                "use another engine"
+            )
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise EngineError(
+                f"expected a CUDA device, found torch {torch.__version__} without one: "
+                "use --device cpu, or install a CUDA build of torch"
+            )
+        self.precision = precision
+        self._device, self._dtype = torch.device(device), DTYPES[precision]
+        self._manifest = manifest
+        encode, decode = lean_vae_parts(
+            LeanVAEConfig(**manifest.network.config),
+            manifest.geometry.channels,
+            manifest.latent.scale,
+        )
+        weights = load_file(bundle / "weights.safetensors")
+        self._networks = {"encode": encode, "decode": decode}
+        for name, network in self._networks.items():
+            mine = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(name)}
+            network.load_state_dict(mine)
+            network.to(self._device, self._dtype, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute one part."""
+        spec = self._manifest.part(part)
+        given = [self._tensor(inputs[tensor.name]) for tensor in spec.inputs]
+        try:
+            outputs = self._networks[part.split("_")[0]](*given)
+        except RuntimeError as error:
+            raise EngineError(f"torch failed in {part}: {str(error).splitlines()[0]}") from error
+        named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
+        data = spec.outputs[0].name
+        named[data] = named[data].to("cpu", torch.float32).contiguous().numpy()
+        return named
+
+    def close(self) -> None:
+        """Release the network."""
+        self._networks.clear()
+
+    def _tensor(self, value: Any) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            value = torch.from_numpy(value)
+        tensor: torch.Tensor = value.to(self._device, self._dtype)
+        return tensor
+
+
+def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> EagerEngine:
+    """Open a bundle; raises EngineError when the device is not there."""
+    return EagerEngine(bundle, manifest, device, precision)

@@ -1,0 +1,89 @@
+"""ONNX Runtime: the portable engine; state travels as OrtValues, never through numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import Manifest
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntimeEngine:
+    """See `fvae_deploy.engines.base.Engine`."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
+        if precision != manifest.precision:
+            raise EngineError(
+                f"expected precision {manifest.precision}, which this bundle holds, found "
+                f"{precision}: onnxruntime computes as exported, use openvino or torch"
+            )
+        if device not in PROVIDERS:
+            raise EngineError(f"expected device {' or '.join(PROVIDERS)}, found {device!r}")
+        if PROVIDERS[device] not in ort.get_available_providers():
+            raise EngineError(
+                f"expected ONNX Runtime with {PROVIDERS[device]}, found "
+                f"{', '.join(ort.get_available_providers())}: pip install onnxruntime-gpu"
+            )
+        self.precision = precision
+        self._bundle, self._manifest, self._device = bundle, manifest, device
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute one part."""
+        spec = self._manifest.part(part)
+        try:
+            session = self._session(part)
+            binding = session.io_binding()
+            for tensor in spec.inputs:
+                binding.bind_ortvalue_input(tensor.name, self._value(inputs[tensor.name]))
+            for i, tensor in enumerate(spec.outputs):
+                binding.bind_output(tensor.name, self._device if i else "cpu")
+            session.run_with_iobinding(binding)
+            values = binding.get_outputs()
+        except Exception as error:  # the binding raises many classes, all RuntimeError-like
+            reason = str(error).strip().splitlines()[-1]
+            raise EngineError(f"ONNX Runtime failed in {part}: {reason}") from error
+        outputs: dict[str, Any] = {
+            tensor.name: value for tensor, value in zip(spec.outputs, values, strict=True)
+        }
+        data = spec.outputs[0].name
+        outputs[data] = outputs[data].numpy()
+        return outputs
+
+    def close(self) -> None:
+        """Release the sessions."""
+        self._sessions.clear()
+
+    def _value(self, value: Any) -> ort.OrtValue:
+        if isinstance(value, ort.OrtValue):
+            return value
+        array = np.ascontiguousarray(value, dtype=np.float32)
+        return ort.OrtValue.ortvalue_from_numpy(array, self._device)
+
+    def _session(self, part: str) -> ort.InferenceSession:
+        if part not in self._sessions:
+            options = ort.SessionOptions()
+            # Asked for and absent is an error, never a silent run on the CPU.
+            if self._device != "cpu":
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            options.log_severity_level = 3
+            self._sessions[part] = ort.InferenceSession(
+                str(self._bundle / self._manifest.part(part).file),
+                options,
+                providers=[PROVIDERS[self._device]],
+            )
+        return self._sessions[part]
+
+
+def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OnnxRuntimeEngine:
+    """Open a bundle; raises EngineError when the device or precision is not there."""
+    return OnnxRuntimeEngine(bundle, manifest, device, precision)

@@ -1,0 +1,277 @@
+"""The bundle's manifest: everything an engine and the stream must know about a network.
+
+A bundle is a folder:
+
+    manifest.json         this file's `Manifest`
+    weights.safetensors   the exported weights; the graphs refer into it
+    *.onnx                one graph a part, holding no weights of its own
+
+`Manifest.load` checks the schema version, every field's type and every file's sha256, so
+that a damaged bundle or one of another version is refused with the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvae_deploy.errors import BundleError
+
+SCHEMA = 1
+FILENAME = "manifest.json"
+
+Dimension = int | str  # 16, or an expression in k, h, w: "k", "4*k", "8*h"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named input or output of a part; float32, symbolic sizes in k, h and w."""
+
+    name: str
+    shape: tuple[Dimension, ...]
+
+    def sized(self, k: int, h: int, w: int) -> tuple[int, ...]:
+        """Return the shape for k latent frames of h x w latent cells."""
+        symbols = {"k": k, "h": h, "w": w}
+        sizes = []
+        for dimension in self.shape:
+            factor, _, symbol = str(dimension).rpartition("*")
+            size = symbols[symbol] if symbol in symbols else int(symbol)
+            sizes.append(size * int(factor or 1))
+        return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One exported graph: `encode_first`, `encode_step`, `decode_first` or `decode_step`.
+
+    The first input and the first output carry the data; all further ones are state, in the
+    same order. `halo` is the receptive field's reach in latent cells along H and W, `context`
+    its reach back in latent frames.
+    """
+
+    name: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    halo: int
+    context: int
+    mac_per_cell: int
+
+    @property
+    def state_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that carry state."""
+        return self.inputs[1:]
+
+    @property
+    def state_outputs(self) -> tuple[TensorSpec, ...]:
+        """The outputs that carry state, in the order of `state_inputs` of the step part."""
+        return self.outputs[1:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from: a name, path or hub id, its revision and its sha256."""
+
+    id: str
+    revision: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the torch engine needs to rebuild the exported network."""
+
+    family: str
+    config: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How latents lie over frames: strides, channels, and whether frame 0 stands alone."""
+
+    temporal: int
+    spatial: int
+    latent_channels: int
+    channels: int
+    window: int  # slices of one window in the `windows` protocol
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """HU window [hu_min, hu_max] mapped linearly to the model's range and back."""
+
+    hu_min: float
+    hu_max: float
+    model_min: float
+    model_max: float
+
+
+@dataclass(frozen=True)
+class LatentNormalisation:
+    """Per channel, already applied inside the parts: stored = (latent - shift) * scale."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Error of one engine and precision against float32 torch, measured at export."""
+
+    engine: str
+    precision: str
+    latent_max: float  # in deviations of the latent
+    hu_mean: float
+    hu_max: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of one engine and precision, measured at export: fixed + per_cell * cells.
+
+    Cells are latent cells in flight: k * h * w of the tile that the engine computes.
+    """
+
+    engine: str
+    precision: str
+    fixed: int
+    per_cell: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle; see the fields' own types."""
+
+    schema: int
+    fvae_version: str
+    name: str
+    description: str
+    licence: str
+    source: Source
+    network: Network
+    geometry: Geometry
+    intensity: Intensity
+    latent: LatentNormalisation
+    precision: str
+    parts: tuple[Part, ...]
+    files: dict[str, str]
+    parity: tuple[Parity, ...] = ()
+    memory: tuple[Memory, ...] = ()
+
+    def part(self, name: str) -> Part:
+        """Return the part of that name; raises BundleError when there is none."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        found = ", ".join(part.name for part in self.parts)
+        raise BundleError(f"expected a part {name} in bundle {self.name}, found {found}")
+
+    @property
+    def identity(self) -> str:
+        """Short hash of the weights: latents of one identity decode with it alone."""
+        return self.files["weights.safetensors"][:16]
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into the bundle's folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        (folder / FILENAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, verify: bool = True) -> Manifest:
+        """Read and check a bundle.
+
+        Raises BundleError when the folder holds no bundle, the manifest is of another schema
+        or ill-typed, or (with `verify`) a file's hash differs.
+        """
+        path = folder / FILENAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"expected a bundle at {folder}, found no {FILENAME}: "
+                "make one with fvae export, or see fvae models"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(
+                f"expected JSON in {path}, found {error}: export the bundle again"
+            ) from None
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(
+                f"expected bundle schema {SCHEMA}, found {schema} in {path}: export the bundle "
+                "again with this fvae, or install the fvae that made it"
+            )
+        manifest: Manifest = _parse(cls, content, path, "manifest")
+        if verify:
+            manifest.verify(folder)
+        return manifest
+
+    def verify(self, folder: Path) -> None:
+        """Compare every file's sha256; raises BundleError for the first that differs."""
+        for name, expected in self.files.items():
+            try:
+                found = sha256(folder / name)
+            except OSError as error:
+                raise BundleError(
+                    f"expected {name} in bundle {folder}, found {error.strerror}: export it again"
+                ) from None
+            if found != expected:
+                raise BundleError(
+                    f"expected sha256 {expected[:12]}… of {name} in bundle {folder}, found "
+                    f"{found[:12]}…: the file was changed or damaged, export the bundle again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
+    """Rebuild dataclasses from JSON, checking every type on the way."""
+
+    def refuse() -> BundleError:
+        return BundleError(
+            f"expected {getattr(kind, '__name__', kind)} at {where} in {path}, found "
+            f"{str(value)[:40]!r}: export the bundle again"
+        )
+
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise refuse()
+        hints, found = typing.get_type_hints(kind), {}
+        for field in dataclasses.fields(kind):
+            if field.name in value:
+                found[field.name] = _parse(
+                    hints[field.name], value[field.name], path, f"{where}.{field.name}"
+                )
+            elif field.default is dataclasses.MISSING:
+                raise BundleError(
+                    f"expected a field {field.name} at {where} in {path}, found none: "
+                    "export the bundle again"
+                )
+        return kind(**found)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise refuse()
+        return tuple(_parse(arguments[0], item, path, f"{where}[]") for item in value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise refuse()
+        return {str(k): _parse(arguments[1], v, path, f"{where}.{k}") for k, v in value.items()}
+    allowed = arguments if origin is types.UnionType else (kind,)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise refuse()
+    return value
