@@ -113,7 +113,7 @@ class _Slice:
         for name, wanted in (("PhotometricInterpretation", "MONOCHROME2"), ("SamplesPerPixel", 1)):
             if header.get(name, wanted) != wanted:
                 raise VolumeError(
-                    f"expected {name} {wanted}, found {header[name]} in {path}: "
+                    f"expected {name} {wanted}, found {_line(header[name])} in {path}: "
                     "export the series as plain CT"
                 )
         numbers = {
@@ -158,9 +158,8 @@ class _Slice:
         try:
             stored = pydicom.dcmread(self.path).pixel_array
         except Exception as error:  # pydicom and its plugins raise almost any kind
-            reason = str(error).partition("\n")[0]
             raise VolumeError(
-                f"expected the pixels of one slice, could not decode {self.path} ({reason}): "
+                f"expected the pixels of one slice, could not decode {self.path} ({_line(error)}): "
                 "copy it again"
             ) from error
         if stored.shape != self.shape[::-1]:
@@ -169,6 +168,7 @@ class _Slice:
                 "export the series again"
             )
         values: NDArray[Any] = stored * self.slope + self.intercept
+        # pydicom masks the bits beyond BitsStored, but not those of JPEG 2000.
         if self.is_whole and not (values.min() >= -32768 and values.max() <= 32767):
             raise VolumeError(
                 f"expected pixels of {self.bits} bits, found larger ones in {self.path}: "
@@ -184,10 +184,15 @@ def _numbers(header: dict[str, Any], name: str, size: int, path: Path) -> NDArra
         values = np.full(1, np.nan)
     if values.shape != (size,) or not np.isfinite(values).all():
         raise VolumeError(
-            f"expected {size} finite numbers in {name}, found {header[name]} in {path}: "
+            f"expected {size} finite numbers in {name}, found {_line(header[name])} in {path}: "
             "export the series again"
         )
     return values
+
+
+def _line(found: object) -> str:
+    """Put what a file or pydicom says on one line of an error message."""
+    return " ".join(str(found).split())
 
 
 _Header = tuple[Path, dict[str, Any]]
@@ -207,7 +212,7 @@ def _scan(folder: Path) -> dict[str, list[_Header]]:
         header = _read(file)
         found = found or header is not None
         if header is not None and "LOCALIZER" not in header.get("ImageType", ()):
-            series.setdefault(header.get("SeriesInstanceUID", ""), []).append((file, header))
+            series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
     if not series:
         what = "only localizers" if found else "no DICOM file"
         raise VolumeError(f"expected a folder of DICOM slices, found {what} in {folder}: check it")
@@ -220,24 +225,25 @@ def _read(file: Path) -> dict[str, Any] | None:
             warnings.simplefilter("ignore")  # pydicom warns of odd values; those used are checked
             data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS])
             header = {name: data[name].value for name in _TAGS if name in data}
-            header["syntax"] = data.file_meta.get("TransferSyntaxUID")
+            header["syntax"] = UID(str(data.file_meta.get("TransferSyntaxUID", "")))
     except InvalidDicomError:
         return None
     except OSError as error:
         raise VolumeError(f"expected to read {file}, found: {error.strerror or error}") from error
     except Exception as error:  # a damaged element can raise almost any kind
         raise VolumeError(
-            f"expected a sound DICOM header, found a damaged one in {file} ({error}): copy it again"
+            f"expected a sound DICOM header, found a damaged one in {file} ({_line(error)}): "
+            "copy it again"
         ) from error
     return header
 
 
 def _choose(series: dict[str, list[_Header]], wanted: str | None, folder: Path) -> list[_Header]:
     def modality(uid: str) -> str:
-        return str(series[uid][0][1].get("Modality") or "unknown")
+        return _line(series[uid][0][1].get("Modality") or "unknown")
 
     listing = "; ".join(
-        f"...{uid[-12:]} {slices[0][1].get('SeriesDescription', '')!s} "
+        f"...{_line(uid[-12:])} {_line(slices[0][1].get('SeriesDescription', ''))} "
         f"({len(slices)} {modality(uid)})"
         for uid, slices in series.items()
     )
@@ -267,14 +273,12 @@ def _choose(series: dict[str, list[_Header]], wanted: str | None, folder: Path) 
     return chosen
 
 
-def _check_decoder(file: Path, syntax: UID | None) -> None:
-    if syntax is None or not syntax.is_compressed:
-        return
+def _check_decoder(file: Path, syntax: UID) -> None:
     try:
-        available = get_decoder(syntax).is_available
-    except NotImplementedError:
+        available = not syntax.is_compressed or get_decoder(syntax).is_available
+    except (NotImplementedError, ValueError):  # unknown to pydicom, or no transfer syntax
         raise VolumeError(
-            f"expected pixels that can be decoded, found {syntax.name} in {file}: "
+            f"expected pixels that can be decoded, found {syntax.name or 'no syntax'} in {file}: "
             "convert the series with dcm2niix"
         ) from None
     if not available:

@@ -1,0 +1,307 @@
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+
+from fvae_deploy.errors import VolumeError
+from fvae_deploy.volume.base import open_volume
+
+ROWS, COLUMNS = 4, 6
+ABSENT = object()
+
+
+def stored(k):
+    return np.random.default_rng(k).integers(0, 4000, (ROWS, COLUMNS)).astype(np.uint16)
+
+
+def put(path, k, pixels=None, **changes):
+    """Write slice k of a sound CT series, but for the elements in `changes`."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    pixels = stored(k) if pixels is None else pixels
+    elements = {
+        "SOPClassUID": CTImageStorage,
+        "SOPInstanceUID": f"1.2.3.{k + 1}",
+        "SeriesInstanceUID": "1.2.840.1111",
+        "SeriesDescription": "thorax",
+        "Modality": "CT",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "ImagePositionPatient": [-100.0, -90.0, 2.5 * k],
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "PixelSpacing": [0.75, 0.5],
+        "SliceThickness": 3,
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "RescaleSlope": 1,
+        "RescaleIntercept": -1024,
+        "PixelData": pixels.tobytes(),
+    }
+    data = FileDataset(path, {}, file_meta=meta, preamble=bytes(128))
+    for name, value in (elements | changes).items():
+        if value is not ABSENT:
+            setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return data
+
+
+def series(folder, count=5, **changes):
+    folder.mkdir(exist_ok=True)
+    # Named against their order, so that sorting by name would be wrong.
+    for k in range(count):
+        put(folder / f"{count - k}.dcm", k, **changes)
+    return folder
+
+
+def values(folder, *depths, start=0, series=None):
+    slabs = open_volume(folder, series).slabs(*(depths or (2,)), start=start)
+    return np.concatenate(list(slabs))
+
+
+def refusal(folder, series=None):
+    with pytest.raises(VolumeError) as caught:
+        values(folder, series=series)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def itk(folder):
+    """Frames [t, x, y] and RAS affine as SimpleITK reads them."""
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    lps = np.eye(4)
+    lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    lps[:3, 3] = image.GetOrigin()
+    frames = SimpleITK.GetArrayFromImage(image).transpose(0, 2, 1)
+    return frames, np.diag([-1.0, -1, 1, 1]) @ lps
+
+
+class TestReading:
+    def test_values_and_geometry_are_those_of_simpleitk(self, tmp_path):
+        folder = series(tmp_path / "ct")
+        frames, affine = itk(folder)
+        reader = open_volume(folder)
+        assert reader.geometry.shape == (COLUMNS, ROWS, 5)
+        assert reader.geometry.spacing == (0.5, 0.75, 2.5)
+        assert reader.geometry.orientation == "LPS"
+        assert np.allclose(reader.geometry.affine, affine, atol=1e-9)
+        assert np.array_equal(values(folder), frames)
+        assert values(folder).dtype == np.int16
+        assert np.array_equal(values(folder)[3], stored(3).T.astype(int) - 1024)
+
+    def test_real_ct_is_read_as_simpleitk_reads_it(self, real_ct):
+        frames, affine = itk(real_ct / "torso_dicom")
+        reader = open_volume(real_ct / "torso_dicom")
+        assert np.allclose(reader.geometry.affine, affine, atol=1e-9)
+        assert np.array_equal(np.concatenate(list(reader.slabs(1, 4))), frames)
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(0, 999), st.integers(2, 6))
+    def test_any_orientation_agrees_with_simpleitk(self, tmp_path_factory, seed, count):
+        turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0].round(7)
+        normal = np.cross(turn[0], turn[1])
+        folder = tmp_path_factory.mktemp("turned")
+        for k in range(count):
+            place = (normal * 2.5 * k + [10, 20, 30]).round(6).tolist()
+            directions = turn[:2].ravel().tolist()
+            put(
+                folder / f"{count - k}.dcm",
+                k,
+                ImagePositionPatient=place,
+                ImageOrientationPatient=directions,
+            )
+        frames, affine = itk(folder)
+        assert np.allclose(open_volume(folder).geometry.affine, affine, atol=1e-4)
+        assert np.array_equal(values(folder), frames)
+
+    @settings(deadline=None, max_examples=30)
+    @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 5))
+    def test_slabs_of_any_depths_are_the_volume(self, tmp_path_factory, depths, start):
+        folder = series(tmp_path_factory.mktemp("slabs"))
+        reader = open_volume(folder)
+        slabs = [np.empty((0, COLUMNS, ROWS)), *reader.slabs(*depths, start=start)]
+        assert np.array_equal(np.concatenate(slabs), values(folder)[start:])
+
+    def test_only_the_slices_asked_for_are_decoded(self, tmp_path):
+        folder = series(tmp_path / "ct")
+        slabs = open_volume(folder).slabs(1, start=2)
+        for name in ("5.dcm", "4.dcm", "1.dcm"):  # slices 0, 1 and 4
+            (folder / name).write_bytes(b"gone")
+        assert np.array_equal(next(slabs)[0], stored(2).T.astype(int) - 1024)
+        assert np.array_equal(next(slabs)[0], stored(3).T.astype(int) - 1024)
+        with pytest.raises(VolumeError, match=r"1\.dcm"):
+            next(slabs)
+
+    def test_slope_and_intercept_are_those_of_each_slice(self, tmp_path):
+        for k in range(3):
+            put(tmp_path / f"{k}", k, RescaleSlope=k + 1, RescaleIntercept=-10 * k)
+        frames = values(tmp_path)
+        assert frames.dtype == np.int16
+        for k in range(3):
+            assert np.array_equal(frames[k], stored(k).T.astype(int) * (k + 1) - 10 * k)
+
+    def test_a_slope_that_is_no_whole_number_gives_float32(self, tmp_path):
+        put(tmp_path / "0", 0)
+        put(tmp_path / "1", 1, RescaleSlope=0.5)
+        frames = values(tmp_path)
+        assert frames.dtype == np.float32
+        assert np.array_equal(frames[1], stored(1).T * 0.5 - 1024)
+
+    def test_signed_pixels_without_rescale(self, tmp_path):
+        pixels = np.array([[-2000, -1, 0], [5, 2000, -2048]], np.int16)
+        put(tmp_path / "a", 0, pixels, RescaleSlope=ABSENT, RescaleIntercept=ABSENT)
+        assert np.array_equal(values(tmp_path)[0], pixels.T)
+
+    def test_compressed_slices(self, tmp_path):
+        for k in range(3):
+            data = put(tmp_path / f"{k}.dcm", k)
+            data.compress(RLELossless)
+            data.save_as(tmp_path / f"{k}.dcm")
+        assert np.array_equal(values(tmp_path)[1], stored(1).T.astype(int) - 1024)
+
+    def test_a_tilted_gantry_shears_the_affine(self, tmp_path):
+        for k in range(4):
+            put(tmp_path / f"{k}", k, ImagePositionPatient=[0, 0.6 * k, 2.5 * k])
+        assert np.allclose(open_volume(tmp_path).geometry.affine[:3, 2], [0, -0.6, 2.5])
+
+    def test_one_slice_takes_its_thickness(self, tmp_path):
+        assert open_volume(series(tmp_path / "a", 1)).geometry.spacing == (0.5, 0.75, 3)
+        other = series(tmp_path / "b", 1, SliceThickness=ABSENT, SpacingBetweenSlices=2)
+        assert open_volume(other).geometry.spacing == (0.5, 0.75, 2)
+
+    def test_subfolders_are_searched_and_other_files_passed_over(self, tmp_path):
+        series(tmp_path / "IMAGES")
+        (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+        (tmp_path / "notes.txt").write_text("not DICOM")
+        (tmp_path / "empty").write_bytes(b"")
+        put(tmp_path / "scout.dcm", 90, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+        put(tmp_path / "dose.dcm", 91, Modality="SR", SeriesInstanceUID="1.2.9")
+        assert open_volume(tmp_path).geometry.shape == (COLUMNS, ROWS, 5)
+
+    def test_a_series_is_chosen_by_its_end(self, tmp_path):
+        series(tmp_path / "a", 3)
+        series(tmp_path / "b", 4, SeriesInstanceUID="1.2.840.2222")
+        for name, count in (("1.2.840.1111", 3), ("2222", 4)):
+            assert open_volume(tmp_path, name).geometry.shape[2] == count
+        message = refusal(tmp_path)
+        assert "found 2 to choose from" in message
+        assert "1.2.840.2222 thorax (4 CT)" in message
+        assert "choose one with --series" in message
+        assert "found none ending in 3333" in refusal(tmp_path, "3333")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ImagePositionPatient": ABSENT}, "expected ImagePositionPatient in every slice"),
+        ({"ImageOrientationPatient": ABSENT}, "expected ImageOrientationPatient in every"),
+        ({"PixelSpacing": ABSENT}, "expected PixelSpacing in every slice"),
+        ({"PixelSpacing": None}, "expected PixelSpacing in every slice"),
+        ({"PixelSpacing": [1, 1, 1]}, "expected 2 finite numbers in PixelSpacing"),
+        ({"Rows": ABSENT}, "expected Rows in every slice"),
+        ({"Rows": 0}, "found 6x0 pixels"),
+        ({"RescaleSlope": 0}, "slope 0 in"),
+        ({"Modality": "MR"}, "expected modality CT, found MR"),
+        ({"NumberOfFrames": 7}, "multi-frame CT in"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "found MONOCHROME1"),
+        ({"SamplesPerPixel": 3}, "expected SamplesPerPixel 1, found 3"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "only localizers"),
+        ({"ImagePositionPatient": [0, 0, 0]}, "both at 0.000 mm"),
+        ({"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]}, "both at"),
+        ({"PixelSpacing": [0, 1]}, "can be inverted"),
+        ({"PixelData": bytes(9)}, "could not decode"),
+        ({"PixelData": ABSENT}, "could not decode"),
+    ],
+)
+def test_unfit_series_are_refused(tmp_path, changes, words):
+    message = refusal(series(tmp_path / "ct", **changes))
+    assert words in message, message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"PixelSpacing": [0.75, 0.6]}, "slices of one pixel spacing"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "slices of one orientation"),
+        ({"pixels": np.zeros((8, 8), np.uint16)}, "slices of one size"),
+        ({"ImagePositionPatient": [-100, -90, 5.0]}, "1.dcm and odd.dcm both at 5.000 mm"),
+        ({"ImagePositionPatient": [-100, -90, 20.0]}, "missing slices: 10.000 mm after 10.000"),
+        ({"ImagePositionPatient": [-100, -90, 13.0]}, "uneven spacing: 3.000 mm after 10.000"),
+        ({"ImagePositionPatient": [-100, -70, 12.5]}, "lies beside it"),
+    ],
+)
+def test_one_slice_that_does_not_belong_is_named(tmp_path, changes, words):
+    for k in range(5):
+        put(tmp_path / f"{k - 1}.dcm", k)
+    put(tmp_path / "odd.dcm", 9, **changes)
+    message = refusal(tmp_path)
+    assert words in message, message
+
+
+def test_pixels_that_exceed_their_bits_are_refused(tmp_path):
+    pixels = np.full((64, 64), 40000, np.uint16)
+    data = put(tmp_path / "a.dcm", 0, pixels, BitsStored=16, HighBit=15)
+    data.compress(JPEG2000Lossless)
+    data.BitsStored, data.HighBit = 8, 7
+    data.save_as(tmp_path / "a.dcm")
+    assert "expected pixels of 8 bits, found larger" in refusal(tmp_path)
+
+
+def test_a_folder_without_dicom_is_refused(tmp_path):
+    assert "no DICOM file" in refusal(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    assert "no DICOM file" in refusal(tmp_path)
+
+
+def test_pixels_that_no_decoder_knows_are_refused_at_once(tmp_path):
+    data = put(tmp_path / "a.dcm", 0)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
+    data.PixelData = pydicom.encaps.encapsulate([b"1234"])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(tmp_path / "a.dcm")
+    with pytest.raises(VolumeError, match=r"found MPEG2 .* convert the series with dcm2niix"):
+        open_volume(tmp_path)
+
+
+def test_a_slice_cut_anywhere_is_refused_and_nothing_else_is_raised(tmp_path):
+    whole = tmp_path / "a.dcm"
+    put(whole, 0)
+    data = whole.read_bytes()
+    for length in range(133, len(data), 7):
+        whole.write_bytes(data[:length])
+        refusal(tmp_path)
+
+
+def test_a_truncated_jpeg_2000_slice_is_named(real_ct, tmp_path):
+    for file in sorted((real_ct / "torso_dicom").iterdir())[:3]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / file.name).write_bytes(file.read_bytes()[:-5000])
+    assert file.name in refusal(tmp_path)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.integers(132, 1200), st.integers(1, 255)), min_size=1, max_size=4))
+def test_flipped_bytes_raise_nothing_but_a_refusal(tmp_path_factory, flips):
+    folder = tmp_path_factory.mktemp("flipped")
+    put(folder / "a.dcm", 0)
+    data = bytearray((folder / "a.dcm").read_bytes())
+    for place, mask in flips:
+        data[place % len(data)] ^= mask
+    (folder / "a.dcm").write_bytes(data)
+    try:
+        values(folder)
+    except VolumeError as error:
+        refused = str(error)
+        assert "\n" not in refused
