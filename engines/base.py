@@ -65,8 +65,8 @@ def missing(name: str) -> str | None:
 
 
 def choose() -> tuple[str, str]:
-    """The engine that `auto` takes here, and why."""
-    reasons = []
+    """Return the engine that `auto` takes here, and why."""
+    reasons: list[str] = []
     for name in ("openvino", "onnxruntime", "torch"):
         problem = missing(name)
         if problem is None:

@@ -46,7 +46,8 @@ class EagerEngine:
         for name, network in self._networks.items():
             mine = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(name)}
             network.load_state_dict(mine)
-            network.to(self._device, self._dtype, memory_format=torch.channels_last)
+            network.to(self._device, self._dtype)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,13 +135,14 @@ class Parity:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one engine and precision, measured at export: fixed + per_cell * cells.
+    """Peak bytes of a direction in one engine, measured at export: fixed + per_cell * cells.
 
     Cells are latent cells in flight: k * h * w of the tile that the engine computes.
     """
 
     engine: str
     precision: str
+    direction: str  # "encode" or "decode"
     fixed: int
     per_cell: int
 
@@ -246,7 +247,7 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
         )
 
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise refuse()
         hints, found = typing.get_type_hints(kind), {}

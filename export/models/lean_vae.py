@@ -105,6 +105,7 @@ class CausalDepthwise(nn.Module):
         self.ds_conv = nn.Conv3d(dim, dim, 3, groups=dim)
 
     def forward(self, x: Tensor, state: CausalState) -> Tensor:
+        """Tokens [B, T, H, W, D] to as many of the same width."""
         # One 2-D depthwise convolution per time tap, frames as batch: CPU libraries have
         # fast 2-D depthwise kernels and no 3-D ones (forward and backward 9x faster here).
         b, t, h, w, d = x.shape
@@ -123,6 +124,7 @@ class GatedGELU(nn.Module):
     """Halves of the last axis: value * gelu(gate), the second half being the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve the last axis."""
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -148,7 +150,8 @@ class Layers(nn.Module):
         self.dconv_layer = nn.ModuleList(CausalDepthwise(dim) for _ in range(layers))
         self.ffd_layer = nn.ModuleList(feed_forward(dim) for _ in range(layers))
 
-    def forward(self, x: Tensor, state: CausalState) -> Tensor:  # [B, T, H, W, D]
+    def forward(self, x: Tensor, state: CausalState) -> Tensor:
+        """Tokens [B, T, H, W, D] to as many of the same width."""
         for convolution, feed in zip(self.dconv_layer, self.ffd_layer, strict=True):
             if self.residual:
                 x = x + convolution(x, state)
@@ -210,7 +213,7 @@ class Coder(nn.Module):
         self.fusion_layer = Layers(config.fusion_num_layer, low + high, residual=True)
 
     def projection(self, name: str) -> nn.Linear:
-        """The linear patch layer `video_low`, `video_high`, `image_low` or `image_high`."""
+        """Return the linear patch layer `video_low`, `video_high`, `image_low` or `image_high`."""
         layer = self.get_submodule(f"{name}_proj")[-1]  # type: ignore[index]
         assert isinstance(layer, nn.Linear)
         return layer
@@ -232,7 +235,7 @@ def haar(x: Tensor) -> Tensor:
         order = (3, 5, 7)
     for axis in (3, 5, 7):
         if x.shape[axis] == 2:
-            first, second = x.split(1, dim=axis)
+            first, second = torch.split(x, 1, dim=axis)
             x = torch.cat([first + second, first - second], dim=axis)
     x = x.permute(0, *order, 1, 2, 4, 6)
     return x.flatten(1, 4)
@@ -248,7 +251,7 @@ def inverse_haar(bands: Tensor, channels: int) -> Tensor:
         x = bands.reshape(b, 2, 2, 2, channels, t, h, w).permute(0, 4, 5, 1, 6, 2, 7, 3)
     for axis in (3, 5, 7):
         if x.shape[axis] == 2:
-            mean, half = (x / 2).split(1, dim=axis)
+            mean, half = torch.split(x / 2, 1, dim=axis)
             x = torch.cat([mean + half, mean - half], dim=axis)
     return x.reshape(b, channels, t * n // 4, 2 * h, 2 * w)
 
@@ -290,7 +293,7 @@ class LeanVAE(nn.Module):
     def unembed(self, tokens: Tensor, kind: str) -> Tensor:
         """Tokens [B, T', h, w, E] to frames [B, C, T, H, W]; kind "image" or "video"."""
         frames = 1 if kind == "image" else 2
-        low, high = tokens.split([self.config.l_dim, self.config.h_dim], dim=-1)
+        low, high = torch.split(tokens, [self.config.l_dim, self.config.h_dim], dim=-1)
         bands = torch.cat(
             [
                 from_patches(self.decoder.projection(f"{kind}_low")(low), frames),
@@ -304,7 +307,7 @@ class LeanVAE(nn.Module):
 
     def compress(self, tokens: Tensor, state: CausalState) -> Tensor:
         """Tokens [B, T, h, w, E] to latents [B, D, T, h, w]."""
-        low, high = tokens.split([self.config.l_dim, self.config.h_dim], dim=-1)
+        low, high = torch.split(tokens, [self.config.l_dim, self.config.h_dim], dim=-1)
         low, high = self.encoder.low_layer(low, state), self.encoder.high_layer(high, state)
         tokens = self.encoder.fusion_layer(torch.cat([low, high], dim=-1), state)
         return F.linear(tokens, self.latent_bottleneck.phi).permute(0, 4, 1, 2, 3)
@@ -313,43 +316,43 @@ class LeanVAE(nn.Module):
         """Latents [B, D, T, h, w] to tokens [B, T, h, w, E]."""
         tokens = self.latent_bottleneck(z.permute(0, 2, 3, 4, 1), state)
         tokens = self.decoder.fusion_layer(tokens, state)
-        low, high = tokens.split([self.config.l_dim, self.config.h_dim], dim=-1)
+        low, high = torch.split(tokens, [self.config.l_dim, self.config.h_dim], dim=-1)
         low, high = self.decoder.low_layer(low, state), self.decoder.high_layer(high, state)
         return torch.cat([low, high], dim=-1)
 
     # The four parts of the stream.
 
     def encode_first(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, C, 1, H, W] -> (z [B, D, 1, h, w], *state)."""
+        """Frame x [B, C, 1, H, W] -> (z [B, D, 1, h, w], *state)."""
         state = CausalState()
         return self.compress(self.embed(x), state), *state.next
 
     def encode_step(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """x [B, C, 4k, H, W] and the state -> (z [B, D, k, h, w], *state)."""
+        """Frames x [B, C, 4k, H, W] and the state -> (z [B, D, k, h, w], *state)."""
         state = CausalState(past)
         return self.compress(self.embed(x), state), *state.next
 
     def decode_first(self, z: Tensor) -> tuple[Tensor, ...]:
-        """z [B, D, 1, h, w] -> (x [B, C, 1, H, W], *state)."""
+        """Latents z [B, D, 1, h, w] -> (x [B, C, 1, H, W], *state)."""
         state = CausalState()
         return self.unembed(self.expand(z, state), "image"), *state.next
 
     def decode_step(self, z: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """z [B, D, k, h, w] and the state -> (x [B, C, 4k, H, W], *state)."""
+        """Latents z [B, D, k, h, w] and the state -> (x [B, C, 4k, H, W], *state)."""
         state = CausalState(past)
         return self.unembed(self.expand(z, state), "video"), *state.next
 
     # Whole clips, for training and as the yardstick of the stream.
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, C, 1 + 4k, H, W] -> z [B, D, 1 + k, h, w], in one pass."""
+        """Frames x [B, C, 1 + 4k, H, W] -> z [B, D, 1 + k, h, w], in one pass."""
         tokens = [self.embed(x[:, :, :1])]
         if x.shape[2] > 1:
             tokens.append(self.embed(x[:, :, 1:]))
         return self.compress(torch.cat(tokens, dim=1), CausalState())
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [B, D, 1 + k, h, w] -> x [B, C, 1 + 4k, H, W], in one pass."""
+        """Latents z [B, D, 1 + k, h, w] -> x [B, C, 1 + 4k, H, W], in one pass."""
         tokens = self.expand(z, CausalState())
         frames = [self.unembed(tokens[:, :1], "image")]
         if z.shape[2] > 1:

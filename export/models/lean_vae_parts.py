@@ -21,6 +21,7 @@ Tokens travel as [k, E, h, w], so that every linear layer is a 1x1 convolution; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def _pad(value: Tensor, axis: int) -> Tensor:
 
 
 def _matrix(value: Tensor) -> nn.Parameter:
-    """A matrix [out, in] as the weight of a 1x1 convolution."""
+    """Take a matrix [out, in] as the weight of a 1x1 convolution."""
     return _frozen(value[:, :, None, None])
 
 
@@ -58,8 +59,10 @@ class FoldedLayer(nn.Module):
 
     def __init__(self, layers: Layers, index: int) -> None:
         super().__init__()
-        convolution = layers.dconv_layer[index].ds_conv
-        norm, widen, narrow = (layers.ffd_layer[index][i] for i in (0, 1, 4))
+        depthwise: Any = layers.dconv_layer[index]
+        feed: Any = layers.ffd_layer[index]
+        convolution = depthwise.ds_conv
+        norm, widen, narrow = (feed[i] for i in (0, 1, 4))
         kernel = convolution.weight.detach().clone()
         if layers.residual:
             kernel[:, :, 2, 1, 1] += 1
@@ -75,7 +78,7 @@ class FoldedLayer(nn.Module):
         self.narrow = _matrix(_pad(narrow.weight, 1))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [k, E, h, w], past [2, h, w, E] or None at the start -> (x, next past)."""
+        """Tokens x [k, E, h, w], past [2, h, w, E] or None at the start -> (x, next past)."""
         channels = x.shape[1]
 
         def tap(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,13 +105,17 @@ class FoldedStack(nn.Module):
     def __init__(self, layers: Layers) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FoldedLayer(layers, i) for i in range(len(layers.dconv_layer)))
-        self.width = layers.dconv_layer[0].ds_conv.in_channels if len(layers.dconv_layer) else 0
 
     def forward(self, x: Tensor, past: Iterator[Tensor], states: list[Tensor]) -> Tensor:
+        """Tokens x [k, E, h, w]; takes each layer's past, appends its next to `states`."""
         for layer in self.layers:
             x, state = layer(x, next(past, None))
             states.append(state)
         return x
+
+
+def _folded(stacks: nn.ModuleList) -> nn.ModuleList:
+    return nn.ModuleList(FoldedStack(cast(Layers, stack)) for stack in stacks)
 
 
 class EncodeParts(nn.Module):
@@ -131,7 +138,7 @@ class EncodeParts(nn.Module):
         self.phi = _matrix(phi * torch.tensor(scale, dtype=phi.dtype)[:, None])
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """x [1, C, 1 or 4k, H, W] and the state -> (z [1, D, k, h, w], *state)."""
+        """Frames x [1, C, 1 or 4k, H, W] and the state -> (z [1, D, k, h, w], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         _, c, t, height, width = x.shape
         x = x.reshape(c, t // frames, frames, height, width).transpose(0, 1)
@@ -157,8 +164,8 @@ class DecodeParts(nn.Module):
         self.q, self.phi = _matrix(bottleneck.Q), _matrix(bottleneck.phi)
         self.descent = nn.ParameterList(_matrix(w * bottleneck.phi.T) for w in bottleneck.weights)
         self.thresholds = [float(t) for t in bottleneck.threshold]
-        self.forward_l = nn.ModuleList(FoldedStack(x) for x in bottleneck.forward_l)
-        self.backward_l = nn.ModuleList(FoldedStack(x) for x in bottleneck.backward_l)
+        self.forward_l = _folded(bottleneck.forward_l)
+        self.backward_l = _folded(bottleneck.backward_l)
         decoder = model.decoder
         self.fusion = FoldedStack(decoder.fusion_layer)
         self.low, self.high = FoldedStack(decoder.low_layer), FoldedStack(decoder.high_layer)
@@ -172,7 +179,7 @@ class DecodeParts(nn.Module):
             self.register_parameter(f"{kind}_unembed_bias", _frozen(bias.reshape(rows)))
 
     def forward(self, z: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """z [1, D, k, h, w] and the state -> (x [1, C, 1 or 4k, H, W], *state)."""
+        """Latents z [1, D, k, h, w] and the state -> (x [1, C, 1 or 4k, H, W], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         history, states = iter(past), list[Tensor]()
         z = z[0].transpose(0, 1) * self.unscale  # [k, D, h, w]

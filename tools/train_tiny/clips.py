@@ -83,7 +83,7 @@ class ClipMaker:
         return seen[:, 0]
 
     def noise(self, frames: int, size: int) -> Tensor:
-        """Unit noise, white or smoothed in the plane as a reconstruction kernel does."""
+        """Return unit noise, white or smoothed in the plane as a reconstruction kernel does."""
         noise = torch.from_numpy(
             self.random.standard_normal((frames, 1, size + 4, size + 4), dtype=np.float32)
         )

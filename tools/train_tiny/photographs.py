@@ -20,17 +20,46 @@ PACKAGES = ("plasma-workspace-wallpapers", "gnome-backgrounds", "mate-background
 
 # gnome-backgrounds (43.1) turned out to hold renderings alone; none of it is used.
 PLASMA = (
-    "BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey Kite "
-    "OneStandsOut Path summer_1am"
-).split()
+    "BytheWater",
+    "ColdRipple",
+    "ColorfulCups",
+    "DarkestHour",
+    "EveningGlow",
+    "FallenLeaf",
+    "Grey",
+    "Kite",
+    "OneStandsOut",
+    "Path",
+    "summer_1am",
+)
 MATE = (
-    "Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings "
-    "Wood YellowFlower"
-).split()
+    "Aqua",
+    "Blinds",
+    "Dune",
+    "FreshFlower",
+    "Garden",
+    "GreenMeadow",
+    "LadyBird",
+    "RainDrops",
+    "Storm",
+    "TwoWings",
+    "Wood",
+    "YellowFlower",
+)
 SCIKIT_IMAGE = (
-    "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field moon "
-    "motorcycle_left rocket"
-).split()
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "moon",
+    "motorcycle_left",
+    "rocket",
+)
 HELD_OUT = {"EveningGlow", "LadyBird", "TwoWings", "motorcycle_left", "coffee"}
 
 

@@ -127,7 +127,7 @@ def psnr_and_mae(model: LeanVAE, clips: Tensor, noise: float = 0.0) -> tuple[flo
 
 
 def shape_at(progress: float) -> tuple[int, int, int]:
-    """Clips, frames and size of a batch: longer and larger late, to learn borders and later steps."""
+    """Clips, frames and size of a batch: longer and larger late, to learn borders and time."""
     if progress < 0.6:
         return 8, 9, 64
     return (4, 13, 80) if progress < 0.9 else (3, 17, 96)
@@ -199,7 +199,7 @@ def main() -> None:
         step += 1
         with torch.no_grad():
             decay = min(0.999, (1 + step) / (10 + step))
-            for kept, new in zip(average.parameters(), model.parameters()):
+            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(new, 1 - decay)
         losses.append(loss.item())
         if step % options.save_every == 0:
