@@ -1,0 +1,163 @@
+"""A codec in numpy alone, so that the whole pipeline runs in tests without a runtime.
+
+Linear, local and causal, with state, one cell of halo and one latent frame of context. With
+m the mean over a block of 4 frames (1 at the start) x 8 x 8 pixels, and box the zero-padded
+3x3 mean over cells:
+
+    encode   z = (m[t], m[t - 1], box(m)[t])
+    decode   cell[t] = z0[t] + (box(z1)[t] + z2[t] - 2 z0[t - 1]) / 16
+
+A cell is spread over its block with a slight grain, so that frames or pixels in the wrong
+order show. Before the start all is zero.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import (
+    SCHEMA,
+    Dimension,
+    Geometry,
+    Intensity,
+    LatentNormalisation,
+    Manifest,
+    Network,
+    Part,
+    Source,
+    TensorSpec,
+    sha256,
+)
+
+TEMPORAL, SPATIAL, LATENTS = 4, 8, 3
+GRAIN = (np.arange(TEMPORAL * SPATIAL**2).reshape(TEMPORAL, SPATIAL, SPATIAL) - 127.5) / 4096
+
+
+class FakeEngine:
+    """See `fvae_deploy.engines.base.Engine`."""
+
+    name = "fake"
+
+    def __init__(self, manifest: Manifest, device: str, precision: str) -> None:
+        if manifest.network.family != "fake":
+            raise EngineError(
+                f"expected a network of family fake, found {manifest.network.family}: "
+                "use another engine"
+            )
+        if (device, precision) != ("cpu", "fp32"):
+            raise EngineError(
+                f"expected device cpu and precision fp32, found {device} and {precision}: "
+                "the fake engine has no other"
+            )
+        self.precision = precision
+        self._manifest = manifest
+
+    def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute one part, in double precision inside."""
+        spec = self._manifest.part(part)
+        data, *state = (np.asarray(inputs.get(tensor.name)) for tensor in spec.inputs)
+        _check(spec, (data, *state))
+        block = 1 if part.endswith("first") else TEMPORAL
+        if part.startswith("encode"):
+            result, following = encode(data[0], state[0][..., 0] if state else None, block)
+        else:
+            result, following = decode(data[0], state[0][..., 0] if state else None, block)
+            result = result.repeat(self._manifest.geometry.channels, axis=0)
+        named = zip(spec.outputs, (result[None], following[..., None]), strict=True)
+        return {t.name: np.ascontiguousarray(value, dtype=np.float32) for t, value in named}
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> FakeEngine:
+    """Open a fake bundle; raises EngineError for a real one, or for a device but cpu."""
+    return FakeEngine(manifest, device, precision)
+
+
+def encode(x: NDArray[Any], past: NDArray[Any] | None, block: int) -> tuple[NDArray[Any], ...]:
+    """Frames x [C, T, H, W] and past m [1, h, w] -> z [3, T / block, h, w], next past."""
+    _, t, height, width = x.shape
+    cells = (t // block, block, height // SPATIAL, SPATIAL, width // SPATIAL, SPATIAL)
+    # Rounded at once: what goes into the state and what goes into the latents is the same.
+    mean = x.mean(axis=0, dtype=np.float64).reshape(cells).mean(axis=(1, 3, 5))
+    mean = mean.astype(np.float32)
+    history = np.concatenate([np.zeros_like(mean[:1]) if past is None else past, mean])
+    return np.stack([mean, history[:-1], box(mean)]), history[-1:]
+
+
+def decode(z: NDArray[Any], past: NDArray[Any] | None, block: int) -> tuple[NDArray[Any], ...]:
+    """Latents z [3, k, h, w] and past z0 [1, h, w] -> x [1, k * block, H, W], next past."""
+    history = np.concatenate([np.zeros_like(z[0, :1]) if past is None else past, z[0]])
+    cells = z[0] + (box(z[1]) + z[2] - 2.0 * history[:-1]) / 16
+    k, h, w = cells.shape
+    x = cells[:, None, :, None, :, None] * (1 + GRAIN[:block, None, :, None, :])
+    return x.reshape(1, k * block, h * SPATIAL, w * SPATIAL), history[-1:]
+
+
+def box(plane: NDArray[Any]) -> NDArray[Any]:
+    """Mean of the 3x3 cells around each, zeros beyond the border: [k, h, w] to the same."""
+    _, h, w = plane.shape
+    padded = np.pad(plane.astype(np.float64), ((0, 0), (1, 1), (1, 1)))
+    mean: NDArray[Any] = np.mean(
+        [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], axis=0
+    )
+    return mean
+
+
+def write_fake_bundle(folder: Path, channels: int = 1) -> Manifest:
+    """Write a bundle that only the fake engine opens; returns its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(struct.pack("<Q", 2) + b"{}")  # a safetensors file of no tensors
+    manifest = Manifest(
+        schema=SCHEMA,
+        fvae_version="0.1.0",
+        name="fake",
+        description="Block means, for tests of the pipeline",
+        licence="Apache-2.0",
+        source=Source("fvae_deploy.engines.fake", "1", sha256(weights)),
+        network=Network("fake", {}),
+        geometry=Geometry(TEMPORAL, SPATIAL, LATENTS, channels, window=65),
+        intensity=Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0),
+        latent=LatentNormalisation((0.0,) * LATENTS, (1.0,) * LATENTS),
+        precision="fp32",
+        parts=tuple(_parts(channels)),
+        files={weights.name: sha256(weights)},
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def _parts(channels: int) -> Iterator[Part]:
+    past, following = TensorSpec("past0", (1, "h", "w", 1)), TensorSpec("next0", (1, "h", "w", 1))
+    plane: tuple[Dimension, ...] = (f"{SPATIAL}*h", f"{SPATIAL}*w")
+    for direction in ("encode", "decode"):
+        for kind, frames, k in (("first", 1, 1), ("step", f"{TEMPORAL}*k", "k")):
+            x = TensorSpec("x", (1, channels, frames, *plane))
+            z = TensorSpec("z", (1, LATENTS, k, "h", "w"))
+            data, result = (x, z) if direction == "encode" else (z, x)
+            state = (past,) if kind == "step" else ()
+            name, inputs, outputs = f"{direction}_{kind}", (data, *state), (result, following)
+            yield Part(name, "", inputs, outputs, halo=1, context=1, mac_per_cell=512)
+
+
+def _check(part: Part, given: tuple[NDArray[Any], ...]) -> None:
+    """Raise EngineError unless all shapes follow from one k, h and w."""
+    k, h, w = given[0].shape[2:] if given[0].ndim == 5 else (0, 0, 0)
+    if part.name.startswith("encode"):
+        k, h, w = k // TEMPORAL, h // SPATIAL, w // SPATIAL
+    for tensor, array in zip(part.inputs, given, strict=True):
+        expected = tensor.sized(k, h, w)
+        if array.shape != expected or not array.size:
+            raise EngineError(
+                f"expected {tensor.name} {expected} in {part.name}, found {array.shape}: "
+                "all sizes follow from one k, h and w"
+            )

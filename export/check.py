@@ -1,0 +1,109 @@
+"""Parity: how far an engine's results lie from the reference's, on one clip.
+
+The clip has what a CT has: smooth tissue, sharp edges against a saturated flat, and noise.
+White noise alone would flatter or damn an engine at frequencies that no volume has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.export.manifest import Intensity, Manifest, Parity
+
+Array = NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """What is asked of an engine here; every engine has it."""
+
+    name: str
+    precision: str
+
+    def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute one part."""
+        ...
+
+
+def parity(
+    reference: Runner,
+    engine: Runner,
+    manifest: Manifest,
+    seed: int = 0,
+    size: tuple[int, int] = (9, 12),
+    steps: int = 2,
+) -> Parity:
+    """Encode one clip in both, decode the reference's latents in both, and compare.
+
+    Parameters
+    ----------
+    reference, engine
+        The same bundle opened twice; the reference in float32 torch.
+    size
+        Latent cells along H and W.
+    steps
+        Latent frames after the first.
+
+    Returns
+    -------
+    Parity
+        Largest error of the latents in deviations of the reference's; mean and largest error
+        of the decoded frames in HU, both clamped to the model's range first.
+    """
+    geometry, intensity = manifest.geometry, manifest.intensity
+    shape = (1 + geometry.temporal * steps, size[0] * geometry.spatial, size[1] * geometry.spatial)
+    x = clip(shape, intensity, seed)[None, None].repeat(geometry.channels, axis=1)
+    z = stream(reference, manifest, "encode", x, geometry.temporal)
+    latent = np.abs(stream(engine, manifest, "encode", x, geometry.temporal) - z)
+    decoded = [
+        np.clip(stream(e, manifest, "decode", z, 1), intensity.model_min, intensity.model_max)
+        for e in (reference, engine)
+    ]
+    gain = (intensity.hu_max - intensity.hu_min) / (intensity.model_max - intensity.model_min)
+    hu = gain * np.abs(decoded[1].astype(np.float64) - decoded[0])
+    return Parity(
+        engine=engine.name,
+        precision=engine.precision,
+        latent_max=float(latent.max() / z.std()),
+        hu_mean=float(hu.mean()),
+        hu_max=float(hu.max()),
+    )
+
+
+def stream(engine: Runner, manifest: Manifest, direction: str, data: Array, stride: int) -> Array:
+    """Run a whole clip or latent [1, C, 1 + n * stride, H, W]: the first frame, then n steps."""
+    part, follower = manifest.part(f"{direction}_first"), manifest.part(f"{direction}_step")
+    piece, done, state, results = data[:, :, :1], 1, dict[str, Any](), []
+    while piece.shape[2]:
+        inputs = {part.inputs[0].name: np.ascontiguousarray(piece), **state}
+        outputs = engine.run(part.name, inputs)
+        # Copied, as the engine may overwrite it in the next run.
+        results.append(np.array(outputs[part.outputs[0].name], dtype=np.float32))
+        named = zip(follower.state_inputs, part.state_outputs, strict=True)
+        state = {new.name: outputs[old.name] for new, old in named}
+        part, piece, done = follower, data[:, :, done : done + stride], done + stride
+    return np.concatenate(results, axis=2)
+
+
+def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:
+    """Make a clip [T, H, W] in the model's range: waves in a drifting ellipse, air, noise."""
+    random = np.random.default_rng(seed)
+    t, y, x = np.meshgrid(
+        np.linspace(0, shape[0] / 32, shape[0]),
+        np.linspace(-1, 1, shape[1]),
+        np.linspace(-1, 1, shape[2]),
+        indexing="ij",
+    )
+    tissue = np.zeros(shape)
+    for _ in range(12):  # up to 3 periods across the plane
+        pitch, phase = random.uniform(-3, 3, 3) * np.pi, random.uniform(0, 2 * np.pi)
+        tissue += 0.2 * np.cos(pitch[0] * t + pitch[1] * y + pitch[2] * x + phase)
+    tissue = np.where(tissue > 0.6, 1.0, tissue)  # bone: an edge inside
+    body = ((y - 0.1 * t) / 0.8) ** 2 + ((x + 0.1 * t) / 0.9) ** 2 < 1
+    values = np.where(body, tissue, -1.0) + 0.03 * random.standard_normal(shape)
+    share = (np.clip(values, -1, 1) + 1) / 2
+    span = intensity.model_max - intensity.model_min
+    return (intensity.model_min + span * share).astype(np.float32)
