@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from fvae_deploy.errors import EngineError
@@ -64,6 +65,16 @@ def missing(name: str) -> str | None:
     return None
 
 
+def precisions(name: str) -> list[str]:
+    """Precisions in which an installed engine computes on this machine's CPU."""
+    found: list[str] = _module(name).precisions()
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
+
+
 def choose() -> tuple[str, str]:
     """Return the engine that `auto` takes here, and why."""
     reasons: list[str] = []
@@ -86,6 +97,5 @@ def open_engine(
     problem = missing(name)
     if problem is not None:
         raise EngineError(f"engine {name} cannot run here: it {problem}")
-    module = importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
-    engine: Engine = module.open(bundle, manifest, device, precision)
+    engine: Engine = _module(name).open(bundle, manifest, device, precision)
     return engine

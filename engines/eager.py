@@ -77,3 +77,8 @@ class EagerEngine:
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> EagerEngine:
     """Open a bundle; raises EngineError when the device is not there."""
     return EagerEngine(bundle, manifest, device, precision)
+
+
+def precisions() -> list[str]:
+    """Precisions in which torch computes these networks on a CPU."""
+    return list(DTYPES)

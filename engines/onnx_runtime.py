@@ -87,3 +87,8 @@ class OnnxRuntimeEngine:
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OnnxRuntimeEngine:
     """Open a bundle; raises EngineError when the device or precision is not there."""
     return OnnxRuntimeEngine(bundle, manifest, device, precision)
+
+
+def precisions() -> list[str]:
+    """Precisions that bundles hold: the runtime computes as exported."""
+    return ["fp32"]

@@ -108,3 +108,9 @@ class OpenVINOEngine:
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OpenVINOEngine:
     """Open a bundle; raises EngineError when the device cannot compute at this precision."""
     return OpenVINOEngine(bundle, manifest, device, precision)
+
+
+def precisions() -> list[str]:
+    """Precisions in which this machine's CPU computes."""
+    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [precision for precision, name in CAPABILITY.items() if name in able]

@@ -1,0 +1,51 @@
+"""Run frozen foundation VAEs on CT: exact, fast, in bounded memory.
+
+    import fvae_deploy as fvae
+
+    with fvae.open_codec("tiny") as codec:
+        z = codec.encode(frames)  # float32 [C, T, H, W] in the model's range -> [D, t, h, w]
+        x = codec.decode(z)  # and back
+
+    report = fvae.reconstruct("ct.nii.gz", "recon.nii.gz", model="tiny", memory="2GiB")
+
+Importing this costs nothing: what a name needs is imported when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Codec": "codec",
+    "open_codec": "codec",
+    "encode": "api",
+    "decode": "api",
+    "reconstruct": "api",
+    "compare": "fidelity",
+    "open_volume": "volume",
+    "create_volume": "volume",
+    "write_phantom": "phantom",
+    "FvaeError": "errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from fvae_deploy.api import decode as decode
+    from fvae_deploy.api import encode as encode
+    from fvae_deploy.api import reconstruct as reconstruct
+    from fvae_deploy.codec import Codec as Codec
+    from fvae_deploy.codec import open_codec as open_codec
+    from fvae_deploy.errors import FvaeError as FvaeError
+    from fvae_deploy.fidelity import compare as compare
+    from fvae_deploy.phantom import write_phantom as write_phantom
+    from fvae_deploy.volume import create_volume as create_volume
+    from fvae_deploy.volume import open_volume as open_volume
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"fvae_deploy.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fvae_deploy' has no attribute {name!r}")

@@ -114,15 +114,21 @@ def start_from_principal_components(model: LeanVAE, maker: ClipMaker) -> None:
     model.latent_bottleneck.Q.copy_((directions / scale).T * deviation)
 
 
-def psnr_and_mae(model: LeanVAE, clips: Tensor, noise: float = 0.0) -> tuple[float, float]:
-    """PSNR in dB (peak: the full range) and mean absolute error in HU (range = 2000 HU)."""
+def psnr_and_mae(
+    model: LeanVAE, clips: Tensor, noise: float = 0.0, frames: int | None = None
+) -> tuple[float, float]:
+    """PSNR in dB (peak 2000 HU) and mean absolute error in HU of clips [B, 1, T, H, W].
+
+    1.0 is 1000 HU. `noise` is added to the latent, in each channel's deviations; `frames`
+    counts the frames that are no padding.
+    """
     with torch.no_grad():
         z = model.encode(clips / 2)
         if noise:
             seeded = torch.Generator().manual_seed(0)
             deviation = z.std(dim=(0, 2, 3, 4), keepdim=True)
             z = z + noise * deviation * torch.randn(z.shape, generator=seeded)
-        error = (2 * model.decode(z)).clamp(-1, 1) - clips
+        error = ((2 * model.decode(z)).clamp(-1, 1) - clips)[:, :, :frames]
     return -10 * math.log10(error.square().mean().item() / 4), 1000 * error.abs().mean().item()
 
 

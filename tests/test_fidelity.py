@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fvae_deploy import compare as module
-from fvae_deploy.compare import Comparison, Tally, compare, table
+from fvae_deploy import fidelity as module
 from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.fidelity import Comparison, Tally, compare, table
 from fvae_deploy.volume import Geometry, create_volume
 
 AFFINE = np.diag([-0.8, -0.8, 2.0, 1.0])

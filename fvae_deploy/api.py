@@ -1,0 +1,135 @@
+"""The verbs on files: open everything, stream, report. The command line calls these."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from fvae_deploy import __version__, stream
+from fvae_deploy.codec import open_codec
+from fvae_deploy.latents import LatentReader
+from fvae_deploy.plan import parse_bytes
+from fvae_deploy.report import run_report
+from fvae_deploy.rss import current_rss
+from fvae_deploy.stream import Progress
+from fvae_deploy.volume import open_volume
+
+
+def _nothing(slices: int) -> None:
+    """No progress shown."""
+
+
+def encode(
+    ct: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path = "tiny",
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    protocol: str = "causal",
+    memory: str | int | None = None,
+    k: int = 1,
+    series: str | None = None,
+    resume: bool = False,
+    any_range: bool = False,
+    progress: Progress = _nothing,
+) -> dict[str, Any]:
+    """Encode a CT into a latent store (Zarr v3) and return the run report.
+
+    `memory` bounds what the run takes beyond interpreter and libraries ("700MiB", bytes);
+    `k` is the number of latent frames a step. Raises FvaeError with the remedy.
+    """
+    with (
+        contextlib.closing(open_volume(ct, series)) as reader,
+        open_codec(model, engine=engine, precision=precision, device=device) as codec,
+    ):
+        baseline = current_rss()
+        outcome = stream.encode(
+            codec,
+            reader,
+            Path(output),
+            protocol=protocol,
+            memory=_bytes(memory),
+            k=k,
+            resume=resume,
+            any_range=any_range,
+            version=__version__,
+            progress=progress,
+        )
+        return run_report("encode", Path(ct), Path(output), codec, outcome, baseline)
+
+
+def decode(
+    latents: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    memory: str | int | None = None,
+    slices: tuple[int, int] | None = None,
+    dtype: str = "int16",
+    progress: Progress = _nothing,
+) -> dict[str, Any]:
+    """Decode a latent store, or slices [a, b) of it, to a volume in HU; return the report.
+
+    `model` defaults to the built-in of the name that the store gives. Raises FvaeError.
+    """
+    store = LatentReader(Path(latents))
+    with open_codec(
+        model or store.info.model, engine=engine, precision=precision, device=device
+    ) as codec:
+        baseline = current_rss()
+        outcome = stream.decode(
+            codec,
+            store,
+            Path(output),
+            slices=slices,
+            memory=_bytes(memory),
+            dtype=dtype,
+            progress=progress,
+        )
+        return run_report("decode", Path(latents), Path(output), codec, outcome, baseline)
+
+
+def reconstruct(
+    ct: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path = "tiny",
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+    protocol: str = "causal",
+    memory: str | int | None = None,
+    k: int = 1,
+    series: str | None = None,
+    dtype: str = "int16",
+    any_range: bool = False,
+    progress: Progress = _nothing,
+) -> dict[str, Any]:
+    """Encode and decode a CT in one stream, HU in and HU out; return the run report."""
+    with (
+        contextlib.closing(open_volume(ct, series)) as reader,
+        open_codec(model, engine=engine, precision=precision, device=device) as codec,
+    ):
+        baseline = current_rss()
+        outcome = stream.reconstruct(
+            codec,
+            reader,
+            Path(output),
+            protocol=protocol,
+            memory=_bytes(memory),
+            k=k,
+            dtype=dtype,
+            any_range=any_range,
+            progress=progress,
+        )
+        return run_report("reconstruct", Path(ct), Path(output), codec, outcome, baseline)
+
+
+def _bytes(memory: str | int | None) -> int | None:
+    return parse_bytes(memory) if isinstance(memory, str) else memory

@@ -1,0 +1,525 @@
+"""The command line: parse, call, print, exit code. Everything heavy is imported on use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fvae_deploy import __version__
+from fvae_deploy.errors import FvaeError, UsageError
+
+app = typer.Typer(
+    name="fvae",
+    help="Run frozen foundation VAEs on CT: exact, fast, in bounded memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
+Engine = Annotated[
+    str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime or torch.")
+]
+Precision = Annotated[str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where the engine has it.")]
+Protocol = Annotated[
+    str,
+    typer.Option("--protocol", help="causal: one seamless stream; windows: 65 slices at a time."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", help="Budget beyond the libraries, as 700MiB [default: 60 % of what is free]."
+    ),
+]
+StepFrames = Annotated[
+    int, typer.Option("--step", min=1, help="Latent frames a step (4 slices each).")
+]
+Series = Annotated[
+    str | None, typer.Option("--series", help="DICOM SeriesInstanceUID, or a unique end of it.")
+]
+AnyRange = Annotated[
+    bool, typer.Option("--any-range", help="Accept volumes with no value below 0 HU.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="int16 (rounded) or float32.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--run-report", help="Write the facts of the run to this JSON.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before the verb."""
+
+
+@app.command()
+def encode(
+    ct: CT,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Latent store to make: .zarr.")],
+    model: Model = "tiny",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    device: Device = "cpu",
+    protocol: Protocol = "causal",
+    memory: Memory = None,
+    step: StepFrames = 1,
+    series: Series = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what a stopped run left.")
+    ] = False,
+    any_range: AnyRange = False,
+    run_report: ReportFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Encode a CT into a small latent store.
+
+    Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`
+    """
+    if not output.name.endswith(".zarr"):
+        raise UsageError(f"expected an output named .zarr, found {output.name}")
+    from fvae_deploy.api import encode as run
+
+    with _progress(_slices(ct, series), "encode", quiet) as advance:
+        report = run(
+            ct,
+            output,
+            model=model,
+            engine=engine,
+            precision=precision,
+            device=device,
+            protocol=protocol,
+            memory=memory,
+            k=step,
+            series=series,
+            resume=resume,
+            any_range=any_range,
+            progress=advance,
+        )
+    _finish(report, run_report, quiet)
+
+
+@app.command()
+def decode(
+    latents: Annotated[Path, typer.Argument(help="A latent store made by fvae encode.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="[default: the one the store names]")
+    ] = None,
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    device: Device = "cpu",
+    memory: Memory = None,
+    slices: Annotated[
+        str | None, typer.Option("--slices", help="Only slices a:b, as 100:140.")
+    ] = None,
+    dtype: Dtype = "int16",
+    run_report: ReportFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Decode a latent store, or some of its slices, to a CT in HU.
+
+    Example: `fvae decode ct.zarr -o crop.nii.gz --slices 100:140`
+    """
+    from fvae_deploy.api import decode as run
+    from fvae_deploy.latents import LatentReader
+
+    wanted = _range(slices) if slices else None
+    total = wanted[1] - wanted[0] if wanted else LatentReader(latents).info.slices
+    with _progress(total, "decode", quiet) as advance:
+        report = run(
+            latents,
+            output,
+            model=model,
+            engine=engine,
+            precision=precision,
+            device=device,
+            memory=memory,
+            slices=wanted,
+            dtype=dtype,
+            progress=advance,
+        )
+    _finish(report, run_report, quiet)
+
+
+@app.command()
+def reconstruct(
+    ct: CT,
+    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
+    model: Model = "tiny",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    device: Device = "cpu",
+    protocol: Protocol = "causal",
+    memory: Memory = None,
+    step: StepFrames = 1,
+    series: Series = None,
+    dtype: Dtype = "int16",
+    any_range: AnyRange = False,
+    run_report: ReportFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Encode and decode a CT in one stream: HU in, HU out, no latent on disk.
+
+    Example: `fvae reconstruct dicom_folder -o recon.nii.gz`
+    """
+    from fvae_deploy.api import reconstruct as run
+
+    with _progress(_slices(ct, series), "reconstruct", quiet) as advance:
+        report = run(
+            ct,
+            output,
+            model=model,
+            engine=engine,
+            precision=precision,
+            device=device,
+            protocol=protocol,
+            memory=memory,
+            k=step,
+            series=series,
+            dtype=dtype,
+            any_range=any_range,
+            progress=advance,
+        )
+    _finish(report, run_report, quiet)
+
+
+@app.command()
+def compare(
+    original: CT,
+    reconstruction: Annotated[Path, typer.Argument(help="A volume on the same grid.")],
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Organ label map: errors per organ.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw original, reconstruction and error.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
+    ssim: Annotated[bool, typer.Option(help="SSIM takes most of the time.")] = True,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two volumes: PSNR, SSIM, MAE, p99, maximum and bias in HU.
+
+    Example: `fvae compare ct.nii.gz recon.nii.gz --labels organs.nii.gz --png errors.png`
+    """
+    from fvae_deploy.fidelity import compare as run
+    from fvae_deploy.fidelity import table
+    from fvae_deploy.report import write_json
+
+    with _progress(_slices(original, None), "compare", quiet) as advance:
+        found = run(
+            original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
+        )
+    if json:
+        write_json(found.to_dict(), json)
+    if not quiet:
+        _print(table(found))
+        if png:
+            print(f"picture: {png}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option("--model", "-m", help="Weights: .ckpt, .safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    name: Annotated[str | None, typer.Option("--name", help="[default: the file's name]")] = None,
+    channels: Annotated[
+        str, typer.Option("--channels", help="gray folds three channels into one; rgb keeps them.")
+    ] = "gray",
+    opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Export weights to a bundle, and measure parity and memory in every engine here.
+
+    Example: `fvae export -m LeanVAE-dim16.ckpt -o leanvae16`
+    """
+    _require("torch", "onnx", "onnxscript", "safetensors")
+    from fvae_deploy.make_bundle import make_bundle
+
+    manifest = make_bundle(
+        model, output, name=name, channels=channels, opset=opset, progress=_say(quiet)
+    )
+    if not quiet:
+        _print(_parity_table(manifest))
+
+
+@app.command()
+def models(quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the built-in models, with their geometry and measured parity."""
+    from fvae_deploy.codec import BUILT_IN
+    from fvae_deploy.export.manifest import Manifest
+
+    for path in sorted(BUILT_IN.glob("*/manifest.json")):
+        manifest = Manifest.load(path.parent)
+        g = manifest.geometry
+        print(f"{manifest.name}: {manifest.description}")
+        print(
+            f"  {g.temporal}x{g.spatial}x{g.spatial} voxels to {g.latent_channels} channels, "
+            f"licence {manifest.licence}, weights {manifest.identity}"
+        )
+        _print(_parity_table(manifest))
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Say which engines can run here, and what would make the others run."""
+    from fvae_deploy.engines.base import ENGINES, choose, missing, precisions
+    from fvae_deploy.report import machine
+
+    facts = machine()
+    print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
+    print(f"{facts['cores']} cores, {facts['processor']}")
+    for name in ENGINES:
+        if name == "fake":
+            continue
+        problem = missing(name)
+        verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
+        print(f"  {name:12} {verdict}")
+    print("auto takes {}, since {}".format(*choose()))
+
+
+@app.command()
+def bench(
+    model: Model = "tiny",
+    engines: Annotated[
+        str, typer.Option("--engines", help="Comma-separated, as openvino:fp32 [default: all].")
+    ] = "",
+    size: Annotated[int, typer.Option("--size", min=8, help="Side of a slice in pixels.")] = 512,
+    step: StepFrames = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Repetitions in turn.")] = 3,
+    peer: Annotated[
+        Path | None,
+        typer.Option("--peer", help="Weights: also run the published formulation on them."),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure throughput, share of the ceiling and peak memory; the last line is JSON.
+
+    Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors`
+    """
+    import json
+
+    from fvae_deploy import bench as benchmark
+    from fvae_deploy.codec import bundle_path
+    from fvae_deploy.engines.base import missing, precisions
+    from fvae_deploy.export.manifest import Manifest
+    from fvae_deploy.report import machine
+
+    path = bundle_path(model)
+    names = [e for e in ("openvino", "onnxruntime", "torch") if missing(e) is None]
+    candidates = [(e, p) for e in names for p in precisions(e)]
+    if engines:
+        pairs = (item.strip().partition(":") for item in engines.split(","))
+        candidates = [(e, p or "fp32") for e, _, p in pairs]
+    if peer:
+        _require("torch", "safetensors")
+        candidates.append((benchmark.REFERENCE, "fp32"))
+    rows = benchmark.bench(
+        path,
+        Manifest.load(path),
+        candidates,
+        size=size,
+        k=step,
+        rounds=rounds,
+        weights=peer,
+        progress=_say(quiet),
+    )
+    if not quiet:
+        _print(_bench_table(rows))
+    print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
+
+
+@app.command()
+def phantom(
+    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
+    shape: Annotated[str, typer.Option("--shape", help="x,y,z in voxels.")] = "512,512,300",
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Also write the organ label map here.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a deterministic synthetic torso in HU, slab by slab.
+
+    Example: `fvae phantom -o ct.nii.gz --shape 256,256,200 --labels organs.nii.gz`
+    """
+    from fvae_deploy.phantom import write_phantom
+
+    try:
+        x, y, z = (int(n) for n in shape.split(","))
+    except ValueError:
+        raise UsageError(f"expected --shape as 512,512,300, found {shape!r}") from None
+    with _progress(z, "phantom", quiet) as advance:
+        write_phantom(output, (x, y, z), labels=labels, seed=seed, progress=advance)
+
+
+def main() -> None:
+    """Run the command line; every FvaeError becomes one line and an exit code."""
+    try:
+        app()
+    except FvaeError as error:
+        _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        _fail(error, "stopped; an encode that was stopped continues with --resume", 130)
+    except MemoryError as error:
+        _fail(error, "out of memory: lower --memory, or close other programs", 6)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(error, f"{error.strerror or error}{where}: check the place and its space", 3)
+
+
+def _fail(error: BaseException, message: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    print(f"fvae: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _slices(ct: Path, series: str | None) -> int:
+    from fvae_deploy.volume import open_volume
+
+    reader = open_volume(ct, series)
+    reader.close()
+    return reader.geometry.shape[2]
+
+
+def _range(text: str) -> tuple[int, int]:
+    try:
+        a, b = (int(n) for n in text.split(":"))
+    except ValueError:
+        raise UsageError(f"expected --slices as a:b, for example 100:140, found {text!r}") from None
+    return a, b
+
+
+@contextmanager
+def _progress(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar with slices/s and time left, on a terminal that is not quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda slices: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"slices, {task.speed:.0f}/s" if task.speed else "slices")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=slices)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+
+        yield advance
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    def say(message: str) -> None:
+        if not quiet:
+            print(message, file=sys.stderr)
+
+    return say
+
+
+def _finish(report: dict[str, Any], path: Path | None, quiet: bool) -> None:
+    from fvae_deploy.report import summary, write_json
+
+    if path:
+        write_json(report, path)
+    if not quiet:
+        print(f"{report['output']}: {summary(report)}")
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 110).print(renderable)
+
+
+def _require(*packages: str) -> None:
+    """Raise EngineError with the pip line when an optional package is not installed."""
+    from importlib.util import find_spec
+
+    from fvae_deploy.errors import EngineError
+
+    absent = [package for package in packages if find_spec(package) is None]
+    if absent:
+        raise EngineError(
+            f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
+            "pip install 'fvae-deploy[export]'"
+        )
+
+
+def _parity_table(manifest: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"parity of {manifest.name} with float32 torch, measured at export")
+    for column in ("engine", "precision", "latent max (deviations)", "mean HU", "max HU"):
+        table.add_column(column)
+    for row in manifest.parity:
+        numbers = (f"{row.latent_max:.1e}", f"{row.hu_mean:.2g}", f"{row.hu_max:.2g}")
+        table.add_row(row.engine, row.precision, *numbers)
+    return table
+
+
+def _bench_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
+    columns = "engine precision slices/s Mvoxel/s GFLOP/s ceiling"
+    for column in [*columns.split(), "peak MiB", "× reference"]:
+        table.add_column(column)
+    for row in rows:
+        times = row["times_reference"]
+        table.add_row(
+            row["engine"],
+            row["precision"],
+            f"{row['slices_per_second']:.1f}",
+            f"{row['voxels_per_second'] / 1e6:.2f}",
+            f"{row['gflop_per_second']:.0f}",
+            f"{100 * row['share_of_ceiling']:.0f} %",
+            f"{row['peak_mib']:.0f}",
+            f"{times:.2f}" if times else "-",
+        )
+    return table

@@ -1,0 +1,70 @@
+"""HU to the model's range and back, with what was clipped counted on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.errors import VolumeError
+from fvae_deploy.export.manifest import Intensity
+from fvae_deploy.volume.base import Frames
+
+
+@dataclass
+class Tally:
+    """What a stream of HU held: its range and how much lay outside the model's window."""
+
+    voxels: int = 0
+    below: int = 0
+    above: int = 0
+    minimum: float = float("inf")
+    maximum: float = float("-inf")
+
+    def check_is_ct(self) -> None:
+        """Raise VolumeError when no value is negative: HU have air at -1000, fat at -100."""
+        if self.voxels and self.minimum >= 0 and self.maximum > 0:
+            raise VolumeError(
+                f"expected a CT in HU, with air or fat below 0, found values {self.minimum:g} to "
+                f"{self.maximum:g}: is this a mask, another modality, or HU + 1024? Convert it, "
+                "or pass --any-range if these really are HU"
+            )
+
+
+def to_model(
+    frames: Frames, intensity: Intensity, height: int, width: int, tally: Tally
+) -> NDArray[np.float32]:
+    """HU frames [t, x, y] to the model's range [1, t, height, width], float32.
+
+    Clips to the HU window and repeats the last row and column up to height x width.
+    """
+    count, x, y = frames.shape
+    low, high = intensity.hu_min, intensity.hu_max
+    least, most = float(frames.min()), float(frames.max())
+    tally.voxels += frames.size
+    tally.minimum, tally.maximum = min(tally.minimum, least), max(tally.maximum, most)
+    tally.below += int(np.count_nonzero(frames < low)) if least < low else 0
+    tally.above += int(np.count_nonzero(frames > high)) if most > high else 0
+    model = np.empty((1, count, height, width), np.float32)
+    inner = model[0, :, :x, :y]
+    inner[...] = frames
+    np.clip(inner, low, high, out=inner)
+    gain = (intensity.model_max - intensity.model_min) / (high - low)
+    inner *= np.float32(gain)
+    inner += np.float32(intensity.model_min - low * gain)
+    model[0, :, x:, :y] = inner[:, -1:, :]
+    model[0, :, :, y:] = model[0, :, :, y - 1 : y]
+    return model
+
+
+def to_hu(model: NDArray[Any], intensity: Intensity, x: int, y: int) -> NDArray[np.float32]:
+    """Model frames [C, t, H, W] to HU [t, x, y]: mean over channels, clamped to the window."""
+    inner = model[:, :, :x, :y]
+    mean = inner[0] if len(inner) == 1 else inner.mean(axis=0)
+    gain = (intensity.hu_max - intensity.hu_min) / (intensity.model_max - intensity.model_min)
+    hu: NDArray[np.float32] = np.multiply(mean, np.float32(gain))
+    hu += np.float32(intensity.hu_min - intensity.model_min * gain)
+    np.clip(hu, intensity.hu_min, intensity.hu_max, out=hu)
+    return hu

@@ -1,0 +1,122 @@
+"""Exact in-plane tiling, as pure integer arithmetic.
+
+A tile computes more than it keeps. Next to another tile it computes `halo` extra cells,
+the network's reach, and throws them away; at the true border of the image there is no halo,
+so the network's own padding applies there. All tiles of an axis have the same extent, hence
+one compiled graph serves all of them.
+
+    length 20, extent 10, halo 2        kept cells marked by the tile's letter
+
+    cell    0 1 2 3 4 5 6 7 8 9 . . . . . . . . . 19
+    A       A A A A A A A A h h                          read  0:10  keep  0:8
+    B                   h h B B B B B B h h              read  6:16  keep  8:14
+    C                           h h h h C C C C C C      read 10:20  keep 14:20
+
+The last tile moves back to end with the image, so its halo may be wider than needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """One axis of a tile: the cells [start, stop) it computes and those it keeps."""
+
+    read: tuple[int, int]
+    keep: tuple[int, int]
+
+    @property
+    def crop(self) -> slice:
+        """The kept cells, counted from the first computed one."""
+        return slice(self.keep[0] - self.read[0], self.keep[1] - self.read[0])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of latent cells along H and W."""
+
+    rows: Span
+    columns: Span
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A plane of h x w latent cells cut into tiles of one extent."""
+
+    height: int
+    width: int
+    extent: tuple[int, int]
+    halo: int
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The tiles, row by row."""
+        rows = spans(self.height, self.extent[0], self.halo)
+        columns = spans(self.width, self.extent[1], self.halo)
+        return tuple(Tile(row, column) for row in rows for column in columns)
+
+    @property
+    def cells(self) -> int:
+        """Cells that one tile computes."""
+        return self.extent[0] * self.extent[1]
+
+    @property
+    def overhead(self) -> float:
+        """Cells computed over cells kept: 1.0 for an untiled plane."""
+        return len(self.tiles) * self.cells / (self.height * self.width)
+
+
+def spans(length: int, extent: int, halo: int) -> tuple[Span, ...]:
+    """Cut an axis of `length` cells into spans of `extent` cells that keep every cell once.
+
+    Raises ValueError when the extent leaves nothing to keep between two halos.
+    """
+    if extent >= length:
+        return (Span((0, length), (0, length)),)
+    if extent <= 2 * halo:
+        raise ValueError(f"an extent of {extent} cells keeps nothing beside halos of {halo}")
+    found, kept = [], 0
+    while kept < length:
+        start = min(max(kept - halo, 0), length - extent)
+        stop = start + extent
+        end = length if stop == length else stop - halo
+        found.append(Span((start, stop), (kept, end)))
+        kept = end
+    return tuple(found)
+
+
+def fit(height: int, width: int, halo: int, cells: int) -> Grid | None:
+    """Find the grid of least total work whose tiles compute at most `cells` cells each.
+
+    Returns None when even tiles that keep a single cell are larger.
+    """
+    best: Grid | None = None
+    for rows in _extents(height, halo):
+        fitting = [columns for columns in _extents(width, halo) if rows * columns <= cells]
+        for columns in fitting[:1]:  # extents come widest first, and wider is never more work
+            grid = Grid(height, width, (rows, columns), halo)
+            if best is None or _work(grid) < _work(best):
+                best = grid
+    return best
+
+
+def smallest(height: int, width: int, halo: int) -> Grid:
+    """Cut into the smallest tiles that are possible: one kept cell between halos."""
+    least = 2 * halo + 1
+    return Grid(height, width, (min(height, least), min(width, least)), halo)
+
+
+def _extents(length: int, halo: int) -> list[int]:
+    """Widest to narrowest: for every number of tiles, the least extent that covers the axis."""
+    counts = range(1, max(length - 2 * halo, 1) + 1)
+    extents = {length if n == 1 else math.ceil((length - 2 * halo) / n) + 2 * halo for n in counts}
+    return sorted(extents, reverse=True)
+
+
+def _work(grid: Grid) -> int:
+    rows = len(spans(grid.height, grid.extent[0], grid.halo))
+    columns = len(spans(grid.width, grid.extent[1], grid.halo))
+    return rows * columns * grid.cells

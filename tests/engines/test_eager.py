@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from engine_contract import EngineContract, Reference, Stream, error, sample
+
+from fvae_deploy.engines.base import open_engine
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import Manifest, Network
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+
+class TestEager(EngineContract):
+    engine_name = "torch"
+
+    def test_bfloat16_computes_in_bfloat16(
+        self, bundle: Path, manifest: Manifest, reference: Reference, direction: str
+    ) -> None:
+        engine = open_engine(bundle, manifest, "torch", precision="bf16")
+        assert engine.precision == "bf16"
+        data = sample(manifest, direction, 2, 3, 4)
+        found = Stream(engine, manifest, direction).push_all(data, (1, 1))
+        # 8 bits of mantissa leave an error that float32 would not.
+        assert 1e-4 < error(found, getattr(reference, direction)(data)) < 0.05
+        engine.close()
+
+    def test_a_network_it_cannot_build_is_refused(self, bundle: Path, manifest: Manifest) -> None:
+        other = dataclasses.replace(manifest, network=Network("wan", {}))
+        with pytest.raises(EngineError, match=r"family lean_vae, found wan: use another engine"):
+            open_engine(bundle, other, "torch")
