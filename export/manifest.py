@@ -47,6 +47,19 @@ class TensorSpec:
             sizes.append(size * int(factor or 1))
         return tuple(sizes)
 
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether some k, h and w of at least 1 give this shape."""
+        if len(shape) != len(self.shape):
+            return False
+        for size, dimension in zip(shape, self.shape, strict=True):
+            factor, _, symbol = str(dimension).rpartition("*")
+            if symbol not in ("k", "h", "w"):
+                if size != int(symbol):
+                    return False
+            elif size < 1 or size % int(factor or 1):
+                return False
+        return True
+
 
 @dataclass(frozen=True)
 class Part:

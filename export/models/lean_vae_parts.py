@@ -91,8 +91,11 @@ class FoldedLayer(nn.Module):
             frames = torch.cat([past.permute(0, 3, 1, 2), x])
             y = tap(frames[:-2], self.tap0, self.bias)
             y = y + tap(frames[1:-1], self.tap1) + tap(frames[2:], self.tap2)
-        centred = y - y.mean(1, keepdim=True)
-        scaled = centred * torch.rsqrt((centred * centred).mean(1, keepdim=True) + self.epsilon)
+        # Sums of squares do not fit half precision.
+        wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+        centred = wide - wide.mean(1, keepdim=True)
+        variance = (centred * centred).mean(1, keepdim=True)
+        scaled = (centred * torch.rsqrt(variance + self.epsilon)).to(y.dtype)
         gate = F.gelu(F.conv2d(scaled, self.gate, self.gate_bias))
         value = F.conv2d(scaled, self.value, self.value_bias)
         out = F.conv2d(value * gate, self.narrow)
@@ -163,7 +166,7 @@ class DecodeParts(nn.Module):
         self.unscale = _frozen(1 / torch.tensor(scale, dtype=bottleneck.Q.dtype)[:, None, None])
         self.q, self.phi = _matrix(bottleneck.Q), _matrix(bottleneck.phi)
         self.descent = nn.ParameterList(_matrix(w * bottleneck.phi.T) for w in bottleneck.weights)
-        self.thresholds = [float(t) for t in bottleneck.threshold]
+        self.thresholds = nn.ParameterList(_frozen(t) for t in bottleneck.threshold)
         self.forward_l = _folded(bottleneck.forward_l)
         self.backward_l = _folded(bottleneck.backward_l)
         decoder = model.decoder
@@ -187,7 +190,7 @@ class DecodeParts(nn.Module):
         for i, threshold in enumerate(self.thresholds):
             descended = x - F.conv2d(F.conv2d(x, self.phi) - z, self.descent[i])
             x = self.forward_l[i](descended, history, states)
-            x = x - x.clamp(-threshold, threshold)  # soft threshold
+            x = x - x.minimum(threshold).maximum(-threshold)  # soft threshold
             x = descended + self.backward_l[i](x, history, states)
         x = self.fusion(x, history, states)
         low = self.low(x[:, : self.low_width], history, states)
