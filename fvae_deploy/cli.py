@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fvae_deploy import __version__
+from fvae_deploy.console import bench_table, finish, parity_table, progress_bar, say, show
 from fvae_deploy.errors import FvaeError, UsageError
 
 app = typer.Typer(
@@ -99,7 +98,7 @@ def encode(
         raise UsageError(f"expected an output named .zarr, found {output.name}")
     from fvae_deploy.api import encode as run
 
-    with _progress(_slices(ct, series), "encode", quiet) as advance:
+    with progress_bar(_slices(ct, series), "encode", quiet) as advance:
         report = run(
             ct,
             output,
@@ -115,7 +114,7 @@ def encode(
             any_range=any_range,
             progress=advance,
         )
-    _finish(report, run_report, quiet)
+    finish(report, run_report, quiet)
 
 
 @app.command()
@@ -146,7 +145,7 @@ def decode(
 
     wanted = _range(slices) if slices else None
     total = wanted[1] - wanted[0] if wanted else LatentReader(latents).info.slices
-    with _progress(total, "decode", quiet) as advance:
+    with progress_bar(total, "decode", quiet) as advance:
         report = run(
             latents,
             output,
@@ -159,7 +158,7 @@ def decode(
             dtype=dtype,
             progress=advance,
         )
-    _finish(report, run_report, quiet)
+    finish(report, run_report, quiet)
 
 
 @app.command()
@@ -186,7 +185,7 @@ def reconstruct(
     """
     from fvae_deploy.api import reconstruct as run
 
-    with _progress(_slices(ct, series), "reconstruct", quiet) as advance:
+    with progress_bar(_slices(ct, series), "reconstruct", quiet) as advance:
         report = run(
             ct,
             output,
@@ -202,7 +201,7 @@ def reconstruct(
             any_range=any_range,
             progress=advance,
         )
-    _finish(report, run_report, quiet)
+    finish(report, run_report, quiet)
 
 
 @app.command()
@@ -228,14 +227,14 @@ def compare(
     from fvae_deploy.fidelity import table
     from fvae_deploy.report import write_json
 
-    with _progress(_slices(original, None), "compare", quiet) as advance:
+    with progress_bar(_slices(original, None), "compare", quiet) as advance:
         found = run(
             original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
         )
     if json:
         write_json(found.to_dict(), json)
     if not quiet:
-        _print(table(found))
+        show(table(found))
         if png:
             print(f"picture: {png}")
 
@@ -260,10 +259,10 @@ def export(
     from fvae_deploy.make_bundle import make_bundle
 
     manifest = make_bundle(
-        model, output, name=name, channels=channels, opset=opset, progress=_say(quiet)
+        model, output, name=name, channels=channels, opset=opset, progress=say(quiet)
     )
     if not quiet:
-        _print(_parity_table(manifest))
+        show(parity_table(manifest))
 
 
 @app.command()
@@ -280,7 +279,7 @@ def models(quiet: Quiet = False, debug: Debug = False) -> None:
             f"  {g.temporal}x{g.spatial}x{g.spatial} voxels to {g.latent_channels} channels, "
             f"licence {manifest.licence}, weights {manifest.identity}"
         )
-        _print(_parity_table(manifest))
+        show(parity_table(manifest))
 
 
 @app.command()
@@ -346,10 +345,10 @@ def bench(
         k=step,
         rounds=rounds,
         weights=peer,
-        progress=_say(quiet),
+        progress=say(quiet),
     )
     if not quiet:
-        _print(_bench_table(rows))
+        show(bench_table(rows))
     print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
 
 
@@ -374,7 +373,7 @@ def phantom(
         x, y, z = (int(n) for n in shape.split(","))
     except ValueError:
         raise UsageError(f"expected --shape as 512,512,300, found {shape!r}") from None
-    with _progress(z, "phantom", quiet) as advance:
+    with progress_bar(z, "phantom", quiet) as advance:
         write_phantom(output, (x, y, z), labels=labels, seed=seed, progress=advance)
 
 
@@ -416,67 +415,6 @@ def _range(text: str) -> tuple[int, int]:
     return a, b
 
 
-@contextmanager
-def _progress(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar with slices/s and time left, on a terminal that is not quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda slices: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Speed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"slices, {task.speed:.0f}/s" if task.speed else "slices")
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=slices)
-
-        def advance(done: int) -> None:
-            bar.advance(task, done)
-
-        yield advance
-
-
-def _say(quiet: bool) -> Callable[[str], None]:
-    def say(message: str) -> None:
-        if not quiet:
-            print(message, file=sys.stderr)
-
-    return say
-
-
-def _finish(report: dict[str, Any], path: Path | None, quiet: bool) -> None:
-    from fvae_deploy.report import summary, write_json
-
-    if path:
-        write_json(report, path)
-    if not quiet:
-        print(f"{report['output']}: {summary(report)}")
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 110).print(renderable)
-
-
 def _require(*packages: str) -> None:
     """Raise EngineError with the pip line when an optional package is not installed."""
     from importlib.util import find_spec
@@ -489,37 +427,3 @@ def _require(*packages: str) -> None:
             f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
             "pip install 'fvae-deploy[export]'"
         )
-
-
-def _parity_table(manifest: Any) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"parity of {manifest.name} with float32 torch, measured at export")
-    for column in ("engine", "precision", "latent max (deviations)", "mean HU", "max HU"):
-        table.add_column(column)
-    for row in manifest.parity:
-        numbers = (f"{row.latent_max:.1e}", f"{row.hu_mean:.2g}", f"{row.hu_max:.2g}")
-        table.add_row(row.engine, row.precision, *numbers)
-    return table
-
-
-def _bench_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
-    columns = "engine precision slices/s Mvoxel/s GFLOP/s ceiling"
-    for column in [*columns.split(), "peak MiB", "× reference"]:
-        table.add_column(column)
-    for row in rows:
-        times = row["times_reference"]
-        table.add_row(
-            row["engine"],
-            row["precision"],
-            f"{row['slices_per_second']:.1f}",
-            f"{row['voxels_per_second'] / 1e6:.2f}",
-            f"{row['gflop_per_second']:.0f}",
-            f"{100 * row['share_of_ceiling']:.0f} %",
-            f"{row['peak_mib']:.0f}",
-            f"{times:.2f}" if times else "-",
-        )
-    return table

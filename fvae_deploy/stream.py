@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Full, Queue
-from threading import Event, Thread
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +26,7 @@ from fvae_deploy.codec import CausalStream, Codec, pad_frames
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.latents import LatentInfo, LatentReader, LatentWriter
+from fvae_deploy.overlap import Behind, ahead
 from fvae_deploy.plan import Plan, plan
 from fvae_deploy.schedule import Step
 from fvae_deploy.volume import Geometry, Reader, Writer, create_volume
@@ -304,93 +303,6 @@ class _Run:
                 waited += time.perf_counter() - begin
                 self.outcome.seconds[name] = waited
             yield item
-
-
-def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
-    """Iterate in a thread, `depth` items ahead; its exception surfaces here."""
-    queue: Queue[tuple[Any, BaseException | None]] = Queue(depth)
-    stop, end = Event(), object()
-
-    def offer(item: Any, error: BaseException | None = None) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(Full):
-                queue.put((item, error), timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            for item in items:
-                offer(item)
-                if stop.is_set():
-                    return
-            offer(end)
-        except BaseException as error:  # handed to the consumer
-            offer(end, error)
-
-    thread = Thread(target=work, name="reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = queue.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-class Behind(Generic[T]):
-    """Consume items in a thread; at most `depth` wait. Its exception surfaces in `put` or exit."""
-
-    def __init__(self, consume: Callable[[T], None], depth: int = 2) -> None:
-        self._consume, self._queue = consume, Queue[Any](depth)
-        self._error: BaseException | None = None
-        self._stop, self._end = Event(), object()
-        self._thread = Thread(target=self._work, name="writer", daemon=True)
-        self.waited = 0.0
-
-    def put(self, item: T) -> None:
-        """Hand over one item, waiting while the queue is full."""
-        begin = time.perf_counter()
-        self._offer(item)
-        self.waited += time.perf_counter() - begin
-
-    def _offer(self, item: Any) -> None:
-        while self._error is None:
-            with contextlib.suppress(Full):
-                self._queue.put(item, timeout=0.1)
-                return
-        raise self._error
-
-    def _work(self) -> None:
-        try:
-            while not self._stop.is_set():
-                with contextlib.suppress(Empty):
-                    item = self._queue.get(timeout=0.1)
-                    if item is self._end:
-                        return
-                    self._consume(item)
-        except BaseException as error:  # handed to the producer
-            self._error = error
-
-    def __enter__(self) -> Behind[T]:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._stop.set()
-            self._thread.join()
-            return
-        begin = time.perf_counter()
-        self._offer(self._end)
-        self._thread.join()
-        self.waited += time.perf_counter() - begin
-        if self._error is not None:
-            raise self._error
 
 
 def _cropped(geometry: Geometry, a: int, b: int) -> Geometry:

@@ -1,0 +1,115 @@
+"""What the command line shows: progress, tables, summaries. rich is imported on use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fvae_deploy.export.manifest import Manifest
+
+
+@contextmanager
+def progress_bar(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar with slices/s and time left, on a terminal that is not quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda slices: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"slices, {task.speed:.0f}/s" if task.speed else "slices")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=slices)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+
+        yield advance
+
+
+def say(quiet: bool) -> Callable[[str], None]:
+    """Make a function that tells what is being done, unless quiet."""
+
+    def tell(message: str) -> None:
+        if not quiet:
+            print(message, file=sys.stderr)
+
+    return tell
+
+
+def finish(report: dict[str, Any], path: Path | None, quiet: bool) -> None:
+    """Write the run report where one is wanted, and tell people the same."""
+    from fvae_deploy.report import summary, write_json
+
+    if path:
+        write_json(report, path)
+    if not quiet:
+        print(f"{report['output']}: {summary(report)}")
+
+
+def show(renderable: Any) -> None:
+    """Print a rich table, plainly where the output is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 110).print(renderable)
+
+
+def parity_table(manifest: Manifest) -> Table:
+    """Lay out the parity that the export measured."""
+    from rich.table import Table
+
+    table = Table(title=f"parity of {manifest.name} with float32 torch, measured at export")
+    for column in ("engine", "precision", "latent max (deviations)", "mean HU", "max HU"):
+        table.add_column(column)
+    for row in manifest.parity:
+        numbers = (f"{row.latent_max:.1e}", f"{row.hu_mean:.2g}", f"{row.hu_max:.2g}")
+        table.add_row(row.engine, row.precision, *numbers)
+    return table
+
+
+def bench_table(rows: list[dict[str, Any]]) -> Table:
+    """Lay out the rows of a benchmark."""
+    from rich.table import Table
+
+    table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
+    columns = "engine precision slices/s Mvoxel/s GFLOP/s ceiling"
+    for column in [*columns.split(), "peak MiB", "× reference"]:
+        table.add_column(column)
+    for row in rows:
+        times = row["times_reference"]
+        table.add_row(
+            row["engine"],
+            row["precision"],
+            f"{row['slices_per_second']:.1f}",
+            f"{row['voxels_per_second'] / 1e6:.2f}",
+            f"{row['gflop_per_second']:.0f}",
+            f"{100 * row['share_of_ceiling']:.0f} %",
+            f"{row['peak_mib']:.0f}",
+            f"{times:.2f}" if times else "-",
+        )
+    return table
