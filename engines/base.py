@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.manifest import Manifest, Part
 
 Array = Any  # numpy float32 for data; state is the engine's own kind
 
@@ -84,6 +84,24 @@ def choose() -> tuple[str, str]:
             return name, "; ".join([*reasons, f"{name} is installed"])
         reasons.append(f"{name} {problem}")
     raise EngineError(f"expected one engine to run here, found none: {'; '.join(reasons)}")
+
+
+def check_inputs(part: Part, inputs: Mapping[str, Array]) -> None:
+    """Raise EngineError for an input left out, or data that this part has no k, h and w for.
+
+    Every engine's `run` begins with it: a graph may well compute nonsense from such data.
+    """
+    for tensor in part.inputs:
+        if tensor.name not in inputs:
+            found = ", ".join(inputs) or "none"
+            raise EngineError(f"expected an input {tensor.name} of {part.name}, found {found}")
+    data = part.inputs[0]
+    shape = tuple(inputs[data.name].shape)
+    if not data.accepts(shape):
+        raise EngineError(
+            f"expected {data.name} [{', '.join(map(str, data.shape))}] in {part.name}, "
+            f"found {list(shape)}"
+        )
 
 
 def open_engine(

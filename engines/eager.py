@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.lean_vae import LeanVAEConfig
@@ -34,7 +35,12 @@ class EagerEngine:
                 "use --device cpu, or install a CUDA build of torch"
             )
         self.precision = precision
-        self._device, self._dtype = torch.device(device), DTYPES[precision]
+        try:
+            self._device, self._dtype = torch.device(device), DTYPES[precision]
+        except RuntimeError:
+            raise EngineError(
+                f"expected a device that torch knows, found {device!r}: use cpu or cuda"
+            ) from None
         self._manifest = manifest
         encode, decode = lean_vae_parts(
             LeanVAEConfig(**manifest.network.config),
@@ -53,6 +59,7 @@ class EagerEngine:
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part."""
         spec = self._manifest.part(part)
+        check_inputs(spec, inputs)
         given = [self._tensor(inputs[tensor.name]) for tensor in spec.inputs]
         try:
             outputs = self._networks[part.split("_")[0]](*given)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import (
     SCHEMA,
@@ -54,7 +55,7 @@ class FakeEngine:
         if (device, precision) != ("cpu", "fp32"):
             raise EngineError(
                 f"expected device cpu and precision fp32, found {device} and {precision}: "
-                "the fake engine has no other"
+                "use these, the fake engine has no other"
             )
         self.precision = precision
         self._manifest = manifest
@@ -62,13 +63,15 @@ class FakeEngine:
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part, in double precision inside."""
         spec = self._manifest.part(part)
-        data, *state = (np.asarray(inputs.get(tensor.name)) for tensor in spec.inputs)
-        _check(spec, (data, *state))
-        block = 1 if part.endswith("first") else TEMPORAL
-        if part.startswith("encode"):
-            result, following = encode(data[0], state[0][..., 0] if state else None, block)
-        else:
-            result, following = decode(data[0], state[0][..., 0] if state else None, block)
+        check_inputs(spec, inputs)
+        data, *state = (np.asarray(inputs[tensor.name]) for tensor in spec.inputs)
+        compute, block = COMPUTE[part.split("_")[0]], 1 if part.endswith("first") else TEMPORAL
+        past = state[0][..., 0] if state else None
+        try:
+            result, following = compute(data[0], past, block)
+        except ValueError as error:
+            raise EngineError(f"the state of {part} does not fit its data: {error}") from None
+        if part.startswith("decode"):
             result = result.repeat(self._manifest.geometry.channels, axis=0)
         named = zip(spec.outputs, (result[None], following[..., None]), strict=True)
         return {t.name: np.ascontiguousarray(value, dtype=np.float32) for t, value in named}
@@ -80,6 +83,11 @@ class FakeEngine:
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> FakeEngine:
     """Open a fake bundle; raises EngineError for a real one, or for a device but cpu."""
     return FakeEngine(manifest, device, precision)
+
+
+def precisions() -> list[str]:
+    """Return the one precision there is."""
+    return ["fp32"]
 
 
 def encode(x: NDArray[Any], past: NDArray[Any] | None, block: int) -> tuple[NDArray[Any], ...]:
@@ -100,6 +108,9 @@ def decode(z: NDArray[Any], past: NDArray[Any] | None, block: int) -> tuple[NDAr
     k, h, w = cells.shape
     x = cells[:, None, :, None, :, None] * (1 + GRAIN[:block, None, :, None, :])
     return x.reshape(1, k * block, h * SPATIAL, w * SPATIAL), history[-1:]
+
+
+COMPUTE = {"encode": encode, "decode": decode}
 
 
 def box(plane: NDArray[Any]) -> NDArray[Any]:
@@ -147,17 +158,3 @@ def _parts(channels: int) -> Iterator[Part]:
             state = (past,) if kind == "step" else ()
             name, inputs, outputs = f"{direction}_{kind}", (data, *state), (result, following)
             yield Part(name, "", inputs, outputs, halo=1, context=1, mac_per_cell=512)
-
-
-def _check(part: Part, given: tuple[NDArray[Any], ...]) -> None:
-    """Raise EngineError unless all shapes follow from one k, h and w."""
-    k, h, w = given[0].shape[2:] if given[0].ndim == 5 else (0, 0, 0)
-    if part.name.startswith("encode"):
-        k, h, w = k // TEMPORAL, h // SPATIAL, w // SPATIAL
-    for tensor, array in zip(part.inputs, given, strict=True):
-        expected = tensor.sized(k, h, w)
-        if array.shape != expected or not array.size:
-            raise EngineError(
-                f"expected {tensor.name} {expected} in {part.name}, found {array.shape}: "
-                "all sizes follow from one k, h and w"
-            )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
 
@@ -27,7 +28,7 @@ class OnnxRuntimeEngine:
                 f"{precision}: onnxruntime computes as exported, use openvino or torch"
             )
         if device not in PROVIDERS:
-            raise EngineError(f"expected device {' or '.join(PROVIDERS)}, found {device!r}")
+            raise EngineError(f"expected a device, found {device!r}: use {' or '.join(PROVIDERS)}")
         if PROVIDERS[device] not in ort.get_available_providers():
             raise EngineError(
                 f"expected ONNX Runtime with {PROVIDERS[device]}, found "
@@ -40,6 +41,7 @@ class OnnxRuntimeEngine:
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part."""
         spec = self._manifest.part(part)
+        check_inputs(spec, inputs)
         try:
             session = self._session(part)
             binding = session.io_binding()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest, Part
 
@@ -79,6 +80,7 @@ class OpenVINOEngine:
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part; the first call with new shapes compiles it for them."""
         spec = self._manifest.part(part)
+        check_inputs(spec, inputs)
         shapes = tuple(tuple(inputs[i.name].shape) for i in spec.inputs)
         compiled = self._compiled.get((part, *shapes))
         try:

@@ -104,22 +104,26 @@ class EngineContract:
     tolerance: ClassVar[float] = 2e-5  # of the largest value
 
     @pytest.fixture(scope="class")
-    def bundle(self, small_bundle: Path) -> Path:
+    @classmethod
+    def bundle(cls, small_bundle: Path) -> Path:
         return small_bundle
 
     @pytest.fixture(scope="class")
-    def reference(self, small_model: Any) -> Reference:
+    @classmethod
+    def reference(cls, small_model: Any) -> Reference:
         from random_lean_vae import SMALL_SCALE
 
         return LeanVAEReference(small_model, SMALL_SCALE)
 
     @pytest.fixture(scope="class")
-    def manifest(self, bundle: Path) -> Manifest:
+    @classmethod
+    def manifest(cls, bundle: Path) -> Manifest:
         return Manifest.load(bundle)
 
     @pytest.fixture(scope="class")
-    def engine(self, bundle: Path, manifest: Manifest) -> Iterator[Engine]:
-        opened = open_engine(bundle, manifest, self.engine_name)
+    @classmethod
+    def engine(cls, bundle: Path, manifest: Manifest) -> Iterator[Engine]:
+        opened = open_engine(bundle, manifest, cls.engine_name)
         yield opened
         opened.close()
 

@@ -48,13 +48,15 @@ class TestFake(EngineContract):
     tolerance = 1e-6
 
     @pytest.fixture(scope="class")
-    def bundle(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def bundle(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("bundles") / "fake"
         write_fake_bundle(folder)
         return folder
 
     @pytest.fixture(scope="class")
-    def reference(self) -> Reference:
+    @classmethod
+    def reference(cls) -> Reference:
         return WholeClip()
 
     def test_three_channels_are_averaged_and_given_back_alike(self, tmp_path: Path) -> None:
