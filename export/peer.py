@@ -35,13 +35,67 @@ class PublishedDepthwise(nn.Module):
         return convolved.permute(0, 2, 3, 4, 1)
 
 
-def published(model: LeanVAE) -> LeanVAE:
-    """Replace the depthwise layers of a network, in place, by the published formulation."""
-    for module in model.modules():
-        for name, child in list(module.named_children()):
-            if isinstance(child, CausalDepthwise):
-                setattr(module, name, PublishedDepthwise(child))
-    return model
+def _along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Add and subtract neighbours of x [B, C, T, H, W] along one axis, by convolutions."""
+    shape, stride = [1, 1, 1, 1, 1], [1, 1, 1]
+    shape[axis], stride[axis - 2] = 2, 2
+    groups = x.shape[1]
+    kernels = [
+        torch.tensor(taps, dtype=x.dtype).reshape(shape).repeat(groups, 1, 1, 1, 1)
+        for taps in ((1.0, 1.0), (1.0, -1.0))
+    ]
+    low, high = (F.conv3d(x, kernel, stride=tuple(stride), groups=groups) for kernel in kernels)
+    return low, high
+
+
+def _back(low: Tensor, high: Tensor, axis: int) -> Tensor:
+    """Undo `_along` by transposed convolutions."""
+    shape, stride = [1, 1, 1, 1, 1], [1, 1, 1]
+    shape[axis], stride[axis - 2] = 2, 2
+    groups = low.shape[1]
+    first, second = (
+        torch.tensor(taps, dtype=low.dtype).reshape(shape).repeat(groups, 1, 1, 1, 1) / 2
+        for taps in ((1.0, 1.0), (1.0, -1.0))
+    )
+    y: Tensor = F.conv_transpose3d(low, first, stride=tuple(stride), groups=groups)
+    y += F.conv_transpose3d(high, second, stride=tuple(stride), groups=groups)
+    return y
+
+
+def published_haar(x: Tensor) -> Tensor:
+    """Equal `haar`, one axis and one band after the other, by strided grouped convolutions."""
+    bands = [x]
+    for axis in (4, 3) if x.shape[2] == 1 else (2, 3, 4):
+        bands = [half for band in bands for half in _along(band, axis)]
+    return torch.cat(bands, dim=1)
+
+
+def published_inverse_haar(bands: Tensor, channels: int) -> Tensor:
+    """Equal `inverse_haar`, by transposed convolutions."""
+    found = list(torch.split(bands, channels, dim=1))
+    for axis in (3, 4) if len(found) == 4 else (4, 3, 2):
+        found = [_back(low, high, axis) for low, high in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
+
+
+class Published(LeanVAE):
+    """`LeanVAE` in the published formulation; computes the same."""
+
+    def __init__(self, model: LeanVAE) -> None:
+        super().__init__(model.config)
+        self.load(model.state_dict())
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, CausalDepthwise):
+                    setattr(module, name, PublishedDepthwise(child))
+
+    def bands(self, x: Tensor) -> Tensor:
+        """Wavelet bands, by convolutions."""
+        return published_haar(x)
+
+    def pixels(self, bands: Tensor) -> Tensor:
+        """Undo `bands`."""
+        return published_inverse_haar(bands, self.config.in_channels)
 
 
 def reference_window(
@@ -52,8 +106,7 @@ def reference_window(
     x [C, 1, H, W] is repeated to `slices` frames, or [D, 1, h, w] to their latent frames; a
     gray x is replicated to the network's channels, as the published scripts do.
     """
-    model, _, _ = load_model(weights)
-    model = published(model)
+    model = Published(load_model(weights)[0]).eval()
     frames = slices if direction == "encode" else 1 + (slices - 1) // 4
     window = torch.from_numpy(x)[None].repeat(1, 1, frames, 1, 1)
     if direction == "encode":

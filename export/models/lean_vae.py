@@ -280,12 +280,20 @@ class LeanVAE(nn.Module):
         self.encoder = Coder(config, decoder=False)
         self.decoder = Coder(config, decoder=True)
 
-    # The linear ends: pixels <-> tokens.
+    # The linear ends: pixels <-> wavelet bands <-> tokens.
+
+    def bands(self, x: Tensor) -> Tensor:
+        """Wavelet bands of frames; a hook for other formulations."""
+        return haar(x)
+
+    def pixels(self, bands: Tensor) -> Tensor:
+        """Undo `bands`."""
+        return inverse_haar(bands, self.config.in_channels)
 
     def embed(self, x: Tensor) -> Tensor:
         """Frames [B, C, T, H, W] to tokens [B, T', h, w, E]: T == 1 an image, else video."""
         kind, frames = ("image", 1) if x.shape[2] == 1 else ("video", 2)
-        bands, c = haar(x), self.config.in_channels
+        bands, c = self.bands(x), self.config.in_channels
         low = self.encoder.projection(f"{kind}_low")(to_patches(bands[:, :c], frames))
         high = self.encoder.projection(f"{kind}_high")(to_patches(bands[:, c:], frames))
         return torch.cat([low, high], dim=-1)
@@ -301,7 +309,7 @@ class LeanVAE(nn.Module):
             ],
             dim=1,
         )
-        return inverse_haar(bands, self.config.in_channels)
+        return self.pixels(bands)
 
     # The layers between: tokens <-> latents, with causal state.
 
