@@ -51,8 +51,10 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(count: int) -> str:
-    """Bytes for people: "700 MiB"."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{-(-count // 2**20)} MiB"
+    """Bytes for people, rounded up, so that what is shown suffices: "700 MiB"."""
+    if count < 2**30:
+        return f"{-(-count // 2**20)} MiB"
+    return f"{-(-100 * count // 2**30) / 100:.2f} GiB"
 
 
 def available_bytes() -> int:

@@ -93,14 +93,13 @@ def fit(height: int, width: int, halo: int, cells: int) -> Grid | None:
 
     Returns None when even tiles that keep a single cell are larger.
     """
-    best: Grid | None = None
-    for rows in _extents(height, halo):
-        fitting = [columns for columns in _extents(width, halo) if rows * columns <= cells]
-        for columns in fitting[:1]:  # extents come widest first, and wider is never more work
-            grid = Grid(height, width, (rows, columns), halo)
-            if best is None or _work(grid) < _work(best):
-                best = grid
-    return best
+    fitting = [
+        (row_work * column_work, -rows * columns, (rows, columns))
+        for rows, row_work in _extents(height, halo).items()
+        for columns, column_work in _extents(width, halo).items()
+        if rows * columns <= cells
+    ]
+    return Grid(height, width, min(fitting)[2], halo) if fitting else None
 
 
 def smallest(height: int, width: int, halo: int) -> Grid:
@@ -109,14 +108,11 @@ def smallest(height: int, width: int, halo: int) -> Grid:
     return Grid(height, width, (min(height, least), min(width, least)), halo)
 
 
-def _extents(length: int, halo: int) -> list[int]:
-    """Widest to narrowest: for every number of tiles, the least extent that covers the axis."""
-    counts = range(1, max(length - 2 * halo, 1) + 1)
-    extents = {length if n == 1 else math.ceil((length - 2 * halo) / n) + 2 * halo for n in counts}
-    return sorted(extents, reverse=True)
-
-
-def _work(grid: Grid) -> int:
-    rows = len(spans(grid.height, grid.extent[0], grid.halo))
-    columns = len(spans(grid.width, grid.extent[1], grid.halo))
-    return rows * columns * grid.cells
+def _extents(length: int, halo: int) -> dict[int, int]:
+    """For every number of spans: the least extent that covers the axis -> the cells computed."""
+    inner = length - 2 * halo
+    found = {length: length}
+    for count in range(2, inner + 1):
+        extent = math.ceil(inner / count) + 2 * halo
+        found.setdefault(extent, count * extent)  # more spans of one extent are not needed
+    return found

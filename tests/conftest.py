@@ -1,14 +1,30 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import nibabel
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+from fvae_deploy.codec import Codec, open_codec
+from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.volume import Geometry, create_volume
 
 if TYPE_CHECKING:
     from fvae_deploy.export.models.lean_vae import LeanVAE
 
 pytest.register_assert_rewrite("engine_contract")
+
+# A busy machine may take its time over an example; that says nothing about the code.
+settings.register_profile("fvae", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fvae")
+
+TILTED = np.array(
+    [[-0.7, 0.0, 0.05, 120.5], [0.0, -0.8, 0.1, 95.25], [0.02, 0.1, 2.5, -300.75], [0, 0, 0, 1]]
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +58,49 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
         scale=SMALL_SCALE,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for the fake engine, which needs no runtime: read only."""
+    folder = tmp_path_factory.mktemp("bundles") / "fake"
+    write_fake_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_codec(fake_bundle: Path) -> Iterator[Codec]:
+    """The fake codec, opened."""
+    with open_codec(fake_bundle, engine="fake") as codec:
+        yield codec
+
+
+@pytest.fixture(scope="session")
+def write_ct() -> Callable[..., Any]:
+    """Return a function that writes a CT of random HU, some of it outside [-1000, 1000]."""
+    return _write_ct
+
+
+def _write_ct(
+    path: Path,
+    shape: tuple[int, int, int],
+    seed: int = 0,
+    dtype: str = "int16",
+    low: int = -1200,
+    high: int = 1100,
+) -> np.ndarray:
+    """Write it as nibabel does, or through our own writer where it is Zarr; return the voxels."""
+    values = np.random.default_rng(seed).integers(low, high, shape).astype(dtype)
+    if dtype != "int16":
+        values += np.asarray(0.25, dtype)
+    values[0, 0, 0] = low  # so that it is CT whatever the seed
+    if path.name.endswith(".zarr"):
+        with create_volume(path, Geometry(shape, TILTED), dtype) as writer:
+            writer.write(values.transpose(2, 0, 1))
+        return values
+    image = nibabel.Nifti1Image(values, TILTED)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_qform(np.diag([-0.7, -0.8, 2.5, 1.0]), code=1)
+    image.set_sform(TILTED, code=2)
+    nibabel.save(image, path)
+    return values
