@@ -90,7 +90,7 @@ class FoldedLayer(nn.Module):
         else:
             frames = torch.cat([past.permute(0, 3, 1, 2), x])
             y = tap(frames[:-2], self.tap0, self.bias)
-            y = y + tap(frames[1:-1], self.tap1) + tap(frames[2:], self.tap2)
+            y = y + tap(frames[1:-1], self.tap1) + tap(x, self.tap2)
         # Sums of squares do not fit half precision.
         wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
         centred = wide - wide.mean(1, keepdim=True)
