@@ -59,14 +59,16 @@ def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise BundleError(
             f"expected a checkpoint of tensors and numbers alone, found {path}: "
-            f"{str(error).splitlines()[0]}; save it again as safetensors"
+            f"{(str(error) or 'an early end').splitlines()[0]}; save it again as safetensors"
         ) from None
     if not isinstance(content, dict) or not {"args", "state_dict"} <= content.keys():
         raise BundleError(
             f'expected a LeanVAE checkpoint with "args" and "state_dict", found {path} without'
         )
-    if not isinstance(content["args"], dict):
-        raise BundleError(f'expected a dictionary "args" in {path}, found {content["args"]!r}')
+    for name in ("args", "state_dict"):
+        if not isinstance(content[name], dict):
+            found = type(content[name]).__name__
+            raise BundleError(f'expected a dictionary "{name}" in {path}, found a {found}')
     return content["state_dict"], {"args": content["args"]}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ from fvae_deploy.volume import Geometry, create_volume
 
 if TYPE_CHECKING:
     from fvae_deploy.export.models.lean_vae import LeanVAE
+
+# The networks here are tiny: torch's threads would spend 20 times longer waiting for each
+# other on a busy machine. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest.register_assert_rewrite("engine_contract")
 

@@ -190,7 +190,7 @@ class DecodeParts(nn.Module):
         for i, threshold in enumerate(self.thresholds):
             descended = x - F.conv2d(F.conv2d(x, self.phi) - z, self.descent[i])
             x = self.forward_l[i](descended, history, states)
-            x = x - x.minimum(threshold).maximum(-threshold)  # soft threshold
+            x = x.sign() * F.relu(x.abs() - threshold)  # a learned threshold may be negative
             x = descended + self.backward_l[i](x, history, states)
         x = self.fusion(x, history, states)
         low = self.low(x[:, : self.low_width], history, states)

@@ -1,0 +1,99 @@
+"""The table of engines: what is asked for runs or is refused, `auto` says what it took."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from fvae_deploy.engines import base
+from fvae_deploy.engines.base import choose, open_engine
+from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import Manifest
+
+Absent = Callable[..., None]
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> Absent:
+    """Make packages look as if they were not installed."""
+    real = importlib.util.find_spec
+
+    def pretend(*names: str) -> None:
+        def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+            return None if name in names else real(name, package)
+
+        monkeypatch.setattr(base.importlib.util, "find_spec", find_spec)
+
+    return pretend
+
+
+@pytest.fixture
+def present(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every package look as if it were installed."""
+    spec = ModuleSpec("any", None)
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: spec)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return write_fake_bundle(tmp_path)
+
+
+def test_an_unknown_engine_is_refused_with_those_there_are(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    with pytest.raises(EngineError, match=r"openvino, onnxruntime, torch.*found engine 'tflite'"):
+        open_engine(tmp_path, manifest, "tflite")
+
+
+@pytest.mark.parametrize("engine", ["fake", "openvino"])
+def test_an_unknown_precision_is_refused_with_those_there_are(
+    tmp_path: Path, manifest: Manifest, engine: str
+) -> None:
+    with pytest.raises(EngineError, match=r"fp32, bf16, fp16, found precision 'int4'"):
+        open_engine(tmp_path, manifest, engine, precision="int4")
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "remedy"),
+    [
+        ("openvino", "openvino", r"pip install 'fvae-deploy\[cpu\]'"),
+        ("onnxruntime", "onnxruntime", r"pip install 'fvae-deploy\[cpu\]'"),
+        ("torch", "torch", r"pip install 'fvae-deploy\[export\]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    tmp_path: Path, manifest: Manifest, absent: Absent, engine: str, package: str, remedy: str
+) -> None:
+    absent(package)
+    with pytest.raises(EngineError, match=rf"engine {engine} .* package {package}: {remedy}$"):
+        open_engine(tmp_path, manifest, engine)
+
+
+@pytest.mark.usefixtures("present")
+def test_auto_takes_openvino_first() -> None:
+    assert choose() == ("openvino", "openvino is installed")
+
+
+def test_auto_says_why_it_passed_over_an_engine(
+    absent: Absent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent("openvino", "torch")
+    pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+    engine, why = choose()
+    assert engine == "onnxruntime"
+    assert why == (
+        "openvino needs the package openvino: pip install 'fvae-deploy[cpu]'; "
+        "onnxruntime is installed"
+    )
+
+
+def test_auto_never_takes_the_fake(absent: Absent) -> None:
+    absent("openvino", "onnxruntime", "torch")
+    with pytest.raises(EngineError, match=r"found none: openvino .*; onnxruntime .*; torch .*pip"):
+        choose()
