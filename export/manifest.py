@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ from fvae_deploy.errors import BundleError
 SCHEMA = 1
 FILENAME = "manifest.json"
 
+SIZE = r"([1-9]\d*\*)?[khw]|[1-9]\d*"
 Dimension = int | str  # 16, or an expression in k, h, w: "k", "4*k", "8*h"
 
 
@@ -207,23 +210,26 @@ class Manifest:
         """
         path = folder / FILENAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"expected a bundle at {folder}, found no {FILENAME}: "
                 "make one with fvae export, or see fvae models"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(
                 f"expected JSON in {path}, found {error}: export the bundle again"
             ) from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise BundleError(
-                f"expected bundle schema {SCHEMA}, found {schema} in {path}: export the bundle "
-                "again with this fvae, or install the fvae that made it"
+                f"expected bundle schema {SCHEMA}, found {schema!r:.40} in {path}: export the "
+                "bundle again with this fvae, or install the fvae that made it"
             )
         manifest: Manifest = _parse(cls, content, path, "manifest")
+        wanted = _first_contradiction(manifest)
+        if wanted is not None:
+            raise BundleError(f"expected {wanted} in {path}: export the bundle again")
         if verify:
             manifest.verify(folder)
         return manifest
@@ -256,7 +262,7 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     def refuse() -> BundleError:
         return BundleError(
             f"expected {getattr(kind, '__name__', kind)} at {where} in {path}, found "
-            f"{str(value)[:40]!r}: export the bundle again"
+            f"{value!r:.40}: export the bundle again"
         )
 
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -282,10 +288,45 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise refuse()
-        return {str(k): _parse(arguments[1], v, path, f"{where}.{k}") for k, v in value.items()}
+        return {
+            str(k): _parse(arguments[1], v, path, f"{where}[{k!r:.40}]") for k, v in value.items()
+        }
     allowed = arguments if origin is types.UnionType else (kind,)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise refuse() from None
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise refuse()
     return value
+
+
+def _first_contradiction(manifest: Manifest) -> str | None:
+    """Return what well-typed fields must also be and one of them is not; else None."""
+    names = {part.file for part in manifest.parts if part.file}
+    sizes = [d for p in manifest.parts for t in (*p.inputs, *p.outputs) for d in t.shape]
+    g, i = manifest.geometry, manifest.intensity
+    channels = {len(manifest.latent.shift), len(manifest.latent.scale), g.latent_channels}
+    window, model = (i.hu_min, i.hu_max), (i.model_min, i.model_max)
+    rules = {
+        "a sha256 of weights.safetensors": "weights.safetensors" in manifest.files,
+        "a sha256 of every part's file": names <= manifest.files.keys(),
+        "plain file names": all(_is_plain(name) for name in manifest.files),
+        "sizes above 0 or like 8*h": all(re.fullmatch(SIZE, str(size)) for size in sizes),
+        "an input and an output of every part": all(p.inputs and p.outputs for p in manifest.parts),
+        "halos and contexts of at least 0": all(
+            min(p.halo, p.context) >= 0 for p in manifest.parts
+        ),
+        "a geometry of at least 1": min(dataclasses.astuple(g)) >= 1,
+        "a shift and a scale for every latent channel": len(channels) == 1,
+        "HU and model ranges that ascend": all(
+            a < b and math.isfinite(b - a) for a, b in (window, model)
+        ),
+    }
+    return next((wanted for wanted, holds in rules.items() if not holds), None)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name lies in the bundle's folder itself."""
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
