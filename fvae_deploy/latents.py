@@ -225,7 +225,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # zarr raises many classes for a damaged store
         raise LatentError(
             f"expected a latent store (D, T, h, w) at {path}, found "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'nothing'}; "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "make it with fvae encode"
         ) from None
 
