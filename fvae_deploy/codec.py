@@ -81,7 +81,7 @@ class CausalStream:
             s = self._scale_out
             if whole is None:
                 plane = (s * self._grid.height, s * self._grid.width)
-                whole = np.empty((*y.shape[:2], *plane), np.float32)
+                whole = np.empty((*y.shape[:2], *plane), y.dtype)
             rows, columns = tile.rows, tile.columns
             whole[
                 :, :, s * rows.keep[0] : s * rows.keep[1], s * columns.keep[0] : s * columns.keep[1]
