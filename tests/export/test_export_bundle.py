@@ -1,0 +1,160 @@
+"""The bundle on disk: whole or absent, graphs without weights or traces of the exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="needs the export extra")
+torch = pytest.importorskip("torch", reason="needs the export extra")
+from random_lean_vae import SMALL, SMALL_SCALE  # noqa: E402
+
+from fvae_deploy.errors import BundleError  # noqa: E402
+from fvae_deploy.export import to_onnx  # noqa: E402
+from fvae_deploy.export.manifest import Manifest, Source, sha256  # noqa: E402
+from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts  # noqa: E402
+from fvae_deploy.export.to_onnx import export_bundle, lean_vae_part_specs, trace  # noqa: E402
+
+PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
+
+
+def export(model: LeanVAE, folder: Path, **options: Any) -> Manifest:
+    texts = {"name": "n", "description": "d", "licence": "l", "version": "0"}
+    return export_bundle(model, folder, source=Source("s", "r", "0"), **texts, **options)
+
+
+def test_the_folder_holds_the_manifest_one_weights_file_and_four_graphs(
+    small_bundle: Path,
+) -> None:
+    manifest = Manifest.load(small_bundle)
+    names = {"weights.safetensors", *(f"{part}.onnx" for part in PARTS)}
+    assert {p.name for p in small_bundle.iterdir()} == names | {"manifest.json"}
+    assert manifest.files.keys() == names
+    assert [part.name for part in manifest.parts] == PARTS
+    assert manifest.latent.scale == tuple(SMALL_SCALE)
+    assert manifest.geometry.channels == 1
+    for path in small_bundle.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644
+    assert small_bundle.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_graph_holds_no_weights_of_its_own(small_bundle: Path, part: str) -> None:
+    graph = onnx.load(small_bundle / f"{part}.onnx", load_external_data=False).graph
+    external = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert external
+    size = (small_bundle / "weights.safetensors").stat().st_size
+    for tensor in external:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        assert entries["location"] == "weights.safetensors"
+        assert int(entries["offset"]) + int(entries["length"]) <= size
+    own = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    own += [a.t for node in graph.node for a in node.attribute if a.HasField("t")]
+    for tensor in own:
+        assert len(tensor.SerializeToString()) < 200, tensor.name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_graph_is_valid_at_the_opset_asked_for(small_bundle: Path, part: str) -> None:
+    path = small_bundle / f"{part}.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    opsets = {o.domain: o.version for o in onnx.load(path, load_external_data=False).opset_import}
+    assert opsets == {"": 18}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_graph_has_the_inputs_and_outputs_of_the_manifest(small_bundle: Path, part: str) -> None:
+    graph = onnx.load(small_bundle / f"{part}.onnx", load_external_data=False).graph
+    spec = Manifest.load(small_bundle).part(part)
+    assert [value.name for value in graph.input] == [t.name for t in spec.inputs]
+    assert [value.name for value in graph.output] == [t.name for t in spec.outputs]
+    for value, tensor in zip(graph.input, spec.inputs, strict=True):
+        dimensions = value.type.tensor_type.shape.dim
+        fixed = [d.dim_value if d.HasField("dim_value") else None for d in dimensions]
+        assert fixed == [d if isinstance(d, int) else None for d in tensor.shape]
+
+
+def test_no_file_tells_where_it_was_made(small_bundle: Path) -> None:
+    places = [Path.cwd(), Path.home(), Path(__file__).parents[2], Path(torch.__file__).parents[1]]
+    for path in small_bundle.iterdir():
+        content = path.read_bytes()
+        for place in places:
+            assert len(place.parts) == 1 or str(place).encode() not in content, path.name
+        assert b".py" not in content, path.name
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_a_part_traced_again_has_the_same_bytes_and_the_opset_asked_for(
+    small_model: LeanVAE, small_bundle: Path, opset: int
+) -> None:
+    encode, _ = lean_vae_parts(SMALL, 1, SMALL_SCALE, small_model)
+    spec = lean_vae_part_specs(SMALL, 1)[0]
+    proto = trace(encode, spec, opset)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+    if opset == 18:
+        offsets = to_onnx._offsets(small_bundle / "weights.safetensors")
+        to_onnx._point_into(proto, offsets, "encode.")
+        assert proto.SerializeToString() == (small_bundle / spec.file).read_bytes()
+
+
+def test_weights_are_stored_alike_each_time(
+    small_model: LeanVAE, small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_onnx, "trace", lambda *_: onnx.ModelProto())  # slow, tested above
+    export(small_model, tmp_path / "again", channels=1, scale=SMALL_SCALE)
+    name = "weights.safetensors"
+    assert sha256(tmp_path / "again" / name) == sha256(small_bundle / name)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "folder", "options", "message"),
+    [
+        pytest.param(
+            lambda p: (p / "b").mkdir(), "b", {}, "expected a new folder, found .*: remove", id="is"
+        ),
+        pytest.param(
+            lambda p: (p / "b").write_text("mine"), "b", {}, "expected a new folder", id="is a file"
+        ),
+        pytest.param(lambda p: None, "a/b", {}, "found none: create it", id="no parent"),
+        pytest.param(
+            lambda p: None, "b", {"channels": 2}, "1 or 3 channels, found 2", id="two channels"
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_made(
+    small_model: LeanVAE,
+    tmp_path: Path,
+    prepare: Callable[[Path], object],
+    folder: str,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match=message):
+        export(small_model, tmp_path / folder, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_an_export_that_fails_leaves_nothing(
+    small_model: LeanVAE,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: type[BaseException],
+) -> None:
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.extend(tmp_path.rglob("weights.safetensors"))
+        raise failure
+
+    monkeypatch.setattr(to_onnx, "trace", fail)
+    with pytest.raises(failure):
+        export(small_model, tmp_path / "bundle")
+    assert seen, "the failure must come after the first file"
+    assert list(tmp_path.iterdir()) == []
