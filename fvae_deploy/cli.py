@@ -427,3 +427,7 @@ def _require(*packages: str) -> None:
             f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
             "pip install 'fvae-deploy[export]'"
         )
+
+
+if __name__ == "__main__":
+    main()

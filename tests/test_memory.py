@@ -1,0 +1,74 @@
+"""Memory: bounded by the plan, and the same for a scan of any length. Real runs, real RSS."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fvae_deploy.plan import parse_bytes
+from fvae_deploy.volume import Geometry, create_volume
+
+MIB = 1 << 20
+
+
+def scan(path, shape):
+    """A CT of any length, quickly: one noisy slab over and over."""
+    x, y, z = shape
+    slab = np.random.default_rng(0).integers(-1000, 800, (10, x, y)).astype(np.int16)
+    with create_volume(path, Geometry(shape, np.diag([-1.0, -1.0, 2.0, 1.0]))) as writer:
+        for start in range(0, z, 10):
+            writer.write(slab[: min(10, z - start)])
+    return path
+
+
+def reconstruct(source, *options):
+    """The run report of a reconstruction in a process of its own, and what it said."""
+    report = source.parent / "report.json"
+    command = [sys.executable, "-m", "fvae_deploy.cli", "reconstruct", str(source), "-q"]
+    command += ["-o", str(source.parent / "out.nii"), "--run-report", str(report), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(report.read_text()) if done.returncode == 0 else None
+    return done, found
+
+
+def beyond(report):
+    return report["memory"]["beyond_baseline_bytes"]
+
+
+@pytest.mark.parametrize(("suffix", "side"), [(".nii.gz", 256), (".nii", 96)])
+def test_ten_times_the_slices_take_no_more_memory(suffix, side, tmp_path):
+    peaks = []
+    for slices in (130, 1300):
+        source = scan(tmp_path / f"ct{suffix}", (side, side, slices))
+        done, report = reconstruct(source)
+        assert done.returncode == 0, done.stderr
+        assert report["volume"]["slices"] == slices
+        peaks.append(report["memory"]["peak_rss_bytes"])
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+@pytest.mark.parametrize("budget", ["700MiB", "450MiB"])
+def test_a_run_stays_within_its_budget(budget, tmp_path):
+    done, report = reconstruct(scan(tmp_path / "ct.nii.gz", (512, 512, 14)), "--memory", budget)
+    assert done.returncode == 0, done.stderr
+    assert beyond(report) <= parse_bytes(budget)
+    assert report["plan"]["predicted_bytes"] <= parse_bytes(budget)
+
+
+def test_a_small_budget_is_met_by_tiles(tmp_path):
+    done, report = reconstruct(scan(tmp_path / "ct.nii", (512, 512, 6)), "--memory", "450MiB")
+    assert done.returncode == 0, done.stderr
+    assert max(report["plan"]["tiles"].values()) > 1
+
+
+def test_an_impossible_budget_is_refused_with_the_least_that_would_do(tmp_path):
+    source = scan(tmp_path / "ct.nii", (512, 512, 6))
+    done, _ = reconstruct(source, "--memory", "50MiB")
+    assert done.returncode == 6
+    least = re.search(r"at least (\d+ MiB|[\d.]+ GiB)", done.stderr).group(1)
+    done, report = reconstruct(source, "--memory", least)
+    assert done.returncode == 0, done.stderr
+    assert beyond(report) <= parse_bytes(least)
