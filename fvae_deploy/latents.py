@@ -67,11 +67,14 @@ class LatentInfo:
                 f"format {attributes.get('fvae_latents')}: make it with fvae encode"
             )
         try:
-            header = attributes["nifti_header"]
+            text = attributes["nifti_header"]
+            header = None if text is None else base64.b64decode(text, validate=True)
+            if header is not None and len(header) not in (348, 540):
+                raise ValueError(f"a NIfTI header of {len(header)} bytes")
             x, y, z = (int(n) for n in attributes["shape"])
             low, high = (float(n) for n in attributes["hu_window"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
-            geometry = Geometry((x, y, z), affine, base64.b64decode(header) if header else None)
+            geometry = Geometry((x, y, z), affine, header)
             return cls(
                 model=str(attributes["model"]),
                 identity=str(attributes["identity"]),
@@ -151,9 +154,16 @@ class LatentWriter:
         if not path.absolute().parent.is_dir():
             raise LatentError(f"expected a folder {path.absolute().parent}, found none: create it")
         attributes = {**info.to_attributes(), "complete": False}
-        if self.partial.exists() and not resume:
+        if self.partial.exists() and not _is_partial(self.partial):
+            raise LatentError(
+                f"expected a new name or what a stopped run left, found something else than a "
+                f"latent store at {self.partial}: move it away"
+            )
+        if self.partial.exists() and not (resume and (self.partial / "zarr.json").exists()):
             shutil.rmtree(self.partial)
         if self.partial.exists():
+            for stray in self.partial.rglob("*.partial"):  # of a killed write of zarr's
+                stray.unlink()
             self._array, found = _open(self.partial)
             _check_same(found, attributes, self.partial)
             self.done = self._undamaged()
@@ -182,6 +192,7 @@ class LatentWriter:
             self._array.attrs["complete"] = True
             if self.path.exists():
                 old = self.path.with_name(f".{self.path.name}.old")
+                shutil.rmtree(old, ignore_errors=True)  # of a run killed at this very place
                 self.path.rename(old)
                 self.partial.rename(self.path)
                 shutil.rmtree(old)
@@ -214,6 +225,12 @@ def _is_latents(path: Path) -> bool:
         return False
 
 
+def _is_partial(path: Path) -> bool:
+    """Whether a folder holds nothing but what a store under construction holds."""
+    names = (entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
+    return all(name in ("c", "zarr.json") or name.endswith(".partial") for name in names)
+
+
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     if not path.exists():
         raise LatentError(f"expected a latent store at {path}, found nothing: check the path")
@@ -232,7 +249,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     for key, value in wanted.items():
-        if found.get(key) != value:
+        if found.get(key) != value and key != "complete":  # a run may die before its last rename
             raise LatentError(
                 f"expected {path} to be of the same run, found {key} {found.get(key)!r} instead "
                 f"of {value!r}: encode without --resume to start over"
