@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# ONNX Runtime reports its use to its maker, and writes an identity into the home folder, from
+# the moment it is imported: hospitals want neither. Whoever does may set 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime as ort
 
 from fvae_deploy.engines.base import check_inputs

@@ -6,16 +6,22 @@ the outputs of the next run, so a stream allocates nothing after its first two s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
-from fvae_deploy.engines.base import check_inputs
-from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest, Part
+# Importing OpenVINO reports to its maker over the network, and writes an identity into the
+# home folder, unless its telemetry package cannot be imported: hospitals want neither.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
+
+from fvae_deploy.engines.base import check_inputs  # noqa: E402
+from fvae_deploy.errors import EngineError  # noqa: E402
+from fvae_deploy.export.manifest import Manifest, Part  # noqa: E402
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
