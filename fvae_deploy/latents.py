@@ -116,12 +116,7 @@ class LatentReader:
                 f"expected a complete store, found {path} marked incomplete: finish it with "
                 "fvae encode … --resume"
             )
-        absent = [t for t in range(self.shape[1]) if not _chunk(path, t).exists()]
-        if absent:
-            raise LatentError(
-                f"expected {self.shape[1]} latent frames in {path}, found frame {absent[0]} "
-                "missing: encode the CT again"
-            )
+        _check_complete(path, self.shape[1])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -187,7 +182,11 @@ class LatentWriter:
             self._array[:, start : start + z.shape[1]] = z
 
     def commit(self) -> None:
-        """Mark the store complete and give it its name, replacing an older one."""
+        """Mark the store complete and give it its name, replacing an older one.
+
+        Raises LatentError when a frame was never written, or was taken away since.
+        """
+        _check_complete(self.partial, self._array.shape[1])
         with _writing(self.partial):
             self._array.attrs["complete"] = True
             if self.path.exists():
@@ -216,6 +215,15 @@ class LatentWriter:
 
 def _chunk(path: Path, t: int) -> Path:
     return path / "c" / "0" / str(t) / "0" / "0"
+
+
+def _check_complete(path: Path, frames: int) -> None:
+    for t in range(frames):
+        if not _chunk(path, t).exists():
+            raise LatentError(
+                f"expected {frames} latent frames in {path}, found frame {t} missing: "
+                "encode the CT again"
+            )
 
 
 def _is_latents(path: Path) -> bool:
