@@ -11,6 +11,22 @@ import typer
 from fvae_deploy import __version__
 from fvae_deploy.console import bench_table, finish, parity_table, progress_bar, say, show
 from fvae_deploy.errors import FvaeError, UsageError
+from fvae_deploy.options import (
+    CT,
+    AnyRange,
+    Debug,
+    Device,
+    Dtype,
+    Engine,
+    Memory,
+    Model,
+    Precision,
+    Protocol,
+    Quiet,
+    ReportFile,
+    Series,
+    StepFrames,
+)
 
 app = typer.Typer(
     name="fvae",
@@ -20,39 +36,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
-Engine = Annotated[
-    str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime or torch.")
-]
-Precision = Annotated[str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where the engine has it.")]
-Protocol = Annotated[
-    str,
-    typer.Option("--protocol", help="causal: one seamless stream; windows: 65 slices at a time."),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory", help="Budget beyond the libraries, as 700MiB [default: 60 % of what is free]."
-    ),
-]
-StepFrames = Annotated[
-    int, typer.Option("--step", min=1, help="Latent frames a step (4 slices each).")
-]
-Series = Annotated[
-    str | None, typer.Option("--series", help="DICOM SeriesInstanceUID, or a unique end of it.")
-]
-AnyRange = Annotated[
-    bool, typer.Option("--any-range", help="Accept volumes with no value below 0 HU.")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="int16 (rounded) or float32.")]
-ReportFile = Annotated[
-    Path | None, typer.Option("--run-report", help="Write the facts of the run to this JSON.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
 
 
 def _version(asked: bool) -> None:
