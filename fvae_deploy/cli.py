@@ -26,6 +26,8 @@ from fvae_deploy.options import (
     ReportFile,
     Series,
     StepFrames,
+    require,
+    slice_range,
 )
 
 app = typer.Typer(
@@ -126,7 +128,7 @@ def decode(
     from fvae_deploy.api import decode as run
     from fvae_deploy.latents import LatentReader
 
-    wanted = _range(slices) if slices else None
+    wanted = slice_range(slices) if slices else None
     total = wanted[1] - wanted[0] if wanted else LatentReader(latents).info.slices
     with progress_bar(total, "decode", quiet) as advance:
         report = run(
@@ -238,7 +240,7 @@ def export(
 
     Example: `fvae export -m LeanVAE-dim16.ckpt -o leanvae16`
     """
-    _require("torch", "onnx", "onnxscript", "safetensors")
+    require("torch", "onnx", "onnxscript", "safetensors")
     from fvae_deploy.make_bundle import make_bundle
 
     manifest = make_bundle(
@@ -318,7 +320,7 @@ def bench(
         pairs = (item.strip().partition(":") for item in engines.split(","))
         candidates = [(e, p or "fp32") for e, _, p in pairs]
     if peer:
-        _require("torch", "safetensors")
+        require("torch", "safetensors")
         candidates.append((benchmark.REFERENCE, "fp32"))
     rows = benchmark.bench(
         path,
@@ -388,28 +390,6 @@ def _slices(ct: Path, series: str | None) -> int:
     reader = open_volume(ct, series)
     reader.close()
     return reader.geometry.shape[2]
-
-
-def _range(text: str) -> tuple[int, int]:
-    try:
-        a, b = (int(n) for n in text.split(":"))
-    except ValueError:
-        raise UsageError(f"expected --slices as a:b, for example 100:140, found {text!r}") from None
-    return a, b
-
-
-def _require(*packages: str) -> None:
-    """Raise EngineError with the pip line when an optional package is not installed."""
-    from importlib.util import find_spec
-
-    from fvae_deploy.errors import EngineError
-
-    absent = [package for package in packages if find_spec(package) is None]
-    if absent:
-        raise EngineError(
-            f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
-            "pip install 'fvae-deploy[export]'"
-        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fvae_deploy.errors import EngineError, UsageError
 
 CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
@@ -39,3 +42,22 @@ ReportFile = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
+
+
+def slice_range(text: str) -> tuple[int, int]:
+    """Read "100:140"; raises UsageError for anything else."""
+    try:
+        a, b = (int(n) for n in text.split(":"))
+    except ValueError:
+        raise UsageError(f"expected --slices as a:b, for example 100:140, found {text!r}") from None
+    return a, b
+
+
+def require(*packages: str) -> None:
+    """Raise EngineError with the pip line when an optional package is not installed."""
+    absent = [package for package in packages if find_spec(package) is None]
+    if absent:
+        raise EngineError(
+            f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
+            "pip install 'fvae-deploy[export]'"
+        )
