@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fvae_deploy import __version__
 from fvae_deploy.console import bench_table, finish, parity_table, progress_bar, say, show
-from fvae_deploy.errors import FvaeError, UsageError
+from fvae_deploy.errors import FvaeError, StoppedError, UsageError
 from fvae_deploy.options import (
     CT,
     AnyRange,
@@ -30,7 +31,21 @@ from fvae_deploy.options import (
     slice_range,
 )
 
+
+class Verbs(TyperGroup):
+    """The verbs; typer by itself would end in silence on Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message = "stopped; an encode that was stopped continues with --resume"
+            raise StoppedError(message) from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     name="fvae",
     help="Run frozen foundation VAEs on CT: exact, fast, in bounded memory.",
     no_args_is_help=True,
@@ -368,8 +383,6 @@ def main() -> None:
         app()
     except FvaeError as error:
         _fail(error, str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        _fail(error, "stopped; an encode that was stopped continues with --resume", 130)
     except MemoryError as error:
         _fail(error, "out of memory: lower --memory, or close other programs", 6)
     except OSError as error:

@@ -7,7 +7,8 @@
     ├── ConditionError        3   a mask or text that does not fit the generator
     ├── BundleError           4   weights or a bundle that do not fit, or are damaged
     ├── EngineError           5   an engine that cannot run here
-    └── PlanError             6   a memory budget that cannot be met
+    ├── PlanError             6   a memory budget that cannot be met
+    └── StoppedError        130   Ctrl-C
 
 Every message is one line: what was expected, what was found, and the remedy.
 Only the command line turns errors into exit codes.
@@ -58,3 +59,9 @@ class PlanError(FvaeError):
     """A memory budget that cannot be met; the message names the least that would do."""
 
     exit_code = 6
+
+
+class StoppedError(FvaeError):
+    """The user stopped the run."""
+
+    exit_code = 130

@@ -1,0 +1,171 @@
+"""A killed encode is continued, and the bytes are those of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fvae_deploy import api
+from fvae_deploy.errors import LatentError
+from fvae_deploy.latents import partial_path
+
+SHAPE = (96, 96, 330)
+FRAMES = 1 + -(-(SHAPE[2] - 1) // 4)
+MAIN = "from fvae_deploy.cli import main; main()"
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def chunk(store, t):
+    return store / "c" / "0" / str(t) / "0" / "0"
+
+
+def start(ct, store, *options):
+    arguments = ["encode", str(ct), "-o", str(store), *options]
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *arguments], stderr=subprocess.PIPE, text=True
+    )
+
+
+def stop(running, store, frames, number):
+    """Send a signal once so many latent frames are there; return exit code and message."""
+    until = time.monotonic() + 60
+    while not chunk(partial_path(store), frames - 1).exists():
+        assert running.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    running.send_signal(number)
+    _, message = running.communicate(timeout=60)
+    return running.returncode, message
+
+
+@pytest.fixture(scope="module", params=["causal", "windows"])
+def undisturbed(request, write_ct, tmp_path_factory):
+    """A CT, the options of its encode, and the store of a run that nobody disturbed."""
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_ct(folder / "ct.nii.gz", SHAPE)
+    options = {"engine": "openvino", "protocol": request.param}
+    api.encode(folder / "ct.nii.gz", folder / "z.zarr", **options)
+    return folder / "ct.nii.gz", options, folder / "z.zarr"
+
+
+@pytest.mark.parametrize("frames", [1, 25])
+def test_a_killed_encode_is_resumed_to_the_same_bytes(undisturbed, tmp_path, frames):
+    ct, options, whole = undisturbed
+    store = tmp_path / "z.zarr"
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    code, _ = stop(start(ct, store, *flags), store, frames, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not store.exists()
+    left = partial_path(store)
+    assert frames <= sum(chunk(left, t).exists() for t in range(FRAMES)) < FRAMES
+    running = start(ct, store, "--resume", *flags)
+    _, message = running.communicate(timeout=100)
+    assert running.returncode == 0, message
+    assert files(store) == files(whole)
+    assert not left.exists()
+
+
+def test_an_interrupted_encode_says_how_to_go_on_and_does(undisturbed, tmp_path):
+    ct, options, whole = undisturbed
+    store = tmp_path / "z.zarr"
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    code, message = stop(start(ct, store, *flags), store, 10, signal.SIGINT)
+    assert code == 130
+    assert message == "fvae: stopped; an encode that was stopped continues with --resume\n"
+    assert not store.exists()
+    done = []
+    api.encode(ct, store, resume=True, progress=done.append, **options)
+    assert done[0] >= 33  # slices that were not encoded again
+    assert sum(done) == SHAPE[2]
+    assert files(store) == files(whole)
+
+
+@pytest.mark.parametrize("t", [0, 1, 18, 40])
+def test_a_damaged_frame_and_all_after_it_are_computed_again(undisturbed, tmp_path, t):
+    ct, options, whole = undisturbed
+    store = tmp_path / "z.zarr"
+    left = shutil.copytree(whole, partial_path(store))
+    chunk(left, FRAMES - 1).unlink()
+    data = bytearray(chunk(left, t).read_bytes())
+    data[20] ^= 1
+    chunk(left, t).write_bytes(data)
+    done = []
+    api.encode(ct, store, resume=True, progress=done.append, **options)
+    assert files(store) == files(whole)
+    assert sum(done) == SHAPE[2]
+    assert len(done) > FRAMES - t
+
+
+def test_an_interrupted_reconstruct_leaves_nothing(undisturbed, tmp_path):
+    ct, options, _ = undisturbed
+    shutil.copy(ct, tmp_path / "ct.nii.gz")
+    command = [sys.executable, "-c", MAIN, "reconstruct", str(tmp_path / "ct.nii.gz")]
+    command += ["-o", str(tmp_path / "out.nii"), "--engine", options["engine"]]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.nii.*")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert message.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["ct.nii.gz"]
+
+
+@pytest.fixture
+def left(undisturbed, tmp_path):
+    """What a stopped run left: the first half of the frames."""
+    _, _, whole = undisturbed
+    store = tmp_path / "z.zarr"
+    shutil.copytree(whole, partial_path(store))
+    for t in range(FRAMES // 2, FRAMES):
+        chunk(partial_path(store), t).unlink()
+    return store
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        pytest.param({"protocol": "windows"}, "protocol 'causal' instead of", id="protocol"),
+        pytest.param({"k": 2}, "k 1 instead of 2", id="step"),
+        pytest.param({"engine": "torch"}, "engine 'openvino' instead of", id="engine"),
+        pytest.param({"engine": "torch", "precision": "bf16"}, "engine", id="precision"),
+        pytest.param({"engine": "fake", "model": "fake"}, "model 'tiny' instead of", id="model"),
+        pytest.param({"ct": (96, 96, 331)}, "slices 330 instead of 331", id="number of slices"),
+        pytest.param({"ct": (96, 95, 330)}, "shape", id="plane"),
+    ],
+)
+@pytest.mark.parametrize("undisturbed", ["causal"], indirect=True)
+def test_what_another_run_left_is_refused_and_kept(
+    undisturbed, left, tmp_path, write_ct, fake_bundle, other, words
+):
+    ct, options, _ = undisturbed
+    options = options | {name: value for name, value in other.items() if name != "ct"}
+    if "ct" in other:
+        ct = tmp_path / "other.nii"
+        write_ct(ct, other["ct"])
+    if options["engine"] == "torch":
+        pytest.importorskip("safetensors", reason="needs the export extra")
+    if "model" in options:
+        options["model"] = fake_bundle
+    before = files(partial_path(left))
+    with pytest.raises(LatentError, match=f"{words}.*without --resume"):
+        api.encode(ct, left, resume=True, **options)
+    assert files(partial_path(left)) == before
+    assert not left.exists()
+
+
+def test_to_resume_what_never_began_is_to_begin(undisturbed, tmp_path):
+    ct, options, whole = undisturbed
+    api.encode(ct, tmp_path / "z.zarr", resume=True, **options)
+    assert files(tmp_path / "z.zarr") == files(whole)
