@@ -42,6 +42,7 @@ class LatentInfo:
     geometry: Geometry
     hu_window: tuple[float, float]
     fvae_version: str
+    tile: tuple[int, int] = (0, 0)  # latent cells; another one rounds differently
 
     def to_attributes(self) -> dict[str, Any]:
         """Flatten to JSON: arrays as lists, the NIfTI header in base64."""
@@ -51,6 +52,7 @@ class LatentInfo:
             "fvae_latents": FORMAT,
             **attributes,
             "hu_window": list(self.hu_window),
+            "tile": list(self.tile),
             "shape": list(self.geometry.shape),
             "affine": self.geometry.affine.tolist(),
             "spacing": list(self.geometry.spacing),
@@ -73,6 +75,7 @@ class LatentInfo:
                 raise ValueError(f"a NIfTI header of {len(header)} bytes")
             x, y, z = (int(n) for n in attributes["shape"])
             low, high = (float(n) for n in attributes["hu_window"])
+            rows, columns = (int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
             geometry = Geometry((x, y, z), affine, header)
             return cls(
@@ -86,6 +89,7 @@ class LatentInfo:
                 geometry=geometry,
                 hu_window=(low, high),
                 fvae_version=str(attributes["fvae_version"]),
+                tile=(rows, columns),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LatentError(
@@ -260,7 +264,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
         if found.get(key) != value and key != "complete":  # a run may die before its last rename
             raise LatentError(
                 f"expected {path} to be of the same run, found {key} {found.get(key)!r} instead "
-                f"of {value!r}: encode without --resume to start over"
+                f"of {value!r}: resume with the same options, or start over without --resume"
             )
 
 

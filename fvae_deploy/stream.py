@@ -80,6 +80,7 @@ def encode(
         geometry=reader.geometry,
         hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
         fvae_version=version,
+        tile=run.outcome.plan.grids["encode"].extent,
     )
     total = schedule.latent_frames(run.steps)
     shape = (manifest.geometry.latent_channels, total, *run.plane)

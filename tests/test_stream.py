@@ -397,7 +397,8 @@ def test_latents_removed_while_encoding_are_missed(fake_codec, write_ct, tmp_pat
         if 40 < sum(seen) < 60:
             shutil.rmtree(tmp_path / "z.zarr.partial", ignore_errors=True)
 
-    with pytest.raises(LatentError, match="frame 0 missing"):
+    # Found at the next write or at the end, whichever comes first.
+    with pytest.raises(LatentError, match="frame 0 missing|No such file"):
         encode(fake_codec, tmp_path / "ct.nii", tmp_path / "z.zarr", progress=progress)
     assert not (tmp_path / "z.zarr").exists()
 
