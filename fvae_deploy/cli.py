@@ -21,6 +21,7 @@ from fvae_deploy.options import (
     Engine,
     Memory,
     Model,
+    NumbersFile,
     Precision,
     Protocol,
     Quiet,
@@ -214,7 +215,7 @@ def compare(
     png: Annotated[
         Path | None, typer.Option("--png", help="Draw original, reconstruction and error.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
+    json: NumbersFile = None,
     ssim: Annotated[bool, typer.Option(help="SSIM takes most of the time.")] = True,
     quiet: Quiet = False,
     debug: Debug = False,

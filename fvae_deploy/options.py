@@ -10,6 +10,14 @@ import typer
 
 from fvae_deploy.errors import EngineError, UsageError
 
+
+def writable(path: Path | None) -> Path | None:
+    """Refuse a report that could not be written before the work is done, not after."""
+    if path and not path.absolute().parent.is_dir():
+        raise UsageError(f"expected a folder for {path}, found none: create it")
+    return path
+
+
 CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
 Engine = Annotated[
@@ -38,7 +46,13 @@ AnyRange = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="int16 (rounded) or float32.")]
 ReportFile = Annotated[
-    Path | None, typer.Option("--run-report", help="Write the facts of the run to this JSON.")
+    Path | None,
+    typer.Option(
+        "--run-report", callback=writable, help="Write the facts of the run to this JSON."
+    ),
+]
+NumbersFile = Annotated[
+    Path | None, typer.Option("--json", callback=writable, help="Write the numbers here.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]

@@ -8,8 +8,11 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from fvae_deploy import cli
 
@@ -23,6 +26,9 @@ def shelf(tmp_path_factory, fake_bundle):
     values = np.random.default_rng(0).integers(-1100, 900, SHAPE).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(values, np.diag([-1, -1, 2, 1])), folder / "ct.nii")
     nibabel.save(nibabel.Nifti1Image(values, np.diag([-1, -1, 2, 1])), folder / "ct.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-1, -1, 3, 1])), folder / "moved.nii")
+    for suffix in ("ckpt", "safetensors"):
+        (folder / f"text.{suffix}").write_text("no weights at all, but text for a while")
     shutil.copytree(fake_bundle, folder / "bundle")
     assert run(["encode", folder / "ct.nii", "-o", folder / "z.zarr", *fake(folder)]) == 0
     assert run(["phantom", "-o", folder / "p.zarr", "--shape", "8,8,3"]) == 0
@@ -99,6 +105,53 @@ def chunk(f, t=1):
     return f / "z.zarr" / "c" / "0" / str(t) / "0" / "0"
 
 
+def rgb(folder):
+    values = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "bad.nii")
+    return folder / "bad.nii"
+
+
+def four_d_zarr(folder):
+    zarr.create_array(str(folder / "bad.zarr"), shape=(4, 4, 4, 2), dtype="int16")
+    return folder / "bad.zarr"
+
+
+def dicom(folder, *slices):
+    """A folder of DICOM slices; each is a dictionary of what is not usual about it."""
+    (folder / "dicom").mkdir()
+    for number, changes in enumerate(slices):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = f"1.2.3.{number + 1}"
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        path = folder / "dicom" / f"{number}.dcm"
+        data = FileDataset(path, {}, file_meta=meta, preamble=bytes(128))
+        usual = {
+            "SOPClassUID": CTImageStorage,
+            "SOPInstanceUID": f"1.2.3.{number + 1}",
+            "SeriesInstanceUID": "1.2.840.1",
+            "Modality": "CT",
+            "ImagePositionPatient": [0, 0, 2.5 * number],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [0.75, 0.5],
+            "Rows": 4,
+            "Columns": 6,
+            "BitsAllocated": 16,
+            "BitsStored": 12,
+            "HighBit": 11,
+            "PixelRepresentation": 0,
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "RescaleSlope": 1,
+            "RescaleIntercept": -1024,
+            "PixelData": bytes(48),
+        }
+        for name, value in (usual | changes).items():
+            setattr(data, name, value)
+        data.save_as(path, enforce_file_format=True)
+    return folder / "dicom"
+
+
 RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
     "nothing is there": (lambda f: f / "none.nii.gz", 3, "found nothing"),
     "a suffix that is no volume": (lambda f: written(f / "ct.mha", b"x"), 3, "dcm2niix"),
@@ -119,6 +172,23 @@ RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
         lambda f: written(f / "bad.nii", (f / "ct.nii.gz").read_bytes()), 3, "bad.nii"),
     "four dimensions": (
         lambda f: image(f, np.zeros((4, 4, 4, 3), np.int16)), 3, "4-D"),
+    "RGB voxels": (rgb, 3, "data type 128"),
+    "a DICOM series with a slice missing": (
+        lambda f: dicom(f, {}, {}, {"ImagePositionPatient": [0, 0, 9]}, {
+            "ImagePositionPatient": [0, 0, 11.5]}), 3, "missing slices"),
+    "a DICOM slice twice": (
+        lambda f: dicom(f, {}, {}, {}, {}, {"ImagePositionPatient": [0, 0, 2.5]}),
+        3, "both at 2.500 mm"),
+    "two DICOM series": (
+        lambda f: dicom(f, {}, {}, {"SeriesInstanceUID": "1.2.840.2"}), 3, "--series"),
+    "DICOM of MR": (lambda f: dicom(f, *[{"Modality": "MR"}] * 3), 3, "found MR"),
+    "a DICOM slice of other size": (
+        lambda f: dicom(f, {}, {"Rows": 2, "PixelData": bytes(24)}), 3, "one size"),
+    "DICOM with its pixels cut off": (
+        lambda f: dicom(f, {}, {}, {"PixelData": bytes(20)}), 3, "could not decode"),
+    "DICOM without positions": (
+        lambda f: dicom(f, *[{"ImagePositionPatient": None}] * 2), 3, "ImagePositionPatient"),
+    "a Zarr array of four dimensions": (four_d_zarr, 3, "4-D 4x4x4x2"),
     "complex voxels": (lambda f: image(f, np.zeros((4, 4, 4), np.complex64)), 3, "data type 32"),
     "NaN": (lambda f: image(f, with_value(np.nan)), 3, "slice 5"),
     "infinity": (lambda f: image(f, with_value(np.inf)), 3, "slice 5"),
@@ -197,15 +267,53 @@ OTHERS = {
     "compare with another shape": (["compare", "{f}/ct.nii", "{f}/p.zarr"], 3, "shape"),
     "compare with labels of another grid": (
         ["compare", "{f}/ct.nii", "{f}/ct.nii", "--labels", "{f}/p.zarr"], 3, "shape"),
+    "compare with another affine": (
+        ["compare", "{f}/ct.nii", "{f}/moved.nii"], 3, "resample it"),
+    "compare with nothing": (["compare", "{f}/ct.nii", "{f}/none.nii"], 3, "found nothing"),
+    "compare into a folder that is not there": (
+        ["compare", "{f}/ct.nii", "{f}/ct.nii.gz", "--json", "{f}/no/a.json"], 2, "a.json"),
+    "a report into a folder that is not there": (
+        ["encode", "{f}/ct.nii", "-o", "{f}/new.zarr", "--run-report", "{f}/no/a.json"],
+        2, "a.json"),
+    "encode into a folder that is not there": (
+        ["encode", "{f}/ct.nii", "-o", "{f}/no/z.zarr"], 3, "create it"),
+    "encode over a foreign folder": (
+        ["encode", "{f}/ct.nii", "-o", "{f}/foreign.zarr"], 3, "another name"),
+    "encode in steps and memory that do not go together": (
+        ["encode", "{f}/ct.nii", "-o", "{f}/new.zarr", "--memory", "1KiB"], 6, "at least"),
     "compare with labels that are HU": (
         ["compare", "{f}/ct.nii", "{f}/ct.nii", "--labels", "{f}/ct.nii"], 3, "labels"),
     "compare into a picture that is no .png": (
         ["compare", "{f}/ct.nii", "{f}/ct.nii", "--png", "{f}/a.gif"], 2, ".png"),
     "a phantom of nonsense": (["phantom", "-o", "{f}/a.nii", "--shape", "a,b"], 2, "--shape"),
     "a phantom too small": (["phantom", "-o", "{f}/a.nii", "--shape", "2,2,2"], 2, "8x8x1"),
+    "a phantom of two numbers": (["phantom", "-o", "{f}/a.nii", "--shape", "9,9"], 2, "--shape"),
+    "a phantom of an unknown suffix": (
+        ["phantom", "-o", "{f}/a.mha", "--shape", "9,9,9"], 3, "a.mha"),
+    "export of text named .ckpt": (
+        ["export", "-m", "{f}/text.ckpt", "-o", "{f}/new"], 4, "text.ckpt"),
+    "export of text named .safetensors": (
+        ["export", "-m", "{f}/text.safetensors", "-o", "{f}/new"], 4, "text.safetensors"),
+    "export of weights without a configuration": (
+        ["export", "-m", "{f}/bundle/weights.safetensors", "-o", "{f}/new"], 4, "args"),
+    "export with unknown channels": (
+        ["export", "-m", "{f}/text.ckpt", "-o", "{f}/new", "--channels", "cmyk"], 4, "gray or rgb"),
     "export of nothing": (["export", "-m", "{f}/w.ckpt", "-o", "{f}/new"], 4, "found nothing"),
     "export of an unknown suffix": (["export", "-m", "{f}/ct.nii", "-o", "{f}/new"], 4, ".ckpt"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_weights(small_model, tmp_path_factory):
+    """The small random network as a checkpoint."""
+    import dataclasses
+
+    import torch
+
+    path = tmp_path_factory.mktemp("weights") / "small.ckpt"
+    content = {"args": dataclasses.asdict(small_model.config)}
+    torch.save(content | {"state_dict": small_model.state_dict()}, path)
+    return path
 
 
 @pytest.fixture
@@ -282,6 +390,24 @@ def test_a_checkpoint_that_runs_code_is_not_run(desk, capsys):
     refused(capsys, desk, arguments, 4, "tensors and numbers alone")
 
 
+@pytest.mark.parametrize("existing", ["bundle", "ct.nii"])
+def test_an_export_never_replaces_what_is_there(desk, capsys, existing, small_weights):
+    arguments = ["export", "-m", small_weights, "-o", desk / existing, "-q"]
+    refused(capsys, desk, arguments, 4, "remove it or choose another")
+
+
+def test_weights_of_another_shape_are_refused(desk, capsys, small_weights):
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    content = torch.load(small_weights, weights_only=True)
+    content["state_dict"].popitem()
+    torch.save(content, desk / "short.ckpt")
+    arguments = ["export", "-m", desk / "short.ckpt", "-o", desk / "new", "-q"]
+    refused(capsys, desk, arguments, 4, "")
+    content["args"]["embedding_dim"] = 48
+    torch.save(content, desk / "short.ckpt")
+    refused(capsys, desk, arguments, 4, "embedding_dim")
+
+
 def test_a_checkpoint_of_another_network_is_refused(desk, capsys):
     torch = pytest.importorskip("torch", reason="needs the export extra")
     torch.save({"model": {"w": torch.zeros(3)}}, desk / "other.ckpt")
@@ -313,3 +439,17 @@ def test_any_damage_to_a_header_ends_in_a_volume_or_in_one_line(
     assert "Traceback" not in message
     assert out.exists() == (code == 0)
     assert message.count("\n") == (code != 0)
+
+
+def test_nothing_but_zeros_is_a_volume(shelf, tmp_path):
+    """A window of air that was cropped to zero is no reason to refuse."""
+    image(tmp_path, np.zeros(SHAPE, np.int16))
+    out = tmp_path / "out.nii"
+    assert run(["reconstruct", tmp_path / "bad.nii.gz", "-o", out, *fake(shelf)]) == 0
+
+
+def test_values_never_below_zero_are_accepted_when_one_insists(shelf, tmp_path):
+    image(tmp_path, np.full(SHAPE, 500, np.int16))
+    out = tmp_path / "out.nii"
+    arguments = ["reconstruct", tmp_path / "bad.nii.gz", "-o", out, "--any-range", *fake(shelf)]
+    assert run(arguments) == 0
