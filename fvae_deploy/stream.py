@@ -41,7 +41,7 @@ class Outcome:
     """What a run did: for the report."""
 
     plan: Plan
-    slices: int
+    slices: int  # that this run computed
     shape: tuple[int, int, int]
     tally: Tally = field(default_factory=Tally)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -89,7 +89,9 @@ def encode(
     try:
         if target is not None:
             entry = schedule.enter(run.steps, target, manifest.part("encode_step").context)
-            progress(run.steps[target].slices[0])
+            kept = run.steps[target].slices[0]
+            run.outcome.slices -= kept
+            progress(kept)
             stream = run.stream("encode")
 
             def store(item: tuple[Step, Frames]) -> None:
