@@ -267,8 +267,11 @@ def export(
 
 
 @app.command()
-def models(quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the built-in models, with their geometry and measured parity."""
+def models(debug: Debug = False) -> None:
+    """List the built-in models, with their geometry and measured parity.
+
+    Example: `fvae models`
+    """
     from fvae_deploy.codec import BUILT_IN
     from fvae_deploy.export.manifest import Manifest
 
@@ -285,7 +288,10 @@ def models(quiet: Quiet = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(debug: Debug = False) -> None:
-    """Say which engines can run here, and what would make the others run."""
+    """Say which engines can run here, and what would make the others run.
+
+    Example: `fvae doctor`
+    """
     from fvae_deploy.engines.base import ENGINES, choose, missing, precisions
     from fvae_deploy.report import machine
 
