@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from fvae_deploy import __version__
 from fvae_deploy.console import bench_table, finish, parity_table, progress_bar, say, show
-from fvae_deploy.errors import FvaeError, StoppedError, UsageError
+from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.options import (
     CT,
     AnyRange,
@@ -28,22 +27,12 @@ from fvae_deploy.options import (
     ReportFile,
     Series,
     StepFrames,
+    Verbs,
+    Version,
     require,
     slice_range,
+    voxels,
 )
-
-
-class Verbs(TyperGroup):
-    """The verbs; typer by itself would end in silence on Ctrl-C."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a verb."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            message = "stopped; an encode that was stopped continues with --resume"
-            raise StoppedError(message) from None
-
 
 app = typer.Typer(
     cls=Verbs,
@@ -56,18 +45,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"fvae {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
+def _root(version: Version = False) -> None:
     """Hold the options that stand before the verb."""
 
 
@@ -376,10 +355,7 @@ def phantom(
     """
     from fvae_deploy.phantom import write_phantom
 
-    try:
-        x, y, z = (int(n) for n in shape.split(","))
-    except ValueError:
-        raise UsageError(f"expected --shape as 512,512,300, found {shape!r}") from None
+    x, y, z = voxels(shape)
     with progress_bar(z, "phantom", quiet) as advance:
         write_phantom(output, (x, y, z), labels=labels, seed=seed, progress=advance)
 

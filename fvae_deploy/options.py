@@ -1,14 +1,35 @@
-"""The arguments and options that several verbs share."""
+"""The arguments and options of the verbs, and how their texts are read."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy import __version__
+from fvae_deploy.errors import EngineError, StoppedError, UsageError
+
+
+class Verbs(TyperGroup):
+    """The verbs; typer by itself would end in silence on Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message = "stopped; an encode that was stopped continues with --resume"
+            raise StoppedError(message) from None
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop."""
+    if asked:
+        print(f"fvae {__version__}")
+        raise typer.Exit
 
 
 def writable(path: Path | None) -> Path | None:
@@ -18,6 +39,9 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
+Version = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+]
 CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
 Engine = Annotated[
@@ -75,3 +99,12 @@ def require(*packages: str) -> None:
             f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
             "pip install 'fvae-deploy[export]'"
         )
+
+
+def voxels(text: str) -> tuple[int, int, int]:
+    """Read "512,512,300"; raises UsageError for anything else."""
+    try:
+        x, y, z = (int(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected --shape as 512,512,300, found {text!r}") from None
+    return x, y, z

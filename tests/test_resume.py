@@ -16,7 +16,9 @@ from fvae_deploy.latents import partial_path
 
 SHAPE = (96, 96, 330)
 FRAMES = 1 + -(-(SHAPE[2] - 1) // 4)
-MAIN = "from fvae_deploy.cli import main; main()"
+# Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+MAIN = f"{LISTEN}; from fvae_deploy.cli import main; main()"
 
 
 def files(folder):
