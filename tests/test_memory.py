@@ -24,14 +24,18 @@ def scan(path, shape):
     return path
 
 
-def reconstruct(source, *options):
-    """The run report of a reconstruction in a process of its own, and what it said."""
+def fvae(verb, source, *options):
+    """The run report of one verb in a process of its own, and what it said."""
     report = source.parent / "report.json"
-    command = [sys.executable, "-m", "fvae_deploy.cli", "reconstruct", str(source), "-q"]
-    command += ["-o", str(source.parent / "out.nii"), "--run-report", str(report), *options]
+    command = [sys.executable, "-m", "fvae_deploy.cli", verb, source, "-q"]
+    command += ["--run-report", report, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(report.read_text()) if done.returncode == 0 else None
     return done, found
+
+
+def reconstruct(source, *options):
+    return fvae("reconstruct", source, "-o", source.parent / "out.nii", *options)
 
 
 def beyond(report):
@@ -62,6 +66,21 @@ def test_a_small_budget_is_met_by_tiles(tmp_path):
     done, report = reconstruct(scan(tmp_path / "ct.nii", (512, 512, 6)), "--memory", "450MiB")
     assert done.returncode == 0, done.stderr
     assert max(report["plan"]["tiles"].values()) > 1
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode"])
+def test_the_least_budget_of_one_direction_is_kept_too(verb, tmp_path):
+    source, store = scan(tmp_path / "ct.nii", (512, 512, 10)), tmp_path / "z.zarr"
+    assert fvae("encode", source, "-o", store)[0].returncode == 0
+    arguments = [source, "-o", tmp_path / "new.zarr"]
+    if verb == "decode":
+        arguments = [store, "-o", tmp_path / "out.nii"]
+    done, _ = fvae(verb, *arguments, "--memory", "1MiB")
+    assert done.returncode == 6
+    least = re.search(r"at least (\d+ MiB|[\d.]+ GiB)", done.stderr).group(1)
+    done, report = fvae(verb, *arguments, "--memory", least)
+    assert done.returncode == 0, done.stderr
+    assert beyond(report) <= parse_bytes(least)
 
 
 def test_an_impossible_budget_is_refused_with_the_least_that_would_do(tmp_path):
