@@ -185,6 +185,16 @@ class LatentWriter:
         with _writing(self.partial):
             self._array[:, start : start + z.shape[1]] = z
 
+    def check(self, start: int, z: NDArray[np.float32]) -> None:
+        """Raise LatentError unless the frames stored from `start` on are z, but for rounding."""
+        stored = self._array[:, start : start + z.shape[1]]
+        # Another processor may round otherwise; another volume differs by far more.
+        if np.abs(stored - z).max() > 0.01 * np.abs(z).max():
+            raise LatentError(
+                f"expected {self.partial} to be of the same run, found latents of another volume: "
+                "encode without --resume to start over"
+            )
+
     def commit(self) -> None:
         """Mark the store complete and give it its name, replacing an older one.
 

@@ -63,8 +63,9 @@ def encode(
     """Encode a volume into a latent store at `path`.
 
     With `resume`, latent frames of an interrupted run are kept and the rest is computed; the
-    bytes are those of an undisturbed run. A run that is stopped leaves `path.partial`; one
-    that fails on its input leaves nothing.
+    bytes are those of an undisturbed run. The last kept frames are computed once more: they
+    tell another volume of the same geometry. A run that is stopped leaves `path.partial`; one
+    that fails on its input leaves nothing but what an earlier run had left.
     """
     begin = time.perf_counter()
     run = _Run.of(codec, reader.geometry, ("encode",), protocol, memory, k)
@@ -88,7 +89,10 @@ def encode(
     target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
     try:
         if target is not None:
-            entry = schedule.enter(run.steps, target, manifest.part("encode_step").context)
+            last = max(target - 1, 0)
+            entry = schedule.enter(run.steps, last, manifest.part("encode_step").context)
+            while run.steps[entry].slices[0] == run.steps[entry].slices[1]:
+                entry -= 1  # a step that repeats the last slice needs one that reads it
             kept = run.steps[target].slices[0]
             run.outcome.slices -= kept
             progress(kept)
@@ -107,13 +111,16 @@ def encode(
                     if i >= target:
                         sink.put((step, z))
                         progress(step.slices[1] - step.slices[0])
+                    elif i == last:
+                        writer.check(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
             run.outcome.seconds["engine"] = stream.seconds
             run.outcome.seconds["write"] = sink.waited
         if not any_range and target == 0:
             run.outcome.tally.check_is_ct()
         writer.commit()
     except VolumeError as error:
-        if not isinstance(error, LatentError):  # the input is at fault: nothing to resume
+        # Where the input is at fault there is nothing to resume, unless an earlier run left it.
+        if not isinstance(error, LatentError) and not writer.done:
             writer.discard()
         raise
     run.outcome.seconds["total"] = time.perf_counter() - begin

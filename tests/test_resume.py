@@ -6,12 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fvae_deploy import api
-from fvae_deploy.errors import LatentError
+from fvae_deploy.errors import LatentError, VolumeError
 from fvae_deploy.latents import partial_path
 
 SHAPE = (96, 96, 330)
@@ -107,6 +111,24 @@ def test_a_damaged_frame_and_all_after_it_are_computed_again(undisturbed, tmp_pa
     assert len(done) > FRAMES - t
 
 
+@given(st.integers(2, 150), st.sampled_from(["causal", "windows"]), st.integers(1, 4), st.data())
+@settings(max_examples=20)
+def test_any_number_of_frames_is_resumed_to_the_same_bytes(
+    fake_bundle, write_ct, slices, protocol, k, data
+):
+    with tempfile.TemporaryDirectory() as name:
+        ct, whole, store = Path(name, "ct.nii"), Path(name, "whole.zarr"), Path(name, "z.zarr")
+        write_ct(ct, (9, 11, slices))
+        options = {"model": fake_bundle, "engine": "fake", "protocol": protocol, "k": k}
+        api.encode(ct, whole, **options)
+        left = shutil.copytree(whole, partial_path(store))
+        frames = len(list((left / "c" / "0").iterdir()))
+        for t in range(data.draw(st.integers(0, frames)), frames):
+            chunk(left, t).unlink()
+        api.encode(ct, store, resume=True, **options)
+        assert files(store) == files(whole)
+
+
 def test_an_interrupted_reconstruct_leaves_nothing(undisturbed, tmp_path):
     ct, options, _ = undisturbed
     shutil.copy(ct, tmp_path / "ct.nii.gz")
@@ -165,6 +187,30 @@ def test_what_another_run_left_is_refused_and_kept(
         api.encode(ct, left, resume=True, **options)
     assert files(partial_path(left)) == before
     assert not left.exists()
+
+
+@pytest.mark.parametrize("undisturbed", ["causal"], indirect=True)
+def test_what_another_scan_of_the_same_geometry_left_is_refused_and_kept(
+    undisturbed, left, tmp_path, write_ct
+):
+    _, options, _ = undisturbed
+    write_ct(tmp_path / "other.nii.gz", SHAPE, seed=1)
+    before = files(partial_path(left))
+    with pytest.raises(LatentError, match=r"latents of another volume.*without --resume"):
+        api.encode(tmp_path / "other.nii.gz", left, resume=True, **options)
+    assert files(partial_path(left)) == before
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("undisturbed", ["causal"], indirect=True)
+def test_a_damaged_ct_does_not_cost_what_an_earlier_run_left(undisturbed, left, tmp_path):
+    ct, options, whole = undisturbed
+    data = ct.read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(data[: 3 * len(data) // 4])
+    with pytest.raises(VolumeError, match="ends before"):
+        api.encode(tmp_path / "cut.nii.gz", left, resume=True, **options)
+    api.encode(ct, left, resume=True, **options)
+    assert files(left) == files(whole)
 
 
 def test_to_resume_what_never_began_is_to_begin(undisturbed, tmp_path):
