@@ -134,7 +134,7 @@ def test_a_run_says_what_it_did_in_two_lines(fvae, fake, ct, tmp_path):
     assert (code, err) == (0, "")
     assert re.fullmatch(
         r".*a\.nii: 30 slices of 20x13 in [\d.]+ s, [\d.]+ slices/s with fake fp32; "
-        r"peak \d+ MiB beyond \d+ MiB of libraries\n"
+        r"peak [\d.]+ [MG]iB beyond [\d.]+ [MG]iB of libraries\n"
         r"clipped to \[-1000, 1000\] HU: [\d.]+ % of voxels, which ranged from -1200 to 1099\n",
         out,
     )
