@@ -8,6 +8,7 @@ from typing import Any
 
 from fvae_deploy import __version__, stream
 from fvae_deploy.codec import open_codec
+from fvae_deploy.errors import UsageError
 from fvae_deploy.latents import LatentReader
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.report import run_report
@@ -41,6 +42,7 @@ def encode(
     `memory` bounds what the run takes beyond interpreter and libraries ("700MiB", bytes);
     `k` is the number of latent frames a step. Raises FvaeError with the remedy.
     """
+    _apart(ct, output)
     with (
         contextlib.closing(open_volume(ct, series)) as reader,
         open_codec(model, engine=engine, precision=precision, device=device) as codec,
@@ -78,6 +80,7 @@ def decode(
 
     `model` defaults to the built-in of the name that the store gives. Raises FvaeError.
     """
+    _apart(latents, output)
     store = LatentReader(Path(latents))
     with open_codec(
         model or store.info.model, engine=engine, precision=precision, device=device
@@ -112,6 +115,7 @@ def reconstruct(
     progress: Progress = _nothing,
 ) -> dict[str, Any]:
     """Encode and decode a CT in one stream, HU in and HU out; return the run report."""
+    _apart(ct, output)
     with (
         contextlib.closing(open_volume(ct, series)) as reader,
         open_codec(model, engine=engine, precision=precision, device=device) as codec,
@@ -133,3 +137,9 @@ def reconstruct(
 
 def _bytes(memory: str | int | None) -> int | None:
     return parse_bytes(memory) if isinstance(memory, str) else memory
+
+
+def _apart(source: str | Path, output: str | Path) -> None:
+    """Refuse to replace the input: an original scan may be the only one."""
+    if Path(source).resolve() == Path(output).resolve():
+        raise UsageError(f"expected an output apart from the input, found {output}: rename it")

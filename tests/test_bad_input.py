@@ -262,6 +262,10 @@ DECODE = {
 }  # fmt: skip
 
 OTHERS = {
+    "reconstruct over the scan itself": (
+        ["reconstruct", "{f}/ct.nii", "-o", "{f}/bundle/../ct.nii"], 2, "apart from the input"),
+    "decode over the latents": (
+        ["decode", "{f}/z.zarr", "-o", "{f}/z.zarr"], 2, "apart from the input"),
     "encode to a name that is no .zarr": (["encode", "{f}/ct.nii", "-o", "{f}/z.h5"], 2, ".zarr"),
     "encode over a CT in Zarr": (["encode", "{f}/ct.nii", "-o", "{f}/p.zarr"], 3, "another name"),
     "compare with another shape": (["compare", "{f}/ct.nii", "{f}/p.zarr"], 3, "shape"),
