@@ -20,6 +20,10 @@ class FvaeError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        # Damaged files put control characters, even line breaks, into what a message quotes.
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
 
 class UsageError(FvaeError):
     """Options that contradict each other or lie outside their range."""
