@@ -1,0 +1,253 @@
+"""Weights from a Hugging Face hub: one file or one diffusers folder, of one commit, verified.
+
+`hf:OWNER/NAME[/path][@REVISION]` names them. The library `huggingface_hub` asks, downloads,
+resumes and caches, and reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Here its answers
+are pinned to one commit and held to the hub's hashes, and its errors become one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.manifest import Source, sha256
+
+FILES = (".ckpt", ".pt", ".pth", ".safetensors")
+MODEL = "diffusion_pytorch_model"  # what diffusers calls weights
+
+# The library reports versions and draws bars, unless told not to before its first import.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+}
+
+NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+PART = r"(?!\.\.?(?:[/@]|\Z))[^/@\\]+"  # a folder or file, neither . nor ..
+REVISION = r"\w[\w.+-]*(?:/\w[\w.+-]*)*"
+PLACE = rf"hf:({NAME}/{NAME})((?:/{PART})*)(?:@({REVISION}))?"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder of a repository, at a branch, tag or commit."""
+
+    repo: str
+    path: str  # "" for the repository's root
+    revision: str
+
+    @property
+    def id(self) -> str:
+        """The place as users write it, without its revision."""
+        return f"hf:{self.repo}/{self.path}".rstrip("/")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is one file of weights rather than a folder."""
+        return self.path.endswith(FILES)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text means weights on a hub rather than a path."""
+    return text.startswith("hf:")
+
+
+def parse(text: str) -> Place:
+    """Read `hf:OWNER/NAME[/path][@REVISION]`; raises BundleError for anything else."""
+    match = re.fullmatch(PLACE, text, re.ASCII)
+    if match is None or not text.isprintable() or re.search(r"--|\.\.|\.git\Z", match[1]):
+        raise BundleError(
+            "expected hf:OWNER/NAME, then /FOLDER or /FILE and @REVISION where needed, "
+            f"found {text!r:.80}: check the name"
+        )
+    return Place(match[1], match[2].removeprefix("/"), match[3] or "main")
+
+
+def fetch(text: str, progress: Callable[[str], None] = lambda message: None) -> tuple[Path, Source]:
+    """Download weights, unless they are cached, and verify them.
+
+    Returns the file, or for a folder in diffusers format (config.json and safetensors) that
+    folder in the cache; and the source, whose revision is the commit that all files are of.
+    Where weights come in shards, its sha256 is that of the shards' sha256s. Raises BundleError.
+    """
+    place = parse(text)
+    hub = _library()
+    look = _look_in_cache if hub.constants.HF_HUB_OFFLINE else _look_on_hub
+    commit, listing = look(hub, place)
+    names = _choose(place, listing)
+    paths = [_download(hub, place, commit, name, progress) for name in names]
+    digests = [_verify(path, listing[name], place) for path, name in zip(paths, names, strict=True)]
+    if place.revision != commit:
+        with _one_line(hub, place):  # the cache then knows, offline too, what the branch was
+            hub.hf_hub_download(place.repo, names[0], revision=place.revision)
+    weights = [d for d, name in zip(digests, names, strict=True) if name.endswith(FILES)]
+    if len(weights) > 1:
+        weights = [hashlib.sha256("".join(weights).encode()).hexdigest()]
+    return paths[0] if place.is_file else paths[0].parent, Source(place.id, commit, weights[0])
+
+
+def _library() -> ModuleType:
+    """Import the hub's library, quiet unless the user's environment wants it otherwise."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+    except ImportError:
+        raise BundleError(
+            "expected the library huggingface_hub, found none: pip install 'fvae-deploy[export]'"
+        ) from None
+    return huggingface_hub
+
+
+def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
+    """Ask the hub which commit the revision is, and for the files in it with their hashes."""
+    with _one_line(hub, place):
+        info = hub.HfApi().model_info(
+            place.repo,
+            revision=place.revision,
+            files_metadata=True,
+            timeout=hub.constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        if not info.sha:
+            raise ValueError("an answer without a commit")
+        files = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id or "" for f in info.siblings}
+    return info.sha, files
+
+
+def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
+    """Find the commit and the files that an earlier fetch left."""
+    anchor = place.path if place.is_file else f"{place.path}/config.json".removeprefix("/")
+    found = hub.try_to_load_from_cache(place.repo, anchor, revision=place.revision)
+    if not isinstance(found, str):
+        raise BundleError(
+            f"expected {place.id} at {place.revision} in {hub.constants.HF_HUB_CACHE}, found "
+            "none, and HF_HUB_OFFLINE is set: unset it and run once with a network"
+        )
+    commit = Path(found).parents[anchor.count("/")]
+    files = (path for path in commit.rglob("*") if path.is_file())
+    return commit.name, {path.relative_to(commit).as_posix(): "" for path in files}
+
+
+def _choose(place: Place, listing: dict[str, str]) -> list[str]:
+    """Return the files to fetch: the one named, or config.json and the weights beside it."""
+    folder = f"{place.path}/" if place.path and not place.is_file else ""
+    model = folder + MODEL
+    names = [f"{folder}config.json", f"{model}.safetensors"]
+    shard = re.compile(re.escape(model) + r"-\d{5}-of-(\d{5})\.safetensors")
+    counts = {int(match[1]) for name in listing if (match := shard.fullmatch(name))}
+    if place.is_file:
+        names = [place.path]
+    elif counts and names[1] not in listing:
+        count = max(counts)
+        names[1:] = [f"{model}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        names.append(f"{model}.safetensors.index.json")
+    missing = next((name for name in names if name not in listing), None)
+    if missing is None:
+        return names
+    if missing == f"{model}.safetensors" and f"{model}.bin" in listing:
+        raise BundleError(
+            f"expected {missing} in hf:{place.repo}, found {MODEL}.bin, a pickle that may run "
+            "code: save it again as safetensors, or name a @REVISION that has them"
+        )
+    found = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
+    found.sort(key=lambda name: ("vae" not in name.lower(), name))
+    raise BundleError(
+        f"expected {missing} in hf:{place.repo} at {place.revision}, found "
+        f"{', '.join(found[:4]) or 'no weights'}: name a file or folder that is there"
+    )
+
+
+def _download(
+    hub: ModuleType, place: Place, commit: str, name: str, progress: Callable[[str], None]
+) -> Path:
+    """Return a file's path in the cache, downloaded where it is not there yet."""
+    with _one_line(hub, place):
+        plan = hub.hf_hub_download(place.repo, name, revision=commit, dry_run=True)
+    if plan.will_download:
+        size, cache = plan.file_size or 0, Path(hub.constants.HF_HUB_CACHE).absolute()
+        free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+        if free < size:
+            raise BundleError(
+                f"expected {size / 2**20:,.1f} MiB free in {cache} for {name}, found "
+                f"{free / 2**20:,.1f} MiB: make room, or set HF_HOME to a folder elsewhere"
+            )
+        progress(f"downloading {name}, {size / 2**20:,.1f} MiB, from {place.repo}")
+    with _one_line(hub, place):
+        return Path(hub.hf_hub_download(place.repo, name, revision=commit))
+
+
+def _verify(path: Path, listed: str, place: Place) -> str:
+    """Return a file's sha256; where it is not what the hub listed, remove the file and raise.
+
+    The hub lists large files by their sha256, small ones by git's sha1. The cache names files
+    by the same hash, which serves where nothing was listed.
+    """
+    wanted = listed or (path.readlink().name if path.is_symlink() else "")
+    digest = found = sha256(path)
+    if len(wanted) == 40:
+        content = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+    if wanted != found and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", wanted):
+        name = path.name
+        while path.is_symlink():  # from the snapshot's link down to the content
+            link, path = path, path.parent / path.readlink()
+            link.unlink()
+        path.unlink()
+        raise BundleError(
+            f"expected {name} of {place.id} with hash {wanted[:12]}…, found {found[:12]}…: it was "
+            "damaged on the way or in the cache, and is removed from there; run again"
+        )
+    return digest
+
+
+@contextmanager
+def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
+    """Turn what the library raises into a BundleError of one line.
+
+    That is any exception: its HTTP client's own, which differ by version, pass through it.
+    """
+    try:
+        yield
+    except Exception as error:
+        offline = isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__
+        found, remedy = _explain(hub, place, offline or error)
+        raise BundleError(
+            f"expected {place.id} from {hub.constants.ENDPOINT}, found {found}: {remedy}"
+        ) from None
+
+
+def _explain(hub: ModuleType, place: Place, error: BaseException) -> tuple[str, str]:
+    """Return what was found, and what helps."""
+    errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{place.repo}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.GatedRepoError):
+        return "a gated repository", f"accept its terms at {page} and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository", "check the name, and set HF_TOKEN if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"no revision {place.revision}", "name a branch, a tag or a commit"
+    if status in (401, 403):
+        return f"HTTP {status}", f"set HF_TOKEN to a token that may read {page}"
+    if status:
+        return f"HTTP {status}", "run again later"
+    if isinstance(error, OSError) and error.errno:
+        cache = hub.constants.HF_HUB_CACHE
+        return (
+            f"{error.strerror} in {cache}",
+            "make room there, or set HF_HOME to a folder elsewhere",
+        )
+    first = (str(error).strip() or "no answer").splitlines()[0]
+    return (
+        f"{type(error).__name__}, {first:.200}",
+        "check the network and run again, or set HF_HUB_OFFLINE=1 to use what is cached",
+    )
