@@ -1,0 +1,177 @@
+"""The VAEs of the paper and of the field: where their weights are, and how their latents lie.
+
+Facts are from the paper's public scripts and the authors' pages. Nothing here was downloaded:
+every hub id is unchecked until a fetch has confirmed it. Licences are those that the authors'
+pages name; whoever uses weights reads them there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNKNOWN = "unknown: see the authors' page"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A published VAE: slices [3, T, H, W] to latents [latent_channels, T/temporal, H/spatial, …]."""
+
+    name: str
+    hub: str  # what `export.hub.fetch` takes; "" where the weights are not on a hub
+    family: str  # "wan", "lean_vae", "kl" and "tiny" (diffusers' AutoencoderTiny), or "own code"
+    temporal: int
+    spatial: int
+    latent_channels: int
+    licence: str
+    note: str
+    window: int = 0  # slices of one window in the paper's protocol; 0: not in the paper
+    model_range: tuple[float, float] = (-1.0, 1.0)  # what [-1000, 1000] HU becomes
+
+
+KNOWN = (
+    KnownModel(
+        name="wan2.1",
+        hub="hf:Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae",
+        family="wan",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        window=65,
+        licence="Apache-2.0",
+        note="127 M parameters; attention over each whole frame",
+    ),
+    KnownModel(
+        name="wan2.2",
+        hub="hf:Wan-AI/Wan2.2-TI2V-5B-Diffusers/vae",
+        family="wan",
+        temporal=4,
+        spatial=16,
+        latent_channels=48,
+        window=65,
+        licence="Apache-2.0",
+        note="pixels folded 2x2 in front, hence 16; attention over each whole frame",
+    ),
+    KnownModel(
+        name="leanvae4",
+        hub="hf:Yumic/LeanVAE/LeanVAE-dim4.ckpt",
+        family="lean_vae",
+        temporal=4,
+        spatial=8,
+        latent_channels=4,
+        window=65,
+        model_range=(-0.5, 0.5),
+        licence="MIT",
+        note="39.8 M parameters; everything in it is local",
+    ),
+    KnownModel(
+        name="leanvae16",
+        hub="hf:Yumic/LeanVAE/LeanVAE-dim16.ckpt",
+        family="lean_vae",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        window=65,
+        model_range=(-0.5, 0.5),
+        licence="MIT",
+        note="39.8 M parameters; the VAE of the paper's generator",
+    ),
+    KnownModel(
+        name="cv-vae",
+        hub="hf:AILab-CVC/CV-VAE/vae3d",
+        family="own code",
+        temporal=4,
+        spatial=8,
+        latent_channels=4,
+        window=65,
+        licence=UNKNOWN,
+        note="latents fit Stable Diffusion 2.1; code at github.com/AILab-CVC/CV-VAE",
+    ),
+    KnownModel(
+        name="iv-vae",
+        hub="",
+        family="own code",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        window=65,
+        licence=UNKNOWN,
+        note="weights at modelscope.cn/models/wpy1999/iv-vae; the paper runs z16_dim96",
+    ),
+    KnownModel(
+        name="videovae+",
+        hub="",
+        family="own code",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        window=64,
+        licence="CC-BY-NC-ND",
+        note="weights linked from github.com/VideoVerses/VideoVAEPlus; the paper runs sota-16z",
+    ),
+    KnownModel(
+        name="wf-vae",
+        hub="hf:chestnutlzj/WF-VAE-L-16Chn",
+        family="own code",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        window=65,
+        licence="Apache-2.0",
+        note="wavelets beside the convolutions; code at github.com/PKU-YuanGroup/WF-VAE",
+    ),
+    KnownModel(
+        name="sd-vae",
+        hub="hf:stabilityai/sd-vae-ft-mse",
+        family="kl",
+        temporal=1,
+        spatial=8,
+        latent_channels=4,
+        licence="MIT",
+        note="Stable Diffusion 1 and 2, decoder tuned for squared error; slice by slice",
+    ),
+    KnownModel(
+        name="sdxl-vae",
+        hub="hf:stabilityai/sdxl-vae",
+        family="kl",
+        temporal=1,
+        spatial=8,
+        latent_channels=4,
+        licence="MIT",
+        note="Stable Diffusion XL; overflows in fp16; slice by slice",
+    ),
+    KnownModel(
+        name="sd3-vae",
+        hub="hf:stabilityai/stable-diffusion-3-medium-diffusers/vae",
+        family="kl",
+        temporal=1,
+        spatial=8,
+        latent_channels=16,
+        licence="Stability AI Community License",
+        note="gated: accept the terms on its page and set HF_TOKEN; slice by slice",
+    ),
+    KnownModel(
+        name="flux-vae",
+        hub="hf:black-forest-labs/FLUX.1-schnell/vae",
+        family="kl",
+        temporal=1,
+        spatial=8,
+        latent_channels=16,
+        licence="Apache-2.0",
+        note="may be gated: accept the terms on its page and set HF_TOKEN; slice by slice",
+    ),
+    KnownModel(
+        name="taesd",
+        hub="hf:madebyollin/taesd",
+        family="tiny",
+        temporal=1,
+        spatial=8,
+        latent_channels=4,
+        licence="MIT",
+        note="a few convolutions that imitate sd-vae; slice by slice",
+    ),
+)
+
+
+def known(name: str) -> KnownModel | None:
+    """Return the model of that name, or None where there is none."""
+    return next((model for model in KNOWN if model.name == name), None)

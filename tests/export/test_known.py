@@ -1,0 +1,63 @@
+"""The table of known models: complete, consistent, and without a single heavy import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fvae_deploy.export.hub import is_hub_id, parse
+from fvae_deploy.export.known import KNOWN, KnownModel, known
+
+ROOT = Path(__file__).parents[2]
+PAPER = ["wan2.1", "wan2.2", "leanvae4", "leanvae16", "cv-vae", "iv-vae", "videovae+", "wf-vae"]
+FIELD = ["sd-vae", "sdxl-vae", "sd3-vae", "flux-vae", "taesd"]
+FAMILIES = {"wan", "lean_vae", "kl", "tiny", "own code"}
+
+every_model = pytest.mark.parametrize("model", KNOWN, ids=lambda model: model.name)
+
+
+def test_every_model_of_the_paper_and_of_the_field_is_there_once() -> None:
+    assert [model.name for model in KNOWN] == [*PAPER, *FIELD]
+    for model in KNOWN:
+        assert known(model.name) is model
+    assert known("no such model") is None
+
+
+def test_the_papers_models_alone_have_the_papers_window() -> None:
+    windows = {model.name: model.window for model in KNOWN if model.window}
+    assert windows == dict.fromkeys(PAPER, 65) | {"videovae+": 64}
+
+
+@every_model
+def test_a_hub_id_is_one_that_is_read(model: KnownModel) -> None:
+    if model.hub:
+        assert is_hub_id(model.hub)
+        assert parse(model.hub).id == model.hub
+        assert parse(model.hub).is_file == (model.family == "lean_vae")
+    else:
+        assert model.family == "own code"
+        assert "weights at " in model.note or "weights linked from " in model.note
+
+
+@every_model
+def test_fields_are_what_a_vae_can_have(model: KnownModel) -> None:
+    assert model.family in FAMILIES
+    assert model.temporal == (4 if model.window else 1)
+    assert model.spatial in (8, 16)
+    assert model.latent_channels in (4, 16, 48)
+    assert model.model_range == ((-0.5, 0.5) if model.family == "lean_vae" else (-1.0, 1.0))
+    assert model.window % model.temporal in (0, 1)
+    for text in (model.licence, model.note):
+        assert text.strip() == text != ""
+        assert text.isprintable()
+
+
+def test_the_table_is_light() -> None:
+    code = "import sys, fvae_deploy.export.known\n"
+    code += "print({'torch', 'numpy', 'huggingface_hub', 'diffusers'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
