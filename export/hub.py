@@ -80,18 +80,19 @@ def fetch(text: str, progress: Callable[[str], None] = lambda message: None) -> 
     """
     place = parse(text)
     hub = _library()
-    look = _look_in_cache if hub.constants.HF_HUB_OFFLINE else _look_on_hub
-    commit, listing = look(hub, place)
-    names = _choose(place, listing)
-    paths = [_download(hub, place, commit, name, progress) for name in names]
-    digests = [_verify(path, listing[name], place) for path, name in zip(paths, names, strict=True)]
-    if place.revision != commit:
-        with _one_line(hub, place):  # the cache then knows, offline too, what the branch was
+    offline = hub.constants.HF_HUB_OFFLINE
+    with _one_line(hub, place):
+        commit, listing = (_look_in_cache if offline else _look_on_hub)(hub, place)
+        names = _choose(place, listing, offline)
+        paths = {name: _download(hub, place, commit, name, progress) for name in names}
+        digests = {name: _verify(path, listing[name], place) for name, path in paths.items()}
+        if place.revision != commit and not offline:
+            # The cache then knows which commit the branch was, for use offline.
             hub.hf_hub_download(place.repo, names[0], revision=place.revision)
-    weights = [d for d, name in zip(digests, names, strict=True) if name.endswith(FILES)]
+    first, weights = paths[names[0]], [digests[name] for name in names if name.endswith(FILES)]
     if len(weights) > 1:
         weights = [hashlib.sha256("".join(weights).encode()).hexdigest()]
-    return paths[0] if place.is_file else paths[0].parent, Source(place.id, commit, weights[0])
+    return first if place.is_file else first.parent, Source(place.id, commit, weights[0])
 
 
 def _library() -> ModuleType:
@@ -111,16 +112,15 @@ def _library() -> ModuleType:
 
 def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
     """Ask the hub which commit the revision is, and for the files in it with their hashes."""
-    with _one_line(hub, place):
-        info = hub.HfApi().model_info(
-            place.repo,
-            revision=place.revision,
-            files_metadata=True,
-            timeout=hub.constants.HF_HUB_ETAG_TIMEOUT,
-        )
-        if not info.sha:
-            raise ValueError("an answer without a commit")
-        files = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id or "" for f in info.siblings}
+    info = hub.HfApi().model_info(
+        place.repo,
+        revision=place.revision,
+        files_metadata=True,
+        timeout=hub.constants.HF_HUB_ETAG_TIMEOUT,
+    )
+    if not info.sha:
+        raise ValueError("an answer without a commit")
+    files = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id or "" for f in info.siblings}
     return info.sha, files
 
 
@@ -138,7 +138,7 @@ def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
     return commit.name, {path.relative_to(commit).as_posix(): "" for path in files}
 
 
-def _choose(place: Place, listing: dict[str, str]) -> list[str]:
+def _choose(place: Place, listing: dict[str, str], offline: bool) -> list[str]:
     """Return the files to fetch: the one named, or config.json and the weights beside it."""
     folder = f"{place.path}/" if place.path and not place.is_file else ""
     model = folder + MODEL
@@ -161,9 +161,10 @@ def _choose(place: Place, listing: dict[str, str]) -> list[str]:
         )
     found = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
     found.sort(key=lambda name: ("vae" not in name.lower(), name))
+    remedy = "unset HF_HUB_OFFLINE" if offline else "name a file or folder that is there"
     raise BundleError(
         f"expected {missing} in hf:{place.repo} at {place.revision}, found "
-        f"{', '.join(found[:4]) or 'no weights'}: name a file or folder that is there"
+        f"{', '.join(found[:4]) or 'no weights'}: {remedy}"
     )
 
 
@@ -171,8 +172,7 @@ def _download(
     hub: ModuleType, place: Place, commit: str, name: str, progress: Callable[[str], None]
 ) -> Path:
     """Return a file's path in the cache, downloaded where it is not there yet."""
-    with _one_line(hub, place):
-        plan = hub.hf_hub_download(place.repo, name, revision=commit, dry_run=True)
+    plan = hub.hf_hub_download(place.repo, name, revision=commit, dry_run=True)
     if plan.will_download:
         size, cache = plan.file_size or 0, Path(hub.constants.HF_HUB_CACHE).absolute()
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
@@ -182,8 +182,7 @@ def _download(
                 f"{free / 2**20:,.1f} MiB: make room, or set HF_HOME to a folder elsewhere"
             )
         progress(f"downloading {name}, {size / 2**20:,.1f} MiB, from {place.repo}")
-    with _one_line(hub, place):
-        return Path(hub.hf_hub_download(place.repo, name, revision=commit))
+    return Path(hub.hf_hub_download(place.repo, name, revision=commit))
 
 
 def _verify(path: Path, listed: str, place: Place) -> str:
@@ -218,6 +217,8 @@ def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
     """
     try:
         yield
+    except BundleError:
+        raise
     except Exception as error:
         offline = isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__
         found, remedy = _explain(hub, place, offline or error)

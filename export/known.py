@@ -14,7 +14,7 @@ UNKNOWN = "unknown: see the authors' page"
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published VAE: slices [3, T, H, W] to latents [latent_channels, T/temporal, H/spatial, …]."""
+    """A published VAE: `temporal` slices of `spatial` x `spatial` pixels become one latent cell."""
 
     name: str
     hub: str  # what `export.hub.fetch` takes; "" where the weights are not on a hub

@@ -173,6 +173,13 @@ def test_offline_and_not_cached_is_one_line_with_the_remedy(
     assert hub.requests == []
 
 
+def test_offline_and_half_cached_is_refused(fetch: Fetch) -> None:
+    (Path(fetch(FOLDER).path) / f"{MODEL}.safetensors").unlink()
+    error = fetch(FOLDER, HF_HUB_OFFLINE="1").error
+    assert error.startswith(f"expected vae/{MODEL}.safetensors in hf:owner/pipeline at main, ")
+    assert error.endswith("found no weights: unset HF_HUB_OFFLINE")
+
+
 def test_the_cache_lies_in_hf_home(fetch: Fetch, tmp_path: Path) -> None:
     found = fetch(FILE, HF_HOME=str(tmp_path / "elsewhere"))
     assert Path(found.path).is_relative_to(tmp_path / "elsewhere")
