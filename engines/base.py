@@ -33,6 +33,10 @@ class Engine(Protocol):
         """
         ...
 
+    def host(self, state: Array) -> Any:
+        """Return a state as a float32 numpy array: a view where the runtime has one."""
+        ...
+
     def close(self) -> None:
         """Release the runtime's memory."""
         ...

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.export.models.lean_vae import LeanVAEConfig
-from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts
+from fvae_deploy.export.models.family import rebuild
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,11 +23,6 @@ class EagerEngine:
     name = "torch"
 
     def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
-        if manifest.network.family != "lean_vae":
-            raise EngineError(
-                f"expected a network of family lean_vae, found {manifest.network.family}: "
-                "use another engine"
-            )
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise EngineError(
                 f"expected a CUDA device, found torch {torch.__version__} without one: "
@@ -42,18 +36,15 @@ class EagerEngine:
                 f"expected a device that torch knows, found {device!r}: use cpu or cuda"
             ) from None
         self._manifest = manifest
-        encode, decode = lean_vae_parts(
-            LeanVAEConfig(**manifest.network.config),
-            manifest.geometry.channels,
-            manifest.latent.scale,
-        )
         weights = load_file(bundle / "weights.safetensors")
-        self._networks = {"encode": encode, "decode": decode}
-        for name, network in self._networks.items():
-            mine = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(name)}
-            network.load_state_dict(mine)
-            network.to(self._device, self._dtype)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._stages = {
+            name: stage.to(self._device, self._dtype)
+            for name, stage in rebuild(manifest, weights).items()
+        }
+        for stage in self._stages.values():
+            for weight in stage.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +53,7 @@ class EagerEngine:
         check_inputs(spec, inputs)
         given = [self._tensor(inputs[tensor.name]) for tensor in spec.inputs]
         try:
-            outputs = self._networks[part.split("_")[0]](*given)
+            outputs = self._stages[part.rpartition("_")[0]](*given)
         except RuntimeError as error:
             raise EngineError(f"torch failed in {part}: {str(error).splitlines()[0]}") from error
         named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
@@ -70,9 +61,13 @@ class EagerEngine:
         named[data] = named[data].to("cpu", torch.float32).contiguous().numpy()
         return named
 
+    def host(self, state: Any) -> Any:
+        """Return a state as a float32 numpy array."""
+        return state.to("cpu", torch.float32).numpy() if torch.is_tensor(state) else state
+
     def close(self) -> None:
         """Release the network."""
-        self._networks.clear()
+        self._stages.clear()
 
     def _tensor(self, value: Any) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):

@@ -76,6 +76,10 @@ class FakeEngine:
         named = zip(spec.outputs, (result[None], following[..., None]), strict=True)
         return {t.name: np.ascontiguousarray(value, dtype=np.float32) for t, value in named}
 
+    def host(self, state: Any) -> Any:
+        """Return a state, which is an array already."""
+        return state
+
     def close(self) -> None:
         """Release nothing."""
 
@@ -157,4 +161,4 @@ def _parts(channels: int) -> Iterator[Part]:
             data, result = (x, z) if direction == "encode" else (z, x)
             state = (past,) if kind == "step" else ()
             name, inputs, outputs = f"{direction}_{kind}", (data, *state), (result, following)
-            yield Part(name, "", inputs, outputs, halo=1, context=1, mac_per_cell=512)
+            yield Part(name, "", inputs, outputs, scale=1, halo=1, context=1, mac_per_cell=512)

@@ -67,6 +67,10 @@ class OnnxRuntimeEngine:
         outputs[data] = outputs[data].numpy()
         return outputs
 
+    def host(self, state: Any) -> Any:
+        """Return a state as a numpy array."""
+        return state.numpy() if isinstance(state, ort.OrtValue) else state
+
     def close(self) -> None:
         """Release the sessions."""
         self._sessions.clear()

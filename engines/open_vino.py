@@ -97,6 +97,10 @@ class OpenVINOEngine:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"OpenVINO failed in {part} on {shapes[0]}: {reason}") from error
 
+    def host(self, state: Any) -> Any:
+        """Return a state as a numpy array, in place."""
+        return state.data if isinstance(state, ov.Tensor) else state
+
     def close(self) -> None:
         """Release the compiled parts."""
         self._compiled.clear()

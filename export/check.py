@@ -54,12 +54,14 @@ def parity(
         of the decoded frames in HU, both clamped to the model's range first.
     """
     geometry, intensity = manifest.geometry, manifest.intensity
-    shape = (1 + geometry.temporal * steps, size[0] * geometry.spatial, size[1] * geometry.spatial)
+    steps = steps if geometry.first_slices == 1 else 0
+    slices = geometry.first_slices + geometry.temporal * steps
+    shape = (slices, size[0] * geometry.spatial, size[1] * geometry.spatial)
     x = clip(shape, intensity, seed)[None, None].repeat(geometry.channels, axis=1)
-    z = stream(reference, manifest, "encode", x, geometry.temporal)
-    latent = np.abs(stream(engine, manifest, "encode", x, geometry.temporal) - z)
+    z = stream(reference, manifest, "encode", x)
+    latent = np.abs(stream(engine, manifest, "encode", x) - z)
     decoded = [
-        np.clip(stream(e, manifest, "decode", z, 1), intensity.model_min, intensity.model_max)
+        np.clip(stream(e, manifest, "decode", z), intensity.model_min, intensity.model_max)
         for e in (reference, engine)
     ]
     gain = (intensity.hu_max - intensity.hu_min) / (intensity.model_max - intensity.model_min)
@@ -73,18 +75,23 @@ def parity(
     )
 
 
-def stream(engine: Runner, manifest: Manifest, direction: str, data: Array, stride: int) -> Array:
-    """Run a whole clip or latent [1, C, 1 + n * stride, H, W]: the first frame, then n steps."""
-    part, follower = manifest.part(f"{direction}_first"), manifest.part(f"{direction}_step")
-    piece, done, state, results = data[:, :, :1], 1, dict[str, Any](), []
-    while piece.shape[2]:
-        inputs = {part.inputs[0].name: np.ascontiguousarray(piece), **state}
-        outputs = engine.run(part.name, inputs)
-        # Copied, as the engine may overwrite it in the next run.
-        results.append(np.array(outputs[part.outputs[0].name], dtype=np.float32))
-        named = zip(follower.state_inputs, part.state_outputs, strict=True)
-        state = {new.name: outputs[old.name] for new, old in named}
-        part, piece, done = follower, data[:, :, done : done + stride], done + stride
+def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> Array:
+    """Run a whole clip or latent [1, C, T, H, W] untiled: the first frames, then steps of one."""
+    geometry = manifest.geometry
+    encode = direction == "encode"
+    head = geometry.first_slices if encode else geometry.first_frames
+    stride = geometry.temporal if encode else 1
+    states: dict[str, list[Any]] = {}
+    results = []
+    for start in (0, *range(head, data.shape[2], stride)):
+        x = np.ascontiguousarray(data[:, :, start : start + (stride if start else head)])
+        for stage in manifest.stages(direction):
+            part = manifest.stage_part(stage, first=not start)
+            names = (spec.name for spec in part.inputs)
+            given = dict(zip(names, (x, *states.pop(stage, ())), strict=False))
+            outputs = engine.run(part.name, given)
+            x, *states[stage] = (outputs[spec.name] for spec in part.outputs)
+        results.append(x.copy())  # the engine may overwrite it in the next run
     return np.concatenate(results, axis=2)
 
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import BundleError
+from fvae_deploy.errors import BundleError, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 FILENAME = "manifest.json"
 
 SIZE = r"([1-9]\d*\*)?[khw]|[1-9]\d*"
@@ -35,7 +35,10 @@ Dimension = int | str  # 16, or an expression in k, h, w: "k", "4*k", "8*h"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named input or output of a part; float32, symbolic sizes in k, h and w."""
+    """A named input or output of a part; float32, symbolic sizes in k, h and w.
+
+    k counts latent frames; h and w count the part's cells (see `Part.scale`).
+    """
 
     name: str
     shape: tuple[Dimension, ...]
@@ -49,6 +52,14 @@ class TensorSpec:
             size = symbols[symbol] if symbol in symbols else int(symbol)
             sizes.append(size * int(factor or 1))
         return tuple(sizes)
+
+    def factor(self, symbol: str) -> int:
+        """How many of this tensor's elements lie along one k, h or w; 0 where it has none."""
+        for dimension in self.shape:
+            factor, _, found = str(dimension).rpartition("*")
+            if found == symbol:
+                return int(factor or 1)
+        return 0
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether some k, h and w of at least 1 give this shape."""
@@ -66,20 +77,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """One exported graph: `encode_first`, `encode_step`, `decode_first` or `decode_step`.
+    """One exported graph: a stage of encoder or decoder, on the first frames or on later ones.
 
-    The first input and the first output carry the data; all further ones are state, in the
-    same order. `halo` is the receptive field's reach in latent cells along H and W, `context`
-    its reach back in latent frames.
+    Parts are named STAGE_first and STAGE_step; stages begin with encode or decode and run in
+    the order of the manifest, each on the whole map that the one before made. The first input
+    and the first output carry the data; all further ones are state, in the same order.
     """
 
     name: str
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    halo: int
-    context: int
-    mac_per_cell: int
+    scale: int  # cells of this part along H, and along W, in one latent cell
+    halo: int | None  # its reach along H and W in its own cells; None: it sees the whole plane
+    context: int  # its reach back in latent frames
+    mac_per_cell: int  # multiply-adds for one cell of one latent frame
+    whole: str = ""  # why it sees the whole plane
 
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
@@ -106,18 +119,30 @@ class Network:
     """What the torch engine needs to rebuild the exported network."""
 
     family: str
-    config: dict[str, int]
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How latents lie over frames: strides, channels, and whether frame 0 stands alone."""
+    """How latents lie over frames: strides, channels, and what a stream begins with.
+
+    The first step takes `first_slices` slices to `first_frames` latent frames, further ones
+    `temporal` slices a latent frame. A network without causal state takes a whole window at
+    once: its first step is the window, and there are no further ones.
+    """
 
     temporal: int
     spatial: int
     latent_channels: int
     channels: int
     window: int  # slices of one window in the `windows` protocol
+    first_slices: int = 1
+    first_frames: int = 1
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Protocols that the network can follow, its own first."""
+        return ("windows",) if self.first_slices > 1 else ("causal", "windows")
 
 
 @dataclass(frozen=True)
@@ -151,14 +176,14 @@ class Parity:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a direction in one engine, measured at export: fixed + per_cell * cells.
+    """Bytes that a stage adds in one engine, measured at export: fixed + per_cell * cells.
 
-    Cells are latent cells in flight: k * h * w of the tile that the engine computes.
+    Cells are the stage's own, k * h * w of the tile that the engine computes.
     """
 
     engine: str
     precision: str
-    direction: str  # "encode" or "decode"
+    stage: str
     fixed: int
     per_cell: int
 
@@ -190,6 +215,35 @@ class Manifest:
                 return part
         found = ", ".join(part.name for part in self.parts)
         raise BundleError(f"expected a part {name} in bundle {self.name}, found {found}")
+
+    def stages(self, direction: str) -> tuple[str, ...]:
+        """Names of the stages of "encode" or "decode", in the order in which they run."""
+        names = (part.name.rpartition("_")[0] for part in self.parts)
+        return tuple(dict.fromkeys(name for name in names if name.startswith(direction)))
+
+    def stage_part(self, stage: str, first: bool) -> Part:
+        """Return the part that runs a stage; one without state is the same for all frames."""
+        names = {part.name for part in self.parts}
+        other = f"{stage}_step" if first else f"{stage}_first"
+        name = f"{stage}_first" if first else f"{stage}_step"
+        return self.part(other if name not in names and other in names else name)
+
+    def context(self, direction: str) -> int:
+        """Latent frames that a direction sees back, all stages together."""
+        return sum(self.stage_part(s, first=False).context for s in self.stages(direction))
+
+    def check_step(self, k: int | None) -> int:
+        """Return the latent frames that a step takes: `k`, or 1 for None.
+
+        Raises UsageError where the parts take another number.
+        """
+        k = 1 if k is None else k
+        if k < 1:
+            raise UsageError(f"expected at least 1 latent frame a step, found {k}")
+        steps = [part for part in self.parts if part.name.endswith("_step")]
+        if k > 1 and not any(t.factor("k") for part in steps for t in part.inputs):
+            raise UsageError(f"expected 1 latent frame a step of {self.name}, found {k}")
+        return k
 
     @property
     def identity(self) -> str:
@@ -265,6 +319,8 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
             f"{value!r:.40}: export the bundle again"
         )
 
+    if kind is Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -315,8 +371,8 @@ def _first_contradiction(manifest: Manifest) -> str | None:
         "plain file names": all(_is_plain(name) for name in manifest.files),
         "sizes above 0 or like 8*h": all(re.fullmatch(SIZE, str(size)) for size in sizes),
         "an input and an output of every part": all(p.inputs and p.outputs for p in manifest.parts),
-        "halos and contexts of at least 0": all(
-            min(p.halo, p.context) >= 0 for p in manifest.parts
+        "halos and contexts of at least 0, scales of at least 1": all(
+            min(p.halo or 0, p.context) >= 0 and p.scale >= 1 for p in manifest.parts
         ),
         "a geometry of at least 1": min(dataclasses.astuple(g)) >= 1,
         "a shift and a scale for every latent channel": len(channels) == 1,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fvae_deploy.export.models.lean_vae import CausalDepthwise, CausalState, LeanVAE
-from fvae_deploy.export.sources import load_model
+from fvae_deploy.export.sources import load_lean_vae
 
 
 class PublishedDepthwise(nn.Module):
@@ -106,7 +106,7 @@ def reference_window(
     x [C, 1, H, W] is repeated to `slices` frames, or [D, 1, h, w] to their latent frames; a
     gray x is replicated to the network's channels, as the published scripts do.
     """
-    model = Published(load_model(weights)[0]).eval()
+    model = Published(load_lean_vae(weights)[0]).eval()
     frames = slices if direction == "encode" else 1 + (slices - 1) // 4
     window = torch.from_numpy(x)[None].repeat(1, 1, frames, 1, 1)
     if direction == "encode":

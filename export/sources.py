@@ -1,9 +1,18 @@
-"""Where weights come from: a checkpoint or safetensors file, loaded without running code."""
+"""Where weights come from: files, folders and hub ids, loaded without running their code.
+
+tools/x.safetensors, LeanVAE-dim16.ckpt     LeanVAE's weights with their configuration
+folder/ with config.json                    diffusers' format
+hf:OWNER/NAME/path@REVISION                 either of them from a hub
+wan2.1, leanvae16, ...                      the same by a name of `fvae models`
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +20,54 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export.hub import fetch, is_hub_id
+from fvae_deploy.export.known import known
 from fvae_deploy.export.manifest import Source, sha256
+from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
+
+UNKNOWN = "see the source of the weights"
+Progress = Callable[[str], None]
 
 
-def load_model(path: Path) -> tuple[LeanVAE, Source, dict[str, Any]]:
+@dataclass(frozen=True)
+class Found:
+    """A network ready for export, and what its bundle is to say about it."""
+
+    model: Model
+    source: Source
+    name: str
+    description: str
+    licence: str
+
+
+def load(text: str, *, gray: bool = True, progress: Progress = lambda message: None) -> Found:
+    """Load a network from a file, a folder, a hub id or a known name.
+
+    `gray` folds three channels into one. Raises BundleError for anything that is not a
+    network of a family that can be exported.
+    """
+    entry = None if Path(text).exists() else known(text)
+    if entry is not None and not entry.hub:
+        raise BundleError(
+            f"expected a model with weights on a hub, found {text}: {entry.note}; export it "
+            "from its own checkout with --model module:factory --weights FILE"
+        )
+    place = entry.hub if entry is not None else text
+    path, source = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
+    found = _diffusers(path, gray) if path.is_dir() else _lean_vae(path, gray)
+    if entry is not None:
+        found = dataclasses.replace(found, name=entry.name, licence=entry.licence)
+    return dataclasses.replace(found, source=source or found.source)
+
+
+def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
     """Load a LeanVAE from `.ckpt` (`{"args", "state_dict"}`) or `.safetensors`.
 
     A safetensors file carries its configuration as JSON under "args" in its metadata. Returns
-    the network, its source and the metadata ("description", "licence", "latent_scale" where
-    given). Raises BundleError for anything that is not such a file.
+    the network and the metadata ("description", "licence", "latent_scale" where given).
+    Raises BundleError for anything that is not such a file.
     """
     if not path.is_file():
         raise BundleError(
@@ -34,7 +81,39 @@ def load_model(path: Path) -> tuple[LeanVAE, Source, dict[str, Any]]:
         raise BundleError(f"expected weights in .ckpt or .safetensors, found {path.name}")
     model = LeanVAE(LeanVAEConfig.from_args(_channels(metadata.pop("args"), state))).eval()
     model.load(state)
-    return model, Source(path.name, "", sha256(path)), metadata
+    return model, metadata
+
+
+def _lean_vae(path: Path, gray: bool) -> Found:
+    model, metadata = load_lean_vae(path)
+    return Found(
+        lean_vae_model(model.float(), 1 if gray else None, metadata.get("latent_scale")),
+        Source(path.name, "", sha256(path)),
+        path.stem,
+        str(metadata.get("description", "LeanVAE")),
+        str(metadata.get("licence", UNKNOWN)),
+    )
+
+
+def _diffusers(folder: Path, gray: bool) -> Found:
+    """Load a folder in diffusers' format by the class that its config.json names."""
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BundleError(
+            f"expected a folder in diffusers' format, found no config.json with a _class_name in "
+            f"{folder}: give the folder of the VAE itself, often called vae"
+        ) from None
+    from fvae_deploy.export.models import diffusers_family
+
+    model, weights = diffusers_family.load(folder, kind)
+    return Found(
+        diffusers_family.cut(model, 1 if gray else None),
+        Source(folder.name, "", sha256(weights)),
+        folder.name,
+        kind,
+        UNKNOWN,
+    )
 
 
 def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

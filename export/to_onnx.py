@@ -1,4 +1,4 @@
-"""Network to bundle: four ONNX graphs that share one weights file, and the manifest.
+"""Network to bundle: ONNX graphs that share one weights file, and the manifest.
 
 The graphs hold no weights: every initializer points, by offset and length, into
 `weights.safetensors` (ONNX external data is any file). So first and step parts share their
@@ -9,7 +9,6 @@ network.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -17,7 +16,7 @@ import shutil
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +27,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import (
-    SCHEMA,
-    Geometry,
-    Intensity,
-    LatentNormalisation,
-    Manifest,
-    Network,
-    Part,
-    Source,
-    TensorSpec,
-    sha256,
-)
-from fvae_deploy.export.models.lean_vae import PATCH, STATE_FRAMES, STRIDE, LeanVAE, LeanVAEConfig
-from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts
+from fvae_deploy.export.manifest import SCHEMA, Manifest, Part, Source, TensorSpec, sha256
+from fvae_deploy.export.models.family import Model
+from fvae_deploy.export.probe import parts_of
 
 WEIGHTS = "weights.safetensors"
-WINDOW = 65  # slices: the published protocol
-INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-0.5, model_max=0.5)
-EXAMPLE = {"k": 2, "h": 3, "w": 4}  # sizes traced with; all three stay symbolic
+EXAMPLE = {"k": 2, "h": 3, "w": 4}  # sizes traced with; all of them stay symbolic
 
 
 def export_bundle(
-    model: LeanVAE,
+    model: Model,
     folder: Path,
     *,
     name: str,
@@ -58,53 +44,35 @@ def export_bundle(
     licence: str,
     source: Source,
     version: str,
-    channels: int = 1,
-    scale: Sequence[float] | None = None,
     opset: int = 18,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Write a bundle to `folder`, which appears only when it is whole.
 
-    Parameters
-    ----------
-    model
-        The network with its weights.
-    channels
-        1 folds replicated input and averaged output of a three-channel network into the
-        weights; otherwise the network's own number.
-    scale
-        One factor per latent channel that brings it to unit deviation; None leaves latents
-        as the network makes them.
-    opset
-        ONNX operator set, 18 or later.
-
-    Raises
-    ------
-    BundleError
-        When the folder exists or cannot be written, or the channels do not fit.
+    `opset` is the ONNX operator set, 18 or later. Raises BundleError when the folder exists
+    or cannot be written, or the network cannot be cut into parts.
     """
-    config = model.config
-    if channels not in (1, config.in_channels):
-        raise BundleError(
-            f"expected 1 or {config.in_channels} channels, found {channels}: use gray or rgb"
-        )
     if folder.exists():
         raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
     if not folder.parent.is_dir():
         raise BundleError(f"expected a folder {folder.parent}, found none: create it")
-    scale = list(scale or [1.0] * config.latent_dim)
-    encode, decode = lean_vae_parts(config, channels, scale, model.float())
+    progress("measuring how far each stage reaches")
+    parts = parts_of(model)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        weights = {f"encode.{k}": v for k, v in encode.state_dict().items()}
-        weights |= {f"decode.{k}": v for k, v in decode.state_dict().items()}
+        weights = {
+            f"{stage}.{key}": value.contiguous()
+            for stage, network in model.stages.items()
+            for key, value in network.state_dict().items()
+        }
         save_file(weights, temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)
         offsets = _offsets(temporary / WEIGHTS)
-        parts = lean_vae_part_specs(config, channels)
-        for part in parts:
-            network = encode if part.name.startswith("encode") else decode
-            proto = trace(network, part, opset)
-            _point_into(proto, offsets, part.name.split("_")[0] + ".")
+        for number, part in enumerate(parts):
+            progress(f"exporting graph {number + 1} of {len(parts)}: {part.name}")
+            stage = part.name.rpartition("_")[0]
+            proto = trace(model.stages[stage], part, opset)
+            _point_into(proto, offsets, f"{stage}.")
             onnx.save(proto, str(temporary / part.file))
         manifest = Manifest(
             schema=SCHEMA,
@@ -113,10 +81,10 @@ def export_bundle(
             description=description,
             licence=licence,
             source=source,
-            network=Network("lean_vae", dataclasses.asdict(config)),
-            geometry=Geometry(STRIDE, PATCH, config.latent_dim, channels, WINDOW),
-            intensity=INTENSITY,
-            latent=LatentNormalisation((0.0,) * config.latent_dim, tuple(scale)),
+            network=model.network,
+            geometry=model.geometry,
+            intensity=model.intensity,
+            latent=model.latent,
             precision="fp32",
             parts=parts,
             files={f: sha256(temporary / f) for f in [WEIGHTS, *(p.file for p in parts)]},
@@ -130,50 +98,11 @@ def export_bundle(
     return manifest
 
 
-def lean_vae_part_specs(config: LeanVAEConfig, channels: int) -> tuple[Part, ...]:
-    """Names, shapes, halos and costs of LeanVAE's four parts."""
-    low, high, whole = config.l_dim, config.h_dim, config.embedding_dim
-    sep, fusion = config.sep_num_layer, config.fusion_num_layer
-    ista = 2 * config.ista_iter_num * config.ista_layer_num
-    patch = whole * channels * STRIDE * PATCH * PATCH
-    widths = {
-        "encode": [low] * sep + [high] * sep + [whole] * fusion,
-        "decode": [whole] * (ista + fusion) + [low] * sep + [high] * sep,
-    }
-    halos = {"encode": config.encoder_layers, "decode": config.decoder_layers}
-    latent = TensorSpec("z", (1, config.latent_dim, "k", "h", "w"))
-    parts = []
-    for direction, states in widths.items():
-        inputs = tuple(
-            TensorSpec(f"past{i}", (STATE_FRAMES, "h", "w", n)) for i, n in enumerate(states)
-        )
-        outputs = tuple(
-            TensorSpec(f"next{i}", (STATE_FRAMES, "h", "w", n)) for i, n in enumerate(states)
-        )
-        layers = sum(27 * n + 3 * n * int(4 * (2 / 3) * n) for n in states)
-        for kind, frames in (("first", 1), ("step", f"{STRIDE}*k")):
-            pixels = TensorSpec("x", (1, channels, frames, f"{PATCH}*h", f"{PATCH}*w"))
-            z = dataclasses.replace(latent, shape=(1, config.latent_dim, 1, "h", "w"))
-            z = z if kind == "first" else latent
-            source, target = (pixels, z) if direction == "encode" else (z, pixels)
-            parts.append(
-                Part(
-                    name=f"{direction}_{kind}",
-                    file=f"{direction}_{kind}.onnx",
-                    inputs=(source, *(inputs if kind == "step" else ())),
-                    outputs=(target, *outputs),
-                    halo=halos[direction],
-                    context=STATE_FRAMES * halos[direction],
-                    mac_per_cell=layers + patch + whole * config.latent_dim,
-                )
-            )
-    return tuple(parts)
-
-
 def trace(network: nn.Module, part: Part, opset: int) -> onnx.ModelProto:
     """Export one part with symbolic k, h and w."""
     example = [torch.zeros(spec.sized(**EXAMPLE)) for spec in part.inputs]
-    symbols = {name: torch.export.Dim(name, min=1, max=1 << 16) for name in EXAMPLE}
+    used = {s for s in EXAMPLE if any(spec.factor(s) for spec in part.inputs)}
+    symbols = {name: torch.export.Dim(name, min=1, max=1 << 16) for name in used}
     dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
     with _quiet():
         program = torch.onnx.export(

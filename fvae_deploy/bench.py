@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from fvae_deploy import schedule
-from fvae_deploy.codec import CausalStream, pad_frames
+from fvae_deploy.codec import pad_frames
 from fvae_deploy.engines.base import open_engine
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.rss import current_rss, peak_rss
-from fvae_deploy.tiles import Grid
+from fvae_deploy.rss import current_rss, peak_rss, reset_peak
+from fvae_deploy.stages import CausalStream, StageStream, whole_grids
 
 WINDOW = 17  # slices
 REFERENCE = "reference"
@@ -49,21 +49,46 @@ def measure(
     included), `peak_bytes` beyond the libraries' baseline and `baseline_bytes`. Raises
     EngineError with the process's last line when it fails.
     """
-    job = {
-        "bundle": str(bundle),
-        "engine": engine,
-        "precision": precision,
-        "direction": direction,
-        "side": side,
-        "k": k,
-        "repeats": repeats,
-        "weights": str(weights) if weights else None,
-    }
+    return _in_process(
+        task="window",
+        bundle=str(bundle),
+        engine=engine,
+        precision=precision,
+        direction=direction,
+        side=side,
+        k=k,
+        repeats=repeats,
+        weights=str(weights) if weights else None,
+    )
+
+
+def measure_stages(
+    bundle: Path, engine: str, precision: str, direction: str, side: int
+) -> dict[str, int]:
+    """Bytes that each stage of a direction adds at its peak, run one after the other.
+
+    On a plane of side x side latent cells, a first step and two further ones; in a fresh
+    process. Raises EngineError when it fails.
+    """
+    found = _in_process(
+        task="stages",
+        bundle=str(bundle),
+        engine=engine,
+        precision=precision,
+        direction=direction,
+        side=side,
+    )
+    return {stage: int(count) for stage, count in found.items()}
+
+
+def _in_process(**job: Any) -> dict[str, Any]:
+    """Run a job in a process of its own, so that its memory is its own."""
     command = [sys.executable, "-m", "fvae_deploy.bench", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise EngineError(f"engine {engine} {precision} failed in its own process: {lines[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]
+        name = f"{job['engine']} {job['precision']}"
+        raise EngineError(f"engine {name} failed in its own process: {lines[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -124,7 +149,7 @@ def _row(
     total = sum(seconds.values())
     pixels = side * manifest.geometry.spatial
     latents = 1 + (WINDOW - 1) // manifest.geometry.temporal
-    macs = sum(manifest.part(f"{d}_step").mac_per_cell for d in DIRECTIONS)
+    macs = sum(macs_per_cell(manifest, direction) for direction in DIRECTIONS)
     flops = 2 * latents * side * side * macs / total
     rows = [row for rows in directions.values() for row in rows]
     return {
@@ -142,29 +167,36 @@ def _row(
     }
 
 
+def macs_per_cell(manifest: Manifest, direction: str) -> int:
+    """Multiply-adds of a direction for one latent cell of one latent frame."""
+    parts = (manifest.stage_part(stage, first=False) for stage in manifest.stages(direction))
+    return sum(part.mac_per_cell * part.scale**2 for part in parts)
+
+
 def _timed(work: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
-def _worker(job: dict[str, Any]) -> dict[str, Any]:
+def _window(job: dict[str, Any]) -> dict[str, Any]:
     """Body of the process that `measure` starts."""
     bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
     manifest = Manifest.load(bundle, verify=False)
-    part, cells = manifest.part(f"{direction}_first"), (1, side, side)
-    random = np.random.default_rng(0)
-    x = random.standard_normal(part.inputs[0].sized(*cells)[1:], dtype=np.float32) * 0.2
+    geometry = manifest.geometry
     if job["engine"] == REFERENCE:
         from fvae_deploy.export.peer import reference_window
 
+        x = _noise(manifest, direction, side)
         window = reference_window(Path(job["weights"]), direction, x, WINDOW)
         baseline = current_rss()
     else:
         opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
         baseline = current_rss()
-        stream = CausalStream(opened, manifest, direction, Grid(side, side, (side, side), 0))
-        steps = schedule.steps(WINDOW, "causal", job["k"], manifest.geometry.temporal)
+        grids = whole_grids(manifest, (direction,), (side, side))
+        stream = CausalStream(opened, manifest, direction, grids)
+        steps = schedule.steps(WINDOW, geometry.protocols[0], job["k"], geometry)
+        x = _noise(manifest, direction, side)
 
         def window() -> None:
             for step in steps:
@@ -182,5 +214,36 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stages(job: dict[str, Any]) -> dict[str, int]:
+    """Body of the process that `measure_stages` starts."""
+    bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
+    manifest = Manifest.load(bundle, verify=False)
+    opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
+    causal = manifest.geometry.first_slices == 1
+    random, found, streams = np.random.default_rng(0), {}, []
+    for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
+        before = current_rss()
+        reset_peak()
+        stream = StageStream(opened, manifest, name, grid, None)
+        for first in (True, False, False) if causal else (True, True):
+            shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
+            stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)
+        found[name] = max(0, peak_rss() - before)
+        streams.append(stream)  # its states stay, as in a run of all stages
+    return found
+
+
+def _noise(manifest: Manifest, direction: str, side: int) -> Any:
+    """One frame [C, 1, H, W] or latent frame [D, 1, h, w]."""
+    g = manifest.geometry
+    shape = (
+        (g.channels, 1, side * g.spatial, side * g.spatial)
+        if direction == "encode"
+        else (g.latent_channels, 1, side, side)
+    )
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32) * 0.2
+
+
 if __name__ == "__main__":
-    print(json.dumps(_worker(json.loads(sys.argv[1]))))
+    job = json.loads(sys.argv[1])
+    print(json.dumps((_window if job["task"] == "window" else _stages)(job)))

@@ -58,9 +58,9 @@ def encode(
     engine: Engine = "auto",
     precision: Precision = "fp32",
     device: Device = "cpu",
-    protocol: Protocol = "causal",
+    protocol: Protocol = None,
     memory: Memory = None,
-    step: StepFrames = 1,
+    step: StepFrames = None,
     series: Series = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what a stopped run left.")
@@ -149,9 +149,9 @@ def reconstruct(
     engine: Engine = "auto",
     precision: Precision = "fp32",
     device: Device = "cpu",
-    protocol: Protocol = "causal",
+    protocol: Protocol = None,
     memory: Memory = None,
-    step: StepFrames = 1,
+    step: StepFrames = None,
     series: Series = None,
     dtype: Dtype = "int16",
     any_range: AnyRange = False,
@@ -221,7 +221,15 @@ def compare(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Option("--model", "-m", help="Weights: .ckpt, .safetensors.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A .ckpt or .safetensors, a folder of diffusers, hf:OWNER/NAME/PATH@REVISION, "
+            "or a name of fvae models.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     name: Annotated[str | None, typer.Option("--name", help="[default: the file's name]")] = None,
     channels: Annotated[
@@ -233,7 +241,7 @@ def export(
 ) -> None:
     """Export weights to a bundle, and measure parity and memory in every engine here.
 
-    Example: `fvae export -m LeanVAE-dim16.ckpt -o leanvae16`
+    Example: `fvae export -m wan2.1 -o wan21`
     """
     require("torch", "onnx", "onnxscript", "safetensors")
     from fvae_deploy.make_bundle import make_bundle
@@ -293,7 +301,7 @@ def bench(
         str, typer.Option("--engines", help="Comma-separated, as openvino:fp32 [default: all].")
     ] = "",
     size: Annotated[int, typer.Option("--size", min=8, help="Side of a slice in pixels.")] = 512,
-    step: StepFrames = 1,
+    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames a step.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Repetitions in turn.")] = 3,
     peer: Annotated[
         Path | None,

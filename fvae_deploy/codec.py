@@ -1,8 +1,8 @@
-"""A frozen VAE opened for use: bundle, engine, and one causal stream per direction."""
+"""A frozen VAE opened for use: a bundle in an engine, on clips in memory."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy import schedule
-from fvae_deploy.engines.base import Engine, choose, open_engine
+from fvae_deploy.engines.base import choose, open_engine
 from fvae_deploy.errors import BundleError, VolumeError
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stages import CausalStream, whole_grids
 from fvae_deploy.tiles import Grid
 
 BUILT_IN = Path(__file__).parent / "bundles"
@@ -33,70 +34,6 @@ def bundle_path(model: str | Path) -> Path:
     return path
 
 
-class CausalStream:
-    """One direction of one volume through an engine, plane by plane, tile by tile.
-
-    Every tile keeps its own causal state; results are pasted into the assembled plane.
-    """
-
-    def __init__(self, engine: Engine, manifest: Manifest, direction: str, grid: Grid) -> None:
-        self._engine, self._manifest, self._direction = engine, manifest, direction
-        self._tiles = grid.tiles
-        self._grid = grid
-        cells = manifest.geometry.spatial
-        self._scale_in, self._scale_out = (cells, 1) if direction == "encode" else (1, cells)
-        self._states: list[dict[str, Any]] = []
-        self.seconds = 0.0
-
-    def run(self, x: NDArray[np.float32], first: bool) -> NDArray[np.float32]:
-        """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
-
-        `first` starts a new run; a step without a state before it starts from zeros, which is
-        exact after the part's `context` latent frames.
-        """
-        begin = time.perf_counter()
-        part = self._manifest.part(f"{self._direction}_{'first' if first else 'step'}")
-        follower = self._manifest.part(f"{self._direction}_step")
-        data, result = part.inputs[0].name, part.outputs[0].name
-        if not first and not self._states:
-            h, w = self._grid.extent
-            h, w = min(h, self._grid.height), min(w, self._grid.width)
-            self._states = [
-                {s.name: np.zeros(s.sized(1, h, w), np.float32) for s in part.state_inputs}
-                for _ in self._tiles
-            ]
-        states: list[dict[str, Any]] = []
-        whole: NDArray[np.float32] | None = None
-        for i, tile in enumerate(self._tiles):
-            (top, bottom), (left, right) = tile.rows.read, tile.columns.read
-            s = self._scale_in
-            piece = x[None, :, :, s * top : s * bottom, s * left : s * right]
-            inputs = {data: np.ascontiguousarray(piece)}
-            if not first:
-                inputs |= self._states[i]
-            outputs = self._engine.run(part.name, inputs)
-            names = zip(follower.state_inputs, part.state_outputs, strict=True)
-            states.append({new.name: outputs[old.name] for new, old in names})
-            y = outputs[result][0]
-            s = self._scale_out
-            if whole is None:
-                plane = (s * self._grid.height, s * self._grid.width)
-                whole = np.empty((*y.shape[:2], *plane), y.dtype)
-            rows, columns = tile.rows, tile.columns
-            whole[
-                :, :, s * rows.keep[0] : s * rows.keep[1], s * columns.keep[0] : s * columns.keep[1]
-            ] = y[
-                :,
-                :,
-                s * rows.crop.start : s * rows.crop.stop,
-                s * columns.crop.start : s * columns.crop.stop,
-            ]
-        self._states = states
-        self.seconds += time.perf_counter() - begin
-        assert whole is not None
-        return whole
-
-
 class Codec:
     """A bundle opened in an engine. A context manager; see `open_codec`."""
 
@@ -109,12 +46,18 @@ class Codec:
         self.engine = open_engine(bundle, self.manifest, engine, device, precision)
         self.device = device
 
-    def encode(self, frames: NDArray[np.float32], *, k: int = 1, grid: Grid | None = None) -> Any:
+    def encode(
+        self,
+        frames: NDArray[np.float32],
+        *,
+        k: int | None = None,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> Any:
         """Encode a clip [C, T, H, W] in the model's range to latents [D, t, h, w].
 
         C is the bundle's channels, H and W multiples of its spatial factor; T may be any
-        length: the tail is padded by repeating the last frame. Raises VolumeError for other
-        shapes.
+        length: the tail is padded by repeating the last frame. `k` is the number of latent
+        frames a step, `grids` cuts stages into tiles. Raises VolumeError for other shapes.
         """
         geometry = self.manifest.geometry
         c, t, height, width = _four(frames, "a clip [C, T, H, W]")
@@ -124,15 +67,20 @@ class Codec:
                 f"expected a clip [{geometry.channels}, T, H, W] with H and W multiples of {s}, "
                 f"found {list(frames.shape)}: pad it by repeating the edge"
             )
-        grid = grid or Grid(height // s, width // s, (height // s, width // s), 0)
-        stream = CausalStream(self.engine, self.manifest, "encode", grid)
+        stream = self._stream("encode", (height // s, width // s), grids)
         pieces = []
-        for step in schedule.steps(t, "causal", k, geometry.temporal):
+        for step in self._steps(t, k):
             x = pad_frames(frames[:, slice(*step.slices)], step.depth)
             pieces.append(stream.run(x, step.first)[:, : step.latents[1] - step.latents[0]])
         return np.concatenate(pieces, axis=1)
 
-    def decode(self, latents: NDArray[np.float32], *, k: int = 1, grid: Grid | None = None) -> Any:
+    def decode(
+        self,
+        latents: NDArray[np.float32],
+        *,
+        k: int | None = None,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> Any:
         """Decode latents [D, t, h, w] to a clip [C, 1 + 4 (t - 1), H, W] in the model's range.
 
         Raises VolumeError for another number of latent channels.
@@ -144,13 +92,31 @@ class Codec:
                 f"expected latents [{geometry.latent_channels}, t, h, w], found "
                 f"{list(latents.shape)}: they are of another model"
             )
-        stream = CausalStream(self.engine, self.manifest, "decode", grid or Grid(h, w, (h, w), 0))
-        slices = 1 + geometry.temporal * (t - 1)
+        stream = self._stream("decode", (h, w), grids)
+        windows, rest = divmod(t, geometry.first_frames)
+        slices = windows * geometry.first_slices
+        if geometry.first_frames == 1:
+            slices, rest = 1 + geometry.temporal * (t - 1), 0
+        if rest:
+            raise VolumeError(
+                f"expected latents of whole windows of {geometry.first_frames} frames, found {t}"
+            )
         pieces = []
-        for step in schedule.steps(slices, "causal", k, geometry.temporal):
+        for step in self._steps(slices, k):
             z = pad_frames(latents[:, slice(*step.latents)], step.frames)
             pieces.append(stream.run(z, step.first)[:, : step.slices[1] - step.slices[0]])
         return np.concatenate(pieces, axis=1)
+
+    def _stream(
+        self, direction: str, plane: tuple[int, int], grids: Mapping[str, Grid] | None
+    ) -> CausalStream:
+        grids = whole_grids(self.manifest, (direction,), plane) | dict(grids or {})
+        return CausalStream(self.engine, self.manifest, direction, grids)
+
+    def _steps(self, slices: int, k: int | None) -> list[schedule.Step]:
+        geometry = self.manifest.geometry
+        k = self.manifest.check_step(k)
+        return schedule.steps(slices, geometry.protocols[0], k, geometry)
 
     def close(self) -> None:
         """Release the engine."""

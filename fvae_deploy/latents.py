@@ -42,7 +42,7 @@ class LatentInfo:
     geometry: Geometry
     hu_window: tuple[float, float]
     fvae_version: str
-    tile: tuple[int, int] = (0, 0)  # latent cells; another one rounds differently
+    tile: tuple[int, ...] = ()  # extents, stage by stage; other ones round differently
 
     def to_attributes(self) -> dict[str, Any]:
         """Flatten to JSON: arrays as lists, the NIfTI header in base64."""
@@ -75,7 +75,7 @@ class LatentInfo:
                 raise ValueError(f"a NIfTI header of {len(header)} bytes")
             x, y, z = (int(n) for n in attributes["shape"])
             low, high = (float(n) for n in attributes["hu_window"])
-            rows, columns = (int(n) for n in attributes["tile"])
+            tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
             geometry = Geometry((x, y, z), affine, header)
             return cls(
@@ -89,7 +89,7 @@ class LatentInfo:
                 geometry=geometry,
                 hu_window=(low, high),
                 fvae_version=str(attributes["fvae_version"]),
-                tile=(rows, columns),
+                tile=tile,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LatentError(

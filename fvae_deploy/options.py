@@ -50,8 +50,11 @@ Engine = Annotated[
 Precision = Annotated[str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where the engine has it.")]
 Protocol = Annotated[
-    str,
-    typer.Option("--protocol", help="causal: one seamless stream; windows: 65 slices at a time."),
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="causal: one seamless stream; windows: 65 slices at a time [default: the model's].",
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -60,7 +63,8 @@ Memory = Annotated[
     ),
 ]
 StepFrames = Annotated[
-    int, typer.Option("--step", min=1, help="Latent frames a step (4 slices each).")
+    int | None,
+    typer.Option("--step", min=1, help="Latent frames a step (4 slices each) [default: 1]."),
 ]
 Series = Annotated[
     str | None, typer.Option("--series", help="DICOM SeriesInstanceUID, or a unique end of it.")

@@ -1,23 +1,26 @@
 """From a memory budget to slab and tile sizes.
 
-What a run needs beyond the libraries is the engine's working memory, linear in the latent
-cells of a tile (measured at export, in the manifest), the states of all tiles, and the slabs
-in flight between reader, engine and writer. None of it depends on the number of slices.
+What a run needs beyond the libraries is the engine's working memory, stage by stage linear in
+the cells of a tile (measured at export, in the manifest), the states of all tiles, the maps
+between stages, and the slabs in flight between reader, engine and writer. None of it depends
+on the number of slices. States that do not fit wait in a file.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from fvae_deploy.errors import PlanError, UsageError
-from fvae_deploy.export.manifest import Manifest, Memory
+from fvae_deploy.export.manifest import Manifest, Memory, Part
 from fvae_deploy.tiles import Grid, fit, smallest
 
 SLABS = 4  # being made, two waiting, being used
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
+MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds and bytes, on a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -27,17 +30,20 @@ class Plan:
     """How one volume goes through the engine: latent frames a step, and tiles."""
 
     k: int
-    grids: dict[str, Grid]  # by direction, "encode" and "decode"
+    grids: dict[str, Grid]  # by stage
+    spill: bool  # whether states wait in a file, not in memory
     predicted_bytes: int
     budget_bytes: int
 
     def describe(self) -> str:
         """One line for people."""
         parts = [
-            f"{direction} {'whole' if len(grid.tiles) == 1 else f'{len(grid.tiles)} tiles'}"
-            for direction, grid in self.grids.items()
+            f"{stage} {'whole' if len(grid.tiles) == 1 else f'{len(grid.tiles)} tiles'}"
+            for stage, grid in self.grids.items()
         ]
-        return f"{', '.join(parts)}, {self.k} latent frame{'s' * (self.k > 1)} a step"
+        spilled = ", states in a file" if self.spill else ""
+        frames = f"{self.k} latent frame{'s' * (self.k > 1)} a step"
+        return f"{', '.join(parts)}, {frames}{spilled}"
 
 
 def parse_bytes(text: str) -> int:
@@ -84,69 +90,149 @@ def plan(
     memory: int | None = None,
     k: int = 1,
 ) -> Plan:
-    """Choose tiles for a plane of (h, w) latent cells.
+    """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
 
     Without `memory`, 60 % of what is available is the budget. Raises PlanError with the least
     budget that would do.
     """
     budget = int(0.6 * available_bytes()) if memory is None else memory
-    halos = {d: manifest.part(f"{d}_step").halo for d in directions}
-    cells, best = plane[0] * plane[1], None
-    while best is None or cells >= 1:
-        # One limit on the cells of a tile serves both directions.
-        grids = {d: fit(*plane, halos[d], cells) or smallest(*plane, halos[d]) for d in directions}
-        needed = _predict(manifest, grids, plane, k, engine, precision)
-        if needed <= budget:
-            return Plan(k, grids, needed, budget)
+    stages = [
+        Stage.of(manifest, stage, plane, k, engine, precision)
+        for direction in directions
+        for stage in manifest.stages(direction)
+    ]
+    slabs = _slabs(manifest, len(directions), plane, k)
+    least, best = 1 << 62, None
+    limit: float = max(stage.bytes(stage.whole) for stage in stages)
+    while True:
+        # One limit on the bytes of a tile serves all stages.
+        grids = {stage.name: stage.fit(limit) for stage in stages}
+        for spill in (False, True):
+            needed = _predict(stages, grids, slabs, spill)
+            least = min(least, needed)
+            cost = sum(stage.seconds(grids[stage.name], spill) for stage in stages)
+            if needed <= budget and (best is None or cost < best[0]):
+                best = cost, Plan(k, grids, spill and _has_state(stages), needed, budget)
+        if all(grids[stage.name] == stage.smallest for stage in stages):
+            break
         # Ever smaller tiles cost more at last: each has halos, and its halos have states.
-        best = needed if best is None else min(best, needed)
-        cells = int(cells * 0.8)
+        limit *= 0.8
+    if best is not None:
+        return best[1]
     height, width = (n * manifest.geometry.spatial for n in plane)
+    blocking = [stage for stage in stages if stage.part.halo is None and stage.tops(least)]
+    reason = f" ({blocking[0].name} cannot be tiled: {blocking[0].part.whole})" if blocking else ""
     raise PlanError(
-        f"expected a memory budget of at least {show_bytes(best)} for slices of {height}x{width} "
-        f"with {engine} {precision}, found {show_bytes(budget)}: raise --memory"
+        f"expected a memory budget of at least {show_bytes(least)} for slices of {height}x{width} "
+        f"with {engine} {precision}{reason}, found {show_bytes(budget)}: raise --memory"
     )
 
 
-def _predict(
-    manifest: Manifest,
-    grids: dict[str, Grid],
-    plane: tuple[int, int],
-    k: int,
-    engine: str,
-    precision: str,
-) -> int:
-    """Peak bytes beyond the libraries' baseline."""
-    geometry = manifest.geometry
-    total = float(LIBRARIES)
-    for direction, grid in grids.items():
-        measured = _measured(manifest, engine, precision, direction)
-        total += measured.fixed + measured.per_cell * k * grid.cells
-        state = sum(
-            _bytes(s.sized(1, 1, 1)) for s in manifest.part(f"{direction}_step").state_inputs
+@dataclass(frozen=True)
+class Stage:
+    """What planning needs to know about one stage on one plane."""
+
+    name: str
+    part: Part
+    memory: Memory
+    plane: tuple[int, int]  # cells of the stage
+    k: int
+    state_bytes: int  # of one cell
+    map_bytes: int  # of one cell, in and out
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        name: str,
+        plane: tuple[int, int],
+        k: int,
+        engine: str,
+        precision: str,
+    ) -> Stage:
+        """Gather it from a manifest, for a plane of latent cells."""
+        part = manifest.stage_part(name, first=False)
+        return cls(
+            name,
+            part,
+            _measured(manifest, engine, precision, part, name),
+            (part.scale * plane[0], part.scale * plane[1]),
+            k if part.inputs[0].factor("k") or manifest.geometry.temporal == 1 else 1,
+            sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs),
+            sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
         )
-        total += state * grid.cells * (len(grid.tiles) - 1)
-    voxels = k * geometry.temporal * plane[0] * plane[1] * geometry.spatial**2
-    # A slab is float32 for the model and up to float32 in HU, on its way in and on its way out.
-    total += SLABS * len(grids) * voxels * (4 * geometry.channels + 4)
-    return int(total * HEADROOM)
+
+    @property
+    def whole(self) -> Grid:
+        """The grid of one tile."""
+        return Grid(*self.plane, self.plane, self.part.halo or 0)
+
+    @property
+    def smallest(self) -> Grid:
+        """The grid of the smallest tiles that are possible."""
+        return self.whole if self.part.halo is None else smallest(*self.plane, self.part.halo)
+
+    def bytes(self, grid: Grid) -> int:
+        """Count what one tile takes inside the engine."""
+        return self.memory.fixed + self.memory.per_cell * self.k * grid.cells
+
+    def fit(self, limit: float) -> Grid:
+        """Find the grid of least work whose tiles fit `limit` bytes each, or the smallest."""
+        cells = int((limit - self.memory.fixed) / (self.memory.per_cell * self.k))
+        if self.part.halo is None or cells >= self.whole.cells:
+            return self.whole
+        return fit(*self.plane, self.part.halo, cells) or self.smallest
+
+    def seconds(self, grid: Grid, spill: bool) -> float:
+        """Estimate a step's time on a nominal machine: work, and states through a file."""
+        work = self.k * self.part.mac_per_cell * len(grid.tiles) * grid.cells / MAC_SECOND
+        moved = 2 * self.state_bytes * len(grid.tiles) * grid.cells if spill else 0
+        return work + moved / FILE_SECOND
+
+    def tops(self, needed: int) -> bool:
+        """Whether this stage alone takes more than half of what is needed."""
+        return 2 * self.bytes(self.whole) > needed
+
+
+def _predict(stages: list[Stage], grids: dict[str, Grid], slabs: int, spill: bool) -> int:
+    """Peak bytes beyond the libraries' baseline."""
+    total, maps = LIBRARIES + slabs, 0
+    for stage in stages:
+        grid = grids[stage.name]
+        tiles, cells = len(grid.tiles), grid.cells
+        total += stage.bytes(grid)
+        if tiles > 1:
+            maps = max(maps, stage.map_bytes * grid.height * grid.width)
+        # One tile's states are in the measured line, going in and coming out.
+        total += stage.state_bytes * cells * (2 if spill else tiles - 1)
+    return int((total + maps) * HEADROOM)
+
+
+def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:
+    """Bytes of the slabs in flight: float32 for the model and up to float32 in HU."""
+    geometry = manifest.geometry
+    slices = max(k * geometry.temporal, geometry.first_slices)
+    voxels = slices * plane[0] * plane[1] * geometry.spatial**2
+    return SLABS * directions * voxels * (4 * geometry.channels + 4)
+
+
+def _has_state(stages: list[Stage]) -> bool:
+    return any(stage.state_bytes for stage in stages)
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
-    count = 4
-    for size in shape:
-        count *= size
-    return count
+    return 4 * math.prod(shape)
 
 
-def _measured(manifest: Manifest, engine: str, precision: str, direction: str) -> Memory:
-    """Find the line measured for this engine, else the most expensive of this direction."""
-    lines = [m for m in manifest.memory if m.direction == direction]
-    exact = [m for m in lines if (m.engine, m.precision) == (engine, precision)]
-    if exact:
-        return exact[0]
+def _measured(manifest: Manifest, engine: str, precision: str, part: Part, stage: str) -> Memory:
+    """Find the line measured for this engine, else the most expensive of this stage."""
+    lines = [m for m in manifest.memory if m.stage == stage]
+    for wanted in ((engine, precision), (engine, "fp32")):
+        for line in lines:
+            if (line.engine, line.precision) == wanted:
+                return line
     if lines:
         return max(lines, key=lambda m: m.per_cell)
-    # Never measured: the widest state is a floor for the widths of all layers.
-    widths = [_bytes(s.sized(1, 1, 1)) for s in manifest.part(f"{direction}_step").state_inputs]
-    return Memory(engine, precision, direction, 64 << 20, 16 * max(widths, default=1 << 10))
+    # Never measured: the widest tensor at its ends is a floor for the widths of all layers.
+    widths = [_bytes(spec.sized(1, 1, 1)) for spec in (*part.inputs, *part.outputs)]
+    return Memory(engine, precision, stage, 64 << 20, 16 * max(widths))

@@ -6,7 +6,8 @@ A stream is a first step of one slice and further steps of `4k` slices, `k` late
     latent frames                 | 0 |    1    |    2    |      3     |     4    |
 
 Missing slices at the end are the last one repeated; what they decode to is cropped. The
-`windows` protocol starts anew every 65 slices and pads the last window to 17 latent frames.
+`windows` protocol starts anew every 65 slices and pads the last window to 17 latent frames. A
+network without causal state takes each window as one first step.
 
 Since the network's memory is finite (`context` latent frames), a stream may also be entered
 in the middle: `enter` says how far to back up so that what follows is exact.
@@ -15,8 +16,31 @@ in the middle: `enter` says how far to back up so that what follows is exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-PROTOCOLS = ("causal", "windows")
+
+class Rhythm(Protocol):
+    """What of a network's geometry concerns the order of slices; see the manifest's."""
+
+    @property
+    def temporal(self) -> int:
+        """Slices of a latent frame."""
+
+    @property
+    def window(self) -> int:
+        """Slices of a window."""
+
+    @property
+    def first_slices(self) -> int:
+        """Slices of the first step."""
+
+    @property
+    def first_frames(self) -> int:
+        """Latent frames of the first step."""
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Protocols that the network can follow."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +58,37 @@ class Step:
     frames: int
 
 
-def steps(slices: int, protocol: str, k: int, temporal: int = 4, window: int = 65) -> list[Step]:
+def steps(slices: int, protocol: str, k: int, geometry: Rhythm) -> list[Step]:
     """Plan the whole stream of a volume of `slices` slices.
 
-    `k` latent frames a step; `temporal` slices a latent frame. Raises ValueError for an
-    unknown protocol or numbers below 1.
+    `k` latent frames a step; `geometry` says what the first step takes and how many slices
+    make a latent frame after it. Raises ValueError for a protocol that this geometry has not,
+    or numbers below 1.
     """
-    if protocol not in PROTOCOLS or slices < 1 or k < 1:
+    if protocol not in geometry.protocols or slices < 1 or k < 1:
         raise ValueError(f"no such stream: {slices} slices, protocol {protocol}, k = {k}")
+
+    def frames(count: int) -> int:
+        rest = max(0, count - geometry.first_slices)
+        return geometry.first_frames + -(-rest // geometry.temporal)
+
     if protocol == "causal":
-        return _run(0, slices, 0, 1 + -(-(slices - 1) // temporal), k, temporal)
-    frames = 1 + (window - 1) // temporal
+        return _run(0, slices, 0, frames(slices), k, geometry)
     planned: list[Step] = []
-    for number, start in enumerate(range(0, slices, window)):
-        stop = min(start + window, slices)
-        planned += _run(start, stop, number * frames, frames, k, temporal)
+    whole = frames(geometry.window)
+    for number, start in enumerate(range(0, slices, geometry.window)):
+        stop = min(start + geometry.window, slices)
+        planned += _run(start, stop, number * whole, whole, k, geometry)
     return planned
 
 
-def _run(start: int, stop: int, latent: int, frames: int, k: int, temporal: int) -> list[Step]:
-    """One causal run over slices [start, stop) that gives `frames` latent frames."""
-    planned = [Step(True, (start, start + 1), (latent, latent + 1), 1, 1)]
-    for done in range(1, frames, k):
-        begin = min(start + 1 + temporal * (done - 1), stop)
+def _run(start: int, stop: int, latent: int, frames: int, k: int, geometry: Rhythm) -> list[Step]:
+    """One run over slices [start, stop) that gives `frames` latent frames."""
+    head, made, temporal = geometry.first_slices, geometry.first_frames, geometry.temporal
+    begin = min(start + head, stop)
+    planned = [Step(True, (start, begin), (latent, latent + made), head, made)]
+    for done in range(made, frames, k):
+        begin = min(start + head + temporal * (done - made), stop)
         end = min(begin + temporal * k, stop)
         last = min(done + k, frames)
         planned.append(Step(False, (begin, end), (latent + done, latent + last), temporal * k, k))

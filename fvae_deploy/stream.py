@@ -22,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy import schedule
-from fvae_deploy.codec import CausalStream, Codec, pad_frames
+from fvae_deploy.codec import Codec, pad_frames
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.latents import LatentInfo, LatentReader, LatentWriter
 from fvae_deploy.overlap import Behind, ahead
 from fvae_deploy.plan import Plan, plan
 from fvae_deploy.schedule import Step
+from fvae_deploy.stages import CausalStream
 from fvae_deploy.volume import Geometry, Reader, Writer, create_volume
 
 T = TypeVar("T")
@@ -52,9 +53,9 @@ def encode(
     reader: Reader,
     path: Path,
     *,
-    protocol: str = "causal",
+    protocol: str | None = None,
     memory: int | None = None,
-    k: int = 1,
+    k: int | None = None,
     resume: bool = False,
     any_range: bool = False,
     version: str = "",
@@ -68,20 +69,20 @@ def encode(
     that fails on its input leaves nothing but what an earlier run had left.
     """
     begin = time.perf_counter()
-    run = _Run.of(codec, reader.geometry, ("encode",), protocol, memory, k)
+    run = _Run.of(codec, reader.geometry, ("encode",), protocol, memory, k, path.parent)
     manifest = codec.manifest
     info = LatentInfo(
         model=manifest.name,
         identity=manifest.identity,
         engine=codec.engine.name,
         precision=codec.engine.precision,
-        protocol=protocol,
-        k=k,
+        protocol=run.protocol,
+        k=run.outcome.plan.k,
         slices=reader.geometry.shape[2],
         geometry=reader.geometry,
         hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
         fvae_version=version,
-        tile=run.outcome.plan.grids["encode"].extent,
+        tile=tuple(n for grid in run.outcome.plan.grids.values() for n in grid.extent),
     )
     total = schedule.latent_frames(run.steps)
     shape = (manifest.geometry.latent_channels, total, *run.plane)
@@ -90,19 +91,19 @@ def encode(
     try:
         if target is not None:
             last = max(target - 1, 0)
-            entry = schedule.enter(run.steps, last, manifest.part("encode_step").context)
+            entry = schedule.enter(run.steps, last, manifest.context("encode"))
             while run.steps[entry].slices[0] == run.steps[entry].slices[1]:
                 entry -= 1  # a step that repeats the last slice needs one that reads it
             kept = run.steps[target].slices[0]
             run.outcome.slices -= kept
             progress(kept)
-            stream = run.stream("encode")
 
             def store(item: tuple[Step, Frames]) -> None:
                 step, z = item
                 writer.write(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
 
             with (
+                contextlib.closing(run.stream("encode")) as stream,
                 contextlib.closing(ahead(run.read(reader, entry))) as slabs,
                 Behind(store) as sink,
             ):
@@ -149,7 +150,7 @@ def decode(
             f"expected latents of model {manifest.name} ({manifest.identity}), found latents of "
             f"{info.model} ({info.identity}): choose that model with --model"
         )
-    run = _Run.of(codec, info.geometry, ("decode",), info.protocol, memory, info.k)
+    run = _Run.of(codec, info.geometry, ("decode",), info.protocol, memory, info.k, path.parent)
     expected = (
         manifest.geometry.latent_channels,
         schedule.latent_frames(run.steps),
@@ -165,9 +166,8 @@ def decode(
         raise UsageError(f"expected slices within 0:{info.slices}, found {a}:{b}")
     target = next(i for i, s in enumerate(run.steps) if s.slices[1] > a)
     stop = next(i for i, s in enumerate(run.steps) if s.slices[1] >= b) + 1
-    entry = schedule.enter(run.steps, target, manifest.part("decode_step").context)
+    entry = schedule.enter(run.steps, target, manifest.context("decode"))
     run.outcome.slices = b - a
-    stream = run.stream("decode")
 
     def latents() -> Iterator[tuple[Step, Frames]]:
         for step in run.steps[entry:stop]:
@@ -175,6 +175,7 @@ def decode(
 
     with create_volume(path, _cropped(info.geometry, a, b), dtype) as writer:
         with (
+            contextlib.closing(run.stream("decode")) as stream,
             contextlib.closing(ahead(latents())) as slabs,
             Behind(run.writing(writer, a, b)) as sink,
         ):
@@ -194,9 +195,9 @@ def reconstruct(
     reader: Reader,
     path: Path,
     *,
-    protocol: str = "causal",
+    protocol: str | None = None,
     memory: int | None = None,
-    k: int = 1,
+    k: int | None = None,
     dtype: str = "int16",
     any_range: bool = False,
     progress: Progress = lambda slices: None,
@@ -204,10 +205,11 @@ def reconstruct(
     """Encode and decode in one stream, with no latent on disk: `path` is D(E(x)) in HU."""
     begin = time.perf_counter()
     geometry = reader.geometry
-    run = _Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k)
-    encoder, decoder = run.stream("encode"), run.stream("decode")
+    run = _Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k, path.parent)
     with create_volume(path, geometry, dtype) as writer:
         with (
+            contextlib.closing(run.stream("encode")) as encoder,
+            contextlib.closing(run.stream("decode")) as decoder,
             contextlib.closing(ahead(run.read(reader, 0))) as slabs,
             Behind(run.writing(writer, 0, geometry.shape[2])) as sink,
         ):
@@ -230,6 +232,8 @@ class _Run:
     codec: Codec
     steps: list[Step]
     plane: tuple[int, int]  # latent cells
+    protocol: str
+    spill: Path | None  # a folder for states that are not kept in memory
     outcome: Outcome
 
     @classmethod
@@ -238,21 +242,23 @@ class _Run:
         codec: Codec,
         geometry: Geometry,
         directions: tuple[str, ...],
-        protocol: str,
+        protocol: str | None,
         memory: int | None,
-        k: int,
+        k: int | None,
+        folder: Path,
     ) -> _Run:
-        of = codec.manifest.geometry
-        if protocol not in schedule.PROTOCOLS:
+        manifest, of = codec.manifest, codec.manifest.geometry
+        protocol = protocol or of.protocols[0]
+        if protocol not in of.protocols:
             raise UsageError(
-                f"expected protocol {' or '.join(schedule.PROTOCOLS)}, found {protocol!r}"
+                f"expected protocol {' or '.join(of.protocols)}, found {protocol!r}: "
+                f"{manifest.name} has no other"
             )
-        if k < 1:
-            raise UsageError(f"expected at least 1 latent frame a step, found {k}")
+        k = manifest.check_step(k)
         x, y, z = geometry.shape
         plane = (-(-x // of.spatial), -(-y // of.spatial))
         made = plan(
-            codec.manifest,
+            manifest,
             directions,
             plane,
             engine=codec.engine.name,
@@ -260,12 +266,15 @@ class _Run:
             memory=memory,
             k=k,
         )
-        planned = schedule.steps(z, protocol, k, of.temporal, of.window)
-        return cls(codec, planned, plane, Outcome(made, z, (x, y, z)))
+        planned = schedule.steps(z, protocol, k, of)
+        spill = folder if made.spill else None
+        return cls(codec, planned, plane, protocol, spill, Outcome(made, z, (x, y, z)))
 
     def stream(self, direction: str) -> CausalStream:
-        grid = self.outcome.plan.grids[direction]
-        return CausalStream(self.codec.engine, self.codec.manifest, direction, grid)
+        plan = self.outcome.plan
+        return CausalStream(
+            self.codec.engine, self.codec.manifest, direction, plan.grids, self.spill
+        )
 
     def read(self, reader: Reader, entry: int) -> Iterator[tuple[Step, Frames]]:
         """Yield every step from `entry` on with its frames in the model's range."""

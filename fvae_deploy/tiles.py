@@ -29,9 +29,9 @@ class Span:
     keep: tuple[int, int]
 
     @property
-    def crop(self) -> slice:
+    def crop(self) -> tuple[int, int]:
         """The kept cells, counted from the first computed one."""
-        return slice(self.keep[0] - self.read[0], self.keep[1] - self.read[0])
+        return self.keep[0] - self.read[0], self.keep[1] - self.read[0]
 
 
 @dataclass(frozen=True)

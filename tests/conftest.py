@@ -52,19 +52,18 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
     from random_lean_vae import SMALL_SCALE
 
     from fvae_deploy.export.manifest import Source
+    from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
     from fvae_deploy.export.to_onnx import export_bundle
 
     folder = tmp_path_factory.mktemp("bundles") / "small"
     export_bundle(
-        small_model,
+        lean_vae_model(small_model, 1, SMALL_SCALE),
         folder,
         name="small",
         description="random weights",
         licence="Apache-2.0",
         source=Source("random", "0", "0" * 64),
         version="0.1.0",
-        channels=1,
-        scale=SMALL_SCALE,
     )
     return folder
 

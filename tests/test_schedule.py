@@ -1,16 +1,27 @@
 """Steps cover slices and latent frames once, in order; a stream is entered with enough behind."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvae_deploy.schedule import enter, latent_frames, steps
+from fvae_deploy.export.manifest import Geometry
+from fvae_deploy.schedule import enter, latent_frames
+from fvae_deploy.schedule import steps as planned_steps
 
 SLICES, KS, PROTOCOL = (
     st.integers(1, 400),
     st.integers(1, 9),
     st.sampled_from(["causal", "windows"]),
 )
+
+
+CAUSAL = Geometry(temporal=4, spatial=8, latent_channels=16, channels=1, window=65)
+
+
+def steps(slices, protocol, k, geometry=CAUSAL):
+    return planned_steps(slices, protocol, k, geometry)
 
 
 @given(SLICES, PROTOCOL, KS)
@@ -100,3 +111,25 @@ def test_the_worked_example_of_the_docstring_holds():
 def test_a_stream_that_cannot_be_is_refused(slices, protocol, k):
     with pytest.raises(ValueError, match="no such stream"):
         steps(slices, protocol, k)
+
+
+@given(SLICES, KS)
+def test_a_network_of_pictures_gives_a_latent_frame_for_every_slice(slices, k):
+    pictures = dataclasses.replace(CAUSAL, temporal=1)
+    planned = steps(slices, "causal", k, pictures)
+    assert latent_frames(planned) == slices
+    assert all(step.slices == step.latents for step in planned)
+
+
+@given(SLICES, st.sampled_from([(65, 17), (64, 16), (9, 3)]))
+def test_a_network_of_whole_windows_takes_each_as_one_first_step(slices, window):
+    length, frames = window
+    whole = dataclasses.replace(CAUSAL, window=length, first_slices=length, first_frames=frames)
+    planned = steps(slices, "windows", 1, whole)
+    assert [z for step in planned for z in range(*step.slices)] == list(range(slices))
+    assert [t for step in planned for t in range(*step.latents)] == list(
+        range(frames * -(-slices // length))
+    )
+    assert all((s.first, s.depth, s.frames) == (True, length, frames) for s in planned)
+    with pytest.raises(ValueError, match="no such stream"):
+        steps(slices, "causal", 1, whole)

@@ -20,13 +20,16 @@ Tokens travel as [k, E, h, w], so that every linear layer is a 1x1 convolution; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import (
     PATCH,
     STRIDE,
@@ -35,6 +38,7 @@ from fvae_deploy.export.models.lean_vae import (
     LeanVAEConfig,
 )
 
+INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-0.5, model_max=0.5)
 VECTOR = 16  # floats in the widest CPU vector register
 
 
@@ -203,15 +207,44 @@ class DecodeParts(nn.Module):
         return x.reshape(1, self.channels, k * frames, height, width), *states
 
 
-def lean_vae_parts(
-    config: LeanVAEConfig, channels: int, scale: Sequence[float], model: LeanVAE | None = None
-) -> tuple[EncodeParts, DecodeParts]:
-    """Fold a network into its parts; without `model`, parts of random weights to be loaded."""
-    model = model or LeanVAE(config)
+def lean_vae_model(
+    model: LeanVAE, channels: int | None = None, scale: Sequence[float] | None = None
+) -> Model:
+    """Fold a network into its two stages.
+
+    Parameters
+    ----------
+    channels
+        1 for gray; None for the network's own number.
+    scale
+        One factor per latent channel that brings it to unit deviation; None leaves latents
+        as the network makes them.
+    """
+    config = model.config
+    geometry = Geometry(STRIDE, PATCH, config.latent_dim, channels or config.in_channels, window=65)
+    scale = tuple(scale or [1.0] * config.latent_dim)
+    return Model(
+        network=Network("lean_vae", dataclasses.asdict(config)),
+        geometry=geometry,
+        intensity=INTENSITY,
+        latent=LatentNormalisation((0.0,) * config.latent_dim, scale),
+        stages=_stages(model, geometry, scale),
+        any_step=True,
+    )
+
+
+def rebuild(
+    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+) -> dict[str, nn.Module]:
+    """Build the stages of an exported bundle, weights to be loaded."""
+    return _stages(LeanVAE(LeanVAEConfig(**config)), geometry, latent.scale)
+
+
+def _stages(model: LeanVAE, geometry: Geometry, scale: Sequence[float]) -> dict[str, nn.Module]:
+    channels = geometry.channels
     with torch.no_grad():
-        return EncodeParts(model, channels, scale).eval(), DecodeParts(
-            model, channels, scale
-        ).eval()
+        encode, decode = EncodeParts(model, channels, scale), DecodeParts(model, channels, scale)
+    return {"encode": encode.eval(), "decode": decode.eval()}
 
 
 def _patch_weights(model: LeanVAE, frames: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class TestEager(EngineContract):
         engine.close()
 
     def test_a_network_it_cannot_build_is_refused(self, bundle: Path, manifest: Manifest) -> None:
-        other = dataclasses.replace(manifest, network=Network("wan", {}))
-        with pytest.raises(EngineError, match=r"family lean_vae, found wan: use another engine"):
+        other = dataclasses.replace(manifest, network=Network("fake", {}))
+        with pytest.raises(
+            EngineError, match=r"family .*lean_vae.*, found fake: use another engine"
+        ):
             open_engine(bundle, other, "torch")

@@ -10,21 +10,23 @@ import pytest
 
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
-from random_lean_vae import SMALL, SMALL_SCALE  # noqa: E402
+from random_lean_vae import SMALL_SCALE  # noqa: E402
 
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Source, sha256  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
-from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts  # noqa: E402
-from fvae_deploy.export.to_onnx import export_bundle, lean_vae_part_specs, trace  # noqa: E402
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
+from fvae_deploy.export.probe import parts_of  # noqa: E402
+from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
 
 PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
 
 
-def export(model: LeanVAE, folder: Path, **options: Any) -> Manifest:
+def export(model: LeanVAE, folder: Path) -> Manifest:
     texts = {"name": "n", "description": "d", "licence": "l", "version": "0"}
-    return export_bundle(model, folder, source=Source("s", "r", "0"), **texts, **options)
+    cut = lean_vae_model(model, 1, SMALL_SCALE)
+    return export_bundle(cut, folder, source=Source("s", "r", "0"), **texts)
 
 
 def test_the_folder_holds_the_manifest_one_weights_file_and_four_graphs(
@@ -91,8 +93,8 @@ def test_no_file_tells_where_it_was_made(small_bundle: Path) -> None:
 def test_a_part_traced_again_has_the_same_bytes_and_the_opset_asked_for(
     small_model: LeanVAE, small_bundle: Path, opset: int
 ) -> None:
-    encode, _ = lean_vae_parts(SMALL, 1, SMALL_SCALE, small_model)
-    spec = lean_vae_part_specs(SMALL, 1)[0]
+    model = lean_vae_model(small_model, 1, SMALL_SCALE)
+    encode, spec = model.stages["encode"], parts_of(model)[0]
     proto = trace(encode, spec, opset)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
     if opset == 18:
@@ -105,24 +107,21 @@ def test_weights_are_stored_alike_each_time(
     small_model: LeanVAE, small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(to_onnx, "trace", lambda *_: onnx.ModelProto())  # slow, tested above
-    export(small_model, tmp_path / "again", channels=1, scale=SMALL_SCALE)
+    export(small_model, tmp_path / "again")
     name = "weights.safetensors"
     assert sha256(tmp_path / "again" / name) == sha256(small_bundle / name)
 
 
 @pytest.mark.parametrize(
-    ("prepare", "folder", "options", "message"),
+    ("prepare", "folder", "message"),
     [
         pytest.param(
-            lambda p: (p / "b").mkdir(), "b", {}, "expected a new folder, found .*: remove", id="is"
+            lambda p: (p / "b").mkdir(), "b", "expected a new folder, found .*: remove", id="is"
         ),
         pytest.param(
-            lambda p: (p / "b").write_text("mine"), "b", {}, "expected a new folder", id="is a file"
+            lambda p: (p / "b").write_text("mine"), "b", "expected a new folder", id="is a file"
         ),
-        pytest.param(lambda p: None, "a/b", {}, "found none: create it", id="no parent"),
-        pytest.param(
-            lambda p: None, "b", {"channels": 2}, "1 or 3 channels, found 2", id="two channels"
-        ),
+        pytest.param(lambda p: None, "a/b", "found none: create it", id="no parent"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_made(
@@ -130,13 +129,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is_made(
     tmp_path: Path,
     prepare: Callable[[Path], object],
     folder: str,
-    options: dict[str, Any],
     message: str,
 ) -> None:
     prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BundleError, match=message):
-        export(small_model, tmp_path / folder, **options)
+        export(small_model, tmp_path / folder)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 from safetensors.torch import load_file  # noqa: E402
 
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig  # noqa: E402
-from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts  # noqa: E402
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TOLERANCE = 1e-5  # of the tensor's standard deviation
@@ -87,8 +87,8 @@ def test_the_parts_that_are_exported_compute_as_published(golden: Golden, groupi
     # Folding rounds anew: in double precision the parts have no rounding of their own.
     model = LeanVAE(golden.model.config).double().requires_grad_(False)
     model.load_state_dict(golden.model.state_dict())
-    config, groups = model.config, groupings(golden.z.shape[2] - 1)[grouping]
-    encode, decode = lean_vae_parts(config, config.in_channels, [1.0] * config.latent_dim, model)
+    groups = groupings(golden.z.shape[2] - 1)[grouping]
+    encode, decode = lean_vae_model(model).stages.values()
     for i in range(len(golden.x)):  # parts take one clip
         z = stream(encode, encode, golden.x[i : i + 1].double(), [4 * k for k in groups])
         assert deviation(z, golden.z[i : i + 1]) < TOLERANCE
@@ -98,8 +98,7 @@ def test_the_parts_that_are_exported_compute_as_published(golden: Golden, groupi
 
 def test_the_parts_in_single_precision_stay_near(golden: Golden) -> None:
     model, groups = golden.model, [1] * (golden.z.shape[2] - 1)
-    config = model.config
-    encode, decode = lean_vae_parts(config, config.in_channels, [1.0] * config.latent_dim, model)
+    encode, decode = lean_vae_model(model).stages.values()
     z = stream(encode, encode, golden.x[:1], [4 * k for k in groups])
     assert deviation(z, golden.z[:1]) < TOLERANCE
     x = stream(decode, decode, golden.z[:1], groups)

@@ -20,7 +20,7 @@ from fvae_deploy.export.models.lean_vae import (  # noqa: E402
     inverse_haar,
     to_patches,
 )
-from fvae_deploy.export.models.lean_vae_parts import lean_vae_parts  # noqa: E402
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 
 TOLERANCE = 1e-10  # of the largest value
 law = settings(deadline=None, max_examples=25)
@@ -98,7 +98,7 @@ def test_folded_parts_equal_the_whole_clip(
     x, z = samples(model, plane, groups)
     config = model.config
     scale = [0.5 + i for i in range(config.latent_dim)]
-    encode, decode = lean_vae_parts(config, config.in_channels, scale, model)
+    encode, decode = lean_vae_model(model, None, scale).stages.values()
     scales = torch.tensor(scale, dtype=torch.float64)[:, None, None, None]
     assert_equal(stream(encode, encode, x, [4 * k for k in groups]), model.encode(x) * scales)
     assert_equal(stream(decode, decode, z, groups), model.decode(z / scales))
@@ -111,7 +111,7 @@ def test_gray_parts_equal_replicated_input_and_averaged_output(
 ) -> None:
     x, z = samples(model, plane, groups)
     gray, config = x[:, :1], model.config
-    encode, decode = lean_vae_parts(config, 1, [1.0] * config.latent_dim, model)
+    encode, decode = lean_vae_model(model, 1).stages.values()
     replicated = model.encode(gray.repeat(1, config.in_channels, 1, 1, 1))
     assert_equal(stream(encode, encode, gray, [4 * k for k in groups]), replicated)
     averaged = model.decode(z).mean(1, keepdim=True)

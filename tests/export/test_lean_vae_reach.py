@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import random_lean_vae  # noqa: E402
 
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig  # noqa: E402
-from fvae_deploy.export.to_onnx import lean_vae_part_specs  # noqa: E402
+from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
+from fvae_deploy.export.probe import parts_of  # noqa: E402
 
 START = 2  # the latent frame that is changed
 BEYOND = 2  # cells and frames watched outside the reach
@@ -48,7 +49,7 @@ def model(request: pytest.FixtureRequest) -> LeanVAE:
 
 def reach(model: LeanVAE, direction: str) -> tuple[int, int]:
     """Halo and context; the two parts of a direction must agree."""
-    parts = [p for p in lean_vae_part_specs(model.config, 1) if p.name.startswith(direction)]
+    parts = [p for p in parts_of(lean_vae_model(model, 1)) if p.name.startswith(direction)]
     (found,) = {(part.halo, part.context) for part in parts}
     return found
 

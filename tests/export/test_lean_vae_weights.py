@@ -13,7 +13,7 @@ from random_lean_vae import SMALL, random_lean_vae  # noqa: E402
 
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig  # noqa: E402
-from fvae_deploy.export.sources import load_model  # noqa: E402
+from fvae_deploy.export.sources import load, load_lean_vae  # noqa: E402
 
 ARGS = {
     "embedding_dim": 32,
@@ -92,7 +92,8 @@ def test_a_published_checkpoint_loads_with_its_channels_read_off_the_weights(
 ) -> None:
     path = tmp_path / "LeanVAE-dim4.ckpt"
     torch.save({"args": ARGS, "state_dict": state}, path)
-    loaded, source, _ = load_model(path)
+    loaded, _ = load_lean_vae(path)
+    source = load(str(path)).source
     assert loaded.config == SMALL
     assert (source.id, len(source.sha256)) == ("LeanVAE-dim4.ckpt", 64)
     x = torch.randn(1, 3, 5, 16, 16)
@@ -121,7 +122,7 @@ def test_other_checkpoints_are_refused_in_one_line(
     path = tmp_path / "other.ckpt"
     torch.save(content, path)
     with pytest.raises(BundleError) as caught:
-        load_model(path)
+        load_lean_vae(path)
     assert "\n" not in str(caught.value)
     assert "ran" not in capsys.readouterr().out
 
@@ -135,6 +136,6 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path, name: str) -> No
     else:
         path.write_bytes(b"" if name.startswith("empty") else b"\x08\0\0\0")
     with pytest.raises(BundleError, match=name):
-        load_model(path)
+        load_lean_vae(path)
     with pytest.raises(BundleError, match="found nothing"):
-        load_model(tmp_path / "absent.ckpt")
+        load_lean_vae(tmp_path / "absent.ckpt")

@@ -81,15 +81,17 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
             lambda b: (b / FILENAME).write_bytes(b"9" * 9999), "expected JSON", id="a huge number"
         ),
         pytest.param(
-            lambda b: (b / FILENAME).write_bytes(b"[]"), "schema 1, found None", id="a list"
+            lambda b: (b / FILENAME).write_bytes(b"[]"), "schema 2, found None", id="a list"
         ),
         pytest.param(
-            edited(lambda c: c.update(schema=2)),
-            "schema 1, found 2 .*install the fvae that made it",
+            edited(lambda c: c.update(schema=3)),
+            "schema 2, found 3 .*install the fvae that made it",
             id="later schema",
         ),
         pytest.param(
-            edited(lambda c: c.update(schema=True)), "expected int at", id="a truth for a number"
+            edited(lambda c: c.update(schema=True)),
+            "schema 2, found True",
+            id="a truth for a number",
         ),
         pytest.param(
             edited(lambda c: c["geometry"].pop("spatial")),

@@ -1,0 +1,49 @@
+"""Write a network of a published size with random weights, to measure where none are at hand.
+
+    python benchmarks/random_weights.py wan2.1 build/wan2.1
+    fvae export -m build/wan2.1 -o build/wan2.1-bundle
+
+Speed and memory do not depend on the weights; fidelity does, so a bundle of random weights
+is for benchmarks alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
+def write(name: str, target: Path) -> None:
+    """Write the network `name` to a folder in diffusers' format, or to a LeanVAE checkpoint."""
+    torch.manual_seed(0)
+    if name.startswith("wan"):
+        from diffusers import AutoencoderKLWan
+
+        AutoencoderKLWan(**(WAN22 if name == "wan2.2" else {})).save_pretrained(target)
+        return
+    from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
+
+    args = {"latent_dim": int(name.removeprefix("leanvae"))}
+    model = LeanVAE(LeanVAEConfig(**args))
+    torch.save({"args": args, "state_dict": model.state_dict()}, target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: random_weights.py wan2.1|wan2.2|leanvae4|leanvae16 TARGET")
+    write(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,101 @@
+"""VAEs that diffusers implements: loaded from its own folder format, cut by their family."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.models.family import Model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load(folder: Path, kind: str) -> tuple[Any, Path]:
+    """Build a network of a diffusers class and load its safetensors; returns both.
+
+    Only classes listed here are built. Raises BundleError for any other, for missing or
+    damaged weights, and for weights that do not fit the configuration.
+    """
+    classes = _classes()
+    if kind not in classes:
+        raise BundleError(
+            f"expected a VAE of class {', '.join(classes)}, found {kind} in {folder}: export it "
+            "from Python code with --model module:factory"
+        )
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise BundleError(
+            f"expected {WEIGHTS} in {folder}, found none: save the model with "
+            "safe_serialization=True"
+        )
+    network = classes[kind]
+    # Its configuration alone decides what is built; diffusers only warns of unknown keys.
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        with torch.device("meta"):
+            model = network.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        raise BundleError(
+            f"expected a configuration of {kind} in {folder}, found: {str(error).strip()[:200]}"
+        ) from None
+    _load_weights(model, path, kind)
+    return model.eval().requires_grad_(False).float(), path
+
+
+def cut(model: Any, channels: int | None) -> Model:
+    """Cut a network of any of the classes into stages; `channels` is 1 for gray."""
+    return _cutters()[type(model).__name__](model, channels)
+
+
+def _classes() -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan
+
+    return {"AutoencoderKLWan": AutoencoderKLWan}
+
+
+def _cutters() -> dict[str, Callable[[Any, int | None], Model]]:
+    from fvae_deploy.export.models.wan import wan_model
+
+    return {"AutoencoderKLWan": wan_model}
+
+
+def _load_weights(model: Any, path: Path, kind: str) -> None:
+    """Give a network the tensors of a file; every name and shape must fit."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+            _compare(found, wanted, path, kind)
+            model.load_state_dict({n: file.get_tensor(n) for n in found}, assign=True)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+
+
+def _compare(
+    found: dict[str, list[int]], wanted: dict[str, list[int]], path: Path, kind: str
+) -> None:
+    """Raise BundleError that names the keys which do not fit."""
+    absent, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    other = sorted(n for n in wanted.keys() & found.keys() if list(found[n]) != wanted[n])
+    reasons = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (
+            ("keys missing", absent),
+            ("keys of another network", foreign),
+            ("keys of other shapes", other),
+        )
+        if names
+    ]
+    if reasons:
+        raise BundleError(
+            f"expected the weights of this {kind}, found {'; '.join(reasons)} in {path}: take "
+            "config.json and weights from the same place"
+        )

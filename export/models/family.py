@@ -1,0 +1,75 @@
+"""What every family of networks gives to export and to the torch engine, and their table.
+
+A family is a module of this folder with
+
+    rebuild(config, geometry, latent) -> dict[str, nn.Module]     stages, weights to be loaded
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fvae_deploy.errors import BundleError, EngineError
+from fvae_deploy.export.manifest import (
+    Geometry,
+    Intensity,
+    LatentNormalisation,
+    Manifest,
+    Network,
+)
+
+FAMILIES = {"lean_vae": "lean_vae_parts", "wan": "wan", "any_torch": "any_torch"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A frozen VAE cut into stages, ready for export.
+
+    `stages` are in order, `encode…` then `decode…`, each a function (data, *state) -> (data,
+    *state) that is given no state with the first frames. `kinds` are the parts of every
+    stage: a causal network has "first" and "step", one without state either of them.
+    `any_step` says whether a step may take several latent frames at once. `foreign` marks code
+    of others: where it proves not to be local it is taken whole, not refused.
+    """
+
+    network: Network
+    geometry: Geometry
+    intensity: Intensity
+    latent: LatentNormalisation
+    stages: Mapping[str, nn.Module]
+    kinds: tuple[str, ...] = ("first", "step")
+    any_step: bool = False
+    foreign: bool = False
+
+
+def rebuild(manifest: Manifest, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Build an exported network's stages again and give them a bundle's weights."""
+    network = manifest.network
+    if network.family not in FAMILIES:
+        raise EngineError(
+            f"expected a network of family {', '.join(FAMILIES)}, found {network.family}: "
+            "use another engine"
+        )
+    module = importlib.import_module(f"fvae_deploy.export.models.{FAMILIES[network.family]}")
+    try:
+        with torch.device("meta"):
+            stages: dict[str, nn.Module] = module.rebuild(
+                network.config, manifest.geometry, manifest.latent
+            )
+        for name, stage in stages.items():
+            prefix = f"{name}."
+            mine = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            stage.load_state_dict(mine, assign=True)
+            stage.eval().requires_grad_(False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BundleError(
+            f"expected a network that bundle {manifest.name}'s weights fit, found: {reason}; "
+            "export the bundle again"
+        ) from error
+    return stages

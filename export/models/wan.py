@@ -1,0 +1,271 @@
+"""Wan2.1 and Wan2.2 through diffusers' `AutoencoderKLWan`, cut into stages with explicit state.
+
+    x [1, C, 1 + 4n, H, W]  -- encode -->  z [1, D, 1 + n, H/8, W/8]  -- decode -->  x
+
+diffusers runs the network a latent frame at a time and hands every causal convolution its
+last frames through a list, `feat_cache`. Here that list is the state: filled from inputs,
+returned as outputs, so that each stage is a pure function. A stage ends where the
+resolution changes, at the smaller of the two maps; only the innermost ones, at the latent's
+resolution, hold attention and see the whole frame.
+
+What differs between the first frame and later ones is made uniform: a convolution's cache
+has one frame after the first, a zero frame goes in front of it; the decoder's marker "Rep"
+equals a cache of zeros, which is what a state that a first part does not return starts from.
+
+Folded: the mean of the posterior and the latent normalisation into the 1x1x1 convolutions
+next to the latent, replicated input and averaged output channels into the first and last
+layer. diffusers clamps the result to [-1, 1]; here that is left to the conversion to HU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from torch import Tensor, nn
+
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.models.family import Model
+
+INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
+UP_BLOCKS = (wan.WanUpBlock, wan.WanResidualUpBlock)
+
+
+class Causal(nn.Module):
+    """A causal convolution by itself, with the cache that diffusers' blocks keep inside."""
+
+    def __init__(self, convolution: wan.WanCausalConv3d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+        """X [1, C, T, H, W]; takes and leaves its slot of the cache."""
+        slot = feat_idx[0]
+        past = feat_cache[slot]
+        frames = x if past is None else torch.cat([past, x], dim=2)
+        feat_cache[slot], feat_idx[0] = frames[:, :, -2:], slot + 1
+        result: Tensor = self.convolution(x, past)
+        return result
+
+
+class Plain(nn.Module):
+    """Layers without state in a row."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+        """Pass x through; the cache stays as it is."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Doubling in space, and in time but for the first frame; replaces diffusers' `upsample3d`.
+
+    The nearest neighbour and then a 3x3 convolution are four 2x2 convolutions, one for each
+    place of a pixel in its doubled cell: rows (-1, 0) with weights (w0, w1 + w2) for the
+    upper place, rows (0, 1) with (w0 + w1, w2) for the lower. That needs 4/9 of the work.
+    """
+
+    def __init__(self, layer: wan.WanResample) -> None:
+        super().__init__()
+        if layer.mode == "upsample3d":
+            self.time_conv = layer.time_conv
+        convolution = layer.resample[1]
+        upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=convolution.weight.dtype)
+        for i, rows in enumerate((upper, upper.flip(0, 1))):
+            for j, columns in enumerate((upper, upper.flip(0, 1))):
+                weight = torch.einsum("ar,bc,oirc->oiab", rows, columns, convolution.weight)
+                self.register_parameter(f"weight{i}{j}", nn.Parameter(weight))
+        self.bias = convolution.bias
+
+    def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+        """X [1, C, T, H, W] -> [1, C', T or 2T, 2H, 2W]."""
+        if hasattr(self, "time_conv"):
+            slot = feat_idx[0]
+            past = feat_cache[slot]
+            if past is None:  # the first frame stays one, and is not remembered
+                feat_cache[slot] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
+            else:
+                feat_cache[slot] = torch.cat([past, x], dim=2)[:, :, -2:]
+                doubled = self.time_conv(x, past).unflatten(1, (2, -1))
+                x = doubled.movedim(1, 3).flatten(2, 3)
+            feat_idx[0] = slot + 1
+        frames = x[0].transpose(0, 1)  # [T, C, H, W]
+        places = [
+            F.conv2d(F.pad(frames, (1 - j, j, 1 - i, i)), self.get_parameter(f"weight{i}{j}"))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        y = F.pixel_shuffle(torch.stack(places, dim=2).flatten(1, 2), 2)
+        result: Tensor = (y + self.bias[:, None, None]).transpose(0, 1)[None]
+        return result
+
+
+class Patches(nn.Module):
+    """Wan2.2's patches of pixels as channels, or back."""
+
+    def __init__(self, size: int, back: bool) -> None:
+        super().__init__()
+        self.size, self.turn = size, wan.unpatchify if back else wan.patchify
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, C, T, H, W] to [1, C * size^2, T, H / size, W / size], or back."""
+        result: Tensor = self.turn(x, self.size)
+        return result
+
+
+class WanStage(nn.Module):
+    """Consecutive layers of encoder or decoder as one function of data and state."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        # A time stride of 2 needs one frame of the past, a kernel of 3 two.
+        self.frames = [
+            2 // m.stride[0]
+            for m in self.modules()
+            if isinstance(m, wan.WanCausalConv3d) and m.kernel_size[0] > 1
+        ]
+
+    def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Take data [1, C, T, H, W] and state [1, C, 1 or 2, H, W] each -> (data, *state)."""
+        cache: list[Any] = list(past) if past else [None] * len(self.frames)
+        slot = [0]
+        for layer in self.layers:
+            options = {} if past or not isinstance(layer, UP_BLOCKS) else {"first_chunk": True}
+            x = layer(x, feat_cache=cache, feat_idx=slot, **options)
+        return x, *(
+            _padded(value, frames) for value, frames in zip(cache, self.frames, strict=True)
+        )
+
+
+def _padded(value: Tensor, frames: int) -> Tensor:
+    missing = frames - value.shape[2]
+    if missing < 1:
+        return value
+    return torch.cat([torch.zeros_like(value[:, :, :missing]), value], dim=2)
+
+
+def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model:
+    """Cut the network into stages, folding it in place; `channels` is 1 for gray.
+
+    Raises BundleError for a configuration that gives latents no whole cells.
+    """
+    config = dict(model.config)
+    patch = config["patch_size"] or 1
+    geometry = Geometry(
+        temporal=2 ** sum(config["temperal_downsample"]),
+        spatial=patch * 2 ** (len(config["dim_mult"]) - 1),
+        latent_channels=config["z_dim"],
+        channels=channels or config["in_channels"] // patch**2,
+        window=65,
+    )
+    shift, deviation = config["latents_mean"], config["latents_std"]
+    if not len(shift) == len(deviation) == config["z_dim"]:
+        raise BundleError(
+            f"expected {config['z_dim']} latents_mean and latents_std in the configuration, "
+            f"found {len(shift)} and {len(deviation)}: add them"
+        )
+    latent = LatentNormalisation(tuple(shift), tuple(1 / d for d in deviation))
+    kept = {k: v for k, v in config.items() if not k.startswith("_")}
+    return Model(
+        network=Network("wan", json.loads(json.dumps(kept))),
+        geometry=geometry,
+        intensity=INTENSITY,
+        latent=latent,
+        stages=_stages(model, geometry, latent),
+    )
+
+
+def rebuild(
+    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+) -> dict[str, nn.Module]:
+    """Build the stages of an exported bundle, weights to be loaded."""
+    return _stages(wan.AutoencoderKLWan(**config), geometry, latent)
+
+
+def _stages(
+    model: wan.AutoencoderKLWan, geometry: Geometry, latent: LatentNormalisation
+) -> dict[str, nn.Module]:
+    """Fold and cut: `encode0`, ... and `decode0`, ..."""
+    with torch.no_grad():
+        _fold_latent(
+            model.quant_conv,
+            model.post_quant_conv,
+            torch.tensor(latent.shift, dtype=torch.float64),
+            torch.tensor(latent.scale, dtype=torch.float64),
+        )
+        patch = model.config.patch_size or 1
+        if geometry.channels == 1:
+            _fold_gray(model.encoder.conv_in, model.decoder.conv_out, patch)
+        found = {f"encode{i}": WanStage(s) for i, s in enumerate(_encoder(model, patch))}
+        found |= {f"decode{i}": WanStage(s) for i, s in enumerate(_decoder(model, patch))}
+    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+
+
+def _encoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+    encoder = model.encoder
+    layers: list[nn.Module] = [Plain(Patches(patch, back=False))] if patch > 1 else []
+    layers.append(Causal(encoder.conv_in))
+    for block in encoder.down_blocks:
+        layers.append(Plain(block) if isinstance(block, wan.WanAttentionBlock) else block)
+        if isinstance(block, wan.WanResample) or getattr(block, "downsampler", None) is not None:
+            yield layers
+            layers = []
+    head = [
+        encoder.mid_block,
+        Plain(encoder.norm_out, encoder.nonlinearity),
+        Causal(encoder.conv_out),
+        Plain(model.quant_conv),
+    ]
+    yield layers + head
+
+
+def _decoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+    decoder = model.decoder
+    layers: list[nn.Module] = [
+        Plain(model.post_quant_conv),
+        Causal(decoder.conv_in),
+        decoder.mid_block,
+    ]
+    for block in decoder.up_blocks:
+        if isinstance(block, wan.WanResidualUpBlock):  # its shortcut spans the upsampling
+            layers.append(block)
+            if block.upsampler is not None:
+                block.upsampler = Upsample(block.upsampler)
+                yield layers
+                layers = []
+            continue
+        layers += block.resnets
+        if block.upsamplers is not None:
+            yield layers
+            layers = [Upsample(block.upsamplers[0])]
+    layers += [Plain(decoder.norm_out, decoder.nonlinearity), Causal(decoder.conv_out)]
+    yield [*layers, Plain(Patches(patch, back=True))] if patch > 1 else layers
+
+
+def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
+    """Make latents (mean of the posterior - shift) * scale: the posterior's first half."""
+    shift, scale = shift.to(last.weight), scale.to(last.weight)
+    weight, bias = last.weight[: len(shift)], last.bias[: len(shift)]
+    last.weight = nn.Parameter(weight * scale.view(-1, 1, 1, 1, 1))
+    last.bias = nn.Parameter((bias - shift) * scale)
+    first.bias = nn.Parameter(first.bias + first.weight.flatten(1) @ shift)
+    first.weight = nn.Parameter(first.weight / scale.view(1, -1, 1, 1, 1))
+
+
+def _fold_gray(first: Any, last: Any, patch: int) -> None:
+    """Sum over replicated input channels, mean over output channels; patches vary fastest."""
+    inside = first.weight.unflatten(1, (-1, patch * patch))
+    first.weight = nn.Parameter(inside.sum(1))
+    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, patch * patch)).mean(0))
+    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, patch * patch)).mean(0))

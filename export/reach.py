@@ -1,0 +1,138 @@
+"""How far a network reaches in space and time, read off its convolutions in one run.
+
+Every tensor of the run carries the reach of its farthest path: a convolution adds what its
+kernel overhangs, anything else passes on the largest of its inputs. Distances are measured
+in the stage's cells, so a convolution at twice the resolution adds half as much. Padding is
+taken as centred, as all these networks have it; the impulse test (`probe.check_reach`)
+confirms the result on the very weights.
+
+A state is the tail of some layer's input, so it reaches as far back as that input and by
+its own length more. It shows where it is concatenated: `cat([state, x])` of a state of n
+frames with x of r frames a latent frame reaches n / r latent frames further back than x.
+
+Attention over positions and group normalisation see the whole plane.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+PLANE = 16  # cells a side of the plane that is run
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Reach in cells along H and W and in latent frames; `whole` says what sees everything."""
+
+    halo: Fraction = Fraction(0)
+    context: Fraction = Fraction(0)
+    whole: str = ""
+    state: bool = False  # a state itself, or a view of it
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyse` found: reach and cost of one stage."""
+
+    halo: int | None
+    context: int
+    whole: str
+    mac_per_cell: int
+
+
+def analyse(stage: nn.Module, data: Tensor, state: Sequence[Tensor], frames: int) -> Analysis:
+    """Run a stage once on PLANE x PLANE cells and `frames` latent frames."""
+    follow = _Follow(data, state, frames)
+    with torch.inference_mode(False), torch.no_grad():
+        with FlopCounterMode(display=False) as count:
+            stage(data, *state)
+        with follow:
+            outputs = stage(data, *state)
+    found = [follow.known.get(output, Reach()) for output in outputs]
+    whole = next((reach.whole for reach in found if reach.whole), "")
+    return Analysis(
+        halo=None if whole else math.ceil(max(reach.halo for reach in found)),
+        context=math.ceil(max(reach.context for reach in found)),
+        whole=whole,
+        mac_per_cell=math.ceil(count.get_total_flops() / 2 / (PLANE * PLANE * frames)),
+    )
+
+
+class _Follow(TorchDispatchMode):
+    """Follows the reach of every tensor through one run."""
+
+    def __init__(self, data: Tensor, state: Sequence[Tensor], frames: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.frames = frames
+        self.known = WeakTensorKeyDictionary()
+        self.known[data] = Reach()
+        for tensor in state:
+            self.known[tensor] = Reach(state=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reaches = [self.known[t] for t in given if t in self.known]
+        if reaches:
+            reach = self._through(func.overloadpacket, args, reaches)
+            for result in tree_leaves(results):
+                if isinstance(result, Tensor):
+                    self.known[result] = reach
+        return results
+
+    def _through(self, operation: Any, args: Any, reaches: list[Reach]) -> Reach:
+        halo = max(reach.halo for reach in reaches)
+        context = max(reach.context for reach in reaches)
+        whole = next((reach.whole for reach in reaches if reach.whole), "")
+        if operation is aten.convolution:
+            halo += _overhang(*args)
+        elif operation is aten.cat and {reach.state for reach in reaches} == {True, False}:
+            context += self._length(*args)
+        elif "native_group_norm" in str(operation):
+            whole = whole or "group normalisation takes its statistics over the whole plane"
+        elif "scaled_dot_product" in str(operation) or (
+            operation in (aten.bmm, aten.baddbmm) and len(reaches) > 1
+        ):
+            whole = whole or "attention looks at the whole plane"
+        return Reach(halo, context, whole, all(reach.state for reach in reaches))
+
+    def _length(self, tensors: Sequence[Tensor], axis: int = 0) -> Fraction:
+        """Length of the state among concatenated tensors, in latent frames."""
+        states = [t for t in tensors if t in self.known and self.known[t].state]
+        others = [t for t in tensors if t in self.known and not self.known[t].state]
+        past, now = (sum(t.shape[axis] for t in ts) for ts in (states, others))
+        return Fraction(past * self.frames, now)
+
+
+def _overhang(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    *rest: Any,
+) -> Fraction:
+    """Cells that a convolution reaches beyond those below its output."""
+    most = Fraction(0)
+    for axis in (-2, -1):
+        width = (weight.shape[axis] - 1) * dilation[axis] + 1
+        if transposed:
+            beyond = -(-width // stride[axis]) - 1
+        else:
+            beyond = max(0, -(-(width - stride[axis]) // 2))
+        most = max(most, Fraction(beyond, max(1, round(x.shape[axis] / PLANE))))
+    return most

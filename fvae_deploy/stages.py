@@ -1,0 +1,179 @@
+"""One direction of a volume through an engine: stage after stage, tile by tile, with state.
+
+    encode, Wan2.1    x --encode0--> 1/2 --encode1--> 1/4 --encode2--> 1/8 --encode3--> z
+                      tiles          tiles            tiles            whole (attention)
+
+Every stage has a grid of its own, in its own cells: those at high resolution run in tiles
+with their own small halo, those at low resolution mostly on the whole plane. The map between
+two stages is assembled in full. Every tile keeps its own causal state, in memory or, where
+the budget demands it, in an unnamed file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.engines.base import Engine
+from fvae_deploy.export.manifest import Manifest, TensorSpec
+from fvae_deploy.tiles import Grid
+
+Frames = NDArray[np.float32]  # [C, T, H, W]
+
+
+def whole_grids(
+    manifest: Manifest, directions: Sequence[str], plane: tuple[int, int]
+) -> dict[str, Grid]:
+    """Grids of one tile for every stage, for a plane of (h, w) latent cells."""
+    grids = {}
+    for direction in directions:
+        for stage in manifest.stages(direction):
+            scale = manifest.stage_part(stage, first=False).scale
+            h, w = (scale * n for n in plane)
+            grids[stage] = Grid(h, w, (h, w), 0)
+    return grids
+
+
+class States:
+    """The causal states of a stage's tiles, in memory or in a file without a name."""
+
+    def __init__(
+        self, engine: Engine, specs: Sequence[TensorSpec], grid: Grid, spill: Path | None
+    ) -> None:
+        self._engine, self._specs = engine, specs
+        self._kept: dict[int, dict[str, Any]] = {}
+        extent = (min(grid.extent[0], grid.height), min(grid.extent[1], grid.width))
+        self._shapes = {spec.name: spec.sized(1, *extent) for spec in specs}
+        # Without a name, it is gone with the process however that ends.
+        self._file = tempfile.TemporaryFile(dir=spill) if spill and specs else None  # noqa: SIM115
+        self._bytes = sum(4 * int(np.prod(shape)) for shape in self._shapes.values())
+        self._written: set[int] = set()
+
+    def take(self, tile: int) -> dict[str, Any]:
+        """Hand over a tile's state; zeros where none was put, exact after enough steps."""
+        if self._file is None:
+            state = self._kept.pop(tile, None)
+            return state if state is not None else self._zeros()
+        state = self._zeros()
+        if tile in self._written:
+            self._file.seek(tile * self._bytes)
+            for array in state.values():
+                self._file.readinto(array.data.cast("B"))
+        return state
+
+    def put(self, tile: int, values: Sequence[Any]) -> None:
+        """Keep a tile's next state, in the order of the specs."""
+        if self._file is None:
+            names = (spec.name for spec in self._specs)
+            self._kept[tile] = dict(zip(names, values, strict=True))
+            return
+        self._file.seek(tile * self._bytes)
+        for value in values:
+            self._file.write(np.ascontiguousarray(self._engine.host(value)).data.cast("B"))
+        self._written.add(tile)
+
+    def close(self) -> None:
+        """Remove the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+
+    def _zeros(self) -> dict[str, Frames]:
+        return {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+
+
+class StageStream:
+    """One stage, step by step, tile by tile."""
+
+    def __init__(
+        self, engine: Engine, manifest: Manifest, stage: str, grid: Grid, spill: Path | None
+    ) -> None:
+        self._engine, self._manifest, self._stage = engine, manifest, stage
+        self._grid, self._tiles = grid, grid.tiles
+        state = manifest.stage_part(stage, first=False).state_inputs
+        self._states = States(engine, state, grid, spill)
+        self.seconds = 0.0
+
+    def run(self, x: Frames, first: bool) -> Frames:
+        """Advance by one step: the whole map x [C, T, H, W] -> the whole result.
+
+        The result is valid until the next call.
+        """
+        begin = time.perf_counter()
+        part = self._manifest.stage_part(self._stage, first)
+        data, result = part.inputs[0], part.outputs[0]
+        fresh = len(part.inputs) == 1
+        a, b = data.factor("h"), result.factor("h")
+        whole: Frames | None = None
+        for i, tile in enumerate(self._tiles):
+            rows, columns = tile.rows, tile.columns
+            piece = x[None, :, :, _times(a, rows.read), _times(a, columns.read)]
+            state = {} if fresh else self._states.take(i)
+            outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
+            self._states.put(i, [outputs[spec.name] for spec in part.state_outputs])
+            y: Frames = outputs[result.name][0]
+            if len(self._tiles) == 1:
+                whole = y
+                break
+            if whole is None:
+                plane = (b * self._grid.height, b * self._grid.width)
+                whole = np.empty((*y.shape[:2], *plane), y.dtype)
+            kept = y[:, :, _times(b, rows.crop), _times(b, columns.crop)]
+            whole[:, :, _times(b, rows.keep), _times(b, columns.keep)] = kept
+        self.seconds += time.perf_counter() - begin
+        assert whole is not None
+        return whole
+
+    def close(self) -> None:
+        """Forget the states."""
+        self._states.close()
+
+
+class CausalStream:
+    """All stages of one direction, fed step by step.
+
+    `spill` is a folder for states that are not to be kept in memory.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        direction: str,
+        grids: Mapping[str, Grid],
+        spill: Path | None = None,
+    ) -> None:
+        self.stages = {
+            stage: StageStream(engine, manifest, stage, grids[stage], spill)
+            for stage in manifest.stages(direction)
+        }
+
+    def run(self, x: Frames, first: bool) -> Frames:
+        """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
+
+        `first` starts a new run; a step without a state before it starts from zeros, which is
+        exact after the direction's `context` latent frames.
+        """
+        for stage in self.stages.values():
+            x = stage.run(x, first)
+        return x.copy()  # the engine may overwrite its own
+
+    def close(self) -> None:
+        """Forget the states; files are removed."""
+        for stage in self.stages.values():
+            stage.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the engine and on tiles, in all stages."""
+        return sum(stage.seconds for stage in self.stages.values())
+
+
+def _times(factor: int, span: tuple[int, int]) -> slice:
+    """Cells [a, b) as elements of a tensor that has `factor` of them a cell."""
+    return slice(factor * span[0], factor * span[1])
