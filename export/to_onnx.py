@@ -33,6 +33,7 @@ from fvae_deploy.export.probe import parts_of
 
 WEIGHTS = "weights.safetensors"
 EXAMPLE = {"k": 2, "h": 3, "w": 4}  # sizes traced with; all of them stay symbolic
+OTHER = {"k": 3, "h": 5, "w": 7}  # sizes at which the trace of foreign code must hold, too
 
 
 def export_bundle(
@@ -71,7 +72,7 @@ def export_bundle(
         for number, part in enumerate(parts):
             progress(f"exporting graph {number + 1} of {len(parts)}: {part.name}")
             stage = part.name.rpartition("_")[0]
-            proto = trace(model.stages[stage], part, opset)
+            proto = trace(model.stages[stage], part, opset, model.foreign)
             _point_into(proto, offsets, f"{stage}.")
             onnx.save(proto, str(temporary / part.file))
         manifest = Manifest(
@@ -98,30 +99,73 @@ def export_bundle(
     return manifest
 
 
-def trace(network: nn.Module, part: Part, opset: int) -> onnx.ModelProto:
-    """Export one part with symbolic k, h and w."""
+def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> onnx.ModelProto:
+    """Export one part with symbolic k, h and w.
+
+    Raises BundleError where the exporter cannot, or where the trace of `foreign` code does
+    not hold at other sizes.
+    """
     example = [torch.zeros(spec.sized(**EXAMPLE)) for spec in part.inputs]
     used = {s for s in EXAMPLE if any(spec.factor(s) for spec in part.inputs)}
     symbols = {name: torch.export.Dim(name, min=1, max=1 << 16) for name in used}
     dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
-    with _quiet():
-        program = torch.onnx.export(
-            network,
-            tuple(example),
-            dynamo=True,
-            opset_version=opset,
-            input_names=[spec.name for spec in part.inputs],
-            output_names=[spec.name for spec in part.outputs],
-            # The signature is (data, *state): the state's shapes go as one tuple.
-            dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                tuple(example),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in part.inputs],
+                output_names=[spec.name for spec in part.outputs],
+                # The signature is (data, *state): the state's shapes go as one tuple.
+                dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise BundleError(
+            f"expected {part.name} to export to ONNX, found {_reason(error.__cause__ or error)}; "
+            "change that code, or see the whole with --debug"
+        ) from error
     assert program is not None
+    if foreign:
+        assert program.exported_program is not None
+        _check_trace(network, program.exported_program.module(), part)
     proto: onnx.ModelProto = program.model_proto
     for thing in (proto.graph, *proto.graph.node, *proto.graph.value_info):
         del thing.metadata_props[:]  # source lines of the exporting machine
         thing.doc_string = ""
     return proto
+
+
+def _reason(error: BaseException) -> str:
+    """Tell what the exporter says without its advice: the first line, and where it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = [line for line in lines[1:] if line.startswith("Caused by")]
+    return f"{type(error).__name__}: {'; '.join([*lines[:1], *places[:1]])[:300]}"
+
+
+def _check_trace(network: nn.Module, traced: nn.Module, part: Part) -> None:
+    """Compare network and trace at sizes other than those traced with.
+
+    A loop over the plane is traced with the turns that it took, silently.
+    """
+    seeded = torch.Generator().manual_seed(0)
+    given = [torch.randn(spec.sized(**OTHER), generator=seeded) for spec in part.inputs]
+    with torch.no_grad():
+        wanted = network(*given)[0]
+        try:
+            found = traced(*given)[0]
+            fits = found.shape == wanted.shape
+            fits = fits and bool((found - wanted).abs().max() <= 1e-4 * wanted.abs().max())
+        except (RuntimeError, AssertionError):  # a guard on sizes
+            fits = False
+    if not fits:
+        raise BundleError(
+            f"expected a graph of {part.name} for slices of any size, found one that holds at "
+            "the size traced with alone: its code decides or loops by height or width; where "
+            "that is tiling of its own, switch it off in the factory"
+        )
 
 
 def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
@@ -136,11 +180,15 @@ def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter (progress lines, converter notes) off the terminal."""
+    """Keep the exporter's chatter (progress lines, graphs, notes) off the terminal."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
