@@ -95,7 +95,7 @@ class Codec:
         stream = self._stream("decode", (h, w), grids)
         windows, rest = divmod(t, geometry.first_frames)
         slices = windows * geometry.first_slices
-        if geometry.first_frames == 1:
+        if geometry.first_slices == 1:
             slices, rest = 1 + geometry.temporal * (t - 1), 0
         if rest:
             raise VolumeError(
