@@ -15,6 +15,7 @@ from fvae_deploy.errors import BundleError
 from fvae_deploy.export.models.family import Model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load(folder: Path, kind: str) -> tuple[Any, Path]:
@@ -56,27 +57,46 @@ def cut(model: Any, channels: int | None) -> Model:
 
 
 def _classes() -> dict[str, Any]:
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
 
-    return {"AutoencoderKLWan": AutoencoderKLWan}
+    return {
+        "AutoencoderKLWan": AutoencoderKLWan,
+        "AutoencoderKL": AutoencoderKL,
+        "AutoencoderTiny": AutoencoderTiny,
+    }
 
 
 def _cutters() -> dict[str, Callable[[Any, int | None], Model]]:
+    from fvae_deploy.export.models.kl import kl_model
+    from fvae_deploy.export.models.tiny_autoencoder import tiny_model
     from fvae_deploy.export.models.wan import wan_model
 
-    return {"AutoencoderKLWan": wan_model}
+    return {
+        "AutoencoderKLWan": wan_model,
+        "AutoencoderKL": kl_model,
+        "AutoencoderTiny": tiny_model,
+    }
 
 
 def _load_weights(model: Any, path: Path, kind: str) -> None:
     """Give a network the tensors of a file; every name and shape must fit."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = {_today(name): name for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_slice(old).get_shape() for name, old in names.items()}
             wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
             _compare(found, wanted, path, kind)
-            model.load_state_dict({n: file.get_tensor(n) for n in found}, assign=True)
+            model.load_state_dict({n: file.get_tensor(o) for n, o in names.items()}, assign=True)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+
+
+def _today(name: str) -> str:
+    """Name that a tensor has today: the files of Stable Diffusion's VAEs have attention's old."""
+    place = name.split(".")
+    if "attentions" in place[-4:-3]:
+        place[-2] = OLD.get(place[-2], place[-2])
+    return ".".join(place)
 
 
 def _compare(

@@ -1,0 +1,155 @@
+"""diffusers' `AutoencoderKL` (Stable Diffusion, SDXL, SD3, FLUX), slice by slice.
+
+    x [1, C, k, H, W]  -- encode -->  z [1, D, k, h, w]  -- decode -->  x
+
+The slices are a batch; nothing passes from one to another. Encoder and decoder are one
+stage each: every group normalisation takes its statistics over the whole slice, so none of
+their layers can run in tiles that are exact (docs/adr/0009-group-norm.md).
+
+Folded: the mean of the posterior, `quant_conv` and the latent normalisation into the
+encoder's last convolution; the normalisation's inverse into `post_quant_conv`, which an
+identity stands for where there is none, as the convolution after it pads with zeros and
+could not take a shift; replicated input and averaged output channels into the first and
+last layer; the doubling of maps into smaller convolutions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.models.family import Model
+from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
+
+INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
+DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+class Linear(nn.Module):
+    """A linear layer whose weight lies as a graph multiplies it: else each keeps a turned copy."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.T.contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [k, n, C] -> [k, n, D]."""
+        return x @ self.weight + self.bias
+
+
+def kl_model(model: AutoencoderKL, channels: int | None = None) -> Model:
+    """Take the network as two stages, folding it in place; `channels` is 1 for gray.
+
+    Raises BundleError for blocks that are not of this family, or input and output channels
+    that differ and are not folded.
+    """
+    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    for name, known in (("down_block_types", DOWN), ("up_block_types", UP)):
+        foreign = sorted(set(config[name]) - set(known))
+        if foreign:
+            raise BundleError(
+                f"expected {name} among {', '.join(known)}, found {', '.join(foreign)}: export "
+                "it from Python code with --model module:factory"
+            )
+    geometry = Geometry(
+        temporal=1,
+        spatial=2 ** (len(config["block_out_channels"]) - 1),
+        latent_channels=config["latent_channels"],
+        channels=channels_of(config, channels),
+        window=65,
+    )
+    latent = _normalisation(config)
+    return Model(
+        network=Network("kl", json.loads(json.dumps(config))),
+        geometry=geometry,
+        intensity=INTENSITY,
+        latent=latent,
+        stages=_stages(model, geometry, latent),
+        kinds=("step",),
+        any_step=True,
+    )
+
+
+def rebuild(
+    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+) -> dict[str, nn.Module]:
+    """Build the stages of an exported bundle, weights to be loaded."""
+    return _stages(AutoencoderKL(**config), geometry, latent)
+
+
+def _normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
+    """As diffusers' pipelines do it: by statistics of every channel, or one shift and factor."""
+    count, factor = config["latent_channels"], config["scaling_factor"]
+    mean, deviation = config["latents_mean"], config["latents_std"]
+    if mean is None or deviation is None:
+        mean, deviation = (config["shift_factor"] or 0.0,) * count, (1.0,) * count
+    if not len(mean) == len(deviation) == count:
+        raise BundleError(
+            f"expected {count} latents_mean and latents_std in the configuration, found "
+            f"{len(mean)} and {len(deviation)}: correct config.json"
+        )
+    return LatentNormalisation(
+        tuple(float(m) for m in mean), tuple(float(factor / d) for d in deviation)
+    )
+
+
+def _stages(
+    model: AutoencoderKL, geometry: Geometry, latent: LatentNormalisation
+) -> dict[str, nn.Module]:
+    """Fold, and make `encode` and `decode`."""
+    encoder, decoder = model.encoder, model.decoder
+    with torch.no_grad():
+        shift, scale = (torch.tensor(v, dtype=torch.float64) for v in (latent.shift, latent.scale))
+        _fold_posterior(encoder.conv_out, model.quant_conv, shift, scale)
+        first = _undo(model.post_quant_conv, decoder.conv_in.weight.dtype, shift, scale)
+        if geometry.channels == 1:
+            fold_gray(encoder.conv_in, decoder.conv_out)
+        for block in decoder.up_blocks:
+            if block.upsamplers is not None:
+                block.upsamplers = nn.ModuleList(Doubling(u.conv) for u in block.upsamplers)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                for name in ("to_q", "to_k", "to_v"):
+                    setattr(module, name, Linear(getattr(module, name)))
+                module.to_out[0] = Linear(module.to_out[0])
+        found = {"encode": Slices([encoder]), "decode": Slices([first, decoder])}
+    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+
+
+def _fold_posterior(last: nn.Conv2d, quant: nn.Conv2d | None, shift: Tensor, scale: Tensor) -> None:
+    """Make the encoder end in (mean - shift) * scale; the mean is the first half of its end."""
+    assert last.bias is not None
+    count, dtype = len(shift), last.weight.dtype
+    weight, bias = last.weight.double(), last.bias.double()
+    if quant is None:
+        weight, bias = weight[:count], bias[:count]
+    else:
+        assert quant.bias is not None
+        mix = quant.weight[:count, :, 0, 0].double()
+        weight, bias = torch.einsum("om,mirc->oirc", mix, weight), mix @ bias + quant.bias[:count]
+    last.weight = nn.Parameter((weight * scale.view(-1, 1, 1, 1)).to(dtype))
+    last.bias = nn.Parameter(((bias - shift) * scale).to(dtype))
+
+
+def _undo(quant: nn.Conv2d | None, dtype: torch.dtype, shift: Tensor, scale: Tensor) -> nn.Conv2d:
+    """Make the decoder begin with stored / scale + shift, and then its own 1x1 convolution."""
+    count = len(shift)
+    first = nn.Conv2d(count, count, 1) if quant is None else quant
+    assert first.bias is not None
+    mix = torch.eye(count, dtype=torch.float64)
+    bias = torch.zeros(count, dtype=torch.float64)
+    if quant is not None:
+        mix, bias = first.weight[:, :, 0, 0].double(), first.bias.double()
+    first.weight = nn.Parameter((mix / scale)[:, :, None, None].to(dtype))
+    first.bias = nn.Parameter((bias + mix @ shift).to(dtype))
+    return first
