@@ -120,8 +120,11 @@ def plan(
     if best is not None:
         return best[1]
     height, width = (n * manifest.geometry.spatial for n in plane)
-    blocking = [stage for stage in stages if stage.part.halo is None and stage.tops(least)]
-    reason = f" ({blocking[0].name} cannot be tiled: {blocking[0].part.whole})" if blocking else ""
+    blocking = [stage for stage in stages if stage.part.halo is None]
+    reason = ""
+    if 2 * sum(stage.bytes(stage.whole) for stage in blocking) > least:
+        top = max(blocking, key=lambda stage: stage.bytes(stage.whole))
+        reason = f" ({top.name} cannot be tiled: {top.part.whole})"
     raise PlanError(
         f"expected a memory budget of at least {show_bytes(least)} for slices of {height}x{width} "
         f"with {engine} {precision}{reason}, found {show_bytes(budget)}: raise --memory"
@@ -188,10 +191,6 @@ class Stage:
         work = self.k * self.part.mac_per_cell * len(grid.tiles) * grid.cells / MAC_SECOND
         moved = 2 * self.state_bytes * len(grid.tiles) * grid.cells if spill else 0
         return work + moved / FILE_SECOND
-
-    def tops(self, needed: int) -> bool:
-        """Whether this stage alone takes more than half of what is needed."""
-        return 2 * self.bytes(self.whole) > needed
 
 
 def _predict(stages: list[Stage], grids: dict[str, Grid], slabs: int, spill: bool) -> int:
