@@ -126,9 +126,12 @@ def _overhang(
     transposed: bool,
     *rest: Any,
 ) -> Fraction:
-    """Cells that a convolution reaches beyond those below its output."""
+    """Cells that a convolution reaches beyond those below its output.
+
+    A 1-D one may lie along any axis of the plane, or of time: taken as the plane's.
+    """
     most = Fraction(0)
-    for axis in (-2, -1):
+    for axis in (-2, -1)[-len(stride) :]:
         width = (weight.shape[axis] - 1) * dilation[axis] + 1
         if transposed:
             beyond = -(-width // stride[axis]) - 1
