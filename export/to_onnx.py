@@ -124,7 +124,7 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
             )
     except torch.onnx.OnnxExporterError as error:
         raise BundleError(
-            f"expected {part.name} to export to ONNX, found {_reason(error.__cause__ or error)}; "
+            f"expected {part.name} to export to ONNX, found {_reason(error)}; "
             "change that code, or see the whole with --debug"
         ) from error
     assert program is not None
@@ -140,6 +140,8 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
 
 def _reason(error: BaseException) -> str:
     """Tell what the exporter says without its advice: the first line, and where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = [line for line in lines[1:] if line.startswith("Caused by")]
     return f"{type(error).__name__}: {'; '.join([*lines[:1], *places[:1]])[:300]}"

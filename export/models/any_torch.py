@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +41,7 @@ from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
 
 PROBE = (32, 64)  # pixels along H and W of the first clip that a network sees
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 NOISE = 1e-4  # two runs on one clip may differ by rounding, as a share of the largest value
 
 
@@ -66,17 +69,37 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Frames x [1, C, T, H, W] -> (latents [1, D, t, h, w],), or back."""
-        if self.direction == "encode":
-            if self.gray:
-                x = x.repeat(1, self.channels, 1, 1, 1)
-            z = call(self.network, "encode", x)
-            if self.scale is not None and self.shift is not None:
-                z = (z - self.shift) * self.scale
-            return (z,)
+        with _Heads():
+            return (self.encode(x) if self.direction == "encode" else self.decode(x),)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Replicate, encode, normalise."""
+        if self.gray:
+            x = x.repeat(1, self.channels, 1, 1, 1)
+        z = call(self.network, "encode", x)
         if self.scale is not None and self.shift is not None:
-            x = x / self.scale + self.shift
-        y = call(self.network, "decode", x)
-        return (y.mean(1, keepdim=True) if self.gray else y,)
+            z = (z - self.shift) * self.scale
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Undo it."""
+        if self.scale is not None and self.shift is not None:
+            z = z / self.scale + self.shift
+        x = call(self.network, "decode", z)
+        return x.mean(1, keepdim=True) if self.gray else x
+
+
+class _Heads(TorchFunctionMode):
+    """Gives attention over [B, N, C] the axis of heads that the ONNX exporter wants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(ATTENTION, args, strict=False)) | (kwargs or {})
+        if given["query"].ndim != 3:
+            return func(**given)
+        wide = {k: v[:, None] if getattr(v, "ndim", 0) == 3 else v for k, v in given.items()}
+        return func(**wide)[:, 0]
 
 
 def load(
