@@ -37,6 +37,10 @@ class Engine(Protocol):
         """Return a state as a float32 numpy array: a view where the runtime has one."""
         ...
 
+    def release(self, part: str) -> None:
+        """Give back what a part holds that will not run for long; it may be run again."""
+        ...
+
     def close(self) -> None:
         """Release the runtime's memory."""
         ...
@@ -71,11 +75,12 @@ def missing(name: str) -> str | None:
 
 def precisions(name: str) -> list[str]:
     """Precisions in which an installed engine computes on this machine's CPU."""
-    found: list[str] = _module(name).precisions()
+    found: list[str] = load(name).precisions()
     return found
 
 
-def _module(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
+    """Import an engine's module, and its runtime with it."""
     return importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
 
 
@@ -119,5 +124,5 @@ def open_engine(
     problem = missing(name)
     if problem is not None:
         raise EngineError(f"engine {name} cannot run here: it {problem}")
-    engine: Engine = _module(name).open(bundle, manifest, device, precision)
+    engine: Engine = load(name).open(bundle, manifest, device, precision)
     return engine

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.export.models.family import rebuild
+from fvae_deploy.export.models.family import fill, rebuild
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,15 +36,9 @@ class EagerEngine:
                 f"expected a device that torch knows, found {device!r}: use cpu or cuda"
             ) from None
         self._manifest = manifest
-        weights = load_file(bundle / "weights.safetensors")
-        self._stages = {
-            name: stage.to(self._device, self._dtype)
-            for name, stage in rebuild(manifest, weights).items()
-        }
-        for stage in self._stages.values():
-            for weight in stage.parameters():
-                if weight.ndim == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        self._weights = bundle / "weights.safetensors"
+        self._empty = rebuild(manifest)
+        self._stages: dict[str, torch.nn.Module] = {}
 
     @torch.inference_mode()
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +47,7 @@ class EagerEngine:
         check_inputs(spec, inputs)
         given = [self._tensor(inputs[tensor.name]) for tensor in spec.inputs]
         try:
-            outputs = self._stages[part.rpartition("_")[0]](*given)
+            outputs = self._stage(part.rpartition("_")[0])(*given)
         except RuntimeError as error:
             raise EngineError(f"torch failed in {part}: {str(error).splitlines()[0]}") from error
         named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
@@ -65,9 +59,27 @@ class EagerEngine:
         """Return a state as a float32 numpy array."""
         return state.to("cpu", torch.float32).numpy() if torch.is_tensor(state) else state
 
+    def release(self, part: str) -> None:
+        """Keep everything: first and step parts share their weights."""
+
     def close(self) -> None:
         """Release the network."""
         self._stages.clear()
+
+    def _stage(self, name: str) -> torch.nn.Module:
+        """Load a stage's weights when it is first run: a decoder needs no encoder."""
+        if name not in self._stages:
+            stage, prefix = self._empty[name], f"{name}."
+            with safe_open(self._weights, "pt") as file:
+                mine = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+                weights = {key.removeprefix(prefix): file.get_tensor(key) for key in mine}
+            fill(stage, weights, self._manifest)
+            stage.to(self._device, self._dtype)
+            for weight in stage.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            self._stages[name] = stage
+        return self._stages[name]
 
     def _tensor(self, value: Any) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):

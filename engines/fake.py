@@ -80,6 +80,9 @@ class FakeEngine:
         """Return a state, which is an array already."""
         return state
 
+    def release(self, part: str) -> None:
+        """Release nothing."""
+
     def close(self) -> None:
         """Release nothing."""
 

@@ -71,6 +71,10 @@ class OnnxRuntimeEngine:
         """Return a state as a numpy array."""
         return state.numpy() if isinstance(state, ort.OrtValue) else state
 
+    def release(self, part: str) -> None:
+        """Forget a part's session."""
+        self._sessions.pop(part, None)
+
     def close(self) -> None:
         """Release the sessions."""
         self._sessions.clear()

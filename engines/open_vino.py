@@ -20,6 +20,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino as ov  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
+from fvae_deploy.engines.mapped import unmap  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Part  # noqa: E402
 
@@ -101,6 +102,11 @@ class OpenVINOEngine:
         """Return a state as a numpy array, in place."""
         return state.data if isinstance(state, ov.Tensor) else state
 
+    def release(self, part: str) -> None:
+        """Forget what was compiled for a part."""
+        for key in [key for key in self._compiled if key[0] == part]:
+            del self._compiled[key]
+
     def close(self) -> None:
         """Release the compiled parts."""
         self._compiled.clear()
@@ -114,7 +120,9 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
         }
-        return _Compiled(self._core.compile_model(model, self._device, options), part)
+        compiled = self._core.compile_model(model, self._device, options)
+        unmap(self._bundle / "weights.safetensors")
+        return _Compiled(compiled, part)
 
 
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OpenVINOEngine:

@@ -1,15 +1,20 @@
-"""The published formulation of LeanVAE, as a peer to measure against, on the same weights.
+"""Peers to measure against on the same weights: networks as their authors run them.
 
-Eager torch, a whole window at once, tokens channels last in memory, and around every 3-D
-depthwise convolution a permutation to channels first, explicit padding and back; Haar bands
-by strided convolution. Nothing is folded. What it computes equals `LeanVAE` (tested).
+`reference`: LeanVAE in the published formulation: eager torch, a whole window at once,
+tokens channels last in memory, and around every 3-D depthwise convolution a permutation to
+channels first, explicit padding and back; Haar bands by strided convolution.
+
+`diffusers` and `diffusers tiling`: a diffusers VAE through its own `encode` and `decode`,
+eager torch, without and with its `enable_tiling`.
+
+Nothing is folded; what they compute equals the exported parts (tested), but for the blended
+seams of diffusers' tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +24,92 @@ from torch import Tensor, nn
 
 from fvae_deploy.export.models.lean_vae import CausalDepthwise, CausalState, LeanVAE
 from fvae_deploy.export.sources import load_lean_vae
+
+REFERENCE, DIFFUSERS, TILING = "reference", "diffusers", "diffusers tiling"
+
+
+def peers(weights: Path) -> tuple[str, ...]:
+    """Names of the peers that run these weights."""
+    return (DIFFUSERS, TILING) if weights.is_dir() else (REFERENCE,)
+
+
+def peer_window(
+    weights: Path, peer: str, direction: str, x: NDArray[np.float32], precision: str
+) -> Callable[[], NDArray[np.float32]]:
+    """Make a function that passes one clip or latent through a peer.
+
+    x [C, T, H, W] is in the model's range, a gray one is replicated to the network's
+    channels as the published scripts do; or [D, t, h, w] latents, normalised where the
+    bundle's are. Returns what a gray bundle gives: latents [D, t, h, w], or the mean over
+    channels [1, T, H, W].
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    made = _published(weights) if peer == REFERENCE else _diffusers(weights, peer == TILING)
+    network, channels, encode, decode = made
+    network.to(dtype)
+    window = torch.from_numpy(x)[None].to(dtype)
+    if direction == "encode":
+        window = window.repeat(1, channels // x.shape[0], 1, 1, 1)
+
+    @torch.inference_mode()
+    def run() -> NDArray[np.float32]:
+        y: Tensor = encode(window) if direction == "encode" else decode(window)
+        y = y if direction == "encode" else y.mean(1, keepdim=True)
+        return y[0].float().numpy()
+
+    return run
+
+
+Coders = tuple[nn.Module, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def _published(weights: Path) -> Coders:
+    loaded, metadata = load_lean_vae(weights)
+    model = Published(loaded).eval()
+    scale = torch.tensor(metadata.get("latent_scale", 1.0)).view(-1, 1, 1, 1)
+    return (
+        model,
+        model.config.in_channels,
+        lambda x: model.encode(x) * scale.to(x),
+        lambda z: model.decode(z / scale.to(z)),
+    )
+
+
+def _diffusers(folder: Path, tiling: bool) -> Coders:
+    """Load a VAE as a user of diffusers does, and normalise latents as its pipelines do."""
+    from diffusers import AutoModel
+
+    model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
+    if tiling:
+        model.enable_tiling()
+    config = model.config
+    if hasattr(config, "latents_mean") and config.latents_mean is not None:
+        shift, scale = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, [1 / v for v in config.latents_std])
+        )
+    else:
+        shift, scale = (
+            torch.tensor(value or 0.0).view(1, 1, 1, 1, 1)
+            for value in (getattr(config, "shift_factor", 0.0), config.scaling_factor)
+        )
+    pictures = next(model.parameters()).ndim == 4  # a slice at a time, as a batch
+
+    def encode(x: Tensor) -> Tensor:
+        x = x[0].transpose(0, 1) if pictures else x
+        found = model.encode(x)
+        z = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
+        z = z.transpose(0, 1)[None] if pictures else z
+        normalised: Tensor = (z - shift.to(z)) * scale.to(z)
+        return normalised
+
+    def decode(z: Tensor) -> Tensor:
+        z = z / scale.to(z) + shift.to(z)
+        x: Tensor = model.decode(z[0].transpose(0, 1) if pictures else z).sample
+        return x.transpose(0, 1)[None] if pictures else x
+
+    channels = config.in_channels // (getattr(config, "patch_size", None) or 1) ** 2
+    return model, channels, encode, decode
 
 
 class PublishedDepthwise(nn.Module):
@@ -96,25 +187,3 @@ class Published(LeanVAE):
     def pixels(self, bands: Tensor) -> Tensor:
         """Undo `bands`."""
         return published_inverse_haar(bands, self.config.in_channels)
-
-
-def reference_window(
-    weights: Path, direction: str, x: NDArray[np.float32], slices: int
-) -> Callable[[], Any]:
-    """Make a function that passes one whole window through encoder or decoder.
-
-    x [C, 1, H, W] is repeated to `slices` frames, or [D, 1, h, w] to their latent frames; a
-    gray x is replicated to the network's channels, as the published scripts do.
-    """
-    model = Published(load_lean_vae(weights)[0]).eval()
-    frames = slices if direction == "encode" else 1 + (slices - 1) // 4
-    window = torch.from_numpy(x)[None].repeat(1, 1, frames, 1, 1)
-    if direction == "encode":
-        window = window.expand(-1, model.config.in_channels, -1, -1, -1).contiguous()
-    work = model.encode if direction == "encode" else model.decode
-
-    @torch.inference_mode()
-    def run() -> Any:
-        return work(window)
-
-    return run

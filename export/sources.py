@@ -4,6 +4,7 @@ tools/x.safetensors, LeanVAE-dim16.ckpt     LeanVAE's weights with their configu
 folder/ with config.json                    diffusers' format
 hf:OWNER/NAME/path@REVISION                 either of them from a hub
 wan2.1, leanvae16, ...                      the same by a name of `fvae models`
+package.module:factory                      any torch VAE: the one case that runs its code
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fvae_deploy.errors import BundleError
+from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.known import known
 from fvae_deploy.export.manifest import Source, sha256
@@ -42,24 +43,58 @@ class Found:
     licence: str
 
 
-def load(text: str, *, gray: bool = True, progress: Progress = lambda message: None) -> Found:
-    """Load a network from a file, a folder, a hub id or a known name.
+@dataclass(frozen=True)
+class Foreign:
+    """What a torch VAE of foreign code does not say of itself; see `models.any_torch.load`."""
 
-    `gray` folds three channels into one. Raises BundleError for anything that is not a
-    network of a family that can be exported.
+    weights: Path | None = None
+    window: int = 65
+    intensity: tuple[float, float] = (-1.0, 1.0)
+
+
+def load(
+    text: str,
+    *,
+    gray: bool = True,
+    foreign: Foreign | None = None,
+    progress: Progress = lambda message: None,
+) -> Found:
+    """Load a network from a file, a folder, a hub id, a known name or a factory.
+
+    `gray` folds three channels into one; `foreign` goes with a factory alone. Raises
+    BundleError for anything that is not a network of a family that can be exported, and
+    UsageError for `foreign` where it does not belong.
     """
+    factory = ":" in text and not is_hub_id(text) and not Path(text).exists()
+    if foreign is not None and foreign != Foreign() and not factory:
+        raise UsageError(
+            f"expected a factory package.module:callable with --weights, --window or --range, "
+            f"found {text}: leave them out"
+        )
+    if factory:
+        from fvae_deploy.export.models import any_torch
+
+        of = foreign or Foreign()
+        model, source = any_torch.load(
+            text,
+            of.weights,
+            window=of.window,
+            intensity=of.intensity,
+            channels=1 if gray else None,
+        )
+        return Found(model, source, text.rpartition(":")[2], f"torch module {text}", UNKNOWN)
     entry = None if Path(text).exists() else known(text)
-    if entry is not None and not entry.hub:
+    if entry is not None and entry.family == "own code":
         raise BundleError(
-            f"expected a model with weights on a hub, found {text}: {entry.note}; export it "
-            "from its own checkout with --model module:factory --weights FILE"
+            f"expected a model that diffusers or fvae implements, found {text}: export it from "
+            "its own checkout with --model module:factory --weights FILE, see docs/any-vae.md"
         )
     place = entry.hub if entry is not None else text
-    path, source = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
+    path, pinned = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
     found = _diffusers(path, gray) if path.is_dir() else _lean_vae(path, gray)
     if entry is not None:
         found = dataclasses.replace(found, name=entry.name, licence=entry.licence)
-    return dataclasses.replace(found, source=source or found.source)
+    return dataclasses.replace(found, source=pinned or found.source)
 
 
 def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:

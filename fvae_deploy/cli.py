@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fvae_deploy import __version__
-from fvae_deploy.console import bench_table, finish, parity_table, progress_bar, say, show
+from fvae_deploy import workbench
+from fvae_deploy.console import finish, progress_bar, show
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.options import (
     CT,
@@ -29,7 +29,6 @@ from fvae_deploy.options import (
     StepFrames,
     Verbs,
     Version,
-    require,
     slice_range,
     voxels,
 )
@@ -220,133 +219,6 @@ def compare(
 
 
 @app.command()
-def export(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A .ckpt or .safetensors, a folder of diffusers, hf:OWNER/NAME/PATH@REVISION, "
-            "or a name of fvae models.",
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
-    name: Annotated[str | None, typer.Option("--name", help="[default: the file's name]")] = None,
-    channels: Annotated[
-        str, typer.Option("--channels", help="gray folds three channels into one; rgb keeps them.")
-    ] = "gray",
-    opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Export weights to a bundle, and measure parity and memory in every engine here.
-
-    Example: `fvae export -m wan2.1 -o wan21`
-    """
-    require("torch", "onnx", "onnxscript", "safetensors")
-    from fvae_deploy.make_bundle import make_bundle
-
-    manifest = make_bundle(
-        model, output, name=name, channels=channels, opset=opset, progress=say(quiet)
-    )
-    if not quiet:
-        show(parity_table(manifest))
-
-
-@app.command()
-def models(debug: Debug = False) -> None:
-    """List the built-in models, with their geometry and measured parity.
-
-    Example: `fvae models`
-    """
-    from fvae_deploy.codec import BUILT_IN
-    from fvae_deploy.export.manifest import Manifest
-
-    for path in sorted(BUILT_IN.glob("*/manifest.json")):
-        manifest = Manifest.load(path.parent)
-        g = manifest.geometry
-        print(f"{manifest.name}: {manifest.description}")
-        print(
-            f"  {g.temporal}x{g.spatial}x{g.spatial} voxels to {g.latent_channels} channels, "
-            f"licence {manifest.licence}, weights {manifest.identity}"
-        )
-        show(parity_table(manifest))
-
-
-@app.command()
-def doctor(debug: Debug = False) -> None:
-    """Say which engines can run here, and what would make the others run.
-
-    Example: `fvae doctor`
-    """
-    from fvae_deploy.engines.base import ENGINES, choose, missing, precisions
-    from fvae_deploy.report import machine
-
-    facts = machine()
-    print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
-    print(f"{facts['cores']} cores, {facts['processor']}")
-    for name in ENGINES:
-        if name == "fake":
-            continue
-        problem = missing(name)
-        verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
-        print(f"  {name:12} {verdict}")
-    print("auto takes {}, since {}".format(*choose()))
-
-
-@app.command()
-def bench(
-    model: Model = "tiny",
-    engines: Annotated[
-        str, typer.Option("--engines", help="Comma-separated, as openvino:fp32 [default: all].")
-    ] = "",
-    size: Annotated[int, typer.Option("--size", min=8, help="Side of a slice in pixels.")] = 512,
-    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames a step.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Repetitions in turn.")] = 3,
-    peer: Annotated[
-        Path | None,
-        typer.Option("--peer", help="Weights: also run the published formulation on them."),
-    ] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure throughput, share of the ceiling and peak memory; the last line is JSON.
-
-    Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors`
-    """
-    import json
-
-    from fvae_deploy import bench as benchmark
-    from fvae_deploy.codec import bundle_path
-    from fvae_deploy.engines.base import missing, precisions
-    from fvae_deploy.export.manifest import Manifest
-    from fvae_deploy.report import machine
-
-    path = bundle_path(model)
-    names = [e for e in ("openvino", "onnxruntime", "torch") if missing(e) is None]
-    candidates = [(e, p) for e in names for p in precisions(e)]
-    if engines:
-        pairs = (item.strip().partition(":") for item in engines.split(","))
-        candidates = [(e, p or "fp32") for e, _, p in pairs]
-    if peer:
-        require("torch", "safetensors")
-        candidates.append((benchmark.REFERENCE, "fp32"))
-    rows = benchmark.bench(
-        path,
-        Manifest.load(path),
-        candidates,
-        size=size,
-        k=step,
-        rounds=rounds,
-        weights=peer,
-        progress=say(quiet),
-    )
-    if not quiet:
-        show(bench_table(rows))
-    print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
-
-
-@app.command()
 def phantom(
     output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
     shape: Annotated[str, typer.Option("--shape", help="x,y,z in voxels.")] = "512,512,300",
@@ -366,6 +238,9 @@ def phantom(
     x, y, z = voxels(shape)
     with progress_bar(z, "phantom", quiet) as advance:
         write_phantom(output, (x, y, z), labels=labels, seed=seed, progress=advance)
+
+
+app.add_typer(workbench.app)
 
 
 def main() -> None:

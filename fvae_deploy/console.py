@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fvae_deploy.export.known import KnownModel
     from fvae_deploy.export.manifest import Manifest
 
 
@@ -92,24 +93,54 @@ def parity_table(manifest: Manifest) -> Table:
     return table
 
 
+def models_table(known: Iterable[KnownModel]) -> Table:
+    """Lay out the published models that fvae knows."""
+    from rich.table import Table
+
+    table = Table(
+        title="published models (hub ids as their authors give them, not downloaded here)"
+    )
+    for column in ("name", "weights", "voxels a cell", "channels", "HU as", "window", "licence"):
+        table.add_column(column, overflow="fold")
+    for model in known:
+        low, high = model.model_range
+        table.add_row(
+            model.name,
+            model.hub or "their own checkout: docs/any-vae.md",
+            f"{model.temporal}x{model.spatial}x{model.spatial}",
+            str(model.latent_channels),
+            f"{low:g} to {high:g}",
+            str(model.window or "-"),
+            model.licence.partition(":")[0],
+        )
+    return table
+
+
 def bench_table(rows: list[dict[str, Any]]) -> Table:
     """Lay out the rows of a benchmark."""
     from rich.table import Table
 
     table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
-    columns = "engine precision slices/s Mvoxel/s GFLOP/s ceiling"
-    for column in [*columns.split(), "peak MiB", "× reference"]:
+    for column in ("engine", "precision", "slices/s", "GFLOP/s", "ceiling"):
+        table.add_column(column)
+    for column in ("peak MiB", "× peer", "error z mean, max", "error x mean, max"):
         table.add_column(column)
     for row in rows:
         times = row["times_reference"]
+        errors = [
+            "-"
+            if row[f"{direction}_error_max"] is None
+            else f"{row[f'{direction}_error_mean']:.1e}, {row[f'{direction}_error_max']:.1e}"
+            for direction in ("encode", "decode")
+        ]
         table.add_row(
             row["engine"],
             row["precision"],
-            f"{row['slices_per_second']:.1f}",
-            f"{row['voxels_per_second'] / 1e6:.2f}",
+            f"{row['slices_per_second']:.3g}",
             f"{row['gflop_per_second']:.0f}",
             f"{100 * row['share_of_ceiling']:.0f} %",
             f"{row['peak_mib']:.0f}",
             f"{times:.2f}" if times else "-",
+            *errors,
         )
     return table

@@ -8,6 +8,7 @@ on the number of slices. States that do not fit wait in a file.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -31,7 +32,7 @@ class Plan:
 
     k: int
     grids: dict[str, Grid]  # by stage
-    spill: bool  # whether states wait in a file, not in memory
+    spilled: frozenset[str]  # stages whose states wait in a file, not in memory
     predicted_bytes: int
     budget_bytes: int
 
@@ -41,7 +42,7 @@ class Plan:
             f"{stage} {'whole' if len(grid.tiles) == 1 else f'{len(grid.tiles)} tiles'}"
             for stage, grid in self.grids.items()
         ]
-        spilled = ", states in a file" if self.spill else ""
+        spilled = f", states of {', '.join(sorted(self.spilled))} in a file" * bool(self.spilled)
         frames = f"{self.k} latent frame{'s' * (self.k > 1)} a step"
         return f"{', '.join(parts)}, {frames}{spilled}"
 
@@ -101,34 +102,47 @@ def plan(
         for direction in directions
         for stage in manifest.stages(direction)
     ]
-    slabs = _slabs(manifest, len(directions), plane, k)
-    least, best = 1 << 62, None
-    limit: float = max(stage.bytes(stage.whole) for stage in stages)
-    while True:
-        # One limit on the bytes of a tile serves all stages.
-        grids = {stage.name: stage.fit(limit) for stage in stages}
-        for spill in (False, True):
-            needed = _predict(stages, grids, slabs, spill)
-            least = min(least, needed)
-            cost = sum(stage.seconds(grids[stage.name], spill) for stage in stages)
-            if needed <= budget and (best is None or cost < best[0]):
-                best = cost, Plan(k, grids, spill and _has_state(stages), needed, budget)
-        if all(grids[stage.name] == stage.smallest for stage in stages):
-            break
-        # Ever smaller tiles cost more at last: each has halos, and its halos have states.
-        limit *= 0.8
-    if best is not None:
-        return best[1]
+    needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
+    needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
+    chosen = _choose(stages, budget / HEADROOM - needed)
+    predicted = int((needed + sum(option.bytes for option in chosen)) * HEADROOM)
+    if predicted <= budget:
+        grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
+        spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
+        return Plan(k, grids, frozenset(spilled), predicted, budget)
     height, width = (n * manifest.geometry.spatial for n in plane)
-    blocking = [stage for stage in stages if stage.part.halo is None]
-    reason = ""
-    if 2 * sum(stage.bytes(stage.whole) for stage in blocking) > least:
-        top = max(blocking, key=lambda stage: stage.bytes(stage.whole))
-        reason = f" ({top.name} cannot be tiled: {top.part.whole})"
+    worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].bytes)[0]
+    reason = f" ({worst.name} cannot be tiled: {worst.part.whole})" if worst.part.whole else ""
     raise PlanError(
-        f"expected a memory budget of at least {show_bytes(least)} for slices of {height}x{width} "
-        f"with {engine} {precision}{reason}, found {show_bytes(budget)}: raise --memory"
+        f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
+        f"{height}x{width} with {engine} {precision}{reason}, found {show_bytes(budget)}: "
+        "raise --memory"
     )
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a stage: its tiles, where its states wait, and what that costs."""
+
+    grid: Grid
+    spill: bool
+    bytes: int
+    seconds: float
+
+
+def _choose(stages: list[Stage], budget: float) -> list[Option]:
+    """Pick an option for each stage: least time within the budget, else least bytes.
+
+    A byte gets a price, the same for all stages; at a price each stage picks the option of
+    least time plus price. The price rises until the sum fits.
+    """
+    options = [stage.options() for stage in stages]
+    price = 0.0
+    while True:
+        chosen = [min(those, key=lambda o: o.seconds + price * o.bytes) for those in options]
+        if sum(option.bytes for option in chosen) <= budget or price > 1e9:
+            return chosen
+        price = 1.25 * price or 1e-15
 
 
 @dataclass(frozen=True)
@@ -179,9 +193,8 @@ class Stage:
         """Count what one tile takes inside the engine."""
         return self.memory.fixed + self.memory.per_cell * self.k * grid.cells
 
-    def fit(self, limit: float) -> Grid:
-        """Find the grid of least work whose tiles fit `limit` bytes each, or the smallest."""
-        cells = int((limit - self.memory.fixed) / (self.memory.per_cell * self.k))
+    def fit(self, cells: int) -> Grid:
+        """Find the grid of least work whose tiles have at most `cells` cells, or the smallest."""
         if self.part.halo is None or cells >= self.whole.cells:
             return self.whole
         return fit(*self.plane, self.part.halo, cells) or self.smallest
@@ -192,19 +205,23 @@ class Stage:
         moved = 2 * self.state_bytes * len(grid.tiles) * grid.cells if spill else 0
         return work + moved / FILE_SECOND
 
-
-def _predict(stages: list[Stage], grids: dict[str, Grid], slabs: int, spill: bool) -> int:
-    """Peak bytes beyond the libraries' baseline."""
-    total, maps = LIBRARIES + slabs, 0
-    for stage in stages:
-        grid = grids[stage.name]
-        tiles, cells = len(grid.tiles), grid.cells
-        total += stage.bytes(grid)
-        if tiles > 1:
-            maps = max(maps, stage.map_bytes * grid.height * grid.width)
-        # One tile's states are in the measured line, going in and coming out.
-        total += stage.state_bytes * cells * (2 if spill else tiles - 1)
-    return int((total + maps) * HEADROOM)
+    def options(self) -> list[Option]:
+        """Ways to run the stage, from one tile to the smallest ones."""
+        grids: dict[tuple[int, int], Grid] = {}
+        cells = self.whole.cells
+        while cells:
+            grid = self.fit(cells)
+            grids[grid.extent] = grid
+            cells = int(0.85 * cells) if grid != self.smallest else 0
+        found = []
+        for grid, spill in itertools.product(grids.values(), (False, True)):
+            if spill and not self.state_bytes:
+                continue
+            # One tile's states are in the measured line, going in and coming out.
+            states = self.state_bytes * grid.cells * (2 if spill else len(grid.tiles) - 1)
+            taken = self.bytes(grid) + states
+            found.append(Option(grid, spill, taken, self.seconds(grid, spill)))
+        return found
 
 
 def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:
@@ -213,10 +230,6 @@ def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) 
     slices = max(k * geometry.temporal, geometry.first_slices)
     voxels = slices * plane[0] * plane[1] * geometry.spatial**2
     return SLABS * directions * voxels * (4 * geometry.channels + 4)
-
-
-def _has_state(stages: list[Stage]) -> bool:
-    return any(stage.state_bytes for stage in stages)
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from fvae_deploy.export.manifest import Manifest, TensorSpec
 from fvae_deploy.tiles import Grid
 
 Frames = NDArray[np.float32]  # [C, T, H, W]
+
+# Multiply-adds for a latent cell from which on compiling a first part anew costs nothing next
+# to a run: it is released as soon as a stream has left it.
+HEAVY = 5e6
 
 
 def whole_grids(
@@ -97,6 +101,8 @@ class StageStream:
         self._grid, self._tiles = grid, grid.tiles
         state = manifest.stage_part(stage, first=False).state_inputs
         self._states = States(engine, state, grid, spill)
+        step = manifest.stage_part(stage, first=False)
+        self._heavy = step.mac_per_cell * step.scale**2 > HEAVY
         self.seconds = 0.0
 
     def run(self, x: Frames, first: bool) -> Frames:
@@ -106,6 +112,8 @@ class StageStream:
         """
         begin = time.perf_counter()
         part = self._manifest.stage_part(self._stage, first)
+        if self._heavy and not first:
+            self._engine.release(f"{self._stage}_first")
         data, result = part.inputs[0], part.outputs[0]
         fresh = len(part.inputs) == 1
         a, b = data.factor("h"), result.factor("h")
@@ -137,7 +145,7 @@ class StageStream:
 class CausalStream:
     """All stages of one direction, fed step by step.
 
-    `spill` is a folder for states that are not to be kept in memory.
+    States of the stages `spilled` wait in a file in `folder`, not in memory.
     """
 
     def __init__(
@@ -146,10 +154,13 @@ class CausalStream:
         manifest: Manifest,
         direction: str,
         grids: Mapping[str, Grid],
-        spill: Path | None = None,
+        spilled: Collection[str] = (),
+        folder: Path | None = None,
     ) -> None:
         self.stages = {
-            stage: StageStream(engine, manifest, stage, grids[stage], spill)
+            stage: StageStream(
+                engine, manifest, stage, grids[stage], folder if stage in spilled else None
+            )
             for stage in manifest.stages(direction)
         }
 

@@ -233,7 +233,7 @@ class _Run:
     steps: list[Step]
     plane: tuple[int, int]  # latent cells
     protocol: str
-    spill: Path | None  # a folder for states that are not kept in memory
+    folder: Path  # for states that are not kept in memory
     outcome: Outcome
 
     @classmethod
@@ -267,13 +267,17 @@ class _Run:
             k=k,
         )
         planned = schedule.steps(z, protocol, k, of)
-        spill = folder if made.spill else None
-        return cls(codec, planned, plane, protocol, spill, Outcome(made, z, (x, y, z)))
+        return cls(codec, planned, plane, protocol, folder, Outcome(made, z, (x, y, z)))
 
     def stream(self, direction: str) -> CausalStream:
         plan = self.outcome.plan
         return CausalStream(
-            self.codec.engine, self.codec.manifest, direction, plan.grids, self.spill
+            self.codec.engine,
+            self.codec.manifest,
+            direction,
+            plan.grids,
+            plan.spilled,
+            self.folder,
         )
 
     def read(self, reader: Reader, entry: int) -> Iterator[tuple[Step, Frames]]:

@@ -42,5 +42,8 @@ class Float64:
     def host(self, state: Any) -> Any:
         return state
 
+    def release(self, part: str) -> None:
+        pass
+
     def close(self) -> None:
         pass

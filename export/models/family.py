@@ -23,7 +23,13 @@ from fvae_deploy.export.manifest import (
     Network,
 )
 
-FAMILIES = {"lean_vae": "lean_vae_parts", "wan": "wan", "any_torch": "any_torch"}
+FAMILIES = {
+    "lean_vae": "lean_vae_parts",
+    "wan": "wan",
+    "kl": "kl",
+    "tiny": "tiny_autoencoder",
+    "any_torch": "any_torch",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,12 @@ class Model:
     foreign: bool = False
 
 
-def rebuild(manifest: Manifest, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Build an exported network's stages again and give them a bundle's weights."""
+def rebuild(manifest: Manifest) -> dict[str, nn.Module]:
+    """Build an exported network's stages again, without weights; `fill` gives them theirs.
+
+    Raises EngineError for a family that is not torch's, BundleError for a configuration that
+    builds nothing.
+    """
     network = manifest.network
     if network.family not in FAMILIES:
         raise EngineError(
@@ -61,15 +71,23 @@ def rebuild(manifest: Manifest, weights: Mapping[str, Tensor]) -> dict[str, nn.M
             stages: dict[str, nn.Module] = module.rebuild(
                 network.config, manifest.geometry, manifest.latent
             )
-        for name, stage in stages.items():
-            prefix = f"{name}."
-            mine = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            stage.load_state_dict(mine, assign=True)
-            stage.eval().requires_grad_(False)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise BundleError(
-            f"expected a network that bundle {manifest.name}'s weights fit, found: {reason}; "
-            "export the bundle again"
-        ) from error
-    return stages
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise _unfit(manifest, error) from error
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
+
+
+def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Give a stage its weights; raises BundleError when they are not its own."""
+    try:
+        stage.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise _unfit(manifest, error) from error
+    stage.requires_grad_(False)
+
+
+def _unfit(manifest: Manifest, error: Exception) -> BundleError:
+    reason = (str(error).splitlines() or [""])[-1].strip()
+    return BundleError(
+        f"expected a network that fits bundle {manifest.name}'s weights, found: {reason}; "
+        "export the bundle again"
+    )

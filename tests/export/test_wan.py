@@ -19,7 +19,7 @@ from random_wan import CONFIGS, WAN21, random_wan  # noqa: E402
 from fvae_deploy import schedule  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
-from fvae_deploy.export.models.family import rebuild  # noqa: E402
+from fvae_deploy.export.models.family import fill, rebuild  # noqa: E402
 from fvae_deploy.export.models.wan import wan_model  # noqa: E402
 from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
 from fvae_deploy.tiles import Grid, smallest  # noqa: E402
@@ -128,8 +128,14 @@ def test_the_manifest_and_the_weights_are_enough_to_build_it_again(network: Any)
         for stage, module in engine.stages.items()
         for key, value in module.state_dict().items()
     }
-    for name, stage in rebuild(engine.manifest, weights).items():
-        again = stage.double().state_dict()
+    for name, stage in rebuild(engine.manifest).items():
+        prefix = f"{name}."
+        fill(
+            stage,
+            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
+            engine.manifest,
+        )
+        again = stage.state_dict()
         for key, value in engine.stages[name].state_dict().items():
             assert torch.equal(again[key], value)
 

@@ -1,0 +1,153 @@
+"""Measurements in a process of their own: its peak memory is theirs alone.
+
+`python -m fvae_deploy.bench_worker JOB`, with a JSON object as JOB; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy import schedule
+from fvae_deploy.codec import pad_frames
+from fvae_deploy.engines.base import load, open_engine
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.check import clip
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.rss import current_rss, peak_rss, reset_peak
+from fvae_deploy.stages import CausalStream, StageStream, whole_grids
+from fvae_deploy.tiles import Grid
+
+
+def in_process(**job: Any) -> dict[str, Any]:
+    """Run a job in a fresh process; raises EngineError with its last line when it fails.
+
+    The task `window` passes one clip through one direction and returns `seconds` (of the
+    median pass), `spread` (max / min), `first_seconds` (compiling included), `peak_bytes`
+    beyond the libraries and `latent_frames`. The task `stages` returns the bytes that each
+    stage adds at its peak on a plane of side x side latent cells.
+    """
+    command = [sys.executable, "-m", "fvae_deploy.bench_worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]
+        name = f"{job['engine']} {job['precision']}"
+        raise EngineError(f"engine {name} failed in its own process: {lines[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def window(job: dict[str, Any]) -> dict[str, Any]:
+    """Pass one clip, or its latents, through one direction; the result goes to a file."""
+    manifest = Manifest.load(Path(job["bundle"]), verify=False)
+    planned = schedule.steps(
+        job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
+    )
+    x = _data(manifest, job["direction"], job["side"], planned)
+    run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
+    first, result = _timed(run)
+    seconds = [_timed(run)[0] for _ in range(job["repeats"])] or [first]
+    if job["direction"] == "decode":
+        result = result.clip(manifest.intensity.model_min, manifest.intensity.model_max)
+    np.save(job["result"], result)
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": max(seconds) / min(seconds),
+        "first_seconds": first,
+        "latent_frames": schedule.latent_frames(planned),
+        "peak_bytes": peak_rss() - baseline,
+    }
+
+
+Run = Callable[[], NDArray[np.float32]]
+
+
+def _engine(
+    job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
+) -> tuple[Run, int]:
+    """Return a pass through an engine, and the memory before it was opened."""
+    direction = job["direction"]
+    load(job["engine"])
+    baseline = current_rss()
+    opened = open_engine(Path(job["bundle"]), manifest, job["engine"], "cpu", job["precision"])
+    grids = whole_grids(manifest, (direction,), (job["side"], job["side"]))
+    grids |= {name: Grid(h, w, tuple(e), halo) for name, (h, w, e, halo) in job["grids"].items()}
+
+    def run() -> NDArray[np.float32]:
+        spill = Path(tempfile.gettempdir())
+        stream = CausalStream(opened, manifest, direction, grids, job["spilled"], spill)
+        results = []
+        for step in planned:
+            taken, size = (
+                (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
+            )
+            results.append(stream.run(pad_frames(x[:, slice(*taken)], size), step.first))
+        stream.close()
+        return np.concatenate(results, axis=1)
+
+    return run, baseline
+
+
+def _peer(
+    job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
+) -> tuple[Run, int]:
+    """Return a pass through a peer, and the memory before it was loaded."""
+    from fvae_deploy.export.peer import peer_window
+
+    baseline = current_rss()
+    weights = Path(job["weights"])
+    return peer_window(weights, job["engine"], job["direction"], x, job["precision"]), baseline
+
+
+def _data(
+    manifest: Manifest, direction: str, side: int, planned: list[schedule.Step]
+) -> NDArray[np.float32]:
+    """Make a clip like CT, or unit noise as latents, with whole steps: [C, T, H, W]."""
+    g = manifest.geometry
+    if direction == "encode":
+        slices = sum(step.depth for step in planned)
+        shape = (slices, side * g.spatial, side * g.spatial)
+        return clip(shape, manifest.intensity, 0)[None].repeat(g.channels, axis=0)
+    frames = sum(step.frames for step in planned)
+    shape4 = (g.latent_channels, frames, side, side)
+    return np.random.default_rng(0).standard_normal(shape4, dtype=np.float32)
+
+
+def stages(job: dict[str, Any]) -> dict[str, int]:
+    """Bytes that each stage of a direction adds, run one after the other for some steps."""
+    bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
+    manifest = Manifest.load(bundle, verify=False)
+    opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
+    causal = manifest.geometry.first_slices == 1
+    random, found, streams = np.random.default_rng(0), {}, []
+    for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
+        reset_peak()
+        before = current_rss()
+        stream = StageStream(opened, manifest, name, grid, None)
+        for first in (True, False, False) if causal else (True, True):
+            shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
+            stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)
+        found[name] = max(0, peak_rss() - before)
+        streams.append(stream)  # its states stay, as in a run of all stages
+    return found
+
+
+def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    print(json.dumps({"window": window, "stages": stages}[job["task"]](job)))

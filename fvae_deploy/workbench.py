@@ -1,0 +1,172 @@
+"""The verbs about networks, not scans: export, models, doctor, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fvae_deploy import __version__
+from fvae_deploy.console import bench_table, models_table, parity_table, say, show
+from fvae_deploy.errors import UsageError
+from fvae_deploy.options import Debug, Model, Quiet, Verbs, require
+
+app = typer.Typer(cls=Verbs)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A name of fvae models, a .ckpt or .safetensors, a folder of diffusers, "
+            "hf:OWNER/NAME/PATH@REVISION, or package.module:factory.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    name: Annotated[str | None, typer.Option("--name", help="[default: the weights' name]")] = None,
+    channels: Annotated[
+        str, typer.Option("--channels", help="gray folds three channels into one; rgb keeps them.")
+    ] = "gray",
+    opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="With a factory: its weights.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="With a factory: slices that it takes at once.")
+    ] = 65,
+    value_range: Annotated[
+        str, typer.Option("--range", help="With a factory: what -1000 and 1000 HU become.")
+    ] = "-1,1",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Export weights to a bundle, and measure parity and memory in every engine here.
+
+    Example: `fvae export -m wan2.1 -o wan21`
+    """
+    require("torch", "onnx", "onnxscript", "safetensors", "diffusers")
+    from fvae_deploy.export.sources import Foreign
+    from fvae_deploy.make_bundle import make_bundle
+
+    try:
+        low, high = (float(n) for n in value_range.split(","))
+    except ValueError:
+        raise UsageError(f"expected --range as -1,1, found {value_range!r}") from None
+    manifest = make_bundle(
+        model,
+        output,
+        name=name,
+        channels=channels,
+        foreign=Foreign(weights, window, (low, high)),
+        opset=opset,
+        progress=say(quiet),
+    )
+    if not quiet:
+        show(parity_table(manifest))
+
+
+@app.command()
+def models(debug: Debug = False) -> None:
+    """List the built-in models with their measured parity, and the published ones.
+
+    Example: `fvae models`
+    """
+    from fvae_deploy.codec import BUILT_IN
+    from fvae_deploy.export.known import KNOWN
+    from fvae_deploy.export.manifest import Manifest
+
+    for path in sorted(BUILT_IN.glob("*/manifest.json")):
+        manifest = Manifest.load(path.parent)
+        g = manifest.geometry
+        print(f"{manifest.name}: {manifest.description}")
+        print(
+            f"  {g.temporal}x{g.spatial}x{g.spatial} voxels to {g.latent_channels} channels, "
+            f"licence {manifest.licence}, weights {manifest.identity}"
+        )
+        show(parity_table(manifest))
+    show(models_table(KNOWN))
+    print("fvae export -m NAME -o BUNDLE fetches and exports one of those with weights on a hub;")
+    print("fvae reconstruct ct.nii.gz -o recon.nii.gz --model BUNDLE uses it.")
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Say which engines can run here, and what would make the others run.
+
+    Example: `fvae doctor`
+    """
+    from fvae_deploy.engines.base import ENGINES, choose, missing, precisions
+    from fvae_deploy.report import machine
+
+    facts = machine()
+    print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
+    print(f"{facts['cores']} cores, {facts['processor']}")
+    for name in ENGINES:
+        if name == "fake":
+            continue
+        problem = missing(name)
+        verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
+        print(f"  {name:12} {verdict}")
+    print("auto takes {}, since {}".format(*choose()))
+
+
+@app.command()
+def bench(
+    model: Model = "tiny",
+    engines: Annotated[
+        str, typer.Option("--engines", help="Comma-separated, as openvino:fp32 [default: all].")
+    ] = "",
+    size: Annotated[int, typer.Option("--size", min=8, help="Side of a slice in pixels.")] = 512,
+    slices: Annotated[int, typer.Option("--slices", min=1, help="Slices of the clip.")] = 17,
+    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames a step.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Repetitions in turn.")] = 3,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=0, help="Timed passes a process; 0: the first.")
+    ] = 3,
+    peer: Annotated[
+        Path | None,
+        typer.Option("--peer", help="The weights: also run them as their authors do."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Also run every engine planned for this budget."),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure throughput, ceiling, peak memory and error; the last line is JSON.
+
+    Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors`
+    """
+    import json
+
+    from fvae_deploy.bench import Case, Work
+    from fvae_deploy.bench import bench as run
+    from fvae_deploy.codec import bundle_path
+    from fvae_deploy.engines.base import missing, precisions
+    from fvae_deploy.export.manifest import Manifest
+    from fvae_deploy.plan import parse_bytes
+    from fvae_deploy.report import machine
+
+    path = bundle_path(model)
+    names = [e for e in ("openvino", "onnxruntime", "torch") if missing(e) is None]
+    cases = [Case(e, p) for e in names for p in precisions(e)]
+    if engines:
+        pairs = (item.strip().partition(":") for item in engines.split(","))
+        cases = [Case(e, p or "fp32") for e, _, p in pairs]
+    if memory:
+        cases += [Case(case.engine, case.precision, parse_bytes(memory)) for case in cases]
+    if peer:
+        require("torch", "safetensors")
+        from fvae_deploy.export.peer import peers
+
+        cases += [Case(name) for name in peers(peer)]
+    work = Work(size, slices, step, rounds, repeats)
+    rows = run(path, Manifest.load(path), cases, work, weights=peer, progress=say(quiet))
+    if not quiet:
+        show(bench_table(rows))
+    print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
