@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from fvae_deploy.codec import open_codec  # noqa: E402
 from fvae_deploy.engines.base import open_engine  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError, UsageError  # noqa: E402
 from fvae_deploy.export.check import parity  # noqa: E402
-from fvae_deploy.export.manifest import Manifest  # noqa: E402
+from fvae_deploy.export.manifest import Manifest, sha256  # noqa: E402
 from fvae_deploy.export.sources import Foreign, load  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.plan import parse_bytes, plan  # noqa: E402
@@ -299,3 +300,25 @@ def test_the_benchmark_compares_with_diffusers_on_the_same_weights(
         assert rows[name]["decode_error_max"] < 3e-5
         assert rows[name]["times_reference"] > 0
     assert rows["diffusers"]["times_reference"] == 1
+
+
+def test_a_network_comes_from_a_hub_with_its_commit_recorded(folder: Path, tmp_path: Path) -> None:
+    from hub_server import Hub
+
+    code = (
+        "from fvae_deploy.export.sources import load; f = load('hf:owner/wan/vae');"
+        "print(f.source.revision, f.source.id, f.source.sha256, f.model.network.family)"
+    )
+    with Hub() as hub:
+        files = {f"vae/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        commit = hub.publish("owner/wan", files)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    weights = next(folder.glob("*.safetensors"))
+    assert done.stdout.split() == [commit, "hf:owner/wan/vae", sha256(weights), "wan"]
