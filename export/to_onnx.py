@@ -61,12 +61,7 @@ def export_bundle(
     parts = parts_of(model)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        weights = {
-            f"{stage}.{key}": value.contiguous()
-            for stage, network in model.stages.items()
-            for key, value in network.state_dict().items()
-        }
-        save_file(weights, temporary / WEIGHTS)
+        save_file(_weights(model), temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)
         offsets = _offsets(temporary / WEIGHTS)
         for number, part in enumerate(parts):
@@ -97,6 +92,18 @@ def export_bundle(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
+
+
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    """All stages' weights by name; one that has two names is written twice."""
+    weights: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for stage, network in model.stages.items():
+        for key, value in network.state_dict().items():
+            place = value.untyped_storage().data_ptr()
+            weights[f"{stage}.{key}"] = value.clone() if place in places else value.contiguous()
+            places.add(place)
+    return weights
 
 
 def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> onnx.ModelProto:

@@ -7,15 +7,14 @@ The network is run as it is, a whole window at a time: nothing is folded, no sta
 What encode and decode return may be a tensor, diffusers' output object, a distribution (its
 mode is taken) or a tuple that begins with one of them.
 
-Both stages are copies of the network without what the other one needs alone, so that the
-bundle holds each weight once. Which weights a stage needs is seen by running it.
+Each stage has a network of its own, without the weights that the other one needs alone, so
+that the bundle holds each weight once. Which weights a stage needs is seen by running it.
 
 Importing the factory runs the user's own code; weights are only ever read as tensors.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,21 +141,22 @@ def load(
         raise UsageError(f"expected a window of at least 1 slice, found {window}")
     if not (low < high and math.isfinite(high - low)):
         raise UsageError(f"expected a range that ascends, like -1,1, found {low:g},{high:g}")
-    network = build(factory)
+    encoder, decoder = _twice(factory)
     source = Source(factory, "", "")
     if weights is not None:
-        load_weights(network, weights, factory)
+        load_weights(encoder, weights, factory)
         source = Source(weights.name, "", sha256(weights))
-    inside, geometry = _geometry(copy_of(network), window, intensity, channels)
+    decoder.load_state_dict(encoder.state_dict())
+    inside, geometry = _geometry(encoder, window, intensity, channels)
     latent = LatentNormalisation(
         _each(latent_shift, 0.0, geometry.latent_channels, "shift"),
         _each(latent_scale, 1.0, geometry.latent_channels, "scale"),
     )
     if not all(latent.scale):
         raise UsageError("expected latent scales other than 0, found 0")
-    stages = _stages(network, inside, geometry, latent)
+    stages = _stages((encoder, decoder), inside, geometry, latent)
     without = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
-    _keep_needed(stages, without)
+    _keep_needed(stages, without, values=True)
     return Model(
         network=Network("any_torch", {"factory": factory, "channels": inside, "without": without}),
         geometry=geometry,
@@ -177,20 +177,23 @@ def rebuild(
     """
     try:
         with torch.device("cpu"):  # what is no weight must have its values
-            network = build(config["factory"])
-            stages = _stages(network, config["channels"], geometry, latent)
+            networks = _twice(config["factory"])
+            stages = _stages(networks, config["channels"], geometry, latent)
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs that code: --engine openvino and onnxruntime "
             "do not"
         ) from error
-    _keep_needed(stages, config["without"])
+    _keep_needed(stages, config["without"], values=False)
     return dict(stages)
 
 
-def copy_of(network: nn.Module) -> nn.Module:
-    """Copy everything but the parameters, which both share."""
-    return copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
+def _twice(factory: str) -> tuple[nn.Module, nn.Module]:
+    """Build encoder and decoder: a copy would not do, functions may hold on to their network."""
+    encoder, decoder = build(factory), build(factory)
+    if {id(m) for m in encoder.modules()} & {id(m) for m in decoder.modules()}:
+        raise BundleError(f"expected a new network of every call of {factory}, found the same one")
+    return encoder, decoder
 
 
 def _geometry(
@@ -275,7 +278,10 @@ def _each(values: Sequence[float], default: float, count: int, name: str) -> tup
 
 
 def _stages(
-    network: nn.Module, channels: int, geometry: Geometry, latent: LatentNormalisation
+    networks: tuple[nn.Module, nn.Module],
+    channels: int,
+    geometry: Geometry,
+    latent: LatentNormalisation,
 ) -> dict[str, Stage]:
     gray = geometry.channels < channels
     normalisation: tuple[Tensor, ...] = ()
@@ -283,7 +289,6 @@ def _stages(
         normalisation = tuple(
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (latent.shift, latent.scale)
         )
-    networks = (copy_of(network), network)
     return {
         name: Stage(one, name, channels, gray, normalisation).eval().requires_grad_(False)
         for name, one in zip(DIRECTIONS, networks, strict=True)
@@ -324,6 +329,11 @@ def _unused(stage: Stage, geometry: Geometry) -> list[str]:
         if _place(tensor) in used.places
         for prefix in _prefixes(name)
     }
+    if not needed:
+        raise BundleError(
+            f"expected weights that {stage.direction} uses, found none: the VAE must be the module "
+            "that the factory returns, or an attribute of it"
+        )
     return list(
         dict.fromkeys(
             next(prefix for prefix in _prefixes(name) if prefix not in needed)
@@ -339,24 +349,19 @@ def _prefixes(name: str) -> Iterator[str]:
     return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
-def _keep_needed(stages: Mapping[str, Stage], without: Mapping[str, Sequence[str]]) -> None:
-    """Take from each stage the weights that it does not need; give each the others as its own."""
-    seen: set[int] = set()
+def _keep_needed(
+    stages: Mapping[str, Stage], without: Mapping[str, Sequence[str]], values: bool
+) -> None:
+    """Take from each stage the weights that it does not need, and from the others the values."""
     for direction, stage in stages.items():
         dropped = set(without[direction])
-        for name, tensor in stage.network.state_dict(keep_vars=True).items():
+        for name, tensor in stage.network.state_dict().items():
             path, _, leaf = name.rpartition(".")
             owner = stage.network.get_submodule(path)
             if dropped.intersection(_prefixes(name)):
                 # An empty tensor stays: code may ask for its type or device.
                 owner._parameters.pop(leaf, None)
                 owner._buffers.pop(leaf, None)
-                owner.register_buffer(leaf, tensor.detach().new_empty(0), persistent=False)
-            elif _place(tensor) in seen:  # two names for one tensor: files know none
-                one = tensor.detach().clone()
-                if leaf in owner._parameters:
-                    owner._parameters[leaf] = nn.Parameter(one, requires_grad=False)
-                else:
-                    owner._buffers[leaf] = one
-            else:
-                seen.add(_place(tensor))
+                owner.register_buffer(leaf, tensor.new_empty(0), persistent=False)
+            elif not values and leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(tensor.to("meta"), requires_grad=False)
