@@ -136,11 +136,7 @@ def load(
     BundleError
         For a factory, weights or a network that do not fit, with what does not.
     """
-    low, high = intensity
-    if window < 1:
-        raise UsageError(f"expected a window of at least 1 slice, found {window}")
-    if not (low < high and math.isfinite(high - low)):
-        raise UsageError(f"expected a range that ascends, like -1,1, found {low:g},{high:g}")
+    _check_numbers(window, intensity)
     encoder, decoder = _twice(factory)
     source = Source(factory, "", "")
     if weights is not None:
@@ -148,19 +144,14 @@ def load(
         source = Source(weights.name, "", sha256(weights))
     decoder.load_state_dict(encoder.state_dict())
     inside, geometry = _geometry(encoder, window, intensity, channels)
-    latent = LatentNormalisation(
-        _each(latent_shift, 0.0, geometry.latent_channels, "shift"),
-        _each(latent_scale, 1.0, geometry.latent_channels, "scale"),
-    )
-    if not all(latent.scale):
-        raise UsageError("expected latent scales other than 0, found 0")
+    latent = _normalisation(geometry.latent_channels, latent_shift, latent_scale)
     stages = _stages((encoder, decoder), inside, geometry, latent)
     without = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
     _keep_needed(stages, without, values=True)
     return Model(
         network=Network("any_torch", {"factory": factory, "channels": inside, "without": without}),
         geometry=geometry,
-        intensity=Intensity(-1000.0, 1000.0, low, high),
+        intensity=Intensity(-1000.0, 1000.0, *intensity),
         latent=latent,
         stages=stages,
         kinds=("first",),
@@ -177,7 +168,7 @@ def rebuild(
     """
     try:
         with torch.device("cpu"):  # what is no weight must have its values
-            networks = _twice(config["factory"])
+            networks = _twice(str(config["factory"]))
             stages = _stages(networks, config["channels"], geometry, latent)
     except BundleError as error:
         raise EngineError(
@@ -186,6 +177,14 @@ def rebuild(
         ) from error
     _keep_needed(stages, config["without"], values=False)
     return dict(stages)
+
+
+def _check_numbers(window: int, intensity: tuple[float, float]) -> None:
+    low, high = intensity
+    if window < 1:
+        raise UsageError(f"expected a window of at least 1 slice, found {window}")
+    if not (low < high and math.isfinite(high - low)):
+        raise UsageError(f"expected a range that ascends, like -1,1, found {low:g},{high:g}")
 
 
 def _twice(factory: str) -> tuple[nn.Module, nn.Module]:
@@ -265,6 +264,17 @@ def _temporal(slices: int, frames: int) -> int | None:
         found.append((slices - 1) // (frames - 1))
     # 9 slices to 3 frames may be 3 or 4 slices each: networks halve.
     return min(found, key=lambda n: n & (n - 1) != 0, default=None)
+
+
+def _normalisation(
+    channels: int, shift: Sequence[float], scale: Sequence[float]
+) -> LatentNormalisation:
+    latent = LatentNormalisation(
+        _each(shift, 0.0, channels, "shift"), _each(scale, 1.0, channels, "scale")
+    )
+    if not all(latent.scale):
+        raise UsageError("expected latent scales other than 0, found 0")
+    return latent
 
 
 def _each(values: Sequence[float], default: float, count: int, name: str) -> tuple[float, ...]:
