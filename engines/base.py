@@ -37,8 +37,11 @@ class Engine(Protocol):
         """Return a state as a float32 numpy array: a view where the runtime has one."""
         ...
 
-    def release(self, part: str) -> None:
-        """Give back what a part holds that will not run for long; it may be run again."""
+    def release(self, part: str, compiled: bool) -> None:
+        """Give back a part's working memory, and with `compiled` all it holds.
+
+        It may be run again, and then takes both anew. Results of its last run stay valid.
+        """
         ...
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class EagerEngine:
         """Return a state as a float32 numpy array."""
         return state.to("cpu", torch.float32).numpy() if torch.is_tensor(state) else state
 
-    def release(self, part: str) -> None:
+    def release(self, part: str, compiled: bool) -> None:
         """Keep everything: first and step parts share their weights."""
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ class FakeEngine:
         """Return a state, which is an array already."""
         return state
 
-    def release(self, part: str) -> None:
+    def release(self, part: str, compiled: bool) -> None:
         """Release nothing."""
 
     def close(self) -> None:

@@ -71,9 +71,10 @@ class OnnxRuntimeEngine:
         """Return a state as a numpy array."""
         return state.numpy() if isinstance(state, ort.OrtValue) else state
 
-    def release(self, part: str) -> None:
-        """Forget a part's session."""
-        self._sessions.pop(part, None)
+    def release(self, part: str, compiled: bool) -> None:
+        """Forget a part's session; working memory of heavy parts is never kept."""
+        if compiled:
+            self._sessions.pop(part, None)
 
     def close(self) -> None:
         """Release the sessions."""
@@ -92,6 +93,7 @@ class OnnxRuntimeEngine:
             if self._device != "cpu":
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             options.log_severity_level = 3
+            options.enable_cpu_mem_arena = not self._manifest.part(part).heavy
             self._sessions[part] = ort.InferenceSession(
                 str(self._bundle / self._manifest.part(part).file),
                 options,

@@ -20,7 +20,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino as ov  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
-from fvae_deploy.engines.mapped import unmap  # noqa: E402
+from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Part  # noqa: E402
 
@@ -102,10 +102,15 @@ class OpenVINOEngine:
         """Return a state as a numpy array, in place."""
         return state.data if isinstance(state, ov.Tensor) else state
 
-    def release(self, part: str) -> None:
-        """Forget what was compiled for a part."""
+    def release(self, part: str, compiled: bool) -> None:
+        """Give back intermediate buffers and spare states, or all that was compiled."""
         for key in [key for key in self._compiled if key[0] == part]:
-            del self._compiled[key]
+            if compiled:
+                del self._compiled[key]
+            else:
+                self._compiled[key].spare.clear()
+                self._compiled[key].compiled.release_memory()
+        trim()
 
     def close(self) -> None:
         """Release the compiled parts."""

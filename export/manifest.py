@@ -29,6 +29,10 @@ from fvae_deploy.errors import BundleError, UsageError
 SCHEMA = 2
 FILENAME = "manifest.json"
 
+# Multiply-adds for a latent cell from which on a part is heavy: compiling it or allocating its
+# working memory anew costs nothing next to a run, so neither is kept while others run.
+HEAVY = 5e6
+
 SIZE = r"([1-9]\d*\*)?[khw]|[1-9]\d*"
 Dimension = int | str  # 16, or an expression in k, h, w: "k", "4*k", "8*h"
 
@@ -93,6 +97,11 @@ class Part:
     context: int  # its reach back in latent frames
     mac_per_cell: int  # multiply-adds for one cell of one latent frame
     whole: str = ""  # why it sees the whole plane
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a run costs so much that nothing need be kept ready for it."""
+        return self.mac_per_cell * self.scale**2 > HEAVY
 
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:

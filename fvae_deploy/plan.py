@@ -39,10 +39,10 @@ class Plan:
     def describe(self) -> str:
         """One line for people."""
         parts = [
-            f"{stage} {'whole' if len(grid.tiles) == 1 else f'{len(grid.tiles)} tiles'}"
+            f"{stage} {'whole' if grid.count == 1 else f'{grid.count} tiles'}"
             for stage, grid in self.grids.items()
         ]
-        spilled = f", states of {', '.join(sorted(self.spilled))} in a file" * bool(self.spilled)
+        spilled = ", states in a file" * bool(self.spilled)
         frames = f"{self.k} latent frame{'s' * (self.k > 1)} a step"
         return f"{', '.join(parts)}, {frames}{spilled}"
 
@@ -104,14 +104,16 @@ def plan(
     ]
     needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
     needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
-    chosen = _choose(stages, budget / HEADROOM - needed)
-    predicted = int((needed + sum(option.bytes for option in chosen)) * HEADROOM)
+    chosen, taken = _choose(stages, budget / HEADROOM - needed)
+    predicted = int((needed + taken) * HEADROOM)
     if predicted <= budget:
         grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
         spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
         return Plan(k, grids, frozenset(spilled), predicted, budget)
     height, width = (n * manifest.geometry.spatial for n in plane)
-    worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].bytes)[0]
+    worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].kept + pair[1].working)[
+        0
+    ]
     reason = f" ({worst.name} cannot be tiled: {worst.part.whole})" if worst.part.whole else ""
     raise PlanError(
         f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
@@ -126,23 +128,41 @@ class Option:
 
     grid: Grid
     spill: bool
-    bytes: int
+    kept: int  # bytes between runs
+    working: int  # bytes during a run that others may use after it
     seconds: float
 
 
-def _choose(stages: list[Stage], budget: float) -> list[Option]:
+def _choose(stages: list[Stage], budget: float) -> tuple[list[Option], int]:
     """Pick an option for each stage: least time within the budget, else least bytes.
 
-    A byte gets a price, the same for all stages; at a price each stage picks the option of
-    least time plus price. The price rises until the sum fits.
+    Returns them and the bytes that they take together. For a limit on working memory, which
+    stages use in turn, a byte that is kept gets a price, the same for all stages, and each
+    picks the option of least time plus price; the price rises until the sum fits.
     """
     options = [stage.options() for stage in stages]
-    price = 0.0
+    floor = max(min(option.working for option in those) for those in options)
+    limit = max(option.working for those in options for option in those)
+    best: tuple[float, list[Option], int] | None = None
+    least: tuple[list[Option], int] | None = None
     while True:
-        chosen = [min(those, key=lambda o: o.seconds + price * o.bytes) for those in options]
-        if sum(option.bytes for option in chosen) <= budget or price > 1e9:
-            return chosen
-        price = 1.25 * price or 1e-15
+        limit = max(limit, floor)
+        allowed = [[o for o in those if o.working <= limit] for those in options]
+        price = 0.0
+        while True:
+            chosen = [min(those, key=lambda o: o.seconds + price * o.kept) for those in allowed]
+            taken = sum(o.kept for o in chosen) + max(o.working for o in chosen)
+            if taken <= budget or price > 1e9:
+                break
+            price = 1.5 * price or 1e-13
+        seconds = sum(option.seconds for option in chosen)
+        if taken <= budget and (best is None or seconds < best[0]):
+            best = seconds, chosen, taken
+        if least is None or taken < least[1]:
+            least = chosen, taken
+        if limit == floor:
+            return best[1:] if best is not None else least
+        limit = int(0.8 * limit)
 
 
 @dataclass(frozen=True)
@@ -189,10 +209,6 @@ class Stage:
         """The grid of the smallest tiles that are possible."""
         return self.whole if self.part.halo is None else smallest(*self.plane, self.part.halo)
 
-    def bytes(self, grid: Grid) -> int:
-        """Count what one tile takes inside the engine."""
-        return self.memory.fixed + self.memory.per_cell * self.k * grid.cells
-
     def fit(self, cells: int) -> Grid:
         """Find the grid of least work whose tiles have at most `cells` cells, or the smallest."""
         if self.part.halo is None or cells >= self.whole.cells:
@@ -201,8 +217,8 @@ class Stage:
 
     def seconds(self, grid: Grid, spill: bool) -> float:
         """Estimate a step's time on a nominal machine: work, and states through a file."""
-        work = self.k * self.part.mac_per_cell * len(grid.tiles) * grid.cells / MAC_SECOND
-        moved = 2 * self.state_bytes * len(grid.tiles) * grid.cells if spill else 0
+        work = self.k * self.part.mac_per_cell * grid.count * grid.cells / MAC_SECOND
+        moved = 2 * self.state_bytes * grid.count * grid.cells if spill else 0
         return work + moved / FILE_SECOND
 
     def options(self) -> list[Option]:
@@ -217,10 +233,15 @@ class Stage:
         for grid, spill in itertools.product(grids.values(), (False, True)):
             if spill and not self.state_bytes:
                 continue
+            states = self.state_bytes * grid.cells
             # One tile's states are in the measured line, going in and coming out.
-            states = self.state_bytes * grid.cells * (2 if spill else len(grid.tiles) - 1)
-            taken = self.bytes(grid) + states
-            found.append(Option(grid, spill, taken, self.seconds(grid, spill)))
+            working = self.memory.per_cell * self.k * grid.cells
+            kept = self.memory.fixed + (0 if spill else states * (grid.count - 1))
+            if self.part.heavy:
+                working, kept = working + 2 * states * spill, kept + states * (not spill)
+            else:
+                working, kept = 0, kept + working + 2 * states * spill
+            found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
         return found
 
 

@@ -47,7 +47,7 @@ def run_report(
         "engine_chosen_because": codec.why,
         "plan": {
             "latent_frames_per_step": plan.k,
-            "tiles": {d: len(grid.tiles) for d, grid in plan.grids.items()},
+            "tiles": {d: grid.count for d, grid in plan.grids.items()},
             "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
             "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
             "predicted_bytes": plan.predicted_bytes,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
 import sys
 from pathlib import Path
+
+from fvae_deploy.engines.pages import trim
 
 
 def peak_rss() -> int:
@@ -35,7 +36,6 @@ def reset_peak() -> None:
 
     What was freed is given back to the system first, so that it does not hide what comes.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -26,10 +26,6 @@ from fvae_deploy.tiles import Grid
 
 Frames = NDArray[np.float32]  # [C, T, H, W]
 
-# Multiply-adds for a latent cell from which on compiling a first part anew costs nothing next
-# to a run: it is released as soon as a stream has left it.
-HEAVY = 5e6
-
 
 def whole_grids(
     manifest: Manifest, directions: Sequence[str], plane: tuple[int, int]
@@ -101,8 +97,6 @@ class StageStream:
         self._grid, self._tiles = grid, grid.tiles
         state = manifest.stage_part(stage, first=False).state_inputs
         self._states = States(engine, state, grid, spill)
-        step = manifest.stage_part(stage, first=False)
-        self._heavy = step.mac_per_cell * step.scale**2 > HEAVY
         self.seconds = 0.0
 
     def run(self, x: Frames, first: bool) -> Frames:
@@ -112,8 +106,8 @@ class StageStream:
         """
         begin = time.perf_counter()
         part = self._manifest.stage_part(self._stage, first)
-        if self._heavy and not first:
-            self._engine.release(f"{self._stage}_first")
+        if part.heavy and not first:
+            self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
         fresh = len(part.inputs) == 1
         a, b = data.factor("h"), result.factor("h")
@@ -133,6 +127,8 @@ class StageStream:
                 whole = np.empty((*y.shape[:2], *plane), y.dtype)
             kept = y[:, :, _times(b, rows.crop), _times(b, columns.crop)]
             whole[:, :, _times(b, rows.keep), _times(b, columns.keep)] = kept
+        if part.heavy:
+            self._engine.release(part.name, compiled=False)
         self.seconds += time.perf_counter() - begin
         assert whole is not None
         return whole

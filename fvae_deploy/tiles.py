@@ -59,6 +59,12 @@ class Grid:
         return tuple(Tile(row, column) for row in rows for column in columns)
 
     @property
+    def count(self) -> int:
+        """How many tiles there are."""
+        rows = spans(self.height, self.extent[0], self.halo)
+        return len(rows) * len(spans(self.width, self.extent[1], self.halo))
+
+    @property
     def cells(self) -> int:
         """Cells that one tile computes."""
         return self.extent[0] * self.extent[1]
@@ -66,7 +72,7 @@ class Grid:
     @property
     def overhead(self) -> float:
         """Cells computed over cells kept: 1.0 for an untiled plane."""
-        return len(self.tiles) * self.cells / (self.height * self.width)
+        return self.count * self.cells / (self.height * self.width)
 
 
 def spans(length: int, extent: int, halo: int) -> tuple[Span, ...]:

@@ -42,7 +42,7 @@ class Float64:
     def host(self, state: Any) -> Any:
         return state
 
-    def release(self, part: str) -> None:
+    def release(self, part: str, compiled: bool) -> None:
         pass
 
     def close(self) -> None:

@@ -134,6 +134,26 @@ def test_states_in_a_file_change_no_bit(
     spilled.close()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_giving_memory_back_changes_no_bit(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    results = []
+    for heavy in (1e30, 0):
+        monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", heavy)
+        assert manifest.part("encode0_step").heavy == (heavy == 0)
+        opened = open_engine(bundle, manifest, engine)
+        for direction in ("encode", "decode"):
+            random = np.random.default_rng(0)
+            grids = whole_grids(manifest, (direction,), (9, 8))
+            running = CausalStream(opened, manifest, direction, grids)
+            for first in (True, False, False, True, False):
+                x = random.uniform(-1, 1, first_shape(manifest, direction, first, (9, 8)))
+                results.append(running.run(x.astype(np.float32), first))
+    for kept, given in zip(results[:10], results[10:], strict=True):
+        np.testing.assert_array_equal(kept, given)
+
+
 def test_a_spilled_state_begins_with_zeros(
     bundle: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
