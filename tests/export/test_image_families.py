@@ -19,6 +19,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the export extra")
 from float64_engine import Float64  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from random_image_vae import ALL, KL, TAESD, TINY, TWO, random_image_vae  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import fvae_deploy as fvae  # noqa: E402
@@ -30,93 +31,6 @@ from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.plan import plan  # noqa: E402
 from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
 from fvae_deploy.tiles import Grid, smallest  # noqa: E402
-
-TWO = {
-    "block_out_channels": [4, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 2,
-    "latent_channels": 3,
-}
-KL = {
-    "like SD": TWO,
-    "like FLUX, without quant_conv and with a shift": {
-        **TWO,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    },
-    "with a shift through quant_conv": {**TWO, "shift_factor": -0.4, "layers_per_block": 2},
-    "with statistics of every channel": {
-        **TWO,
-        "use_post_quant_conv": False,
-        "latents_mean": [0.5, -1.0, 0.2],
-        "latents_std": [2.0, 0.3, 1.1],
-        "scaling_factor": 0.5,
-    },
-    "of one level, without attention": {
-        **TWO,
-        "block_out_channels": [6],
-        "down_block_types": ["DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D"],
-        "mid_block_add_attention": False,
-        "force_upcast": False,
-    },
-    "of three levels, with attention in one": {
-        **TWO,
-        "block_out_channels": [4, 6, 6],
-        "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
-        "latent_channels": 4,
-    },
-}
-TAESD = {
-    "encoder_block_out_channels": [4, 4, 4],
-    "decoder_block_out_channels": [4, 4, 4],
-    "num_encoder_blocks": [1, 2, 1],
-    "num_decoder_blocks": [2, 1, 1],
-    "latent_channels": 3,
-}
-TINY = {
-    "like TAESD": TAESD,
-    "of two levels, with a shift and a factor": {
-        **TAESD,
-        "encoder_block_out_channels": [4, 4],
-        "decoder_block_out_channels": [4, 4],
-        "num_encoder_blocks": [1, 1],
-        "num_decoder_blocks": [1, 1],
-        "shift_factor": 0.3,
-        "scaling_factor": 1.5,
-    },
-    "of one level": {
-        **TAESD,
-        "encoder_block_out_channels": [4],
-        "decoder_block_out_channels": [4],
-        "num_encoder_blocks": [1],
-        "num_decoder_blocks": [1],
-    },
-    "of unequal depth and another activation": {
-        **TAESD,
-        "num_encoder_blocks": [0, 2, 1],
-        "num_decoder_blocks": [1, 0, 2],
-        "act_fn": "silu",
-    },
-}
-ALL = {
-    **{f"AutoencoderKL {name}": ("AutoencoderKL", config) for name, config in KL.items()},
-    **{f"AutoencoderTiny {name}": ("AutoencoderTiny", config) for name, config in TINY.items()},
-}
-
-
-def random(kind: str, config: dict[str, Any], seed: int = 0) -> Any:
-    """Every gain and bias random too, so that none can be left out unnoticed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
-    return model
 
 
 def encoded(network: Any, x: Any) -> Any:
@@ -182,7 +96,7 @@ def apart(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(("k", "h", "w"), [(1, 1, 1), (2, 3, 5), (3, 4, 2)])
 @pytest.mark.parametrize("name", ALL)
 def test_slices_equal_diffusers_in_float64(name: str, k: int, h: int, w: int) -> None:
-    network = random(*ALL[name]).double()
+    network = random_image_vae(*ALL[name]).double()
     engine = engine_of(network)
     x = pixels(engine.manifest, k, h, w)
     expected = encoded(network, batch(x))
@@ -194,7 +108,7 @@ def test_slices_equal_diffusers_in_float64(name: str, k: int, h: int, w: int) ->
 
 @pytest.mark.parametrize("name", ALL)
 def test_gray_equals_replicated_input_and_averaged_output(name: str) -> None:
-    network = random(*ALL[name]).double()
+    network = random_image_vae(*ALL[name]).double()
     rgb, gray = engine_of(network), engine_of(network, 1)
     x = pixels(gray.manifest, 2, 3, 2)
     assert len(x) == 1
@@ -205,7 +119,7 @@ def test_gray_equals_replicated_input_and_averaged_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", KL)
 def test_group_normalisation_is_why_autoencoder_kl_runs_whole(name: str) -> None:
-    manifest = engine_of(random("AutoencoderKL", KL[name]), 1).manifest
+    manifest = engine_of(random_image_vae("AutoencoderKL", KL[name]), 1).manifest
     assert [part.name for part in manifest.parts] == ["encode_step", "decode_step"]
     for part in manifest.parts:
         assert part.halo is None
@@ -213,7 +127,7 @@ def test_group_normalisation_is_why_autoencoder_kl_runs_whole(name: str) -> None
 
 
 def test_a_published_taesd_is_cut_into_four_and_four_local_stages() -> None:
-    manifest = engine_of(random("AutoencoderTiny", {}), 1).manifest
+    manifest = engine_of(random_image_vae("AutoencoderTiny", {}), 1).manifest
     found = [(part.name, part.scale, part.halo) for part in manifest.parts]
     assert found == [
         ("encode0_step", 4, 3),
@@ -251,7 +165,7 @@ def tiled(draw: Any, manifest: Manifest, direction: str, plane: tuple[int, int])
 def test_tiled_equals_whole_in_float64(
     data: Any, name: str, direction: str, plane: tuple[int, int], k: int, seed: int
 ) -> None:
-    engine = engine_of(random("AutoencoderTiny", TINY[name], seed), 1)
+    engine = engine_of(random_image_vae("AutoencoderTiny", TINY[name], seed), 1)
     make = pixels if direction == "encode" else latents
     x = make(engine.manifest, k, *plane, seed)
     grids = data.draw(tiled(engine.manifest, direction, plane))
@@ -267,7 +181,7 @@ def test_tiled_equals_whole_in_float64(
 )
 def test_a_halo_too_narrow_shows(stage: str, spare: int) -> None:
     """What the law above would say of a wrong halo."""
-    engine = engine_of(random("AutoencoderTiny", TAESD), 1)
+    engine = engine_of(random_image_vae("AutoencoderTiny", TAESD), 1)
     direction = stage.rstrip("01")
     x = (pixels if direction == "encode" else latents)(engine.manifest, 1, 12, 12)
     part = engine.manifest.stage_part(stage, first=False)
@@ -293,8 +207,8 @@ def networks() -> dict[str, Any]:
     shifted = KL["like FLUX, without quant_conv and with a shift"]
     tiny = TINY["of two levels, with a shift and a factor"]
     return {
-        "AutoencoderKL": random("AutoencoderKL", shifted),
-        "AutoencoderTiny": random("AutoencoderTiny", tiny),
+        "AutoencoderKL": random_image_vae("AutoencoderKL", shifted),
+        "AutoencoderTiny": random_image_vae("AutoencoderTiny", tiny),
     }
 
 
@@ -396,7 +310,7 @@ def test_a_small_budget_tiles_autoencoder_tiny(bundles: dict[str, Path]) -> None
 
 
 def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
-    folder = saved(tmp_path, random("AutoencoderKL", TWO))
+    folder = saved(tmp_path, random_image_vae("AutoencoderKL", TWO))
     path = folder / "diffusion_pytorch_model.safetensors"
     new = load(str(folder)).model.stages
     tensors = load_file(path)
@@ -461,7 +375,7 @@ def test_what_cannot_be_cut_is_refused_in_one_line(
     change: Callable[[dict[str, Any]], dict[str, Any]],
     message: str,
 ) -> None:
-    folder = saved(tmp_path, random(kind, config))
+    folder = saved(tmp_path, random_image_vae(kind, config))
     path = folder / "config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(BundleError, match=message) as refused:
@@ -470,7 +384,7 @@ def test_what_cannot_be_cut_is_refused_in_one_line(
 
 
 def test_colours_that_differ_need_gray(tmp_path: Path) -> None:
-    folder = saved(tmp_path, random("AutoencoderKL", {**TWO, "in_channels": 1}))
+    folder = saved(tmp_path, random_image_vae("AutoencoderKL", {**TWO, "in_channels": 1}))
     with pytest.raises(BundleError, match="expected as many input as output channels"):
         load(str(folder), gray=False)
     assert load(str(folder)).model.geometry.channels == 1
