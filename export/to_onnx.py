@@ -127,6 +127,8 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
                 output_names=[spec.name for spec in part.outputs],
                 # The signature is (data, *state): the state's shapes go as one tuple.
                 dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
+                # Its optimizer takes quadratic time, hours for a network unrolled over a window.
+                optimize=not foreign,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
