@@ -55,7 +55,7 @@ class OnnxRuntimeEngine:
                 binding.bind_ortvalue_input(tensor.name, self._value(inputs[tensor.name]))
             for i, tensor in enumerate(spec.outputs):
                 binding.bind_output(tensor.name, self._device if i else "cpu")
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, self._run_options(spec.heavy))
             values = binding.get_outputs()
         except Exception as error:  # the binding raises many classes, all RuntimeError-like
             reason = str(error).strip().splitlines()[-1]
@@ -86,6 +86,13 @@ class OnnxRuntimeEngine:
         array = np.ascontiguousarray(value, dtype=np.float32)
         return ort.OrtValue.ortvalue_from_numpy(array, self._device)
 
+    def _run_options(self, heavy: bool) -> ort.RunOptions:
+        """Let a heavy part give its working memory back after every run."""
+        options = ort.RunOptions()
+        if heavy and self._device == "cpu":
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
+
     def _session(self, part: str) -> ort.InferenceSession:
         if part not in self._sessions:
             options = ort.SessionOptions()
@@ -93,7 +100,8 @@ class OnnxRuntimeEngine:
             if self._device != "cpu":
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             options.log_severity_level = 3
-            options.enable_cpu_mem_arena = not self._manifest.part(part).heavy
+            # With patterns, heavy parts plan one block anew for every run: 1.1 GiB where 0.7 do.
+            options.enable_mem_pattern = not self._manifest.part(part).heavy
             self._sessions[part] = ort.InferenceSession(
                 str(self._bundle / self._manifest.part(part).file),
                 options,

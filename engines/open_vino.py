@@ -34,22 +34,29 @@ class _Compiled:
     def __init__(self, compiled: ov.CompiledModel, part: Part) -> None:
         self.part = part
         self.compiled = compiled
-        self.request = compiled.create_infer_request()
+        self.request: ov.InferRequest | None = None
         self.spare: list[list[ov.Tensor]] = []
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         given = [_tensor(inputs[spec.name]) for spec in self.part.inputs]
+        request = self.request = self.request or self.compiled.create_infer_request()
         for spec, tensor in zip(self.part.inputs, given, strict=True):
-            self.request.set_tensor(spec.name, tensor)
+            request.set_tensor(spec.name, tensor)
         state = self.spare.pop() if self.spare else self._new_state()
         for spec, tensor in zip(self.part.state_outputs, state, strict=True):
-            self.request.set_tensor(spec.name, tensor)
-        self.request.infer()
+            request.set_tensor(spec.name, tensor)
+        request.infer()
         if self.part.state_inputs:
             self.spare.append(given[1:])
         data = self.part.outputs[0].name
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
-        return {data: self.request.get_tensor(data).data, **dict(named)}
+        return {data: request.get_tensor(data).data, **dict(named)}
+
+    def release(self) -> None:
+        """Give back intermediate buffers, spare states, and what the request holds of both."""
+        self.spare.clear()
+        self.request = None
+        self.compiled.release_memory()
 
     def _new_state(self) -> list[ov.Tensor]:
         shapes = (self.compiled.output(spec.name).shape for spec in self.part.state_outputs)
@@ -108,8 +115,7 @@ class OpenVINOEngine:
             if compiled:
                 del self._compiled[key]
             else:
-                self._compiled[key].spare.clear()
-                self._compiled[key].compiled.release_memory()
+                self._compiled[key].release()
         trim()
 
     def close(self) -> None:

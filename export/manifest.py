@@ -187,7 +187,8 @@ class Parity:
 class Memory:
     """Bytes that a stage adds in one engine, measured at export: fixed + per_cell * cells.
 
-    Cells are the stage's own, k * h * w of the tile that the engine computes.
+    Cells are the stage's own, k * h * w of the tile that the engine computes. Of these bytes
+    a heavy part keeps `kept` between runs, its states apart.
     """
 
     engine: str
@@ -195,6 +196,7 @@ class Memory:
     stage: str
     fixed: int
     per_cell: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -55,19 +55,23 @@ class Analysis:
 def analyse(stage: nn.Module, data: Tensor, state: Sequence[Tensor], frames: int) -> Analysis:
     """Run a stage once on PLANE x PLANE cells and `frames` latent frames."""
     follow = _Follow(data, state, frames)
-    with torch.inference_mode(False), torch.no_grad():
-        with FlopCounterMode(display=False) as count:
-            stage(data, *state)
-        with follow:
-            outputs = stage(data, *state)
+    with torch.inference_mode(False), torch.no_grad(), follow:
+        outputs = stage(data, *state)
     found = [follow.known.get(output, Reach()) for output in outputs]
     whole = next((reach.whole for reach in found if reach.whole), "")
     return Analysis(
         halo=None if whole else math.ceil(max(reach.halo for reach in found)),
         context=math.ceil(max(reach.context for reach in found)),
         whole=whole,
-        mac_per_cell=math.ceil(count.get_total_flops() / 2 / (PLANE * PLANE * frames)),
+        mac_per_cell=macs(stage, data, state) // (PLANE * PLANE * frames),
     )
+
+
+def macs(stage: nn.Module, data: Tensor, state: Sequence[Tensor]) -> int:
+    """Count the multiply-adds of one run."""
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        stage(data, *state)
+    return int(count.get_total_flops()) // 2
 
 
 class _Follow(TorchDispatchMode):

@@ -112,9 +112,9 @@ def ceiling() -> float:
     return float(max(2 * 2048**3 / _timed(lambda: a @ a) for _ in range(5)))
 
 
-def macs_per_cell(manifest: Manifest, direction: str) -> int:
+def macs_per_cell(manifest: Manifest, direction: str, first: bool) -> int:
     """Multiply-adds of a direction for one latent cell of one latent frame."""
-    parts = (manifest.stage_part(stage, first=False) for stage in manifest.stages(direction))
+    parts = (manifest.stage_part(stage, first) for stage in manifest.stages(direction))
     return sum(part.mac_per_cell * part.scale**2 for part in parts)
 
 
@@ -173,8 +173,13 @@ def _row(
     total = sum(seconds.values())
     pixels = side * manifest.geometry.spatial
     rows = [row for rows in directions.values() for row in rows]
-    macs = sum(macs_per_cell(manifest, direction) for direction in DIRECTIONS)
-    flops = 2 * rows[0]["latent_frames"] * side * side * macs / total
+    frames = rows[0]["frames"]
+    macs = sum(
+        n * macs_per_cell(manifest, direction, first)
+        for direction in DIRECTIONS
+        for n, first in zip(frames, (True, False), strict=True)
+    )
+    flops = 2 * side * side * macs / total
     return {
         "slice": [pixels, pixels],
         "slices": work.slices,

@@ -34,8 +34,9 @@ def in_process(**job: Any) -> dict[str, Any]:
 
     The task `window` passes one clip through one direction and returns `seconds` (of the
     median pass), `spread` (max / min), `first_seconds` (compiling included), `peak_bytes`
-    beyond the libraries and `latent_frames`. The task `stages` returns the bytes that each
-    stage adds at its peak on a plane of side x side latent cells.
+    beyond the libraries and `frames`, the latent frames of first and of later steps. The task
+    `stages` returns the bytes that each stage adds at its peak on a plane of side x side latent
+    cells, and keeps without states.
     """
     command = [sys.executable, "-m", "fvae_deploy.bench_worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -64,7 +65,7 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": statistics.median(seconds),
         "spread": max(seconds) / min(seconds),
         "first_seconds": first,
-        "latent_frames": schedule.latent_frames(planned),
+        "frames": [sum(s.frames for s in planned if s.first == first) for first in (True, False)],
         "peak_bytes": peak_rss() - baseline,
     }
 
@@ -123,13 +124,13 @@ def _data(
     return np.random.default_rng(0).standard_normal(shape4, dtype=np.float32)
 
 
-def stages(job: dict[str, Any]) -> dict[str, int]:
-    """Bytes that each stage of a direction adds, run one after the other for some steps."""
+def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Bytes that each stage of a direction adds and keeps, one after the other, some steps each."""
     bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
     manifest = Manifest.load(bundle, verify=False)
     opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
     causal = manifest.geometry.first_slices == 1
-    random, found, streams = np.random.default_rng(0), {}, []
+    random, found = np.random.default_rng(0), {}
     for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
         reset_peak()
         before = current_rss()
@@ -137,8 +138,11 @@ def stages(job: dict[str, Any]) -> dict[str, int]:
         for first in (True, False, False) if causal else (True, True):
             shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
             stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)
-        found[name] = max(0, peak_rss() - before)
-        streams.append(stream)  # its states stay, as in a run of all stages
+        most = max(0, peak_rss() - before)
+        stream.close()
+        del stream
+        reset_peak()
+        found[name] = {"most": most, "kept": max(0, current_rss() - before)}
     return found
 
 

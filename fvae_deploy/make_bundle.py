@@ -112,7 +112,9 @@ def _memory_lines(
     for stage, high in large.items():
         scale = manifest.stage_part(stage, first=False).scale
         least, most = ((side * scale) ** 2 for side in sides)
-        per_cell = max(1, -(-(high - small[stage]) // (most - least)))
-        fixed = max(0, small[stage] - per_cell * least)
-        lines.append(Memory(engine, precision, stage, fixed, per_cell))
+        low = small[stage]
+        per_cell = max(1, -(-(high["most"] - low["most"]) // (most - least)))
+        fixed = max(0, low["most"] - per_cell * least)
+        kept = max(low["kept"], high["kept"])
+        lines.append(Memory(engine, precision, stage, fixed, per_cell, kept))
     return lines

@@ -238,7 +238,9 @@ class Stage:
             working = self.memory.per_cell * self.k * grid.cells
             kept = self.memory.fixed + (0 if spill else states * (grid.count - 1))
             if self.part.heavy:
-                working, kept = working + 2 * states * spill, kept + states * (not spill)
+                between = min(self.memory.kept or self.memory.fixed, self.memory.fixed)
+                working += self.memory.fixed - between + 2 * states * spill
+                kept += between - self.memory.fixed + states * (not spill)
             else:
                 working, kept = 0, kept + working + 2 * states * spill
             found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))

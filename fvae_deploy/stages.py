@@ -79,7 +79,8 @@ class States:
         self._written.add(tile)
 
     def close(self) -> None:
-        """Remove the file, if there is one."""
+        """Forget all states, and remove the file if there is one."""
+        self._kept.clear()
         if self._file is not None:
             self._file.close()
 
