@@ -1,7 +1,8 @@
 """OpenVINO: the fastest engine on CPUs; graphs compiled for the very shapes that come.
 
 States never leave OpenVINO's own buffers: the tensors of a state that was used up become
-the outputs of the next run, so a stream allocates nothing after its first two steps.
+the outputs of the next run, so a stream allocates nothing after its first two steps. At half
+precision states are held in it: half the memory, and no conversions around every step.
 """
 
 from __future__ import annotations
@@ -18,27 +19,30 @@ import numpy as np
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino as ov  # noqa: E402
+from openvino.preprocess import PrePostProcessor  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Part  # noqa: E402
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
 class _Compiled:
     """One part compiled for one set of input shapes."""
 
-    def __init__(self, compiled: ov.CompiledModel, part: Part) -> None:
+    def __init__(self, compiled: ov.CompiledModel, part: Part, element: ov.Type) -> None:
         self.part = part
+        self.element = element  # of the states
         self.compiled = compiled
         self.request: ov.InferRequest | None = None
         self.spare: list[list[ov.Tensor]] = []
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        given = [_tensor(inputs[spec.name]) for spec in self.part.inputs]
+        data, *past = (inputs[spec.name] for spec in self.part.inputs)
+        given = [_data(data), *(_state(value, self.element) for value in past)]
         request = self.request = self.request or self.compiled.create_infer_request()
         for spec, tensor in zip(self.part.inputs, given, strict=True):
             request.set_tensor(spec.name, tensor)
@@ -48,9 +52,9 @@ class _Compiled:
         request.infer()
         if self.part.state_inputs:
             self.spare.append(given[1:])
-        data = self.part.outputs[0].name
+        name = self.part.outputs[0].name
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
-        return {data: request.get_tensor(data).data, **dict(named)}
+        return {name: request.get_tensor(name).data, **dict(named)}
 
     def release(self) -> None:
         """Give back intermediate buffers, spare states, and what the request holds of both."""
@@ -60,13 +64,26 @@ class _Compiled:
 
     def _new_state(self) -> list[ov.Tensor]:
         shapes = (self.compiled.output(spec.name).shape for spec in self.part.state_outputs)
-        return [ov.Tensor(ov.Type.f32, shape) for shape in shapes]
+        return [ov.Tensor(self.element, shape) for shape in shapes]
 
 
-def _tensor(value: Any) -> ov.Tensor:
+def _data(value: Any) -> ov.Tensor:
+    return ov.Tensor(np.ascontiguousarray(value, dtype=np.float32), shared_memory=True)
+
+
+def _state(value: Any, element: ov.Type) -> ov.Tensor:
+    """Take a state as it is, or an array as one, rounded to the element type."""
     if isinstance(value, ov.Tensor):
         return value
-    return ov.Tensor(np.ascontiguousarray(value, dtype=np.float32), shared_memory=True)
+    if element == ov.Type.f32:
+        return _data(value)
+    array = np.ascontiguousarray(value, dtype=np.float32)
+    tensor = ov.Tensor(element, list(array.shape))
+    if element == ov.Type.bf16:  # the upper half of a float32; numpy has no such type
+        tensor.data.view(np.uint16)[...] = (array.view(np.uint32) + 0x8000) >> 16
+    else:
+        tensor.data[...] = array
+    return tensor
 
 
 class OpenVINOEngine:
@@ -106,8 +123,12 @@ class OpenVINOEngine:
             raise EngineError(f"OpenVINO failed in {part} on {shapes[0]}: {reason}") from error
 
     def host(self, state: Any) -> Any:
-        """Return a state as a numpy array, in place."""
-        return state.data if isinstance(state, ov.Tensor) else state
+        """Return a state as a float32 numpy array, in place where it is one."""
+        if not isinstance(state, ov.Tensor):
+            return state
+        if state.element_type == ov.Type.bf16:
+            return (state.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return state.data.astype(np.float32, copy=False)
 
     def release(self, part: str, compiled: bool) -> None:
         """Give back intermediate buffers and spare states, or all that was compiled."""
@@ -126,14 +147,38 @@ class OpenVINOEngine:
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({i.name: list(s) for i, s in zip(part.inputs, shapes, strict=True)})
         # OpenVINO takes bfloat16 by itself where the CPU has it: the hint is always given.
+        element = TYPES[self.precision]
         options = {
-            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_PRECISION_HINT": element,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
         }
+        model = _typed(_states_first(model), part, element)
         compiled = self._core.compile_model(model, self._device, options)
         unmap(self._bundle / "weights.safetensors")
-        return _Compiled(compiled, part)
+        return _Compiled(compiled, part, element)
+
+
+def _states_first(model: ov.Model) -> ov.Model:
+    """Put the data output last: OpenVINO then cuts each state off as soon as it is there.
+
+    Else it keeps what all states are cut from until the end: 1099 instead of 811 MiB for a
+    stage of Wan2.1's decoder.
+    """
+    data, *states = model.get_results()
+    return ov.Model([*states, data], model.get_parameters(), model.get_friendly_name())
+
+
+def _typed(model: ov.Model, part: Part, element: ov.Type) -> ov.Model:
+    """Let a part take and return its states in the precision that it computes in."""
+    if element == ov.Type.f32 or not part.state_outputs:
+        return model
+    typed = PrePostProcessor(model)
+    for spec in part.state_inputs:
+        typed.input(spec.name).tensor().set_element_type(element)
+    for spec in part.state_outputs:
+        typed.output(spec.name).tensor().set_element_type(element)
+    return typed.build()
 
 
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OpenVINOEngine:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Intensity, Manifest, Parity
 
 Array = NDArray[np.float32]
@@ -52,6 +53,8 @@ def parity(
     Parity
         Largest error of the latents in deviations of the reference's; mean and largest error
         of the decoded frames in HU, both clamped to the model's range first.
+
+    Raises EngineError where results are not finite.
     """
     geometry, intensity = manifest.geometry, manifest.intensity
     steps = steps if geometry.first_slices == 1 else 0
@@ -76,7 +79,10 @@ def parity(
 
 
 def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> Array:
-    """Run a whole clip or latent [1, C, T, H, W] untiled: the first frames, then steps of one."""
+    """Run a whole clip or latent [1, C, T, H, W] untiled: the first frames, then steps of one.
+
+    Raises EngineError where the result is not finite.
+    """
     geometry = manifest.geometry
     encode = direction == "encode"
     head = geometry.first_slices if encode else geometry.first_frames
@@ -92,7 +98,13 @@ def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> A
             outputs = engine.run(part.name, given)
             x, *states[stage] = (outputs[spec.name] for spec in part.outputs)
         results.append(x.copy())  # the engine may overwrite it in the next run
-    return np.concatenate(results, axis=2)
+    result = np.concatenate(results, axis=2)
+    if not np.isfinite(result).all():
+        raise EngineError(
+            f"expected finite values from {direction} in {engine.name} {engine.precision}, found "
+            "NaN or infinite ones: this network does not run in that precision there"
+        )
+    return result
 
 
 def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:

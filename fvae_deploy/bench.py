@@ -141,17 +141,22 @@ def _job(
         "weights": str(weights) if _is_peer(case) else None,
         "grids": {},
         "spilled": [],
+        "lean": False,
     }
-    if case.memory:
-        made = plan(
-            manifest,
-            (direction,),
-            (side, side),
-            engine=case.engine,
-            precision=case.precision,
-            memory=case.memory,
-            k=work.k,
-        )
+    if _is_peer(case):
+        return job
+    made = plan(
+        manifest,
+        (direction,),
+        (side, side),
+        engine=case.engine,
+        precision=case.precision,
+        memory=case.memory,
+        k=work.k,
+    )
+    whole = all(grid.count == 1 for grid in made.grids.values())
+    job["lean"] = made.lean if case.memory else made.lean or not whole
+    if case.memory:  # else on the whole plane, whatever is free
         job["grids"] = {name: dataclasses.astuple(grid) for name, grid in made.grids.items()}
         job["spilled"] = sorted(made.spilled)
     return job

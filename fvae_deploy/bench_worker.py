@@ -86,7 +86,9 @@ def _engine(
 
     def run() -> NDArray[np.float32]:
         spill = Path(tempfile.gettempdir())
-        stream = CausalStream(opened, manifest, direction, grids, job["spilled"], spill)
+        stream = CausalStream(
+            opened, manifest, direction, grids, job["spilled"], spill, lean=job["lean"]
+        )
         results = []
         for step in planned:
             taken, size = (
@@ -134,7 +136,7 @@ def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
     for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
         reset_peak()
         before = current_rss()
-        stream = StageStream(opened, manifest, name, grid, None)
+        stream = StageStream(opened, manifest, name, grid, lean=True)
         for first in (True, False, False) if causal else (True, True):
             shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
             stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)

@@ -3,7 +3,9 @@
 What a run needs beyond the libraries is the engine's working memory, stage by stage linear in
 the cells of a tile (measured at export, in the manifest), the states of all tiles, the maps
 between stages, and the slabs in flight between reader, engine and writer. None of it depends
-on the number of slices. States that do not fit wait in a file.
+on the number of slices. States that do not fit wait in a file. Where the budget has room, every
+stage keeps what it compiled and its working memory; where it has not, a `lean` run gives both
+back for the next stage to use.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from fvae_deploy.tiles import Grid, fit, smallest
 
 SLABS = 4  # being made, two waiting, being used
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
+LEAN = 1.05  # a lean run's time: it compiles first parts anew in every window and allocates anew
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds and bytes, on a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -33,6 +36,7 @@ class Plan:
     k: int
     grids: dict[str, Grid]  # by stage
     spilled: frozenset[str]  # stages whose states wait in a file, not in memory
+    lean: bool  # heavy stages keep little between runs
     predicted_bytes: int
     budget_bytes: int
 
@@ -104,12 +108,12 @@ def plan(
     ]
     needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
     needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
-    chosen, taken = _choose(stages, budget / HEADROOM - needed)
+    lean, chosen, taken = _choose(stages, budget / HEADROOM - needed)
     predicted = int((needed + taken) * HEADROOM)
     if predicted <= budget:
         grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
         spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
-        return Plan(k, grids, frozenset(spilled), predicted, budget)
+        return Plan(k, grids, frozenset(spilled), lean, predicted, budget)
     height, width = (n * manifest.geometry.spatial for n in plane)
     worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].kept + pair[1].working)[
         0
@@ -133,14 +137,22 @@ class Option:
     seconds: float
 
 
-def _choose(stages: list[Stage], budget: float) -> tuple[list[Option], int]:
+def _choose(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
+    """Pick options, lean or not: a lean run must gain more than its giving back costs."""
+    lean, ample = (_cheapest([s.options(lean) for s in stages], budget) for lean in (True, False))
+    times = [sum(option.seconds for option in chosen) for chosen, _ in (ample, lean)]
+    if ample[1] <= budget and (lean[1] > budget or times[0] <= LEAN * times[1]):
+        return False, *ample
+    return True, *lean
+
+
+def _cheapest(options: list[list[Option]], budget: float) -> tuple[list[Option], int]:
     """Pick an option for each stage: least time within the budget, else least bytes.
 
     Returns them and the bytes that they take together. For a limit on working memory, which
     stages use in turn, a byte that is kept gets a price, the same for all stages, and each
     picks the option of least time plus price; the price rises until the sum fits.
     """
-    options = [stage.options() for stage in stages]
     floor = max(min(option.working for option in those) for those in options)
     limit = max(option.working for those in options for option in those)
     best: tuple[float, list[Option], int] | None = None
@@ -174,7 +186,7 @@ class Stage:
     memory: Memory
     plane: tuple[int, int]  # cells of the stage
     k: int
-    state_bytes: int  # of one cell
+    state_bytes: int  # of one cell, in the precision that it is kept in
     map_bytes: int  # of one cell, in and out
 
     @classmethod
@@ -195,7 +207,8 @@ class Stage:
             _measured(manifest, engine, precision, part, name),
             (part.scale * plane[0], part.scale * plane[1]),
             k if part.inputs[0].factor("k") or manifest.geometry.temporal == 1 else 1,
-            sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs),
+            sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs)
+            // (1 if precision == "fp32" else 2),
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
         )
 
@@ -221,7 +234,7 @@ class Stage:
         moved = 2 * self.state_bytes * grid.count * grid.cells if spill else 0
         return work + moved / FILE_SECOND
 
-    def options(self) -> list[Option]:
+    def options(self, lean: bool) -> list[Option]:
         """Ways to run the stage, from one tile to the smallest ones."""
         grids: dict[tuple[int, int], Grid] = {}
         cells = self.whole.cells
@@ -237,12 +250,14 @@ class Stage:
             # One tile's states are in the measured line, going in and coming out.
             working = self.memory.per_cell * self.k * grid.cells
             kept = self.memory.fixed + (0 if spill else states * (grid.count - 1))
-            if self.part.heavy:
+            if self.part.heavy and lean:
                 between = min(self.memory.kept or self.memory.fixed, self.memory.fixed)
                 working += self.memory.fixed - between + 2 * states * spill
                 kept += between - self.memory.fixed + states * (not spill)
             else:
                 working, kept = 0, kept + working + 2 * states * spill
+                if self.part.heavy:  # was measured lean, so without its first part
+                    kept += self.memory.fixed + self.memory.per_cell * grid.cells
             found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
         return found
 

@@ -50,6 +50,8 @@ def run_report(
             "tiles": {d: grid.count for d, grid in plan.grids.items()},
             "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
             "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
+            "states_in_a_file": sorted(plan.spilled),
+            "lean": plan.lean,
             "predicted_bytes": plan.predicted_bytes,
             "budget_bytes": plan.budget_bytes,
         },

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import Engine
+from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest, TensorSpec
 from fvae_deploy.tiles import Grid
 
@@ -89,15 +90,23 @@ class States:
 
 
 class StageStream:
-    """One stage, step by step, tile by tile."""
+    """One stage, step by step, tile by tile; a lean one keeps little while others run."""
 
     def __init__(
-        self, engine: Engine, manifest: Manifest, stage: str, grid: Grid, spill: Path | None
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        stage: str,
+        grid: Grid,
+        *,
+        lean: bool = False,
+        spill: Path | None = None,
     ) -> None:
         self._engine, self._manifest, self._stage = engine, manifest, stage
         self._grid, self._tiles = grid, grid.tiles
-        state = manifest.stage_part(stage, first=False).state_inputs
-        self._states = States(engine, state, grid, spill)
+        part = manifest.stage_part(stage, first=False)
+        self._lean = lean and part.heavy
+        self._states = States(engine, part.state_inputs, grid, spill)
         self.seconds = 0.0
 
     def run(self, x: Frames, first: bool) -> Frames:
@@ -107,7 +116,7 @@ class StageStream:
         """
         begin = time.perf_counter()
         part = self._manifest.stage_part(self._stage, first)
-        if part.heavy and not first:
+        if self._lean and not first:
             self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
         fresh = len(part.inputs) == 1
@@ -128,7 +137,7 @@ class StageStream:
                 whole = np.empty((*y.shape[:2], *plane), y.dtype)
             kept = y[:, :, _times(b, rows.crop), _times(b, columns.crop)]
             whole[:, :, _times(b, rows.keep), _times(b, columns.keep)] = kept
-        if part.heavy:
+        if self._lean:
             self._engine.release(part.name, compiled=False)
         self.seconds += time.perf_counter() - begin
         assert whole is not None
@@ -142,7 +151,8 @@ class StageStream:
 class CausalStream:
     """All stages of one direction, fed step by step.
 
-    States of the stages `spilled` wait in a file in `folder`, not in memory.
+    States of the stages `spilled` wait in a file in `folder`, not in memory. With `lean`, heavy
+    stages give their working memory back after every run, for the next one to use.
     """
 
     def __init__(
@@ -153,10 +163,18 @@ class CausalStream:
         grids: Mapping[str, Grid],
         spilled: Collection[str] = (),
         folder: Path | None = None,
+        *,
+        lean: bool = False,
     ) -> None:
+        self._engine = engine
         self.stages = {
             stage: StageStream(
-                engine, manifest, stage, grids[stage], folder if stage in spilled else None
+                engine,
+                manifest,
+                stage,
+                grids[stage],
+                lean=lean,
+                spill=folder if stage in spilled else None,
             )
             for stage in manifest.stages(direction)
         }
@@ -165,10 +183,16 @@ class CausalStream:
         """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
 
         `first` starts a new run; a step without a state before it starts from zeros, which is
-        exact after the direction's `context` latent frames.
+        exact after the direction's `context` latent frames. Raises EngineError where the result
+        is not finite.
         """
         for stage in self.stages.values():
             x = stage.run(x, first)
+        if not np.isfinite(x).all():
+            raise EngineError(
+                f"expected finite values from {self._engine.name} {self._engine.precision}, found "
+                "NaN or infinite ones: use --precision fp32, or another engine"
+            )
         return x.copy()  # the engine may overwrite its own
 
     def close(self) -> None:

@@ -278,6 +278,7 @@ class _Run:
             plan.grids,
             plan.spilled,
             self.folder,
+            lean=plan.lean,
         )
 
     def read(self, reader: Reader, entry: int) -> Iterator[tuple[Step, Frames]]:

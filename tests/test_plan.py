@@ -11,7 +11,7 @@ from fvae_deploy.codec import bundle_path
 from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import PlanError, UsageError
 from fvae_deploy.export.manifest import Manifest, Memory
-from fvae_deploy.plan import available_bytes, parse_bytes, plan, show_bytes
+from fvae_deploy.plan import Stage, available_bytes, parse_bytes, plan, show_bytes
 
 BOTH = ("encode", "decode")
 TINY = Manifest.load(bundle_path("tiny"), verify=False)
@@ -99,6 +99,26 @@ def test_plenty_of_memory_means_no_tiles():
     made = planned(2**36)
     assert [len(grid.tiles) for grid in made.grids.values()] == [1, 1]
     assert made.describe() == "encode whole, decode whole, 1 latent frame a step"
+
+
+def test_room_to_spare_is_used_and_a_tight_budget_is_run_lean(monkeypatch):
+    monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", 0)
+    plane = (64, 64)
+    ample, tight = planned(2**36, plane), planned(least(plane), plane)
+    assert (ample.lean, tight.lean) == (False, True)
+    assert tight.predicted_bytes < ample.predicted_bytes
+
+
+def test_a_network_that_is_not_heavy_keeps_all_it_has_in_any_budget():
+    assert not planned(2**36).lean
+    assert not planned(least((64, 64))).lean
+
+
+def test_half_precision_keeps_half_the_state():
+    single, half = (
+        Stage.of(TINY, "encode", (64, 64), 1, "openvino", p).state_bytes for p in ("fp32", "bf16")
+    )
+    assert single == 2 * half > 0
 
 
 def test_little_memory_means_tiles():

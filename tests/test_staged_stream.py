@@ -23,7 +23,7 @@ from random_wan import SHALLOW, random_wan  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy import stream  # noqa: E402
 from fvae_deploy.codec import open_codec  # noqa: E402
-from fvae_deploy.engines.base import open_engine  # noqa: E402
+from fvae_deploy.engines.base import open_engine, precisions  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError, UsageError  # noqa: E402
 from fvae_deploy.export.check import parity  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, sha256  # noqa: E402
@@ -139,19 +139,56 @@ def test_giving_memory_back_changes_no_bit(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     results = []
-    for heavy in (1e30, 0):
-        monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", heavy)
-        assert manifest.part("encode0_step").heavy == (heavy == 0)
+    monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", 0)
+    assert manifest.part("encode0_step").heavy
+    for lean in (False, True):
         opened = open_engine(bundle, manifest, engine)
         for direction in ("encode", "decode"):
             random = np.random.default_rng(0)
             grids = whole_grids(manifest, (direction,), (9, 8))
-            running = CausalStream(opened, manifest, direction, grids)
+            running = CausalStream(opened, manifest, direction, grids, lean=lean)
             for first in (True, False, False, True, False):
                 x = random.uniform(-1, 1, first_shape(manifest, direction, first, (9, 8)))
                 results.append(running.run(x.astype(np.float32), first))
     for kept, given in zip(results[:10], results[10:], strict=True):
         np.testing.assert_array_equal(kept, given)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_holds_half_the_state_and_spills_it_to_the_bit(
+    bundle: Path, manifest: Manifest, tmp_path: Path, precision: str
+) -> None:
+    if precision not in precisions("openvino"):
+        pytest.skip(f"this CPU does not compute in {precision}")
+    opened = open_engine(bundle, manifest, "openvino", precision=precision)
+    part, random = manifest.part("encode0_first"), np.random.default_rng(0)
+    x = random.uniform(-1, 1, part.inputs[0].sized(1, 6, 5)).astype(np.float32)
+    outputs = opened.run(part.name, {part.inputs[0].name: x})
+    for spec in part.state_outputs:
+        held, seen = outputs[spec.name], opened.host(outputs[spec.name])
+        assert held.get_byte_size() == 2 * seen.size
+        assert (seen.dtype, seen.shape) == (np.float32, tuple(held.shape))
+    grids = whole_grids(manifest, ("encode",), (6, 5))
+    kept, spilled = (
+        CausalStream(opened, manifest, "encode", grids, names, tmp_path)
+        for names in ([], ["encode0", "encode1"])
+    )
+    for first in (True, False, False):
+        x = random.uniform(-1, 1, first_shape(manifest, "encode", first, (6, 5))).astype(np.float32)
+        expected = kept.run(x, first)
+        np.testing.assert_array_equal(spilled.run(x, first), expected)
+    spilled.close()
+
+
+def test_bfloat16_stays_near_torch_for_a_single_channel(bundle: Path, manifest: Manifest) -> None:
+    if "bf16" not in precisions("openvino"):
+        pytest.skip("this CPU does not compute in bf16")
+    reference = open_engine(bundle, manifest, "torch")
+    opened = open_engine(bundle, manifest, "openvino", precision="bf16")
+    for size in ((5, 6), (16, 16)):
+        found = parity(reference, opened, manifest, size=size)
+        assert 1e-4 < found.latent_max < 0.2
+        assert found.hu_mean < 5
 
 
 def test_a_spilled_state_begins_with_zeros(

@@ -461,3 +461,22 @@ def test_times_add_up(fake_codec, write_ct, tmp_path):
     assert set(seconds) == {"read", "encode", "decode", "write", "total"}
     assert min(seconds.values()) >= 0
     assert sum(seconds.values()) <= 2.01 * seconds["total"]
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_left(
+    fake_codec, write_ct, tmp_path, monkeypatch, direction
+):
+    whole = fake_codec.engine.run
+
+    def overflowing(part, inputs):
+        outputs = whole(part, inputs)
+        if part == f"{direction}_step":
+            next(iter(outputs.values()))[..., 0] = np.inf
+        return outputs
+
+    monkeypatch.setattr(fake_codec.engine, "run", overflowing)
+    write_ct(tmp_path / "ct.nii", (16, 16, 9))
+    with pytest.raises(EngineError, match="expected finite values from fake fp32, found NaN or"):
+        reconstruct(fake_codec, tmp_path / "ct.nii", tmp_path / "out.nii")
+    assert [p.name for p in tmp_path.iterdir()] == ["ct.nii"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import SMALL_SCALE  # noqa: E402
 
+from fvae_deploy import make_bundle  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Source, sha256  # noqa: E402
@@ -156,3 +158,22 @@ def test_an_export_that_fails_leaves_nothing(
         export(small_model, tmp_path / "bundle")
     assert seen, "the failure must come after the first file"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_overflows_is_left_out_and_told(
+    small_model: LeanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_bundle, "MEASURED", ("torch",))
+    monkeypatch.setattr(make_bundle, "_memory_lines", lambda *arguments: [])
+    model = copy.deepcopy(small_model)
+    for name in ("image_low", "video_low", "image_high", "video_high"):
+        model.encoder.projection(name).weight.data *= 1e6  # float16 ends at 65504
+    said: list[str] = []
+    manifest = make_bundle.measure_bundle(
+        tmp_path / "b", export(model, tmp_path / "b"), said.append
+    )
+    assert [p.precision for p in manifest.parity] == ["fp32", "bf16"]
+    assert any(
+        "left out: expected finite values from encode in torch fp16" in line for line in said
+    )
+    assert Manifest.load(tmp_path / "b").parity == manifest.parity

@@ -11,6 +11,7 @@ import pytest
 
 from fvae_deploy.engines.base import Engine, open_engine
 from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.errors import EngineError
 from fvae_deploy.export.check import clip, parity, stream
 from fvae_deploy.export.manifest import Intensity, Manifest
 
@@ -72,6 +73,16 @@ def test_an_error_in_a_picture_is_told_in_hu(engine: Engine, manifest: Manifest)
     assert found.latent_max == 0
     assert found.hu_max == pytest.approx(10, rel=1e-3)
     assert found.hu_mean == pytest.approx(20 / (9 * 32 * 40), rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["encode_step", "decode_first"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_have_no_parity(
+    engine: Engine, manifest: Manifest, part: str, value: float
+) -> None:
+    direction = part.split("_")[0]
+    with pytest.raises(EngineError, match=f"finite values from {direction} in off bf16, found NaN"):
+        parity(engine, Off(engine, part, value), manifest)
 
 
 def test_what_the_clamp_takes_away_is_no_error(engine: Engine, manifest: Manifest) -> None:
