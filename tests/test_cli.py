@@ -182,6 +182,8 @@ REPORT = {  # field -> fields in it
         "tiles",
         "tile_cells",
         "tile_overhead",
+        "states_in_a_file",
+        "lean",
         "predicted_bytes",
         "budget_bytes",
     },
