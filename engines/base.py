@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest, Part
+from fvae_deploy.export.bundle import Bundle, Part
 
 Array = Any  # numpy float32 for data; state is the engine's own kind
 
@@ -25,9 +25,10 @@ class Engine(Protocol):
     def run(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute one part.
 
-        The data input is a C-contiguous float32 array; the data output is a float32 array,
-        valid until the next run of the same part. State inputs are what this engine returned
-        (or float32 arrays), and are used up: the engine may write the next state into them.
+        The data input is a C-contiguous array of the part's type; the data output is a float32
+        array, valid until the next run of the same part. State inputs are what this engine
+        returned (or float32 arrays). Where the part returns state they are used up: the engine
+        may write the next state into them.
 
         Raises EngineError when the inputs do not fit the part or the runtime fails.
         """
@@ -117,7 +118,7 @@ def check_inputs(part: Part, inputs: Mapping[str, Array]) -> None:
 
 
 def open_engine(
-    bundle: Path, manifest: Manifest, name: str, device: str = "cpu", precision: str = "fp32"
+    bundle: Path, manifest: Bundle, name: str, device: str = "cpu", precision: str = "fp32"
 ) -> Engine:
     """Open a bundle in an engine of this name; raises EngineError with the remedy."""
     if name not in ENGINES:

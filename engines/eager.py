@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.models.family import fill, rebuild
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +22,7 @@ class EagerEngine:
 
     name = "torch"
 
-    def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
+    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise EngineError(
                 f"expected a CUDA device, found torch {torch.__version__} without one: "
@@ -45,9 +45,9 @@ class EagerEngine:
         """Compute one part."""
         spec = self._manifest.part(part)
         check_inputs(spec, inputs)
-        given = [self._tensor(inputs[tensor.name]) for tensor in spec.inputs]
+        given = [self._tensor(inputs[tensor.name], tensor.type) for tensor in spec.inputs]
         try:
-            outputs = self._stage(part.rpartition("_")[0])(*given)
+            outputs = self._stage(spec.stage)(*given)
         except RuntimeError as error:
             raise EngineError(f"torch failed in {part}: {str(error).splitlines()[0]}") from error
         named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
@@ -81,14 +81,16 @@ class EagerEngine:
             self._stages[name] = stage
         return self._stages[name]
 
-    def _tensor(self, value: Any) -> torch.Tensor:
+    def _tensor(self, value: Any, kind: str) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
             value = torch.from_numpy(value)
-        tensor: torch.Tensor = value.to(self._device, self._dtype)
+        tensor: torch.Tensor = value.to(
+            self._device, self._dtype if kind == "float32" else torch.int64
+        )
         return tensor
 
 
-def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> EagerEngine:
+def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> EagerEngine:
     """Open a bundle; raises EngineError when the device is not there."""
     return EagerEngine(bundle, manifest, device, precision)
 

@@ -23,19 +23,8 @@ from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import (
-    SCHEMA,
-    Dimension,
-    Geometry,
-    Intensity,
-    LatentNormalisation,
-    Manifest,
-    Network,
-    Part,
-    Source,
-    TensorSpec,
-    sha256,
-)
+from fvae_deploy.export.bundle import SCHEMA, Dimension, Network, Part, Source, TensorSpec, sha256
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
 
 TEMPORAL, SPATIAL, LATENTS = 4, 8, 3
 GRAIN = (np.arange(TEMPORAL * SPATIAL**2).reshape(TEMPORAL, SPATIAL, SPATIAL) - 127.5) / 4096
@@ -137,6 +126,7 @@ def write_fake_bundle(folder: Path, channels: int = 1) -> Manifest:
     weights.write_bytes(struct.pack("<Q", 2) + b"{}")  # a safetensors file of no tensors
     manifest = Manifest(
         schema=SCHEMA,
+        kind=Manifest.KIND,
         fvae_version="0.1.0",
         name="fake",
         description="Block means, for tests of the pipeline",

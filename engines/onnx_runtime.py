@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.bundle import Bundle
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -27,7 +27,7 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
+    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
         if precision != manifest.precision:
             raise EngineError(
                 f"expected precision {manifest.precision}, which this bundle holds, found "
@@ -52,7 +52,8 @@ class OnnxRuntimeEngine:
             session = self._session(part)
             binding = session.io_binding()
             for tensor in spec.inputs:
-                binding.bind_ortvalue_input(tensor.name, self._value(inputs[tensor.name]))
+                value = self._value(inputs[tensor.name], tensor.type)
+                binding.bind_ortvalue_input(tensor.name, value)
             for i, tensor in enumerate(spec.outputs):
                 binding.bind_output(tensor.name, self._device if i else "cpu")
             session.run_with_iobinding(binding, self._run_options(spec.heavy))
@@ -80,10 +81,10 @@ class OnnxRuntimeEngine:
         """Release the sessions."""
         self._sessions.clear()
 
-    def _value(self, value: Any) -> ort.OrtValue:
+    def _value(self, value: Any, kind: str) -> ort.OrtValue:
         if isinstance(value, ort.OrtValue):
             return value
-        array = np.ascontiguousarray(value, dtype=np.float32)
+        array = np.ascontiguousarray(value, dtype=kind)
         return ort.OrtValue.ortvalue_from_numpy(array, self._device)
 
     def _run_options(self, heavy: bool) -> ort.RunOptions:
@@ -110,7 +111,7 @@ class OnnxRuntimeEngine:
         return self._sessions[part]
 
 
-def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OnnxRuntimeEngine:
+def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OnnxRuntimeEngine:
     """Open a bundle; raises EngineError when the device or precision is not there."""
     return OnnxRuntimeEngine(bundle, manifest, device, precision)
 

@@ -24,7 +24,7 @@ from openvino.preprocess import PrePostProcessor  # noqa: E402
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
-from fvae_deploy.export.manifest import Manifest, Part  # noqa: E402
+from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
 
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
@@ -42,7 +42,10 @@ class _Compiled:
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         data, *past = (inputs[spec.name] for spec in self.part.inputs)
-        given = [_data(data), *(_state(value, self.element) for value in past)]
+        given = [
+            _data(data, self.part.inputs[0].type),
+            *(_state(value, self.element) for value in past),
+        ]
         request = self.request = self.request or self.compiled.create_infer_request()
         for spec, tensor in zip(self.part.inputs, given, strict=True):
             request.set_tensor(spec.name, tensor)
@@ -50,7 +53,7 @@ class _Compiled:
         for spec, tensor in zip(self.part.state_outputs, state, strict=True):
             request.set_tensor(spec.name, tensor)
         request.infer()
-        if self.part.state_inputs:
+        if self.part.state_outputs and self.part.state_inputs:
             self.spare.append(given[1:])
         name = self.part.outputs[0].name
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
@@ -67,8 +70,8 @@ class _Compiled:
         return [ov.Tensor(self.element, shape) for shape in shapes]
 
 
-def _data(value: Any) -> ov.Tensor:
-    return ov.Tensor(np.ascontiguousarray(value, dtype=np.float32), shared_memory=True)
+def _data(value: Any, kind: str = "float32") -> ov.Tensor:
+    return ov.Tensor(np.ascontiguousarray(value, dtype=kind), shared_memory=True)
 
 
 def _state(value: Any, element: ov.Type) -> ov.Tensor:
@@ -91,7 +94,7 @@ class OpenVINOEngine:
 
     name = "openvino"
 
-    def __init__(self, bundle: Path, manifest: Manifest, device: str, precision: str) -> None:
+    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
         self.precision = precision
         self._bundle, self._manifest, self._device = bundle, manifest, device.upper()
         self._core = ov.Core()
@@ -153,6 +156,8 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
         }
+        if not part.state_outputs:
+            element = ov.Type.f32  # what is given beside the data is no state of its own
         model = _typed(_states_first(model), part, element)
         compiled = self._core.compile_model(model, self._device, options)
         unmap(self._bundle / "weights.safetensors")
@@ -181,7 +186,7 @@ def _typed(model: ov.Model, part: Part, element: ov.Type) -> ov.Model:
     return typed.build()
 
 
-def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> OpenVINOEngine:
+def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OpenVINOEngine:
     """Open a bundle; raises EngineError when the device cannot compute at this precision."""
     return OpenVINOEngine(bundle, manifest, device, precision)
 

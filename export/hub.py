@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import Source, sha256
+from fvae_deploy.export.bundle import Source, sha256
 
 FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 MODEL = "diffusion_pytorch_model"  # what diffusers calls weights

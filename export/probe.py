@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.reach import PLANE, Analysis, analyse, macs
 

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError, UsageError
+from fvae_deploy.export.bundle import Source, sha256
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.known import known
-from fvae_deploy.export.manifest import Source, sha256
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model

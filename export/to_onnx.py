@@ -9,6 +9,7 @@ network.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -18,7 +19,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import onnx
 import torch
@@ -27,12 +29,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import SCHEMA, Manifest, Part, Source, TensorSpec, sha256
+from fvae_deploy.export.bundle import SCHEMA, Bundle, Part, Source, TensorSpec, sha256
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.probe import parts_of
 
+Kind = TypeVar("Kind", bound=Bundle)
+
 WEIGHTS = "weights.safetensors"
-EXAMPLE = {"k": 2, "h": 3, "w": 4}  # sizes traced with; all of them stay symbolic
+EXAMPLE = {"k": 2, "h": 3, "w": 4, "n": 5}  # sizes traced with; all of them stay symbolic
 OTHER = {"k": 3, "h": 5, "w": 7}  # sizes at which the trace of foreign code must hold, too
 
 
@@ -48,43 +53,62 @@ def export_bundle(
     opset: int = 18,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
-    """Write a bundle to `folder`, which appears only when it is whole.
+    """Write a VAE's bundle to `folder`, which appears only when it is whole.
 
     `opset` is the ONNX operator set, 18 or later. Raises BundleError when the folder exists
     or cannot be written, or the network cannot be cut into parts.
     """
-    if folder.exists():
-        raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
-    if not folder.parent.is_dir():
-        raise BundleError(f"expected a folder {folder.parent}, found none: create it")
+    _check_new(folder)
     progress("measuring how far each stage reaches")
-    parts = parts_of(model)
+    manifest = Manifest(
+        schema=SCHEMA,
+        kind=Manifest.KIND,
+        fvae_version=version,
+        name=name,
+        description=description,
+        licence=licence,
+        source=source,
+        network=model.network,
+        precision="fp32",
+        parts=parts_of(model),
+        files={},
+        geometry=model.geometry,
+        intensity=model.intensity,
+        latent=model.latent,
+    )
+    return write_bundle(manifest, model.stages, folder, opset, progress, foreign=model.foreign)
+
+
+def write_bundle(
+    manifest: Kind,
+    stages: Mapping[str, nn.Module],
+    folder: Path,
+    opset: int = 18,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    foreign: bool = False,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> Kind:
+    """Write weights, a graph for each part, further files of text, and the manifest.
+
+    Returns the manifest with the files' hashes. Raises BundleError as `export_bundle` does.
+    """
+    _check_new(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(_weights(model), temporary / WEIGHTS)
+        save_file(_weights(stages), temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)
         offsets = _offsets(temporary / WEIGHTS)
-        for number, part in enumerate(parts):
-            progress(f"exporting graph {number + 1} of {len(parts)}: {part.name}")
-            stage = part.name.rpartition("_")[0]
-            proto = trace(model.stages[stage], part, opset, model.foreign)
-            _point_into(proto, offsets, f"{stage}.")
+        for number, part in enumerate(manifest.parts):
+            progress(f"exporting graph {number + 1} of {len(manifest.parts)}: {part.name}")
+            proto = trace(stages[part.stage], part, opset, foreign)
+            _point_into(proto, offsets, f"{part.stage}.")
             onnx.save(proto, str(temporary / part.file))
-        manifest = Manifest(
-            schema=SCHEMA,
-            fvae_version=version,
-            name=name,
-            description=description,
-            licence=licence,
-            source=source,
-            network=model.network,
-            geometry=model.geometry,
-            intensity=model.intensity,
-            latent=model.latent,
-            precision="fp32",
-            parts=parts,
-            files={f: sha256(temporary / f) for f in [WEIGHTS, *(p.file for p in parts)]},
-        )
+        for file, text in texts.items():
+            (temporary / file).write_text(text, encoding="utf-8")
+        names = [WEIGHTS, *(part.file for part in manifest.parts), *texts]
+        files = {name: sha256(temporary / name) for name in names}
+        manifest = dataclasses.replace(manifest, files=files)
         manifest.save(temporary)
         temporary.chmod(0o755)
         temporary.rename(folder)
@@ -94,11 +118,18 @@ def export_bundle(
     return manifest
 
 
-def _weights(model: Model) -> dict[str, torch.Tensor]:
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
+    if not folder.parent.is_dir():
+        raise BundleError(f"expected a folder {folder.parent}, found none: create it")
+
+
+def _weights(stages: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """All stages' weights by name; one that has two names is written twice."""
     weights: dict[str, torch.Tensor] = {}
     places: set[int] = set()
-    for stage, network in model.stages.items():
+    for stage, network in stages.items():
         for key, value in network.state_dict().items():
             place = value.untyped_storage().data_ptr()
             weights[f"{stage}.{key}"] = value.clone() if place in places else value.contiguous()
@@ -112,9 +143,12 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
     Raises BundleError where the exporter cannot, or where the trace of `foreign` code does
     not hold at other sizes.
     """
-    example = [torch.zeros(spec.sized(**EXAMPLE)) for spec in part.inputs]
+    example = [
+        torch.zeros(spec.sized(**EXAMPLE), dtype=getattr(torch, spec.type)) for spec in part.inputs
+    ]
     used = {s for s in EXAMPLE if any(spec.factor(s) for spec in part.inputs)}
-    symbols = {name: torch.export.Dim(name, min=1, max=1 << 16) for name in used}
+    least = {"k": 2} if part.name == "denoise" else {}  # it reflects at both ends
+    symbols = {name: torch.export.Dim(name, min=least.get(name, 1), max=1 << 16) for name in used}
     dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
     try:
         with _quiet():

@@ -1,4 +1,7 @@
-"""Names of the 117 organs of TotalSegmentator v2 (its "total" task), by label number."""
+"""Names by label number: organs of a label map, and findings of a disease mask.
+
+Organs are the 117 of TotalSegmentator v2 (its "total" task), findings the 18 of CT-RATE.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,32 @@ def _names() -> Iterator[str]:
 
 ORGANS: dict[int, str] = dict(enumerate(_names(), start=1))
 
+FINDINGS: dict[int, str] = dict(
+    enumerate(
+        (
+            "Medical material",
+            "Arterial wall calcification",
+            "Cardiomegaly",
+            "Pericardial effusion",
+            "Coronary artery wall calcification",
+            "Hiatal hernia",
+            "Lymphadenopathy",
+            "Emphysema",
+            "Atelectasis",
+            "Lung nodule",
+            "Lung opacity",
+            "Pulmonary fibrotic sequela",
+            "Pleural effusion",
+            "Mosaic attenuation pattern",
+            "Peribronchial thickening",
+            "Consolidation",
+            "Bronchiectasis",
+            "Interlobular septal thickening",
+        ),
+        start=1,
+    )
+)
+
 
 def organ_name(label: int) -> str:
     """Name of a label, or "label 205" for a number that TotalSegmentator does not use."""
@@ -47,3 +76,11 @@ def organ_label(name: str) -> int:
 
 
 _LABELS = {name: label for label, name in ORGANS.items()}
+
+
+def finding_label(name: str) -> int:
+    """Label number of a finding's name; KeyError for a name that is not in the list."""
+    return _FINDING_LABELS[name]
+
+
+_FINDING_LABELS = {name: label for label, name in FINDINGS.items()}

@@ -18,14 +18,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.anatomy import FRAME, ORGAN_BLOBS, SPINE, TUBES, Blob, Point, Tube, lung_vessels
+from fvae_deploy.anatomy import SPINE, Blob, Point, Tube, lung_vessels
 from fvae_deploy.errors import UsageError
 from fvae_deploy.organs import organ_label
+from fvae_deploy.patient import STANDARD, Finding, Patient
 from fvae_deploy.volume.base import Geometry, Writer, create_volume
 
 Map = NDArray[np.floating[Any]]  # float32 [x, y]: the body's rectangle or a box in it
@@ -33,9 +34,16 @@ Box = tuple[slice, slice]
 
 FIELD_OF_VIEW = (360.0, 360.0, 450.0)  # mm, unless the spacing is given
 HALF_BODY = (165.0, 112.0)  # mm, x and y
-NOISE = 12.0  # HU, standard deviation
 BATCH = 8  # slices handed to the writer at once
 EVERYWHERE: Box = (slice(None), slice(None))
+
+
+class Slice(NamedTuple):
+    """One slice, each map [x, y]."""
+
+    hu: NDArray[np.int16]  # noise included
+    organs: NDArray[np.uint8]  # labels of `organs.ORGANS`
+    findings: NDArray[np.uint8]  # labels of `organs.FINDINGS`
 
 
 class Torso:
@@ -46,47 +54,62 @@ class Torso:
     anew: what surrounds it is the same in every slice but for noise.
     """
 
-    def __init__(self, shape: tuple[int, int, int], spacing: Point, seed: int = 0) -> None:
-        self.shape, self.spacing, self.seed = shape, spacing, seed
-        self.edge = max(spacing[0], spacing[1])
-        self._take(_axis(shape[0], spacing[0]), _axis(shape[1], spacing[1]))
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        spacing: Point,
+        seed: int = 0,
+        patient: Patient = STANDARD,
+    ) -> None:
+        self.shape, self.spacing, self.seed, self.patient = shape, spacing, seed, patient
+        # Everything is drawn in the standard torso's millimetres.
+        across, down = spacing[0] / patient.size[0], spacing[1] / patient.size[1]
+        self.edge = max(across, down)
+        self._take(_axis(shape[0], across), _axis(shape[1], down))
         self.surroundings = self._couch()
         across, down = HALF_BODY
         self.body_box = self._box((-across, -down), (across, down)) or EVERYWHERE
         self._take(self.x[self.body_box[0], 0], self.y[0, self.body_box[1]])
         self.outline = _superellipse(self.x, self.y, across, down, 2.5)
-        self.fat = 11 + 4 * np.tanh(-self.y / 60)  # [1, y] mm, thicker in front
+        self.fat = patient.fat * (11 + 4 * np.tanh(-self.y / 60))  # [1, y] mm, thicker in front
         self.vessels = lung_vessels(seed)
         random, waves = np.random.default_rng([seed, 1]), 24
         self.wave_rates = random.normal(0, 0.08, (3, waves)).astype(np.float32)  # radians a mm
         self.wave_phases = random.uniform(0, 2 * math.pi, waves).astype(np.float32)
 
-    def slice(self, k: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """Draw slice k: HU (int16, noise included) and organ labels (uint8), both [x, y]."""
-        z = (k - (self.shape[2] - 1) / 2) * self.spacing[2]
+    def slice(self, k: int) -> Slice:
+        """Draw slice k."""
+        patient = self.patient
+        z = (k - (self.shape[2] - 1) / 2) * self.spacing[2] - patient.shift
+        z /= patient.size[2]
         self.hu = self.surroundings[self.body_box].copy()
-        self.labels = np.zeros(self.hu.shape, np.uint8)
+        self.labels, self.ill = (np.zeros(self.hu.shape, np.uint8) for _ in range(2))
         body = self.outline - 7 * math.exp(-(((z + 70) / 60) ** 2))
         apex = 48 * max(0.0, (z - 115) / 110) ** 2
         cage = self.outline - (self.fat + (8 + apex))
         cavity = np.minimum(cage - 6, body - (self.fat + 15))
         self._wall(body, cavity)
-        for blob in FRAME:
+        for blob in patient.frame:
             self._blob(blob, z, within=body - 12)
         self._ribs(cage, z)
         self._lungs(cavity, z)
-        for blob in ORGAN_BLOBS:
+        for blob in patient.organs:
             self._blob(blob, z, within=cavity)
-        for tube in TUBES:
+        for tube in patient.tubes:
             self._tube(tube, z)
         self._vertebrae(z)
         self.hu += self._heterogeneity(z) * _blend(body, self.edge)
         hu = self._noise(k)
         hu += self.surroundings
         hu[self.body_box] += self.hu - self.surroundings[self.body_box]
-        labels = np.zeros(self.shape[:2], np.uint8)
-        labels[self.body_box] = self.labels
-        return np.rint(np.clip(hu, -1024, 3071, out=hu), out=hu).astype(np.int16), labels
+        np.rint(np.clip(hu, -1024, 3071, out=hu), out=hu)
+        return Slice(hu.astype(np.int16), self._framed(self.labels), self._framed(self.ill))
+
+    def _framed(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Put labels of the body's rectangle into the whole plane."""
+        plane = np.zeros(self.shape[:2], np.uint8)
+        plane[self.body_box] = labels
+        return plane
 
     def _take(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         """Draw from now on at these positions, in mm."""
@@ -160,6 +183,19 @@ class Torso:
             self.labels[inside & where] = organ_label(lobe)
         for tube in self.vessels:
             self._tube(tube, z, within=lung)
+        for finding in self.patient.findings:
+            self._finding(finding, z, lung)
+
+    def _finding(self, finding: Finding, z: float, lung: Map) -> None:
+        """Paint a finding within its lung; the lung keeps its label."""
+        (cx, cy, cz), (rx, ry, rz) = finding.centre, finding.radii
+        u, v, w = (self.x - cx) / rx, (self.y - cy) / ry, (z - cz) / rz
+        distance = (1 - np.sqrt(u * u + v * v + w * w)) * min(rx, ry, rz)
+        distance = np.minimum(distance, self.y - finding.level)
+        side = self.x if finding.side == "left" else -self.x
+        distance = np.minimum(np.minimum(distance, lung), side)
+        self._paint(EVERYWHERE, distance, finding.hu)
+        self.ill[distance > 0] = finding.label
 
     def _blob(self, blob: Blob, z: float, within: Map) -> None:
         (cx, cy, cz), (rx, ry, rz) = blob.centre, blob.radii
@@ -243,7 +279,7 @@ class Torso:
         random = np.random.Generator(np.random.SFC64([self.seed, 2, k]))
         white = np.frombuffer(random.bytes(nx * ny), np.uint8).reshape(nx, ny)
         grain = _grain(white.astype(np.float32))
-        grain *= NOISE / _GRAIN_SIGMA
+        grain *= self.patient.noise / _GRAIN_SIGMA
         return grain
 
 
@@ -317,14 +353,18 @@ def write_phantom(
     spacing: Sequence[float] | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    *,
+    patient: Patient = STANDARD,
+    findings: Path | str | None = None,
 ) -> None:
-    """Write a synthetic torso, and with `labels` its organs, slice by slice.
+    """Write a synthetic torso slice by slice, and with `labels` and `findings` its label maps.
 
     The same shape, spacing and seed give the same volume. Without `spacing` (mm) any shape
     samples the same 360 x 360 x 450 mm, finer or coarser. HU are int16 in -1024..3071; the
-    labels are TotalSegmentator v2 numbers. `progress` is called with the number of slices
-    done since the last call. Raises UsageError for a shape below 8 x 8 x 1 or a spacing that
-    is not positive, and VolumeError when a file cannot be written.
+    labels are TotalSegmentator v2 numbers, findings those of `organs.FINDINGS`. `progress` is
+    called with the number of slices done since the last call. Raises UsageError for a shape
+    below 8 x 8 x 1 or a spacing that is not positive, and VolumeError when a file cannot be
+    written.
     """
     nx, ny, nz = shape
     if min(nx, ny) < 8 or nz < 1:
@@ -333,17 +373,19 @@ def write_phantom(
     sx, sy, sz = default if spacing is None else map(float, spacing)
     if min(sx, sy, sz) <= 0:
         raise UsageError(f"expected a spacing above 0 mm, found {sx} x {sy} x {sz}: correct it")
-    torso = Torso((nx, ny, nz), (sx, sy, sz), seed)
+    torso = Torso((nx, ny, nz), (sx, sy, sz), seed, patient)
     geometry = Geometry(torso.shape, _affine(torso.shape, torso.spacing))
     with ExitStack() as stack:
         volume = stack.enter_context(create_volume(path, geometry))
-        organs: Writer | None = None
-        if labels is not None:
-            organs = stack.enter_context(create_volume(labels, geometry))
+        maps: dict[str, Writer] = {
+            name: stack.enter_context(create_volume(file, geometry))
+            for name, file in (("organs", labels), ("findings", findings))
+            if file is not None
+        }
         for start in range(0, nz, BATCH):
             drawn = [torso.slice(k) for k in range(start, min(start + BATCH, nz))]
-            volume.write(np.stack([hu for hu, _ in drawn]))
-            if organs is not None:
-                organs.write(np.stack([label for _, label in drawn]).astype(np.int16))
+            volume.write(np.stack([one.hu for one in drawn]))
+            for name, writer in maps.items():
+                writer.write(np.stack([getattr(one, name) for one in drawn]).astype(np.int16))
             if progress is not None:
                 progress(len(drawn))

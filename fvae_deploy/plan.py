@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fvae_deploy.errors import PlanError, UsageError
-from fvae_deploy.export.manifest import Manifest, Memory, Part
+from fvae_deploy.export.bundle import Part
+from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.tiles import Grid, fit, smallest
 
 SLABS = 4  # being made, two waiting, being used

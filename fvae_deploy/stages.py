@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest, TensorSpec
+from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.tiles import Grid
 
 Frames = NDArray[np.float32]  # [C, T, H, W]

@@ -51,7 +51,7 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
     pytest.importorskip("onnxscript", reason="needs the export extra")
     from random_lean_vae import SMALL_SCALE
 
-    from fvae_deploy.export.manifest import Source
+    from fvae_deploy.export.bundle import Source
     from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
     from fvae_deploy.export.to_onnx import export_bundle
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fvae_deploy.export.manifest import SCHEMA, Manifest, Source
+from fvae_deploy.export.bundle import SCHEMA, Source
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.probe import parts_of
 
@@ -18,6 +19,7 @@ class Float64:
         self.stages = {name: stage.double() for name, stage in model.stages.items()}
         self.manifest = Manifest(
             schema=SCHEMA,
+            kind=Manifest.KIND,
             fvae_version="0",
             name="float64",
             description="",
@@ -36,7 +38,7 @@ class Float64:
         spec = self.manifest.part(part)
         given = [torch.as_tensor(inputs[i.name]).double() for i in spec.inputs]
         with torch.inference_mode():
-            outputs = self.stages[part.rpartition("_")[0]](*given)
+            outputs = self.stages[spec.stage](*given)
         return {o.name: value.numpy() for o, value in zip(spec.outputs, outputs, strict=True)}
 
     def host(self, state: Any) -> Any:

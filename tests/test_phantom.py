@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fvae_deploy.errors import UsageError
 from fvae_deploy.organs import ORGANS, organ_label, organ_name
-from fvae_deploy.phantom import FIELD_OF_VIEW, NOISE, Torso, write_phantom
+from fvae_deploy.patient import STANDARD
+from fvae_deploy.phantom import FIELD_OF_VIEW, Torso, write_phantom
 from fvae_deploy.volume import open_volume
 
 SHAPE = (96, 90, 60)
@@ -25,7 +26,7 @@ def torso(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> Torso:
 def drawn() -> tuple[np.ndarray, np.ndarray]:
     """HU and labels of the whole torso, [z, x, y]."""
     slices = [torso().slice(k) for k in range(SHAPE[2])]
-    return np.stack([hu for hu, _ in slices]), np.stack([labels for _, labels in slices])
+    return np.stack([s.hu for s in slices]), np.stack([s.organs for s in slices])
 
 
 def test_file_holds_the_slices_in_order_whatever_was_drawn_before(tmp_path: Path, drawn):
@@ -48,7 +49,7 @@ def test_a_slice_does_not_depend_on_the_slices_drawn_before_it(drawn):
 
 
 def test_seed_changes_noise_and_nothing_of_the_anatomy(drawn):
-    hu, labels = torso(seed=1).slice(30)
+    hu, labels, _ = torso(seed=1).slice(30)
     np.testing.assert_array_equal(labels, drawn[1][30])
     assert (hu != drawn[0][30]).mean() > 0.8
     assert abs(float(hu.mean()) - float(drawn[0][30].mean())) < 5
@@ -57,9 +58,9 @@ def test_seed_changes_noise_and_nothing_of_the_anatomy(drawn):
 def test_noise_has_the_promised_sigma_and_correlation():
     source = torso((256, 256, 4))
     noise = np.stack([source._noise(k) for k in range(4)])
-    assert noise.std() == pytest.approx(NOISE, rel=0.02)
-    assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * NOISE**2  # neighbours agree
-    assert abs(np.mean(noise[1:] * noise[:-1])) < 0.02 * NOISE**2  # slices do not
+    assert noise.std() == pytest.approx(STANDARD.noise, rel=0.02)
+    assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * STANDARD.noise**2  # neighbours agree
+    assert abs(np.mean(noise[1:] * noise[:-1])) < 0.02 * STANDARD.noise**2  # slices do not
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
 def test_any_shape_draws_every_slice(shape: tuple[int, int, int], seed: int):
     source = torso(shape, seed)
     for k in range(shape[2]):
-        hu, labels = source.slice(k)
+        hu, labels, _ = source.slice(k)
         assert hu.shape == labels.shape == shape[:2]
         assert hu.dtype == np.int16
 

@@ -102,7 +102,7 @@ def test_plenty_of_memory_means_no_tiles():
 
 
 def test_room_to_spare_is_used_and_a_tight_budget_is_run_lean(monkeypatch):
-    monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", 0)
+    monkeypatch.setattr("fvae_deploy.export.bundle.HEAVY", 0)
     plane = (64, 64)
     ample, tight = planned(2**36, plane), planned(least(plane), plane)
     assert (ample.lean, tight.lean) == (False, True)

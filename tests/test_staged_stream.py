@@ -25,8 +25,9 @@ from fvae_deploy import stream  # noqa: E402
 from fvae_deploy.codec import open_codec  # noqa: E402
 from fvae_deploy.engines.base import open_engine, precisions  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError, UsageError  # noqa: E402
+from fvae_deploy.export.bundle import sha256  # noqa: E402
 from fvae_deploy.export.check import parity  # noqa: E402
-from fvae_deploy.export.manifest import Manifest, sha256  # noqa: E402
+from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.sources import Foreign, load  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.plan import parse_bytes, plan  # noqa: E402
@@ -139,7 +140,7 @@ def test_giving_memory_back_changes_no_bit(
     bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     results = []
-    monkeypatch.setattr("fvae_deploy.export.manifest.HEAVY", 0)
+    monkeypatch.setattr("fvae_deploy.export.bundle.HEAVY", 0)
     assert manifest.part("encode0_step").heavy
     for lean in (False, True):
         opened = open_engine(bundle, manifest, engine)

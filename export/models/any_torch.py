@@ -28,14 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
-from fvae_deploy.export.manifest import (
-    Geometry,
-    Intensity,
-    LatentNormalisation,
-    Network,
-    Source,
-    sha256,
-)
+from fvae_deploy.export.bundle import Network, Source, sha256
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
 

@@ -1,6 +1,6 @@
 """The denoiser of the latent diffusion model: a 2-D U-Net over frames, made pseudo-3-D.
 
-    x, mask_latent [f, D, h, w], t [f], context [tokens, dim]  -->  noise [f, D, h, w]
+    x, mask_latent [f, D, h, w], time [1, W], context [tokens, dim]  -->  noise [f, D, h, w]
 
 The U-Net is that of latent diffusion (Rombach et al., 2022), its convolutions 2-D with the
 latent frames as batch. After every 3x3 convolution a convolution of three frames joins the
@@ -8,14 +8,15 @@ frames at every pixel, reflected at both ends of the window. Attention stays wit
 to itself and to the text.
 
 The text's keys and values depend neither on frame nor on step, so they are a part of their
-own: `Context` computes them once a generation, `Denoiser` takes them. That is exact.
+own, computed once a generation (`models.denoiser_parts`). That is exact. Time enters
+as the waves that the reference makes of it (`export.generator.waves`): computed inside, in half
+precision, neighbouring times would be one.
 
 Parameter names are those of the published checkpoints (`model.diffusion_model.*`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export.models.slicewise import Doubling
 
 GROUPS = 32
-PERIOD = 10_000  # of the slowest wave of the time embedding
 # Options of latent diffusion that none of these networks uses, and the values that mean so.
 UNUSED: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
@@ -103,10 +104,11 @@ class AlongFrames(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [f, C, h, w], at least two frames, to as many."""
-        frames = torch.cat([x[1:2], x, x[-2:-1]]).transpose(0, 1)[None]  # [1, C, f + 2, h, w]
-        weight = self.temporal_conv.weight[..., None, None]
-        y: Tensor = F.conv3d(frames, weight, self.temporal_conv.bias)
-        return y[0].transpose(0, 1)
+        frames = torch.cat([x[1][None], x, x[-2][None]])
+        # Three frames side by side as channels: one matrix product, whatever the layout.
+        beside = torch.cat([frames[:-2], frames[1:-1], frames[2:]], dim=1)
+        weight = self.temporal_conv.weight.transpose(1, 2).flatten(1)
+        return F.conv2d(beside, weight[..., None, None], self.temporal_conv.bias)
 
 
 class ResBlock(nn.Module):
@@ -126,7 +128,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """X [f, C, h, w] and embedding [f, E] -> [f, C', h, w]."""
+        """X [f, C, h, w] and embedding [1, E] -> [f, C', h, w]."""
         y = self.in_layers_tem(self.in_layers(x))
         y = y + self.emb_layers(embedding)[..., None, None]
         y = self.out_layers_tem(self.out_layers(y))
@@ -241,8 +243,10 @@ class Downsample(nn.Module):
         self.op_tem = AlongFrames(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [f, C, h, w] -> [f, C, h/2, w/2]."""
-        result: Tensor = self.op_tem(self.op(x))
+        """X [f, C, h, w], h and w even -> [f, C, h/2, w/2]."""
+        # Of the border of 1 all around, none is met at the far sides; so sizes stay exact.
+        y = F.conv2d(F.pad(x, (1, 0, 1, 0)), self.op.weight, self.op.bias, stride=2)
+        result: Tensor = self.op_tem(y)
         return result
 
 
@@ -253,15 +257,25 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.conv_tem = AlongFrames(width)
+        self.doubling: Doubling | None = None
+
+    def fold(self) -> None:
+        """Do both in 4/9 of the work from now on."""
+        self.doubling = Doubling(self.conv)
+        del self.conv
 
     def forward(self, x: Tensor) -> Tensor:
         """X [f, C, h, w] -> [f, C, 2h, 2w]."""
-        result: Tensor = self.conv_tem(self.conv(F.interpolate(x, scale_factor=2.0)))
+        if self.doubling is None:
+            x = self.conv(F.interpolate(x, scale_factor=2.0))
+        else:
+            x = self.doubling(x)
+        result: Tensor = self.conv_tem(x)
         return result
 
 
 class UNet(nn.Module):
-    """The network as published; `Context` and `Denoiser` are its parts."""
+    """The network as published, keys and values of the text given."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -318,10 +332,21 @@ class UNet(nn.Module):
         """The layers that attend to the text, in the order in which they run."""
         return [m.attn2 for m in self.modules() if isinstance(m, Transformer)]
 
-    def forward(self, x: Tensor, mask_latent: Tensor, t: Tensor, *text: Tensor) -> Tensor:
-        """Predict the noise: x, mask_latent [f, D, h, w], t [f], keys and values of the text."""
+    def fold(self) -> None:
+        """Take what saves work and changes no result; weights then have other names."""
+        for module in list(self.modules()):
+            if isinstance(module, Upsample):
+                module.fold()
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Context [tokens, dim] -> keys, values, keys, ... [1, heads, tokens, d] for `forward`."""
+        pairs = [layer.keys_values(context[None]) for layer in self.text_attention]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+    def forward(self, x: Tensor, mask_latent: Tensor, time: Tensor, *text: Tensor) -> Tensor:
+        """Predict the noise of x [f, D, h, w], given time [1, W], keys and values of the text."""
         waiting = iter(text)
-        embedding = self.time_embed(waves(t, self.config.model_channels).to(x.dtype))
+        embedding = self.time_embed(time)
         y = torch.cat([x, mask_latent], dim=1)
         skips = []
         for block in self.input_blocks:
@@ -332,29 +357,6 @@ class UNet(nn.Module):
             y = _through(block, torch.cat([y, skips.pop()], dim=1), embedding, waiting)
         result: Tensor = self.out_tem(self.out(y))
         return result
-
-
-class Context(nn.Module):
-    """Keys and values of the text for every layer that attends to it."""
-
-    def __init__(self, network: UNet) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(network.text_attention)
-
-    def forward(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Context [tokens, dim] -> keys, values, keys, ... [1, heads, tokens, d]."""
-        found: list[Tensor] = []
-        for layer in self.layers:
-            assert isinstance(layer, Attention)
-            found += layer.keys_values(context[None])
-        return tuple(found)
-
-
-def waves(t: Tensor, width: int) -> Tensor:
-    """Cosines and sines of times t [f] at geometric frequencies: [f, width]."""
-    steps = torch.arange(width // 2, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(PERIOD) / (width // 2) * steps)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _through(block: nn.Module, x: Tensor, embedding: Tensor, text: Iterator[Tensor]) -> Tensor:

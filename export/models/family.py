@@ -2,7 +2,9 @@
 
 A family is a module of this folder with
 
-    rebuild(config, geometry, latent) -> dict[str, nn.Module]     stages, weights to be loaded
+    rebuild(config, ...) -> dict[str, nn.Module]     stages, weights to be loaded
+
+given the configuration, and of a VAE geometry and latent normalisation.
 """
 
 from __future__ import annotations
@@ -15,13 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError, EngineError
-from fvae_deploy.export.manifest import (
-    Geometry,
-    Intensity,
-    LatentNormalisation,
-    Manifest,
-    Network,
-)
+from fvae_deploy.export.bundle import Bundle, Network
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
 
 FAMILIES = {
     "lean_vae": "lean_vae_parts",
@@ -29,6 +26,7 @@ FAMILIES = {
     "kl": "kl",
     "tiny": "tiny_autoencoder",
     "any_torch": "any_torch",
+    "denoiser": "denoiser_parts",
 }
 
 
@@ -53,7 +51,7 @@ class Model:
     foreign: bool = False
 
 
-def rebuild(manifest: Manifest) -> dict[str, nn.Module]:
+def rebuild(manifest: Bundle) -> dict[str, nn.Module]:
     """Build an exported network's stages again, without weights; `fill` gives them theirs.
 
     Raises EngineError for a family that is not torch's, BundleError for a configuration that
@@ -68,15 +66,14 @@ def rebuild(manifest: Manifest) -> dict[str, nn.Module]:
     module = importlib.import_module(f"fvae_deploy.export.models.{FAMILIES[network.family]}")
     try:
         with torch.device("meta"):
-            stages: dict[str, nn.Module] = module.rebuild(
-                network.config, manifest.geometry, manifest.latent
-            )
+            given = (manifest.geometry, manifest.latent) if isinstance(manifest, Manifest) else ()
+            stages: dict[str, nn.Module] = module.rebuild(network.config, *given)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise _unfit(manifest, error) from error
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
-def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Manifest) -> None:
+def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Bundle) -> None:
     """Give a stage its weights; raises BundleError when they are not its own."""
     try:
         stage.load_state_dict(weights, assign=True)
@@ -85,7 +82,7 @@ def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Manifest) ->
     stage.requires_grad_(False)
 
 
-def _unfit(manifest: Manifest, error: Exception) -> BundleError:
+def _unfit(manifest: Bundle, error: Exception) -> BundleError:
     reason = (str(error).splitlines() or [""])[-1].strip()
     return BundleError(
         f"expected a network that fits bundle {manifest.name}'s weights, found: {reason}; "

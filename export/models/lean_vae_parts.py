@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.bundle import Network
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import (
     PATCH,

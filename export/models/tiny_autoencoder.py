@@ -25,7 +25,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.bundle import Network
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
 

@@ -29,7 +29,8 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Network
+from fvae_deploy.export.bundle import Network
+from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import Doubling
 

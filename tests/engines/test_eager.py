@@ -8,7 +8,8 @@ from engine_contract import EngineContract, Reference, Stream, error, sample
 
 from fvae_deploy.engines.base import open_engine
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest, Network
+from fvae_deploy.export.bundle import Network
+from fvae_deploy.export.manifest import Manifest
 
 pytest.importorskip("torch", reason="needs the export extra")
 

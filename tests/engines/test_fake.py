@@ -11,7 +11,8 @@ from scipy.ndimage import convolve
 from fvae_deploy.engines.base import open_engine
 from fvae_deploy.engines.fake import GRAIN, write_fake_bundle
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest, Network
+from fvae_deploy.export.bundle import Network
+from fvae_deploy.export.manifest import Manifest
 
 
 def box(plane: Array) -> Array:

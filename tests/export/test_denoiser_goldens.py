@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 diffusers = pytest.importorskip("diffusers", reason="needs the export extra")
 from safetensors import safe_open  # noqa: E402
 
-from fvae_deploy.export.models.denoiser import Context, DenoiserConfig, UNet  # noqa: E402
+from fvae_deploy.export.generator import waves  # noqa: E402
+from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 PREFIX = "model.diffusion_model."
@@ -22,8 +23,16 @@ class Golden(NamedTuple):
     tensors: dict[str, torch.Tensor]
     facts: dict[str, str]
 
+    def time(self) -> torch.Tensor:
+        (t,) = self.tensors["t"].unique()  # the same for all frames
+        return time(self.network, t)
+
     def text(self) -> tuple[torch.Tensor, ...]:
-        return Context(self.network)(self.tensors["context"][0])
+        return self.network.keys_values(self.tensors["context"][0])
+
+
+def time(network: UNet, t: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(waves(t.item(), network.config.model_channels))
 
 
 @pytest.fixture(scope="module", params=["a", "b"])
@@ -48,7 +57,7 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_one_step_predicts_the_published_noise(golden: Golden) -> None:
     of = golden.tensors
-    noise = golden.network(of["x"], of["mask_latent"], of["t"], *golden.text())
+    noise = golden.network(of["x"], of["mask_latent"], golden.time(), *golden.text())
     assert deviation(noise, of["eps"]) < 1e-5
 
 
@@ -56,7 +65,7 @@ def test_keys_and_values_once_equal_those_of_every_frame_and_step(golden: Golden
     of, frames = golden.tensors, len(golden.tensors["x"])
     repeated = [t.expand(frames, *t.shape[1:]).contiguous() for t in golden.text()]
     once, always = (
-        golden.network(of["x"], of["mask_latent"], of["t"], *text)
+        golden.network(of["x"], of["mask_latent"], golden.time(), *text)
         for text in (golden.text(), repeated)
     )
     assert deviation(once, always) < 1e-5
@@ -77,7 +86,7 @@ def test_the_ddim_sampler_of_diffusers_ends_where_the_published_one_does(golden:
     scheduler.set_timesteps(int(facts["ddim_steps"]))
     x, text = of["x"], golden.text()
     for t in scheduler.timesteps:
-        noise = golden.network(x, of["mask_latent"], t.expand(len(x)), *text)
+        noise = golden.network(x, of["mask_latent"], time(golden.network, t), *text)
         x = scheduler.step(noise, t, x, eta=float(facts["eta"])).prev_sample
     assert deviation(x, of["ddim"]) < 1e-4
 

@@ -16,7 +16,8 @@ from random_lean_vae import SMALL_SCALE  # noqa: E402
 from fvae_deploy import make_bundle  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
-from fvae_deploy.export.manifest import Manifest, Source, sha256  # noqa: E402
+from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
+from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402

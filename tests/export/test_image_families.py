@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError  # noqa: E402
-from fvae_deploy.export.manifest import Manifest, Memory, Source  # noqa: E402
+from fvae_deploy.export.bundle import Source  # noqa: E402
+from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.sources import load  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.manifest import FILENAME, Manifest, Memory, Parity, TensorSpec, sha256
+from fvae_deploy.export.bundle import FILENAME, TensorSpec, sha256
+from fvae_deploy.export.manifest import Manifest, Memory, Parity
 
 
 @pytest.fixture
@@ -81,16 +82,16 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
             lambda b: (b / FILENAME).write_bytes(b"9" * 9999), "expected JSON", id="a huge number"
         ),
         pytest.param(
-            lambda b: (b / FILENAME).write_bytes(b"[]"), "schema 2, found None", id="a list"
+            lambda b: (b / FILENAME).write_bytes(b"[]"), "schema 3, found None", id="a list"
         ),
         pytest.param(
-            edited(lambda c: c.update(schema=3)),
-            "schema 2, found 3 .*install the fvae that made it",
+            edited(lambda c: c.update(schema=4)),
+            "schema 3, found 4 .*install the fvae that made it",
             id="later schema",
         ),
         pytest.param(
             edited(lambda c: c.update(schema=True)),
-            "schema 2, found True",
+            "schema 3, found True",
             id="a truth for a number",
         ),
         pytest.param(

@@ -1,0 +1,105 @@
+"""What `tiny-ldm` learns from: phantoms as latents of `tiny`, their masks, their reports.
+
+    python tools/train_tiny_ldm/data.py build/tiny_ldm/data --patients 1000
+    python tools/train_tiny_ldm/data.py build/tiny_ldm/held_out --patients 24 --first 100
+
+Every patient is one file. Volumes are of 65 to 257 slices of 128x128 over the same 450 mm,
+so slices are 7 to 1.8 mm thick; each is encoded as one causal stream, to be cut anywhere.
+Seeds below `HELD_OUT` are never learnt from: they judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parent))
+from palette import OFFSET, palette
+
+from fvae_deploy.codec import Codec, open_codec
+from fvae_deploy.patient import Patient, varied
+from fvae_deploy.phantom import FIELD_OF_VIEW, Torso
+
+HELD_OUT = 10_000
+SIDE = 128
+SLICES = (65, 65, 97, 129, 193, 257)
+Frames = NDArray[np.float32]
+
+
+def drawn(patient: Patient, slices: int, seed: int) -> tuple[Frames, Frames, Frames]:
+    """HU, organ labels and finding labels [z, x, y] of a patient."""
+    shape = (SIDE, SIDE, slices)
+    x, y, z = (mm / n for mm, n in zip(FIELD_OF_VIEW, shape, strict=True))
+    torso = Torso(shape, (x, y, z), seed, patient)
+    maps = zip(*(torso.slice(k) for k in range(slices)), strict=True)
+    hu, organs, findings = (np.stack(m) for m in maps)
+    return hu, organs, findings
+
+
+def painted(organs: NDArray[np.uint8], findings: NDArray[np.uint8] | None = None) -> Frames:
+    """Labels in the palette's HU, float32."""
+    table = np.full(OFFSET + 256, -1000, np.float32)
+    for label, hu in palette().items():
+        table[label] = hu
+    labels = organs.astype(np.int32)
+    if findings is not None:
+        labels = np.where(findings > 0, OFFSET + findings.astype(np.int32), labels)
+    return table[labels]
+
+
+def latents(codec: Codec, hu: Frames) -> Frames:
+    """Latents [T, D, h, w] of frames in HU [z, x, y]."""
+    z: Frames = codec.encode((hu.clip(-1000, 1000) / 2000).astype(np.float32)[None])
+    return z.transpose(1, 0, 2, 3)
+
+
+@cache
+def _codec() -> Codec:
+    """One codec a process."""
+    return open_codec("tiny", engine="openvino")
+
+
+def make(folder: Path, seed: int) -> None:
+    """Draw, encode and keep one patient."""
+    path = folder / f"{seed}.npz"
+    if path.exists():
+        return
+    patient = varied(seed)
+    random = np.random.default_rng([seed, 11])
+    hu, organs, findings = drawn(patient, int(random.choice(SLICES)), seed)
+    arrays = {
+        "ct": latents(_codec(), hu),
+        "organs": latents(_codec(), painted(organs)),
+        "ill": latents(_codec(), painted(organs, findings)),
+    }
+    small = {name: array.astype(np.float16) for name, array in arrays.items()}
+    reports = [patient.report(n) for n in range(8)]
+    with path.with_suffix(".new").open("wb") as file:
+        np.savez(file, **small, reports=np.array(reports))
+    path.with_suffix(".new").rename(path)
+
+
+def main() -> None:
+    """Draw as many patients as asked for; those that are there stay."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--patients", type=int, default=1200)
+    parser.add_argument("--first", type=int, default=HELD_OUT, help="seed of the first one")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(options.first, options.first + options.patients)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for count, _ in enumerate(pool.map(make, [options.folder] * len(seeds), seeds), start=1):
+            if count % 50 == 0:
+                print(f"{count} of {len(seeds)} patients", flush=True)
+
+
+if __name__ == "__main__":
+    main()

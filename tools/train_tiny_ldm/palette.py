@@ -1,0 +1,63 @@
+"""How `tiny-ldm` sees a mask: every organ and finding as a gray value, in HU.
+
+The published generator paints label n as `n / 300`, which leaves organs of neighbouring
+numbers almost alike. A miniature needs contrast: organs are spread over the whole range in
+the order of their density, so that a blurred edge between two of them is no third one far away.
+"""
+
+from __future__ import annotations
+
+from fvae_deploy.organs import FINDINGS, ORGANS
+
+BACKGROUND = -1000.0
+OFFSET = 200  # of findings above organs: the published 100 would meet the ribs
+
+GROUPS: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (-850, ("lung",)),
+    (-700, ("trachea",)),
+    (-580, ("esophagus",)),
+    (-490, ("stomach",)),
+    (-410, ("small_bowel", "duodenum")),
+    (-330, ("colon",)),
+    (-260, ("gallbladder", "urinary_bladder", "kidney_cyst")),
+    (-190, ("pancreas", "prostate", "thyroid_gland")),
+    (-120, ("adrenal_gland",)),
+    (-50, ("kidney",)),
+    (20, ("spleen",)),
+    (90, ("liver",)),
+    (160, ("heart", "atrial_appendage")),
+    (
+        230,
+        (
+            "pulmonary_vein",
+            "brachiocephalic_vein",
+            "superior_vena_cava",
+            "inferior_vena_cava",
+            "portal_vein",
+            "iliac_vena",
+        ),
+    ),
+    (
+        300,
+        ("aorta", "brachiocephalic_trunk", "subclavian_artery", "common_carotid", "iliac_artery"),
+    ),
+    (370, ("gluteus", "autochthon", "iliopsoas")),
+    (440, ("spinal_cord", "brain")),
+    (510, ("costal_cartilages",)),
+    (580, ("sternum",)),
+    (650, ("hip", "femur", "humerus", "scapula", "clavicula", "skull")),
+    (720, ("rib",)),
+    (800, ("vertebrae",)),
+    (870, ("sacrum",)),
+)
+
+
+def palette() -> dict[int, float]:
+    """HU of every label: 0, the organs, and findings from OFFSET on."""
+
+    def of(name: str) -> float:
+        return next(hu for hu, stems in GROUPS if name.startswith(stems))
+
+    organs = {label: float(of(name)) for label, name in ORGANS.items()}
+    findings = {OFFSET + label: -400.0 + 75 * label for label in FINDINGS}
+    return {0: BACKGROUND, **organs, **findings}

@@ -1,0 +1,299 @@
+"""Train `tiny-ldm`, the embedded latent diffusion model, on phantoms.
+
+    python tools/train_tiny_ldm/data.py build/tiny_ldm/data
+    python tools/train_tiny_ldm/train.py --data build/tiny_ldm/data --out build/tiny_ldm
+
+Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR), losses
+weighted by min-SNR. Windows of 17 latent frames are cut anywhere in a causal stream. Checkpoints
+every `--save-every` steps; running it again continues. The learning rate falls with the time
+spent, to end when `--minutes` do. `build/tiny_ldm/tiny_ldm.safetensors`
+holds the averaged weights, `build/tiny_ldm/log.jsonl` the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+# Big activations are allocated and freed every step; returning them to the system each
+# time costs half the step in page faults, so keep them (must be set before libc starts).
+if os.environ.get("MALLOC_MMAP_MAX_") is None and sys.platform == "linux":
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from palette import OFFSET, palette
+from words import TOKENS, tokenizer
+
+from fvae_deploy.export.generator import waves
+from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
+
+WINDOW = 17  # latent frames: 65 slices
+UNET = {
+    "in_channels": 32,
+    "out_channels": 16,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2, 4],
+    "channel_mult": [2, 3, 3],
+    "num_head_channels": 32,
+    "context_dim": 64,
+    "transformer_depth": 1,
+}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+GAMMA = 5.0  # of min-SNR
+FLOOR = 0.3  # least weight of a time
+
+
+class Generator(nn.Module):
+    """Denoiser and text encoder under the names of a published checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = tokenizer()
+        self.unet = UNet(DenoiserConfig.read(UNET))
+        self.text = BertModel(
+            BertConfig(
+                vocab_size=self.words.get_vocab_size(),
+                hidden_size=UNET["context_dim"],
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=128,
+                max_position_embeddings=TOKENS,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            ),
+            add_pooling_layer=False,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, t: int, text: str) -> Tensor:
+        """Predict the velocity of x [f, D, h, w] at time t."""
+        coded = self.words.encode(text)
+        ids, attended = (torch.tensor([v]) for v in (coded.ids, coded.attention_mask))
+        context = self.text(input_ids=ids, attention_mask=attended).last_hidden_state[0]
+        time_ = torch.from_numpy(waves(t, UNET["model_channels"]))
+        result: Tensor = self.unet(x, mask, time_, *self.unet.keys_values(context))
+        return result
+
+    def published(self) -> dict[str, Tensor]:
+        """Weights by the names of the published checkpoints."""
+        names = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}
+        return {
+            names[k[: k.index(".") + 1]] + k[k.index(".") + 1 :]: v.contiguous()
+            for k, v in self.state_dict().items()
+        }
+
+
+class Data:
+    """Windows of all patients in a folder, normalised by channel."""
+
+    def __init__(self, folder: Path, moments: dict[str, list[float]] | None = None) -> None:
+        self.patients = []
+        for path in sorted(folder.glob("*.npz")):
+            with np.load(path) as file:
+                self.patients.append({name: file[name] for name in file})
+        self.moments = moments or self._measured()
+
+    def _measured(self) -> dict[str, list[float]]:
+        """Mean and deviation of every channel, of latents and of masks."""
+        found = {}
+        for name, key in (("latent", "ct"), ("mask", "ill")):
+            rows = [p[key][::3].astype(np.float32) for p in self.patients[:400]]
+            every = np.concatenate(
+                [r.transpose(1, 0, 2, 3).reshape(r.shape[1], -1) for r in rows], 1
+            )
+            found[f"{name}_shift"] = [round(float(v), 5) for v in every.mean(1)]
+            found[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
+        return found
+
+    def normal(self, kind: str, latent: np.ndarray) -> Tensor:
+        """Bring a window [f, D, h, w] to mean 0 and deviation 1 in every channel."""
+        shift, scale = (
+            torch.tensor(self.moments[f"{kind}_{what}"])[:, None, None]
+            for what in ("shift", "scale")
+        )
+        return (torch.from_numpy(latent.astype(np.float32)) - shift) * scale
+
+    def window(self, random: np.random.Generator) -> tuple[Tensor, Tensor, str]:
+        """Latents, mask and text of a window: half of them begin a volume."""
+        patient = self.patients[int(random.integers(len(self.patients)))]
+        spare = len(patient["ct"]) - WINDOW
+        start = int(random.integers(spare + 1)) if spare and random.random() < 0.7 else 0
+        cut = slice(start, start + WINDOW)
+        mask = patient["ill" if random.random() < 0.65 else "organs"][cut]
+        text = str(random.choice(patient["reports"]))
+        sentences = text.split(". ")
+        if random.random() < 0.3:
+            text = ". ".join(sentences[:-1]) + "."  # the phase left out
+        if random.random() < 0.3:
+            text = text.rstrip(".").lower()
+        if random.random() < 0.1:
+            text = ""
+        return self.normal("latent", patient["ct"][cut]), self.normal("mask", mask), text
+
+
+def loss_at(
+    model: Generator,
+    scheduler: DDIMScheduler,
+    window: tuple[Tensor, Tensor, str],
+    t: int,
+    noise: Tensor,
+) -> Tensor:
+    """Weighted squared error of the velocity of one window at time t."""
+    z, mask, text = window
+    time_ = torch.tensor([t])
+    x = scheduler.add_noise(z, noise, time_)
+    wanted = scheduler.get_velocity(z, noise, time_)
+    found = model(x, mask, t, text)
+    signal = scheduler.alphas_cumprod[t]
+    snr = signal / (1 - signal)
+    # Min-SNR gives pure noise no weight; but what is decided there, anatomy and brightness, stays.
+    return max(min(float(snr), GAMMA) / (float(snr) + 1), FLOOR) * F.mse_loss(found, wanted)
+
+
+@torch.no_grad()
+def judge(model: Generator, scheduler: DDIMScheduler, data: Data) -> dict[str, float]:
+    """Unweighted error of the predicted latents on held-out windows, at four times."""
+    errors: dict[str, float] = {}
+    for t in (999, 700, 400, 100):
+        random, total = np.random.default_rng(5), 0.0
+        seeded = torch.Generator().manual_seed(5)
+        for _ in range(8):
+            z, mask, text = data.window(random)
+            noise = torch.randn(z.shape, generator=seeded)
+            x = scheduler.add_noise(z, noise, torch.tensor([t]))
+            v = model(x, mask, t, text)
+            signal = scheduler.alphas_cumprod[t]
+            total += F.mse_loss(signal.sqrt() * x - (1 - signal).sqrt() * v, z).item() / 8
+        errors[str(t)] = round(total, 4)
+    return errors
+
+
+def main() -> None:
+    """Train, resuming from a checkpoint when there is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--minutes", type=float, default=110, help="in all, stops not counted; the rate falls to it"
+    )
+    parser.add_argument("--windows", type=int, default=2, help="in a step")
+    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    model, average = Generator(), Generator()
+    scheduler = DDIMScheduler(**SCHEDULE)
+    data = Data(options.data)
+    kept_out = options.out / "held_out"
+    held_out = Data(kept_out, data.moments) if kept_out.is_dir() else data
+    average.load_state_dict(model.state_dict())
+    for network in (model, average):
+        network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    step, minutes, saved = 0, 0.0, options.out / "checkpoint.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, minutes = state["step"], state["minutes"]
+        data.moments = held_out.moments = state["moments"]
+    random = np.random.default_rng([options.seed, step])
+    seeded = torch.Generator().manual_seed(options.seed + step)
+    average.eval()
+
+    def log(**row: object) -> None:
+        print(json.dumps(row), flush=True)
+        with (options.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    log(
+        step=step,
+        patients=len(data.patients),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+    begin, losses = time.monotonic(), []
+    while minutes < options.minutes:
+        began = time.monotonic()
+        progress = minutes / options.minutes
+        warm = min(1.0, (step + 1) / 300)
+        optimizer.param_groups[0]["lr"] = (
+            options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(options.windows):
+            window = data.window(random)
+            noise = torch.randn(window[0].shape, generator=seeded)
+            loss = loss_at(model, scheduler, window, int(random.integers(1000)), noise)
+            (loss / options.windows).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            decay = min(0.999, (1 + step) / (10 + step))
+            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        minutes += (time.monotonic() - began) / 60
+        if step % options.save_every == 0 or minutes >= options.minutes:
+            facts = {
+                "unet_config": UNET,
+                "text_config": model.text.config.to_diff_dict(),
+                "tokenizer": json.loads(model.words.to_str()),
+                "schedule": SCHEDULE,
+                "palette": {str(label): hu for label, hu in palette().items()},
+                "finding_offset": OFFSET,
+                **data.moments,
+            }
+            metadata = {name: json.dumps(value) for name, value in facts.items()}
+            save_file(average.published(), options.out / "tiny_ldm.safetensors", metadata)
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "minutes": minutes,
+                "moments": data.moments,
+            }
+            torch.save(state, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)
+            log(
+                step=step,
+                minutes=round(minutes, 1),
+                loss=round(sum(losses) / len(losses), 4),
+                held_out=judge(average, scheduler, held_out),
+                steps_per_second=round(
+                    len(losses) / options.windows / (time.monotonic() - begin), 3
+                ),
+            )
+            begin, losses = time.monotonic(), []
+
+
+if __name__ == "__main__":
+    main()
