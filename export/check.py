@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import EngineError
+from fvae_deploy.export.generator import GeneratorManifest, NoiseParity, waves
 from fvae_deploy.export.manifest import Intensity, Manifest, Parity
 
 Array = NDArray[np.float32]
@@ -26,6 +27,10 @@ class Runner(Protocol):
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part."""
+        ...
+
+    def host(self, state: Any) -> Any:
+        """Return a state as an array."""
         ...
 
 
@@ -76,6 +81,35 @@ def parity(
         hu_mean=float(hu.mean()),
         hu_max=float(hu.max()),
     )
+
+
+def noise_parity(
+    reference: Runner, engine: Runner, manifest: GeneratorManifest, seed: int = 0
+) -> NoiseParity:
+    """Run one step of noise, a random mask and a random context in both, and compare.
+
+    Errors are in deviations of the reference's result. Raises EngineError where they are not
+    finite.
+    """
+    random = np.random.default_rng(seed)
+    side = 4 * manifest.multiple
+    shape = (4, manifest.channels, side, side)
+    width = manifest.part("context").inputs[0].sized()[1]
+    context = random.standard_normal((8, width), dtype=np.float32)
+    x, mask = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    results = []
+    for each in (reference, engine):
+        made = each.run("context", {"context": context})
+        text = {name: np.array(each.host(value)) for name, value in made.items()}
+        given = {"x": x, "mask_latent": mask, "time": waves(500, manifest.width), **text}
+        results.append(each.run("denoise", given)["noise"].astype(np.float64))
+    error = np.abs(results[1] - results[0]) / results[0].std()
+    if not np.isfinite(error).all():
+        raise EngineError(
+            f"expected finite values from a step in {engine.name} {engine.precision}, found NaN or "
+            "infinite ones: this network does not run in that precision there"
+        )
+    return NoiseParity(engine.name, engine.precision, float(error.mean()), float(error.max()))
 
 
 def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> Array:

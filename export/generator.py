@@ -48,6 +48,7 @@ class GeneratorManifest(Bundle):
     USE: ClassVar[str] = "it is a generator, give it as --model to fvae generate"
 
     vae: str  # a bundle's name: the one that made the latents it was trained on
+    vae_identity: str  # of its weights; "" where nobody said
     window: int  # latent frames that it was trained on
     plane: tuple[int, int]  # pixels of a slice that it was trained on
     latent: LatentNormalisation  # of the latents: (stored - shift) * scale is what it denoises

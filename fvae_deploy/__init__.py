@@ -25,6 +25,9 @@ _HOMES = {
     "decode": "api",
     "reconstruct": "api",
     "compare": "fidelity",
+    "generate": "generation",
+    "Denoiser": "denoiser",
+    "open_denoiser": "denoiser",
     "open_volume": "volume",
     "create_volume": "volume",
     "write_phantom": "phantom",
@@ -38,8 +41,11 @@ if TYPE_CHECKING:
     from fvae_deploy.api import reconstruct as reconstruct
     from fvae_deploy.codec import Codec as Codec
     from fvae_deploy.codec import open_codec as open_codec
+    from fvae_deploy.denoiser import Denoiser as Denoiser
+    from fvae_deploy.denoiser import open_denoiser as open_denoiser
     from fvae_deploy.errors import FvaeError as FvaeError
     from fvae_deploy.fidelity import compare as compare
+    from fvae_deploy.generation import generate as generate
     from fvae_deploy.phantom import write_phantom as write_phantom
     from fvae_deploy.volume import create_volume as create_volume
     from fvae_deploy.volume import open_volume as open_volume

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fvae_deploy import workbench
+from fvae_deploy import makers, workbench
 from fvae_deploy.console import finish, progress_bar, show
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.options import (
@@ -30,7 +30,6 @@ from fvae_deploy.options import (
     Verbs,
     Version,
     slice_range,
-    voxels,
 )
 
 app = typer.Typer(
@@ -218,28 +217,7 @@ def compare(
             print(f"picture: {png}")
 
 
-@app.command()
-def phantom(
-    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
-    shape: Annotated[str, typer.Option("--shape", help="x,y,z in voxels.")] = "512,512,300",
-    labels: Annotated[
-        Path | None, typer.Option("--labels", help="Also write the organ label map here.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Write a deterministic synthetic torso in HU, slab by slab.
-
-    Example: `fvae phantom -o ct.nii.gz --shape 256,256,200 --labels organs.nii.gz`
-    """
-    from fvae_deploy.phantom import write_phantom
-
-    x, y, z = voxels(shape)
-    with progress_bar(z, "phantom", quiet) as advance:
-        write_phantom(output, (x, y, z), labels=labels, seed=seed, progress=advance)
-
-
+app.add_typer(makers.app)
 app.add_typer(workbench.app)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fvae_deploy.export.generator import GeneratorManifest
     from fvae_deploy.export.known import KnownModel
     from fvae_deploy.export.manifest import Manifest
 
@@ -18,8 +20,21 @@ if TYPE_CHECKING:
 @contextmanager
 def progress_bar(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Show a bar with slices/s and time left, on a terminal that is not quiet."""
+    with progress_bars(quiet) as begin:
+        yield begin(verb, slices)
+
+
+@contextmanager
+def progress_bars(
+    quiet: bool, units: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Show a bar for each stage that is begun, on a terminal that is not quiet.
+
+    Yields a function of a stage's name and length that returns its progress. Stages count
+    slices, those named in `units` something else.
+    """
     if quiet or not sys.stderr.isatty():
-        yield lambda slices: None
+        yield lambda stage, length: lambda done: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -35,7 +50,8 @@ def progress_bar(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int]
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"slices, {task.speed:.0f}/s" if task.speed else "slices")
+            unit = units.get(task.description, "slices")
+            return Text(f"{unit}, {task.speed:.3g}/s" if task.speed else unit)
 
     columns = (
         TextColumn("{task.description}"),
@@ -45,12 +61,12 @@ def progress_bar(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=slices)
 
-        def advance(done: int) -> None:
-            bar.advance(task, done)
+        def begin(stage: str, length: int) -> Callable[[int], None]:
+            task = bar.add_task(stage, total=length)
+            return lambda done: bar.advance(task, done)
 
-        yield advance
+        yield begin
 
 
 def say(quiet: bool) -> Callable[[str], None]:
@@ -90,6 +106,18 @@ def parity_table(manifest: Manifest) -> Table:
     for row in manifest.parity:
         numbers = (f"{row.latent_max:.1e}", f"{row.hu_mean:.2g}", f"{row.hu_max:.2g}")
         table.add_row(row.engine, row.precision, *numbers)
+    return table
+
+
+def noise_table(manifest: GeneratorManifest) -> Table:
+    """Lay out a generator's parity that the export measured."""
+    from rich.table import Table
+
+    table = Table(title=f"one step of {manifest.name} against float32 torch, measured at export")
+    for column in ("engine", "precision", "mean error (deviations)", "max error"):
+        table.add_column(column)
+    for row in manifest.parity:
+        table.add_row(row.engine, row.precision, f"{row.mean:.1e}", f"{row.max:.1e}")
     return table
 
 

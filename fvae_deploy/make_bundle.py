@@ -12,10 +12,12 @@ from fvae_deploy.bench import DIRECTIONS
 from fvae_deploy.bench_worker import in_process
 from fvae_deploy.engines.base import missing, open_engine, precisions
 from fvae_deploy.errors import BundleError, EngineError
-from fvae_deploy.export.check import parity
+from fvae_deploy.export.check import noise_parity, parity
+from fvae_deploy.export.generator import GeneratorManifest, NoiseParity
+from fvae_deploy.export.generators import load_generator
 from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.sources import Foreign, load
-from fvae_deploy.export.to_onnx import export_bundle
+from fvae_deploy.export.to_onnx import export_bundle, write_bundle
 
 MEASURED = ("openvino", "onnxruntime", "torch")
 
@@ -53,6 +55,55 @@ def make_bundle(
     )
     try:
         return measure_bundle(folder, manifest, progress)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def make_generator_bundle(
+    weights: Path,
+    folder: Path,
+    *,
+    name: str | None = None,
+    config: Path | None = None,
+    text: str | None = None,
+    opset: int = 18,
+    progress: Callable[[str], None] = lambda message: None,
+) -> GeneratorManifest:
+    """Export a generator to a new bundle and measure one step in every engine that runs here.
+
+    `config` and `text` are what `export.generators.load_generator` takes. Raises BundleError
+    for files or a folder that do not fit; on failure no folder is left.
+    """
+    progress("loading weights")
+    found = load_generator(
+        weights, name=name, config=config, text=text, version=__version__, progress=progress
+    )
+    manifest = write_bundle(
+        found.manifest, found.stages, folder, opset, progress, texts=found.texts
+    )
+    try:
+        rows: list[NoiseParity] = []
+        reference = open_engine(folder, manifest, "torch")
+        heavy = manifest.part("denoise").heavy
+        for engine in (name for name in MEASURED if missing(name) is None):
+            for precision in precisions(engine):
+                if heavy and engine == "torch" and precision != "fp32":
+                    progress(f"{engine} {precision} is not measured: a CPU would take hours")
+                    continue
+                progress(f"parity of {engine} {precision}")
+                opened = open_engine(folder, manifest, engine, "cpu", precision)
+                try:
+                    rows.append(noise_parity(reference, opened, manifest))
+                except EngineError as error:
+                    if precision == "fp32":
+                        raise
+                    progress(f"left out: {error}")
+                finally:
+                    opened.close()
+        measured = dataclasses.replace(manifest, parity=tuple(rows))
+        measured.save(folder)
+        return measured
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

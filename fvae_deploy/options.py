@@ -95,13 +95,13 @@ def slice_range(text: str) -> tuple[int, int]:
     return a, b
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "export") -> None:
     """Raise EngineError with the pip line when an optional package is not installed."""
     absent = [package for package in packages if find_spec(package) is None]
     if absent:
         raise EngineError(
             f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
-            "pip install 'fvae-deploy[export]'"
+            f"pip install 'fvae-deploy[{extra}]'"
         )
 
 

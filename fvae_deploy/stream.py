@@ -137,11 +137,13 @@ def decode(
     memory: int | None = None,
     dtype: str = "int16",
     progress: Progress = lambda slices: None,
+    onto: Onto | None = None,
 ) -> Outcome:
     """Decode a latent store, or its slices [a, b) alone, into a volume at `path`.
 
     Only the latent frames that the slices depend on are decoded; the result equals the crop
-    of the whole. Raises LatentError when the store is of another model.
+    of the whole. With `onto` it is written on another plane. Raises LatentError when the store
+    is of another model.
     """
     begin = time.perf_counter()
     info, manifest = store.info, codec.manifest
@@ -173,11 +175,12 @@ def decode(
         for step in run.steps[entry:stop]:
             yield step, pad_frames(store.read(*step.latents), step.frames)
 
-    with create_volume(path, _cropped(info.geometry, a, b), dtype) as writer:
+    onto = onto or Onto(_cropped(info.geometry, a, b))
+    with create_volume(path, onto.geometry, dtype) as writer:
         with (
             contextlib.closing(run.stream("decode")) as stream,
             contextlib.closing(ahead(latents())) as slabs,
-            Behind(run.writing(writer, a, b)) as sink,
+            Behind(run.writing(writer, a, b, onto.resample)) as sink,
         ):
             for i, (step, z) in enumerate(run.timed("read", slabs), start=entry):
                 x = stream.run(z, step.first)
@@ -223,6 +226,14 @@ def reconstruct(
         run.outcome.seconds["write"] = sink.waited
     run.outcome.seconds["total"] = time.perf_counter() - begin
     return run.outcome
+
+
+@dataclass(frozen=True)
+class Onto:
+    """The grid that a decoded volume is written on, and how HU [t, x, y] come onto it."""
+
+    geometry: Geometry
+    resample: Callable[[Frames], Frames] = lambda hu: hu
 
 
 @dataclass
@@ -300,7 +311,13 @@ class _Run:
                 x = pad_frames(x, step.depth)
                 yield step, np.repeat(x, geometry.channels, axis=0) if geometry.channels > 1 else x
 
-    def writing(self, writer: Writer, a: int, b: int) -> Callable[[tuple[Step, Frames]], None]:
+    def writing(
+        self,
+        writer: Writer,
+        a: int,
+        b: int,
+        resample: Callable[[Frames], Frames] = lambda hu: hu,
+    ) -> Callable[[tuple[Step, Frames]], None]:
         """Make a consumer of decoded steps that writes their slices within [a, b)."""
         x_size, y_size, _ = self.outcome.shape
         intensity = self.codec.manifest.intensity
@@ -310,7 +327,7 @@ class _Run:
             start, stop = max(step.slices[0], a), min(step.slices[1], b)
             if stop > start:
                 taken = x[:, start - step.slices[0] : stop - step.slices[0]]
-                writer.write(to_hu(taken, intensity, x_size, y_size))
+                writer.write(resample(to_hu(taken, intensity, x_size, y_size)))
 
         return write
 

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from fvae_deploy import __version__
-from fvae_deploy.console import bench_table, models_table, parity_table, say, show
+from fvae_deploy.console import (
+    bench_table,
+    models_table,
+    noise_table,
+    parity_table,
+    say,
+    show,
+)
 from fvae_deploy.errors import UsageError
 from fvae_deploy.options import Debug, Model, Quiet, Verbs, require
 
@@ -41,6 +48,13 @@ def export(
     value_range: Annotated[
         str, typer.Option("--range", help="With a factory: what -1000 and 1000 HU become.")
     ] = "-1,1",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="With a generator: the reference's YAML.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="With a generator: folder or hub id of its text encoder."),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -48,9 +62,29 @@ def export(
 
     Example: `fvae export -m wan2.1 -o wan21`
     """
-    require("torch", "onnx", "onnxscript", "safetensors", "diffusers")
+    require("torch", "onnx", "onnxscript", "safetensors", "diffusers", "transformers")
+    from fvae_deploy.export.generators import is_generator
     from fvae_deploy.export.sources import Foreign
-    from fvae_deploy.make_bundle import make_bundle
+    from fvae_deploy.make_bundle import make_bundle, make_generator_bundle
+
+    if is_generator(Path(model)):
+        made = make_generator_bundle(
+            Path(model),
+            output,
+            name=name,
+            config=config,
+            text=text,
+            opset=opset,
+            progress=say(quiet),
+        )
+        if not quiet:
+            show(noise_table(made))
+        return
+    if config or text:
+        raise UsageError(
+            f"expected a generator's checkpoint with --config or --text, found {model}: leave "
+            "them out"
+        )
 
     try:
         low, high = (float(n) for n in value_range.split(","))

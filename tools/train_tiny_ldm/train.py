@@ -3,11 +3,12 @@
     python tools/train_tiny_ldm/data.py build/tiny_ldm/data
     python tools/train_tiny_ldm/train.py --data build/tiny_ldm/data --out build/tiny_ldm
 
-Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR), losses
-weighted by min-SNR. Windows of 17 latent frames are cut anywhere in a causal stream. Checkpoints
-every `--save-every` steps; running it again continues. The learning rate falls with the time
-spent, to end when `--minutes` do. `build/tiny_ldm/tiny_ldm.safetensors`
-holds the averaged weights, `build/tiny_ldm/log.jsonl` the log.
+Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR). Losses are
+weighted by min-SNR, and by what an error in a channel means in HU. Windows of 17 latent frames
+are cut anywhere in a causal stream. Checkpoints every `--save-every` steps; running it again
+continues. The learning rate falls with the time spent, to end when `--minutes` do.
+`build/tiny_ldm/tiny_ldm.safetensors` holds the averaged weights, `build/tiny_ldm/log.jsonl` the
+log.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ if os.environ.get("MALLOC_MMAP_MAX_") is None and sys.platform == "linux":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from palette import OFFSET, palette
 from words import TOKENS, tokenizer
 
+from fvae_deploy.codec import open_codec
 from fvae_deploy.export.generator import waves
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 
@@ -65,6 +66,7 @@ SCHEDULE = {
 }
 GAMMA = 5.0  # of min-SNR
 FLOOR = 0.3  # least weight of a time
+SHARE = 0.7  # of the loss that counts a channel by what it means in HU
 
 
 class Generator(nn.Module):
@@ -128,6 +130,20 @@ class Data:
             found[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
         return found
 
+    def gains(self) -> Tensor:
+        """HU (root mean square) that noise of one deviation in each channel makes of a volume."""
+        random = np.random.default_rng(0)
+        total = np.zeros(len(self.moments["latent_scale"]))
+        with open_codec("tiny") as codec:
+            for patient in self.patients[:4]:
+                z = patient["ct"][:9].astype(np.float32).transpose(1, 0, 2, 3)
+                clean = codec.decode(z)
+                for channel, scale in enumerate(self.moments["latent_scale"]):
+                    changed = z.copy()
+                    changed[channel] += random.standard_normal(z[0].shape, np.float32) / scale
+                    total[channel] += np.square(2000 * (codec.decode(changed) - clean)).mean() / 4
+        return torch.from_numpy(np.sqrt(total)).float()
+
     def normal(self, kind: str, latent: np.ndarray) -> Tensor:
         """Bring a window [f, D, h, w] to mean 0 and deviation 1 in every channel."""
         shift, scale = (
@@ -160,6 +176,7 @@ def loss_at(
     window: tuple[Tensor, Tensor, str],
     t: int,
     noise: Tensor,
+    emphasis: Tensor,
 ) -> Tensor:
     """Weighted squared error of the velocity of one window at time t."""
     z, mask, text = window
@@ -170,12 +187,17 @@ def loss_at(
     signal = scheduler.alphas_cumprod[t]
     snr = signal / (1 - signal)
     # Min-SNR gives pure noise no weight; but what is decided there, anatomy and brightness, stays.
-    return max(min(float(snr), GAMMA) / (float(snr) + 1), FLOOR) * F.mse_loss(found, wanted)
+    return (
+        max(min(float(snr), GAMMA) / (float(snr) + 1), FLOOR)
+        * (emphasis[:, None, None] * (found - wanted).square()).mean()
+    )
 
 
 @torch.no_grad()
-def judge(model: Generator, scheduler: DDIMScheduler, data: Data) -> dict[str, float]:
-    """Unweighted error of the predicted latents on held-out windows, at four times."""
+def judge(
+    model: Generator, scheduler: DDIMScheduler, data: Data, gains: Tensor
+) -> dict[str, float]:
+    """Error in HU that the predicted latents of held-out windows stand for, at four times."""
     errors: dict[str, float] = {}
     for t in (999, 700, 400, 100):
         random, total = np.random.default_rng(5), 0.0
@@ -186,8 +208,9 @@ def judge(model: Generator, scheduler: DDIMScheduler, data: Data) -> dict[str, f
             x = scheduler.add_noise(z, noise, torch.tensor([t]))
             v = model(x, mask, t, text)
             signal = scheduler.alphas_cumprod[t]
-            total += F.mse_loss(signal.sqrt() * x - (1 - signal).sqrt() * v, z).item() / 8
-        errors[str(t)] = round(total, 4)
+            error = (signal.sqrt() * x - (1 - signal).sqrt() * v - z) * gains[:, None, None]
+            total += error.square().mean((0, 2, 3)).sum().item() / 8
+        errors[str(t)] = round(math.sqrt(total), 1)
     return errors
 
 
@@ -224,6 +247,9 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, minutes = state["step"], state["minutes"]
         data.moments = held_out.moments = state["moments"]
+    gains = data.gains()
+    energy = gains.square() / gains.square().mean()
+    emphasis = SHARE * energy + (1 - SHARE)
     random = np.random.default_rng([options.seed, step])
     seeded = torch.Generator().manual_seed(options.seed + step)
     average.eval()
@@ -250,7 +276,7 @@ def main() -> None:
         for _ in range(options.windows):
             window = data.window(random)
             noise = torch.randn(window[0].shape, generator=seeded)
-            loss = loss_at(model, scheduler, window, int(random.integers(1000)), noise)
+            loss = loss_at(model, scheduler, window, int(random.integers(1000)), noise, emphasis)
             (loss / options.windows).backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -287,7 +313,7 @@ def main() -> None:
                 step=step,
                 minutes=round(minutes, 1),
                 loss=round(sum(losses) / len(losses), 4),
-                held_out=judge(average, scheduler, held_out),
+                held_out_hu=judge(average, scheduler, held_out, gains),
                 steps_per_second=round(
                     len(losses) / options.windows / (time.monotonic() - begin), 3
                 ),

@@ -1,0 +1,133 @@
+"""Many generations from one list: CSV or JSONL, each job by itself, resumable.
+
+    mask,findings,disease_mask,seed,output
+    a.nii.gz,"nodule in the right lung",,0,a_nodule.nii.gz
+
+Only `mask` must be there. Paths are relative to the list; outputs to the folder given. What
+is there already is passed by with --resume; a job that fails is told and passed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvae_deploy.errors import ConditionError, FvaeError, UsageError
+
+FIELDS = {"mask", "output", "findings", "disease_mask", "seed"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation."""
+
+    mask: Path
+    output: Path
+    findings: str | None
+    disease_mask: Path | None
+    seed: int
+
+
+def read_jobs(path: Path, folder: Path, seed: int = 0) -> list[Job]:
+    """Read a list of jobs whose outputs go to `folder`.
+
+    Raises UsageError for rows that are no jobs, two of one output among them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(text.splitlines()))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
+    jobs = [_job(row, number, path, folder, seed) for number, row in enumerate(rows, start=1)]
+    if not jobs:
+        raise UsageError(f"expected jobs in {path}, found none: a row each, with a column mask")
+    taken: dict[Path, int] = {}
+    for number, job in enumerate(jobs, start=1):
+        if job.output in taken:
+            raise UsageError(
+                f"expected an output for every job, found {job.output.name} in rows "
+                f"{taken[job.output]} and {number} of {path}: name them in a column output"
+            )
+        taken[job.output] = number
+    return jobs
+
+
+def run_jobs(
+    jobs: list[Job],
+    options: Mapping[str, Any],
+    say: Callable[[str], None],
+    progress: Callable[[str, int], Callable[[int], None]],
+) -> list[dict[str, Any]]:
+    """Run jobs one after the other; returns each one's report, or its error.
+
+    `options` go to every `generate`. Raises ConditionError at the end where any failed.
+    """
+    from fvae_deploy.generation import generate
+
+    results: list[dict[str, Any]] = []
+    failed = 0
+    for number, job in enumerate(jobs, start=1):
+        head = f"{number} of {len(jobs)}: {job.output}"
+        if options.get("resume") and job.output.exists():
+            say(f"{head} is there")
+            results.append({"output": str(job.output), "passed": True})
+            continue
+        try:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            report = generate(
+                job.mask,
+                job.output,
+                findings=job.findings,
+                disease_mask=job.disease_mask,
+                seed=job.seed,
+                progress=progress,
+                **options,
+            )
+            say(f"{head} in {report['seconds']['total']:.1f} s")
+            results.append(report)
+        except FvaeError as error:
+            failed += 1
+            say(f"{head} failed: {error}")
+            results.append({"output": str(job.output), "error": str(error)})
+    if failed:
+        raise ConditionError(
+            f"expected {len(jobs)} volumes, found {failed} failed: see above, correct them and "
+            "go on with --resume"
+        )
+    return results
+
+
+def _job(row: Any, number: int, path: Path, folder: Path, seed: int) -> Job:
+    if not isinstance(row, dict) or not row.get("mask"):
+        raise UsageError(f"expected a mask in row {number} of {path}, found none: name one")
+    strange = sorted(str(name) for name in row if name not in FIELDS)
+    if strange:
+        raise UsageError(
+            f"expected columns among {', '.join(sorted(FIELDS))}, found {strange[0]} in {path}: "
+            "remove it"
+        )
+
+    def beside(name: str) -> Path:
+        return path.parent / str(row[name])
+
+    mask = beside("mask")
+    try:
+        chosen = int(row.get("seed") or seed)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"expected a whole number as seed in row {number} of {path}, found {row['seed']!r}"
+        ) from None
+    return Job(
+        mask=mask,
+        output=folder / str(row.get("output") or mask.name),
+        findings=str(row["findings"]) if row.get("findings") else None,
+        disease_mask=beside("disease_mask") if row.get("disease_mask") else None,
+        seed=chosen,
+    )

@@ -1,0 +1,176 @@
+"""The verbs that make data: phantom, generate, augment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fvae_deploy.console import finish, progress_bar, progress_bars, say
+from fvae_deploy.errors import UsageError
+from fvae_deploy.options import (
+    Debug,
+    Device,
+    Dtype,
+    Engine,
+    Memory,
+    Precision,
+    Quiet,
+    ReportFile,
+    Verbs,
+    require,
+    voxels,
+)
+
+app = typer.Typer(cls=Verbs)
+
+
+@app.command()
+def generate(
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Organ labels, as TotalSegmentator numbers them.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr; with --jobs a folder."),
+    ] = None,
+    findings: Annotated[
+        str | None, typer.Option("--findings", help="Text, or a file of it [default: none].")
+    ] = None,
+    disease_mask: Annotated[
+        Path | None, typer.Option("--disease-mask", help="Findings 1 to 18 on the mask's grid.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help='JSON for masks numbered otherwise: {"3": "liver"}.'),
+    ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option("--jobs", help="CSV or JSONL: mask, output, findings, disease_mask, seed."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Built-in generator or bundle folder.")
+    ] = "tiny-ldm",
+    vae: Annotated[
+        str | None, typer.Option("--vae", help="Bundle of its VAE [default: the built-in one].")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--scheduler", help="ddim, dpmsolver++ or unipc.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="[default: 20]")] = None,
+    eta: Annotated[
+        float | None, typer.Option("--eta", min=0, max=1, help="Of ddim: 0 adds no noise.")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option("--guidance", help="Above 1: closer to the text, twice the work.")
+    ] = 1.0,
+    stitch: Annotated[
+        str, typer.Option("--stitch", help="joint: windows together; reference: as published.")
+    ] = "joint",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    device: Device = "cpu",
+    memory: Memory = None,
+    dtype: Dtype = "int16",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what a stopped run left.")
+    ] = False,
+    run_report: ReportFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Generate a CT from an organ mask and findings in words.
+
+    Example: `fvae generate --mask organs.nii.gz --findings "nodule in the right lung" -o g.nii.gz`
+    """
+    require("diffusers", "tokenizers", "torch", extra="generate")
+    from fvae_deploy.jobs import read_jobs, run_jobs
+
+    options: dict[str, Any] = {
+        "labels": labels,
+        "model": model,
+        "vae": vae,
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "guidance": guidance,
+        "stitch": stitch,
+        "engine": engine,
+        "precision": precision,
+        "device": device,
+        "memory": memory,
+        "dtype": dtype,
+        "resume": resume,
+    }
+    if output is None:
+        raise UsageError("expected --output, found none: name the CT to make")
+    if (mask is None) == (jobs is None):
+        raise UsageError("expected either --mask or --jobs, found both or neither")
+    units = {"denoise": "windows"}
+    if jobs is not None:
+        if findings or disease_mask:
+            raise UsageError("expected findings and disease masks in --jobs, found them as options")
+        with progress_bars(quiet, units) as begin:
+            results = run_jobs(read_jobs(jobs, output, seed), options, say(quiet), begin)
+        if run_report:
+            from fvae_deploy.report import write_json
+
+            write_json(results, run_report)
+        return
+    from fvae_deploy.generation import generate as run
+
+    assert mask is not None
+    with progress_bars(quiet, units) as begin:
+        report = run(
+            mask,
+            output,
+            findings=findings,
+            disease_mask=disease_mask,
+            seed=seed,
+            progress=begin,
+            **options,
+        )
+    finish(report, run_report, quiet)
+
+
+@app.command()
+def phantom(
+    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
+    shape: Annotated[str, typer.Option("--shape", help="x,y,z in voxels.")] = "512,512,300",
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="Also write the organ label map here.")
+    ] = None,
+    disease_mask: Annotated[
+        Path | None, typer.Option("--disease-mask", help="Also write the findings' labels here.")
+    ] = None,
+    patient: Annotated[
+        int | None,
+        typer.Option("--patient", min=0, help="Draw another patient, findings and all, by seed."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a deterministic synthetic torso in HU, slab by slab.
+
+    Example: `fvae phantom -o ct.nii.gz --shape 256,256,200 --labels organs.nii.gz`
+    """
+    from fvae_deploy.patient import STANDARD, varied
+    from fvae_deploy.phantom import write_phantom
+
+    x, y, z = voxels(shape)
+    who = STANDARD if patient is None else varied(patient)
+    with progress_bar(z, "phantom", quiet) as advance:
+        write_phantom(
+            output,
+            (x, y, z),
+            labels=labels,
+            seed=seed,
+            progress=advance,
+            patient=who,
+            findings=disease_mask,
+        )
+    if patient is not None and not quiet:
+        print(who.report())
