@@ -248,6 +248,14 @@ class Bundle:
                 )
 
 
+def kind_of(folder: Path) -> str:
+    """Kind of a bundle as its manifest names it, "" where there is none; nothing is checked."""
+    try:
+        return str(json.loads((folder / FILENAME).read_bytes())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in blocks."""
     with path.open("rb") as file:

@@ -12,6 +12,7 @@ Loaded without running code of the files: tensors and numbers alone.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,15 @@ from fvae_deploy.export.models.denoiser_parts import bert, network_of, parts_of,
 
 UNET, TEXT = "model.diffusion_model.", "text_transformer."
 UNKNOWN = "see the source of the weights"
+LOAD_ERRORS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+)
 # The published generator, where its configuration does not say otherwise.
 SCALE = 1.52
 SCHEDULE = {
@@ -156,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = {k: v.float() for k, v in content["state_dict"].items() if torch.is_tensor(v)}
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+    except LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(f"expected a generator's checkpoint, found {path}: {reason}") from None
     return state, {k: content[k] for k in ("unet_config",) if k in content}

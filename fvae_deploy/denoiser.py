@@ -28,7 +28,7 @@ class Denoiser:
             engine, self.why = choose()
         self.engine = open_engine(bundle, self.manifest, engine, device, precision)
         self.device = device
-        self._text: tuple[Array, dict[str, Any]] | None = None  # a context, its keys and values
+        self._texts: list[tuple[Array, dict[str, Any]]] = []  # contexts, their keys and values
 
     def context(self, text: str) -> Array:
         """Encode a text to [tokens, dim]; an empty one stands for no condition.
@@ -65,16 +65,11 @@ class Denoiser:
         the result is not finite.
         """
         self._check(x, mask_latent, context)
-        if self._text is None or self._text[0] is not context:
-            made = self.engine.run("context", {"context": context})
-            # On the host: they are read at every step, and a heavy step may drop what it was given.
-            self._text = context, {name: np.array(self.engine.host(v)) for name, v in made.items()}
-            self.engine.release("context", compiled=True)
         given = {
             "x": np.ascontiguousarray(x, np.float32),
             "mask_latent": np.ascontiguousarray(mask_latent, np.float32),
             "time": waves(t, self.manifest.width),
-            **self._text[1],
+            **self._keys_values(context),
         }
         noise: Array = self.engine.run("denoise", given)["noise"].copy()
         if not np.isfinite(noise).all():
@@ -98,6 +93,17 @@ class Denoiser:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _keys_values(self, context: Array) -> dict[str, Any]:
+        """Keys and values of a context, those of the last two kept (with and without a text)."""
+        for known, found in self._texts:
+            if known is context:
+                return found
+        made = self.engine.run("context", {"context": context})
+        # On the host: they are read at every step, and a heavy step may drop what it was given.
+        found = {name: np.array(self.engine.host(value)) for name, value in made.items()}
+        self._texts = [*self._texts[-1:], (context, found)]
+        return found
 
     def _tokens(self, text: str) -> NDArray[np.int64]:
         most = self.manifest.tokens

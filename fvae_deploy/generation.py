@@ -141,7 +141,11 @@ def generate(
             "stitch": stitch,
             "seed": seed,
         }
-        make = _Make(denoiser, codec, painted, text, chosen, progress)
+        make = _Make(denoiser, codec, painted, chosen, progress)
+        make.sampler()  # refuses now, not after the work
+        make.contexts = [
+            denoiser.context(each) for each in ([text, ""] if guidance != 1 else [text])
+        ]
         facts = {
             "fvae": __version__,
             "generator": manifest.identity,
@@ -180,9 +184,9 @@ class _Make:
     denoiser: Denoiser
     codec: Codec
     mask: PaintedMask
-    text: str
     chosen: dict[str, Any]
     progress: Progress
+    contexts: list[Array] = dataclasses.field(default_factory=list)  # of the text, and of none
     journal: Callable[[str, Callable[[], Array]], Array] = lambda name, compute: compute()
 
     def sampler(self) -> Sampler:
@@ -194,16 +198,16 @@ class _Make:
         self, mask_at: Callable[[int], Array], tick: Callable[[int], None]
     ) -> Callable[[Array, int, int], Array]:
         """Make the function that predicts for a window, whose mask latent `mask_at` gives."""
-        guidance = self.chosen["guidance"]
-        context = self.denoiser.context(self.text)
-        without = self.denoiser.context("") if guidance != 1 else None
+        guidance = np.float32(self.chosen["guidance"])
 
         def predict(x: Array, place: int, t: int) -> Array:
             mask = mask_at(place)
-            found = self.denoiser.denoise(x, mask_latent=mask, t=t, context=context)
-            if without is not None:
-                base = self.denoiser.denoise(x, mask_latent=mask, t=t, context=without)
-                found = base + np.float32(guidance) * (found - base)
+            found, *base = (
+                self.denoiser.denoise(x, mask_latent=mask, t=t, context=context)
+                for context in self.contexts
+            )
+            for without in base:
+                found = without + guidance * (found - without)
             tick(1)
             return found
 
@@ -250,6 +254,7 @@ class _Make:
             progress=self.progress("decode", z),
             onto=Onto(self.mask.mask, self.mask.fit.volume),
         )
+        outcome.shape = self.mask.mask.shape
         outcome.seconds |= {"mask": encoded - begin, "denoise": sampled - encoded}
         return outcome
 

@@ -110,10 +110,21 @@ def models(debug: Debug = False) -> None:
     Example: `fvae models`
     """
     from fvae_deploy.codec import BUILT_IN
+    from fvae_deploy.export.bundle import kind_of
+    from fvae_deploy.export.generator import GeneratorManifest
     from fvae_deploy.export.known import KNOWN
     from fvae_deploy.export.manifest import Manifest
 
     for path in sorted(BUILT_IN.glob("*/manifest.json")):
+        if kind_of(path.parent) == GeneratorManifest.KIND:
+            found = GeneratorManifest.load(path.parent)
+            print(f"{found.name}: {found.description}")
+            print(
+                f"  latents of {found.vae}, windows of {found.window} latent frames, licence "
+                f"{found.licence}, weights {found.identity}"
+            )
+            show(noise_table(found))
+            continue
         manifest = Manifest.load(path.parent)
         g = manifest.geometry
         print(f"{manifest.name}: {manifest.description}")

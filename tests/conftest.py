@@ -69,6 +69,20 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator of random weights in the latents of `tiny`, exported: read only."""
+    for package in ("onnxscript", "transformers", "diffusers", "openvino"):
+        pytest.importorskip(package, reason="needs the export and generate extras")
+    from small_generator import write_weights
+
+    from fvae_deploy.make_bundle import make_generator_bundle
+
+    folder = tmp_path_factory.mktemp("generators")
+    make_generator_bundle(write_weights(folder / "small.safetensors"), folder / "small")
+    return folder / "small"
+
+
+@pytest.fixture(scope="session")
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for the fake engine, which needs no runtime: read only."""
     folder = tmp_path_factory.mktemp("bundles") / "fake"
