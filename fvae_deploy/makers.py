@@ -15,7 +15,9 @@ from fvae_deploy.options import (
     Dtype,
     Engine,
     Memory,
+    Model,
     Precision,
+    Protocol,
     Quiet,
     ReportFile,
     Verbs,
@@ -174,3 +176,49 @@ def phantom(
         )
     if patient is not None and not quiet:
         print(who.report())
+
+
+@app.command()
+def augment(
+    nnunet: Annotated[Path, typer.Option("--nnunet", help="A dataset: DatasetXXX_NAME.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The dataset to make: DatasetYYY_NAME.")
+    ],
+    instead: Annotated[
+        bool, typer.Option("--instead", help="Reconstructions alone, not beside the originals.")
+    ] = False,
+    model: Model = "tiny",
+    engine: Engine = "auto",
+    precision: Precision = "fp32",
+    device: Device = "cpu",
+    protocol: Protocol = None,
+    memory: Memory = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Add reconstructed images to an nnU-Net dataset as a further training view.
+
+    Example: `fvae augment --nnunet Dataset001_Liver -o Dataset101_LiverFvae`
+
+    A stopped run goes on when it is given again.
+    """
+    from fvae_deploy.augment import augment as run
+
+    with progress_bars(quiet, {"augment": "images"}) as begin:
+        found = run(
+            nnunet,
+            output,
+            instead=instead,
+            progress=begin,
+            model=model,
+            engine=engine,
+            precision=precision,
+            device=device,
+            protocol=protocol,
+            memory=memory,
+        )
+    if not quiet:
+        print(
+            f"{output}: {found['cases']} training cases, {found['reconstructed']} images "
+            f"reconstructed in {found['seconds']:.1f} s"
+        )

@@ -1,0 +1,152 @@
+"""One step of the generator's U-Net: the published formulation in torch beside the engines.
+
+    python benchmarks/denoiser.py                     # 43 M parameters, 17 frames of 32x32 cells
+    python benchmarks/denoiser.py --width 224 --plane 64    # as published, 482 M parameters
+
+The same random weights in one run, A B C A B C …, medians. The published formulation runs eager
+in float32: 2-D convolutions over frames, 1-D convolutions along them for every pixel, keys and
+values of the text for every frame at every step. Cost is counted once, in the folded form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fvae_deploy.bench import ceiling
+from fvae_deploy.denoiser import open_denoiser
+from fvae_deploy.engines.base import missing, precisions
+from fvae_deploy.export.generator import waves
+from fvae_deploy.export.generators import load_generator
+from fvae_deploy.export.models.denoiser import AlongFrames, Attention, DenoiserConfig, UNet
+from fvae_deploy.export.to_onnx import write_bundle
+from fvae_deploy.report import machine
+
+FRAMES, TOKENS = 17, 512
+
+
+class PublishedAlongFrames(AlongFrames):
+    """A 1-D convolution along the frames of every pixel, as published."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [f, C, h, w] to as many."""
+        pixels = x.permute(2, 3, 1, 0).flatten(0, 1)  # [h * w, C, f]
+        y = self.temporal_conv(F.pad(pixels, (1, 1), mode="reflect"))
+        return y.unflatten(0, x.shape[2:]).permute(3, 2, 0, 1)
+
+
+def published(network: UNet) -> UNet:
+    """Give a network the published formulation; the weights stay."""
+    for module in network.modules():
+        if isinstance(module, AlongFrames):
+            module.__class__ = PublishedAlongFrames
+    return network
+
+
+@torch.inference_mode()
+def published_step(
+    network: UNet, x: Tensor, mask: Tensor, time_: Tensor, context: Tensor
+) -> np.ndarray:
+    """Compute one step, keys and values for every frame."""
+    every = context.expand(len(x), -1, -1)
+    layers: list[Attention] = network.text_attention
+    text = [t for layer in layers for t in layer.keys_values(every)]
+    return np.asarray(network(x, mask, time_, *text))
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=64, help="model_channels")
+    parser.add_argument("--plane", type=int, default=32, help="latent cells along h and w")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="engine:precision,…")
+    options = parser.parse_args()
+    config = {
+        "in_channels": 32,
+        "out_channels": 16,
+        "model_channels": options.width,
+        "num_res_blocks": 2,
+        "attention_resolutions": [8, 4, 2],
+        "channel_mult": [1, 2, 3, 4],
+        "num_head_channels": 32,
+        "context_dim": 768,
+        "legacy": False,
+    }
+    torch.manual_seed(0)
+    network = UNet(DenoiserConfig.read(config)).eval().requires_grad_(False)
+    count = sum(p.numel() for p in network.parameters())
+    random = np.random.default_rng(0)
+    shape = (FRAMES, 16, options.plane, options.plane)
+    x, mask = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    context = random.standard_normal((TOKENS, 768), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items()}
+        torch.save({"state_dict": weights, "unet_config": config}, folder / "unet.ckpt")
+        found = load_generator(folder / "unet.ckpt", version="bench")
+        manifest = write_bundle(found.manifest, found.stages, folder / "bundle")
+        del found
+        published(network)
+        of = network, *map(torch.from_numpy, (x, mask, waves(500, options.width), context))
+        runs: dict[str, Callable[[], np.ndarray]] = {
+            "published, torch fp32": lambda: published_step(*of)
+        }
+        chosen = (options.only or "openvino:fp32,openvino:bf16,onnxruntime:fp32,torch:fp32").split(
+            ","
+        )
+        opened = []
+        for each in chosen:
+            engine, _, precision = each.partition(":")
+            if missing(engine) is not None or precision not in precisions(engine):
+                print(f"{each} does not run here")
+                continue
+            denoiser = open_denoiser(folder / "bundle", engine=engine, precision=precision)
+            opened.append(denoiser)
+            runs[each.replace(":", " ")] = lambda d=denoiser: d.denoise(
+                x, mask_latent=mask, t=500, context=context
+            )
+        results = {name: run() for name, run in runs.items()}  # compiles, and warms
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
+        for denoiser in opened:
+            denoiser.close()
+    cost = 2 * manifest.part("denoise").mac_per_cell * FRAMES * options.plane**2
+    first = next(iter(runs))
+    base, wanted = statistics.median(seconds[first]), results[first]
+    title = f"{count / 1e6:.0f} M parameters, {FRAMES}x{options.plane}x{options.plane}"
+    table = Table(title=f"{title}, {cost / 1e9:.0f} GFLOP a step")
+    for column in ("", "seconds", "× published", "GFLOP/s", "mean, max error (deviations)"):
+        table.add_column(column)
+    for name in runs:
+        median = statistics.median(seconds[name])
+        error = np.abs(results[name] - wanted) / wanted.std()
+        table.add_row(
+            name,
+            f"{median:.2f}",
+            f"{base / median:.2f}",
+            f"{cost / median / 1e9:.0f}",
+            f"{error.mean():.1e}, {error.max():.1e}",
+        )
+    Console(width=100).print(table)
+    print(f"ceiling {ceiling() / 1e9:.0f} GFLOP/s in float32; {machine()['processor']}, ", end="")
+    print(f"{machine()['cores']} cores")
+
+
+if __name__ == "__main__":
+    main()
