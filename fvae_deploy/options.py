@@ -21,7 +21,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            message = "stopped; an encode that was stopped continues with --resume"
+            message = "stopped; encode and generate go on where they were with --resume"
             raise StoppedError(message) from None
 
 

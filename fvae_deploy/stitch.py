@@ -142,7 +142,7 @@ def pieces(first: int, total: int, window: int) -> list[Piece]:
 
 
 def replaced(windows: int, total: int, temporal: int, frames: int, shift: int) -> list[range]:
-    """Slices that the published second pass replaces: 16 on each side of a boundary.
+    """List the slices that the published second pass replaces: 16 on each side of a boundary.
 
     The published code puts the boundary between windows after 64 i + 1 slices, where its
     windows meet after 65 i; that is kept. What would reach beyond the second pass is left.

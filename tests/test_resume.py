@@ -86,7 +86,7 @@ def test_an_interrupted_encode_says_how_to_go_on_and_does(undisturbed, tmp_path)
     flags = [f"--{name}={value}" for name, value in options.items()]
     code, message = stop(start(ct, store, *flags), store, 10, signal.SIGINT)
     assert code == 130
-    assert message == "fvae: stopped; an encode that was stopped continues with --resume\n"
+    assert message == "fvae: stopped; encode and generate go on where they were with --resume\n"
     assert not store.exists()
     done = []
     api.encode(ct, store, resume=True, progress=done.append, **options)
