@@ -101,14 +101,27 @@ class AlongFrames(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.temporal_conv = nn.Conv1d(width, width, 3)
+        self.product: nn.Conv2d | None = None
+
+    def fold(self) -> None:
+        """Hold the weights in the order in which `forward` takes them."""
+        self.product = nn.Conv2d(1, 1, 1)
+        self.product.weight = nn.Parameter(self._weight())
+        self.product.bias = self.temporal_conv.bias
+        del self.temporal_conv
 
     def forward(self, x: Tensor) -> Tensor:
         """X [f, C, h, w], at least two frames, to as many."""
         frames = torch.cat([x[1][None], x, x[-2][None]])
         # Three frames side by side as channels: one matrix product, whatever the layout.
         beside = torch.cat([frames[:-2], frames[1:-1], frames[2:]], dim=1)
-        weight = self.temporal_conv.weight.transpose(1, 2).flatten(1)
-        return F.conv2d(beside, weight[..., None, None], self.temporal_conv.bias)
+        if self.product is None:
+            return F.conv2d(beside, self._weight(), self.temporal_conv.bias)
+        return F.conv2d(beside, self.product.weight, self.product.bias)
+
+    def _weight(self) -> Tensor:
+        weight = self.temporal_conv.weight.transpose(1, 2).flatten(1)  # [C, 3 C]
+        return weight[..., None, None].contiguous()
 
 
 class ResBlock(nn.Module):
@@ -335,7 +348,7 @@ class UNet(nn.Module):
     def fold(self) -> None:
         """Take what saves work and changes no result; weights then have other names."""
         for module in list(self.modules()):
-            if isinstance(module, Upsample):
+            if isinstance(module, AlongFrames | Upsample):
                 module.fold()
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:

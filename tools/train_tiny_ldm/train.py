@@ -30,6 +30,7 @@ if os.environ.get("MALLOC_MMAP_MAX_") is None and sys.platform == "linux":
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -66,6 +67,7 @@ SCHEDULE = {
 }
 GAMMA = 5.0  # of min-SNR
 FLOOR = 0.3  # least weight of a time
+NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
 SHARE = 0.7  # of the loss that counts a channel by what it means in HU
 
 
@@ -101,11 +103,24 @@ class Generator(nn.Module):
 
     def published(self) -> dict[str, Tensor]:
         """Weights by the names of the published checkpoints."""
-        names = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}
         return {
-            names[k[: k.index(".") + 1]] + k[k.index(".") + 1 :]: v.contiguous()
+            NAMES[k[: k.index(".") + 1]] + k[k.index(".") + 1 :]: v.contiguous()
             for k, v in self.state_dict().items()
         }
+
+    def begin_from(self, path: Path) -> dict[str, list[float]]:
+        """Take published weights; returns the normalisation that goes with them."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            weights = {
+                ours + name.removeprefix(theirs): file.get_tensor(name).float()
+                for ours, theirs in NAMES.items()
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(theirs)
+            }
+        self.load_state_dict(weights)
+        kinds = [f"{name}_{what}" for name in ("latent", "mask") for what in ("shift", "scale")]
+        return {kind: json.loads(metadata[kind]) for kind in kinds}
 
 
 class Data:
@@ -226,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="published weights to begin from")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     model, average = Generator(), Generator()
@@ -233,6 +249,8 @@ def main() -> None:
     data = Data(options.data)
     kept_out = options.out / "held_out"
     held_out = Data(kept_out, data.moments) if kept_out.is_dir() else data
+    if options.start:
+        data.moments = held_out.moments = model.begin_from(options.start)
     average.load_state_dict(model.state_dict())
     for network in (model, average):
         network.to(memory_format=torch.channels_last)
