@@ -24,7 +24,7 @@ from fvae_deploy.export.generator import GeneratorManifest, waves  # noqa: E402
 from fvae_deploy.export.generators import is_generator, load_generator  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
-from fvae_deploy.make_bundle import make_generator_bundle  # noqa: E402
+from fvae_deploy.export.to_onnx import write_bundle  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 ENGINES = ["openvino", "onnxruntime", "torch"]
@@ -78,15 +78,23 @@ def test_every_engine_denoises_as_the_network_as_published(small_generator, engi
     np.testing.assert_array_equal(found, again)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["unet_a", "unet_b"])
-def test_published_tensors_through_the_bundle(name, engine, tmp_path):
-    if not (GOLDEN / f"{name}.ckpt").is_file():
+@pytest.fixture(scope="module", params=["unet_a", "unet_b"])
+def golden(request, tmp_path_factory) -> tuple[str, Path]:
+    """A published network's name and its bundle, exported once for all engines."""
+    if not (GOLDEN / f"{request.param}.ckpt").is_file():
         pytest.skip("golden tensors are not here: expected ../shared/golden beside the checkout")
-    make_generator_bundle(GOLDEN / f"{name}.ckpt", tmp_path / "b")
+    folder = tmp_path_factory.mktemp("golden") / request.param
+    found = load(GOLDEN / f"{request.param}.ckpt")
+    write_bundle(found.manifest, found.stages, folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_published_tensors_through_the_bundle(golden, engine):
+    name, folder = golden
     with safe_open(GOLDEN / f"{name}.io.safetensors", "np") as file:
         of = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    with open_denoiser(tmp_path / "b", engine=engine) as denoiser:
+    with open_denoiser(folder, engine=engine) as denoiser:
         found = denoiser.denoise(
             of["x"], mask_latent=of["mask_latent"], t=float(of["t"][0]), context=of["context"][0]
         )
