@@ -2,7 +2,8 @@
 
     manifest.json         a `Bundle` of some kind
     weights.safetensors   the exported weights; the graphs refer into it
-    *.onnx                one graph a part, holding no weights of its own
+    *.onnx                one graph a part; of weights it holds those alone that the exporter
+                          turned over
 
 `Bundle.load` checks kind, schema version, every field's type and every file's sha256, so that
 a damaged bundle or one of another version is refused with the remedy.

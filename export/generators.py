@@ -86,7 +86,7 @@ def is_generator(path: Path) -> bool:
         if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth"):
             content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             return any(str(name).startswith(UNET) for name in content["state_dict"])
-    except Exception:  # damaged or foreign: whoever loads it says what is wrong
+    except (*LOAD_ERRORS, TypeError):  # damaged or foreign: whoever loads it says what is wrong
         return False
     return False
 

@@ -28,6 +28,10 @@ class Geometry:
     first_slices: int = 1
     first_frames: int = 1
 
+    def slices(self, frames: int) -> int:
+        """Slices that the first so many latent frames stand for."""
+        return self.first_slices + self.temporal * (frames - self.first_frames)
+
     @property
     def protocols(self) -> tuple[str, ...]:
         """Protocols that the network can follow, its own first."""

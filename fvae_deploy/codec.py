@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from fvae_deploy import schedule
 from fvae_deploy.engines.base import choose, open_engine
 from fvae_deploy.errors import BundleError, VolumeError
+from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stages import CausalStream, whole_grids
 from fvae_deploy.tiles import Grid
+
+Kind = TypeVar("Kind", bound=Bundle)
 
 BUILT_IN = Path(__file__).parent / "bundles"
 
@@ -34,17 +37,36 @@ def bundle_path(model: str | Path) -> Path:
     return path
 
 
-class Codec:
-    """A bundle opened in an engine. A context manager; see `open_codec`."""
+class Opened(Generic[Kind]):
+    """A bundle opened in an engine. A context manager."""
 
-    def __init__(self, bundle: Path, engine: str, precision: str, device: str) -> None:
-        self.bundle = bundle
-        self.manifest = Manifest.load(bundle)
+    def __init__(
+        self, bundle: Path, manifest: Kind, engine: str, precision: str, device: str
+    ) -> None:
+        self.bundle, self.manifest, self.device = bundle, manifest, device
         self.why = "asked for"
         if engine == "auto":
             engine, self.why = choose()
-        self.engine = open_engine(bundle, self.manifest, engine, device, precision)
-        self.device = device
+        self.engine = open_engine(bundle, manifest, engine, device, precision)
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Codec(Opened[Manifest]):
+    """A VAE opened in an engine; see `open_codec`."""
 
     def encode(
         self,
@@ -118,21 +140,6 @@ class Codec:
         k = self.manifest.check_step(k)
         return schedule.steps(slices, geometry.protocols[0], k, geometry)
 
-    def close(self) -> None:
-        """Release the engine."""
-        self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def open_codec(
     model: str | Path = "tiny",
@@ -146,7 +153,8 @@ def open_codec(
     Raises BundleError for a missing or damaged bundle and EngineError for an engine, device
     or precision that cannot run here, each with the remedy.
     """
-    return Codec(bundle_path(model), engine, precision, device)
+    path = bundle_path(model)
+    return Codec(path, Manifest.load(path), engine, precision, device)
 
 
 def pad_frames(x: NDArray[np.float32], frames: int) -> NDArray[np.float32]:

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.codec import bundle_path
-from fvae_deploy.engines.base import choose, open_engine
+from fvae_deploy.codec import Opened, bundle_path
 from fvae_deploy.errors import BundleError, ConditionError, EngineError
 from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, waves
 
 Array = NDArray[np.float32]
 
 
-class Denoiser:
-    """A generator bundle opened in an engine. A context manager; see `open_denoiser`."""
+class Denoiser(Opened[GeneratorManifest]):
+    """A generator opened in an engine; see `open_denoiser`."""
 
-    def __init__(self, bundle: Path, engine: str, precision: str, device: str) -> None:
-        self.bundle = bundle
-        self.manifest = GeneratorManifest.load(bundle)
-        self.why = "asked for"
-        if engine == "auto":
-            engine, self.why = choose()
-        self.engine = open_engine(bundle, self.manifest, engine, device, precision)
-        self.device = device
-        self._texts: list[tuple[Array, dict[str, Any]]] = []  # contexts, their keys and values
+    # Contexts, their keys and values.
+    _texts: tuple[tuple[Array, dict[str, Any]], ...] = ()
 
     def context(self, text: str) -> Array:
         """Encode a text to [tokens, dim]; an empty one stands for no condition.
@@ -79,21 +70,6 @@ class Denoiser:
             )
         return noise
 
-    def close(self) -> None:
-        """Release the engine."""
-        self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _keys_values(self, context: Array) -> dict[str, Any]:
         """Keys and values of a context, those of the last two kept (with and without a text)."""
         for known, found in self._texts:
@@ -102,7 +78,7 @@ class Denoiser:
         made = self.engine.run("context", {"context": context})
         # On the host: they are read at every step, and a heavy step may drop what it was given.
         found = {name: np.array(self.engine.host(value)) for name, value in made.items()}
-        self._texts = [*self._texts[-1:], (context, found)]
+        self._texts = (*self._texts[-1:], (context, found))
         return found
 
     def _tokens(self, text: str) -> NDArray[np.int64]:
@@ -163,4 +139,5 @@ def open_denoiser(
     Raises BundleError for a missing or damaged bundle and EngineError for an engine, device
     or precision that cannot run here, each with the remedy.
     """
-    return Denoiser(bundle_path(model), engine, precision, device)
+    path = bundle_path(model)
+    return Denoiser(path, GeneratorManifest.load(path), engine, precision, device)

@@ -158,7 +158,7 @@ def _painted(
     labels: str | Path | None,
 ) -> PaintedMask:
     """Open masks as the volume that the network is shown, at least a window long."""
-    of, manifest = codec.manifest.geometry, denoiser.manifest
+    manifest = denoiser.manifest
     organs = open_volume(mask)
     stack.callback(organs.close)
     disease = None if disease_mask is None else open_volume(disease_mask)
@@ -169,7 +169,7 @@ def _painted(
         disease,
         manifest.masks,
         manifest.plane,
-        least=of.first_slices + of.temporal * (manifest.window - of.first_frames),
+        least=codec.manifest.geometry.slices(manifest.window),
         labels=None if labels is None else read_labels(Path(labels)),
     )
 

@@ -67,12 +67,11 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """Run jobs one after the other; returns each one's report, or its error.
 
-    `options` go to every `generate`. Raises ConditionError at the end where any failed.
+    `options` go to every `generate`.
     """
     from fvae_deploy.generation import generate
 
     results: list[dict[str, Any]] = []
-    failed = 0
     for number, job in enumerate(jobs, start=1):
         head = f"{number} of {len(jobs)}: {job.output}"
         if options.get("resume") and job.output.exists():
@@ -93,15 +92,19 @@ def run_jobs(
             say(f"{head} in {report['seconds']['total']:.1f} s")
             results.append(report)
         except FvaeError as error:
-            failed += 1
             say(f"{head} failed: {error}")
             results.append({"output": str(job.output), "error": str(error)})
+    return results
+
+
+def check_all_made(results: list[dict[str, Any]]) -> None:
+    """Raise ConditionError where a job failed."""
+    failed = sum("error" in result for result in results)
     if failed:
         raise ConditionError(
-            f"expected {len(jobs)} volumes, found {failed} failed: see above, correct them and "
+            f"expected {len(results)} volumes, found {failed} failed: see above, correct them and "
             "go on with --resume"
         )
-    return results
 
 
 def _job(row: Any, number: int, path: Path, folder: Path, seed: int) -> Job:

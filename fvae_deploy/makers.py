@@ -38,7 +38,8 @@ def generate(
         typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr; with --jobs a folder."),
     ] = None,
     findings: Annotated[
-        str | None, typer.Option("--findings", help="Text, or a file of it [default: none].")
+        str | None,
+        typer.Option("--findings", help="Text, or a file of it [default: a normal scan]."),
     ] = None,
     disease_mask: Annotated[
         Path | None, typer.Option("--disease-mask", help="Findings 1 to 18 on the mask's grid.")
@@ -88,7 +89,7 @@ def generate(
     Example: `fvae generate --mask organs.nii.gz --findings "nodule in the right lung" -o g.nii.gz`
     """
     require("diffusers", "tokenizers", "torch", extra="generate")
-    from fvae_deploy.jobs import read_jobs, run_jobs
+    from fvae_deploy.jobs import check_all_made, read_jobs, run_jobs
 
     options: dict[str, Any] = {
         "labels": labels,
@@ -120,6 +121,7 @@ def generate(
             from fvae_deploy.report import write_json
 
             write_json(results, run_report)
+        check_all_made(results)
         return
     from fvae_deploy.generation import generate as run
 

@@ -54,8 +54,7 @@ class Request:
     @property
     def window_slices(self) -> int:
         """Slices that a window of the network stands for."""
-        of = self.codec.manifest.geometry
-        return of.first_slices + of.temporal * (self.denoiser.manifest.window - of.first_frames)
+        return self.codec.manifest.geometry.slices(self.denoiser.manifest.window)
 
     def facts(self) -> dict[str, Any]:
         """Say what tells this request from others."""
@@ -118,7 +117,7 @@ def check_vae(denoiser: Denoiser, codec: Codec) -> None:
 
 
 def _fingerprint(mask: PaintedMask) -> str:
-    """Hash of what the network is shown."""
+    """Hash what the network is shown; so every slice is checked before any work."""
     digest = hashlib.sha256(repr((mask.geometry.shape, mask.mask.affine.tolist())).encode())
     for slab in mask.slabs(16):
         digest.update(slab.tobytes())

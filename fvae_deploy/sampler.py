@@ -1,8 +1,8 @@
 """The sampler: diffusers' schedulers over a whole latent volume, noise by seed and step.
 
     ddim        the published one, 20 steps, eta 1
-    dpmsolver++ second order, deterministic: as good in fewer steps
-    unipc       predictor and corrector, deterministic: as good in fewer steps
+    dpmsolver++ second order, deterministic
+    unipc       predictor and corrector, deterministic
 
 Noise depends on the seed, the step and what is asked for alone, so a volume does not depend
 on how often its generation was resumed.

@@ -8,71 +8,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 TOKENS = 32  # of a text, [CLS] and [SEP] included
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = [
-    "a",
-    "acute",
-    "airspace",
-    "and",
-    "arterial",
-    "at",
-    "base",
-    "bilateral",
-    "both",
-    "calcified",
-    "chest",
-    "clear",
-    "consolidation",
-    "contrast",
-    "density",
-    "effusion",
-    "enhanced",
-    "finding",
-    "findings",
-    "fluid",
-    "focal",
-    "in",
-    "is",
-    "large",
-    "left",
-    "lesion",
-    "lesions",
-    "lobe",
-    "lobes",
-    "lower",
-    "lung",
-    "lungs",
-    "mass",
-    "medium",
-    "middle",
-    "moderate",
-    "multiple",
-    "no",
-    "nodule",
-    "nodules",
-    "normal",
-    "of",
-    "on",
-    "one",
-    "opacity",
-    "phase",
-    "pleural",
-    "pneumonia",
-    "portal",
-    "right",
-    "scan",
-    "seen",
-    "side",
-    "small",
-    "solitary",
-    "solid",
-    "the",
-    "there",
-    "two",
-    "upper",
-    "venous",
-    "with",
-    "without",
-]
+WORDS = """
+    a acute airspace and arterial at base bilateral both calcified chest clear consolidation
+    contrast density effusion enhanced finding findings fluid focal in is large left lesion
+    lesions lobe lobes lower lung lungs mass medium middle moderate multiple no nodule
+    nodules normal of on one opacity phase pleural pneumonia portal right scan seen side
+    small solitary solid the there two upper venous with without
+""".split()  # noqa: SIM905
 
 
 def tokenizer() -> Tokenizer:
