@@ -15,7 +15,7 @@ from fvae_deploy import __version__, cli
 from fvae_deploy.volume import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
-VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment"]
+VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
 
 
 @pytest.fixture

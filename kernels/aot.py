@@ -1,0 +1,268 @@
+"""Kernels compiled ahead of time for chips that are not here, and what their code says of itself.
+
+A specification is a launch on tensors without data: shapes, strides and types are real, and what
+the launcher would hand to the GPU is recorded and compiled instead. Nothing is run: registers,
+spills, shared memory and instructions are read from the machine code; bytes and operations are
+counted; times are rooflines.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.kernels.chips import CHIPS, Chip
+from fvae_deploy.kernels.optional import INTERPRETED, triton
+
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+OPTIONS = ("num_warps", "num_stages")
+Launcher = Callable[..., Any]  # takes run= and target=, launches once
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A launch that some network really makes."""
+
+    name: str
+    launch: Launcher
+    flops: float
+    plain: float  # bytes that the plain graph moves for it, each of its operations by itself
+    dot: bool = True  # multiplies matrices
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a launcher handed over: arguments by name, and options."""
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int]
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors, each read or written once."""
+        tensors = {id(a): a for a in self.arguments.values() if torch.is_tensor(a)}
+        return traffic(*tensors.values())
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes on float16 or bfloat16."""
+        return any(
+            a.dtype in (torch.float16, torch.bfloat16)
+            for a in self.arguments.values()
+            if torch.is_tensor(a)
+        )
+
+
+def traffic(*tensors: torch.Tensor | None) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class Recorder:
+    """Stands for a kernel and keeps the one launch made of it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = getattr(kernel, "fn", kernel)
+        self.found: Recorded | None = None
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        """Take the grid, which does not matter."""
+
+        def keep(*args: Any, **kwargs: Any) -> None:
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+            names = self.kernel.__code__.co_varnames
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self.found = Recorded(self.kernel, given, options)
+
+        return keep
+
+
+def record(spec: Spec, kernel: Any, target: str) -> Recorded:
+    """Make the launch of a specification as for a chip, and keep it."""
+    recorder = Recorder(kernel)
+    spec.launch(run=recorder, target=target)
+    assert recorder.found is not None
+    return recorder.found
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one chip, as its machine code says."""
+
+    kernel: str
+    spec: str
+    target: str
+    registers: int
+    spills: int  # bytes of stack and local memory a thread
+    shared: int  # bytes
+    limit: int
+    matrix: Mapping[str, int]  # instructions found, by name
+    vector_loads: int  # of 128 bits
+    moved: int  # bytes, counted
+    plain: float  # bytes, counted
+    flops: float  # counted
+    roofline: float  # seconds on the chip's card
+    wrong: tuple[str, ...] = ()
+
+
+def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip) -> Compiled:
+    """Compile a specification for a chip; `wrong` says what must not be."""
+    recorded = record(spec, kernel, chip.target)
+    built = _built(recorded, chip)
+    if chip.nvidia:
+        registers, spills, code = _nvidia(built.asm["cubin"])
+        loads = len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128|\bUTMALDG", code))
+    else:
+        code = built.asm["amdgcn"]
+        registers = _amd(code, "vgpr_count")
+        spills = _amd(code, "private_segment_fixed_size")
+        loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", code))
+    matrix = {
+        name: len(re.findall(pattern, code))
+        for name, pattern in {
+            "HGMMA": r"\bHGMMA\.",
+            "UTCHMMA": r"\bUTCHMMA",
+            "HMMA": r"\bHMMA\.",
+            "mfma": r"\bv_mfma_",
+        }.items()
+    }
+    found = {k: n for k, n in matrix.items() if n}
+    wrong = []
+    if spills:
+        wrong.append(f"spills {spills} bytes")
+    if built.metadata.shared > chip.shared:
+        wrong.append(f"takes {built.metadata.shared} of {chip.shared} bytes of shared memory")
+    if spec.dot and recorded.half and not any(name in found for name in chip.matrix):
+        wrong.append(f"has no {' or '.join(chip.matrix)}")
+    if not loads:
+        wrong.append("has no load of 128 bits")
+    return Compiled(
+        kernel=name,
+        spec=spec.name,
+        target=chip.target,
+        registers=registers,
+        spills=spills,
+        shared=built.metadata.shared,
+        limit=chip.shared,
+        matrix=found,
+        vector_loads=loads,
+        moved=recorded.moved,
+        plain=spec.plain,
+        flops=spec.flops,
+        roofline=chip.seconds(spec.flops, recorded.moved, recorded.half),
+        wrong=tuple(wrong),
+    )
+
+
+def _built(recorded: Recorded, chip: Chip) -> Any:
+    """Compile what was recorded; what Triton's own launcher would specialise is specialised."""
+    require_triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = triton.JITFunction(recorded.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for parameter in function.params:
+        value, at = recorded.arguments[parameter.name], (parameter.num,)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[at] = "constexpr", value
+        elif torch.is_tensor(value):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[at] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+    target = (
+        GPUTarget("cuda", int(chip.target.removeprefix("sm_")), 32)
+        if chip.nvidia
+        else GPUTarget("hip", chip.target, 64)
+    )
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=target, options=dict(recorded.options))
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Read registers, spilled bytes and code of a CUDA binary."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def told(*command: str) -> str:
+            done = subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return done.stdout
+
+        usage = told("cuobjdump", "--dump-resource-usage")
+        code = told("nvdisasm", "-c")
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], code
+
+
+def _amd(code: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", code)
+    return int(found.group(1)) if found else 0
+
+
+def check(kernels: Sequence[str], targets: Sequence[str], jobs: int) -> Iterator[Compiled]:
+    """Compile all specifications of these kernels for these targets, in order.
+
+    Raises EngineError for names that are not there, and without Triton.
+    """
+    from fvae_deploy.kernels.dispatch import KERNELS
+
+    for wanted, known in ((kernels, KERNELS), (targets, CHIPS)):
+        for name in wanted:
+            if name not in known:
+                raise EngineError(f"expected one of {', '.join(known)}, found {name!r}")
+    require_triton()
+    work = [
+        (name, number, target)
+        for name in kernels
+        for number, _ in enumerate(KERNELS[name].specs())
+        for target in targets
+    ]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_numbered, work)
+
+
+def require_triton() -> None:
+    """Raise EngineError where Triton is missing or cannot compile."""
+    if triton is None:
+        raise EngineError("expected triton, found none: pip install 'fvae-deploy[kernels]'")
+    if INTERPRETED:
+        raise EngineError("expected Triton's compiler, found TRITON_INTERPRET=1: unset it")
+
+
+def _numbered(work: tuple[str, int, str]) -> Compiled:
+    """Compile the specification of this number, in a process of its own."""
+    from fvae_deploy.kernels.dispatch import KERNELS
+
+    name, number, target = work
+    spec, kernel = list(KERNELS[name].specs())[number]
+    return compile_for(name, spec, kernel, CHIPS[target])

@@ -1,0 +1,238 @@
+"""Attention of all tokens to all keys, without a matrix of scores in memory.
+
+    y = softmax(q @ k^T / sqrt(d)) @ v
+
+by blocks of keys with a running maximum and sum (Dao et al., "FlashAttention", 2022). Two uses,
+one kernel: one wide head over a frame's tokens (Wan 384, SD 512), and many narrow heads, to
+themselves or to a text, whose keys may be shared by all frames (U-Net, 32). Any number of tokens.
+
+Layout: q, y [B, N, heads, d], k, v [B or 1, M, heads, d], the layout in which linear layers write
+them; d contiguous, any other strides. A head wider than 256 is computed in two pieces, so that 384
+costs 384 and not the next power of two. Scores, softmax and sums are float32.
+
+Why by hand: the plain graph writes and reads the scores (a frame of 64x64 tokens: 67 MB in
+float32 for one head) and transposes heads in and out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.optional import jit, tl, triton, upcast
+
+LOG2E = math.log2(math.e)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute it in torch: y [B, N, heads, d]."""
+    queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, n, d]
+    scores = queries @ keys.mT / math.sqrt(q.shape[-1])
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+@jit
+def kernel(
+    q,
+    k,
+    v,
+    y,
+    N,
+    M,
+    heads,
+    factor,
+    q_b,
+    q_n,
+    q_h,
+    k_b,
+    k_n,
+    k_h,
+    v_b,
+    v_n,
+    v_h,
+    y_b,
+    y_n,
+    y_h,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Compute a block of BN tokens of a head; grid (tokens, batch * heads, 1 or 2 halves)."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    token = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = tl.arange(0, BM)
+    d0 = tl.arange(0, D0)
+    row = q + batch * q_b + head * q_h + token[:, None] * q_n
+    real = (token < N)[:, None]
+    q0 = tl.load(row + d0[None, :], mask=real, other=0.0)
+    acc0 = tl.zeros((BN, D0), tl.float32)
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        q1 = tl.load(row + d1[None, :], mask=real, other=0.0)
+    if WHOLE and D1 > 0:
+        acc1 = tl.zeros((BN, D1), tl.float32)
+    half = tl.program_id(2) * D0  # where WHOLE, 0
+    highest = tl.full((BN,), float("-inf"), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(0, M, BM):
+        there = start + key < M
+        keys = k + batch * k_b + head * k_h + (start + key)[None, :] * k_n
+        k0 = tl.load(keys + d0[:, None], mask=there[None, :], other=0.0)
+        if UPCAST:
+            q0, k0 = q0.to(tl.float32), k0.to(tl.float32)
+        scores = tl.dot(q0, k0, input_precision=PRECISION)
+        if D1 > 0:
+            k1 = tl.load(keys + d1[:, None], mask=there[None, :], other=0.0)
+            if UPCAST:
+                q1, k1 = q1.to(tl.float32), k1.to(tl.float32)
+            scores = tl.dot(q1, k1, scores, input_precision=PRECISION)
+        scores = tl.where(there[None, :], scores * factor, float("-inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        shrink = tl.exp2(highest - above)
+        weights = tl.exp2(scores - above[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        highest = above
+        values = v + batch * v_b + head * v_h + (start + key)[:, None] * v_n
+        weights = weights.to(v.dtype.element_ty)
+        v0 = tl.load(values + half + d0[None, :], mask=there[:, None], other=0.0)
+        if UPCAST:
+            weights, v0 = weights.to(tl.float32), v0.to(tl.float32)
+        acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+        if WHOLE and D1 > 0:
+            v1 = tl.load(values + d1[None, :], mask=there[:, None], other=0.0)
+            if UPCAST:
+                v1 = v1.to(tl.float32)
+            acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    out = y + batch * y_b + head * y_h + token[:, None] * y_n
+    tl.store(out + half + d0[None, :], (acc0 / total[:, None]).to(y.dtype.element_ty), mask=real)
+    if WHOLE and D1 > 0:
+        tl.store(out + d1[None, :], (acc1 / total[:, None]).to(y.dtype.element_ty), mask=real)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Blocks of one launch; `whole` is False where the halves of a wide head are apart.
+
+    Apart, scores are computed twice, for 1.5 times the work: where the sums of 512 channels
+    do not fit a chip's registers or tensor memory.
+    """
+
+    tokens: int
+    keys: int
+    warps: int
+    stages: int
+    whole: bool = True
+
+
+def config_for(width: int, size: int, target: str) -> Config:
+    """Blocks for heads of this width and elements of this many bytes on a chip.
+
+    Chosen among those that compile without spills (docs/kernels.md), not by measured speed.
+    """
+    matrices = target in ("sm_90", "sm_100")  # their instructions take 64 rows at least
+    if width <= 64:
+        return Config(64, 32, 4, 2)
+    if width <= 128:
+        return Config(64, 32, 4, 1)
+    if size > 2:
+        return Config(16, 16, 8, 1)
+    if not matrices:
+        return Config(32, 16, 8, 1)
+    return Config(64, 32, 8, 2, whole=target == "sm_90" or width < 512)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tf32: bool = False,
+    target: str = "sm_80",
+    config: Config | None = None,
+    out: Tensor | None = None,
+    run: Any = kernel,
+) -> Tensor:
+    """Compute it by the kernel, arguments and result as in `reference`; `out` is written in place.
+
+    Heads are 16, 32, ... 256 wide, or the sum of two such. `config` None chooses blocks for the
+    target chip. Raises ValueError for other heads and layouts.
+    """
+    batch, tokens, heads, width = q.shape
+    first = min(256, 1 << (width.bit_length() - 1))
+    second = width - first
+    if second & (second - 1) or width < 16 or 0 < second < 16:
+        raise ValueError(
+            f"expected a head of 16, 32, … 256 or the sum of two such, found {width}: "
+            "use the reference"
+        )
+    y = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", y)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"expected {name} with channels last, found {tensor.stride()}")
+    config = config or config_for(width, q.element_size(), target)
+
+    def strides(tensor: Tensor) -> tuple[int, ...]:
+        shared = tensor.shape[0] == 1 and batch > 1
+        return (0 if shared else tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+    run[triton.cdiv(tokens, config.tokens), batch * heads, 1 if config.whole else 2](
+        q,
+        k,
+        v,
+        y,
+        tokens,
+        k.shape[1],
+        heads,
+        LOG2E / math.sqrt(width),
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        *strides(y),
+        D0=first,
+        D1=second,
+        PRECISION="tf32" if tf32 else "ieee",
+        BN=config.tokens,
+        BM=config.keys,
+        WHOLE=config.whole,
+        UPCAST=upcast(q.dtype),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
+
+
+def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
+    """Yield launches that Wan, SD and the U-Net make."""
+
+    def made(
+        name: str, batch: int, tokens: int, keys: int, heads: int, width: int, kind: torch.dtype
+    ) -> Spec:
+        def tensor(n: int, b: int = batch) -> Tensor:
+            return torch.empty(b, n, heads, width, dtype=kind, device=device)
+
+        shared = 1 if keys != tokens else batch
+        q, k, v = tensor(tokens), tensor(keys, shared), tensor(keys, shared)
+        work = 4 * batch * heads * tokens * keys * width
+        title = f"{name} {str(kind).removeprefix('torch.')}"
+        # Heads turned in and out, scores written, softmax in one pass, scores read.
+        scores = batch * heads * tokens * keys * q.element_size()
+        plain = 3 * traffic(q, k, v) + 3 * traffic(q) + 4 * scores
+        return Spec(title, lambda run, target: launch(q, k, v, target=target, run=run), work, plain)
+
+    for kind in (torch.float16, torch.bfloat16):
+        yield made("Wan 1x384", 1, 4096, 4096, 1, 384, kind), kernel
+    half = torch.float16
+    yield made("SD 1x512", 1, 4096, 4096, 1, 512, half), kernel
+    yield made("U-Net 14x32", 17, 1024, 1024, 14, 32, half), kernel
+    yield made("U-Net text 14x32", 17, 1024, 77, 14, 32, half), kernel
+    yield made("Wan 1x384", 1, 4096, 4096, 1, 384, torch.float32), kernel

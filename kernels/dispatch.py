@@ -1,0 +1,103 @@
+"""Which formulation computes: the torch reference, or the Triton kernel.
+
+One visible choice. `auto` takes the kernels on an NVIDIA or AMD GPU where Triton is installed, and
+the references everywhere else; `reference` and `triton` are asked for by name, and what cannot run
+is refused with the remedy. Under Triton's interpreter (TRITON_INTERPRET=1) kernels also run on a
+CPU, for tests, slowly.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvae_deploy.errors import EngineError
+from fvae_deploy.kernels import (
+    attention,
+    causal_conv3d,
+    depthwise_conv3d,
+    norm_silu,
+    upsample2x_conv,
+)
+from fvae_deploy.kernels.norm_silu import Activation
+from fvae_deploy.kernels.optional import INTERPRETED, triton
+
+BACKENDS = ("auto", "reference", "triton")
+KERNELS: dict[str, ModuleType] = {
+    "causal_conv3d": causal_conv3d,
+    "upsample2x_conv": upsample2x_conv,
+    "depthwise_conv3d": depthwise_conv3d,
+    "attention": attention,
+    "norm_silu": norm_silu,
+}
+
+
+class Kernels:
+    """The kernels' functions for one device; every one takes what its reference takes."""
+
+    def __init__(self, device: str = "cpu", backend: str = "auto") -> None:
+        """Choose; raises EngineError for a backend that cannot run on this device."""
+        if backend not in BACKENDS:
+            raise EngineError(
+                f"expected kernels {', '.join(BACKENDS)}, found {backend!r}: name one of them"
+            )
+        gpu = device.startswith("cuda")
+        if backend == "triton":
+            if triton is None:
+                raise EngineError(
+                    "expected triton for kernels, found none: pip install 'fvae-deploy[kernels]'"
+                )
+            if not gpu and not INTERPRETED:
+                raise EngineError(
+                    f"expected a GPU for Triton kernels, found device {device}: "
+                    "use the reference, or TRITON_INTERPRET=1 to interpret them"
+                )
+        self.triton = backend == "triton" or (backend == "auto" and gpu and triton is not None)
+        self.target = _target(device) if gpu and self.triton else "sm_80"
+
+    def causal_conv3d(self, x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
+        """See `causal_conv3d.reference`."""
+        if self.triton:
+            return causal_conv3d.launch(x, weight, *rest, target=self.target, **more)
+        return causal_conv3d.reference(x, weight, *rest, **more)
+
+    def upsample2x_conv(self, x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
+        """See `upsample2x_conv.reference`; weights are as published, packed where needed."""
+        if self.triton:
+            packed = upsample2x_conv.packed(weight)
+            return upsample2x_conv.launch(x, packed, *rest, target=self.target, **more)
+        return upsample2x_conv.reference(x, weight, *rest, **more)
+
+    def depthwise_conv3d(self, x: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Any:
+        """See `depthwise_conv3d.reference`."""
+        if self.triton:
+            return depthwise_conv3d.launch(x, weight, bias, **more)
+        return depthwise_conv3d.reference(x, weight, bias, **more)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `attention.reference`."""
+        if self.triton:
+            return attention.launch(q, k, v, target=self.target)
+        return attention.reference(q, k, v)
+
+    def rms(self, x: Tensor) -> Tensor:
+        """See `norm_silu.rms_reference`."""
+        return norm_silu.rms(x) if self.triton else norm_silu.rms_reference(x)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """See `norm_silu.channels_reference`."""
+        return norm_silu.channels(x) if self.triton else norm_silu.channels_reference(x)
+
+    def apply(self, x: Tensor, activation: Activation) -> Tensor:
+        """Compute `activation(x)` in x's type."""
+        return norm_silu.apply(x, activation) if self.triton else activation(x).to(x.dtype)
+
+
+def _target(device: str) -> str:
+    """Name the chip of a CUDA or ROCm device as `chips` does."""
+    found = torch.cuda.get_device_properties(torch.device(device))
+    name = getattr(found, "gcnArchName", "").split(":")[0]
+    return name or f"sm_{found.major}{found.minor}"

@@ -1,0 +1,232 @@
+"""Norms, and the statistics that a convolution's activation needs.
+
+    RMS norm      inverse[t, h, w] = sqrt(C) / max(|x[t, h, w, :]|, 1e-12)
+                  y = silu(x * inverse * scale)
+    group norm    of every frame and channel: count, mean, sum of squared deviations, in chunks
+                  of positions; `merged` joins them, and those of tiles, to scale and shift
+                  y = silu(x * scale[t, c] + shift[t, c])
+
+Statistics and application are apart: statistics of tiles can be merged (Chan, Golub and LeVeque,
+1983), so that a tiled group norm is exact, and `causal_conv3d` applies either as it reads.
+`apply` is for what is no input of a convolution.
+
+Layout: x, y [T, H, W, C] channels last and dense; statistics float32 and merged in float64.
+
+Why by hand: the plain graph reads a map three times and writes it twice for norm and SiLU;
+here it is read once for statistics, and the rest is part of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.optional import jit, tl, triton
+
+TINY = 1e-12
+NONE, RMS, AFFINE = 0, 1, 2  # kinds of activation in kernels
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a slab passes before the convolution, always ending in SiLU.
+
+    Either `inverse` [T, H, W] and `scale` [C], or `scale` and `shift` [T, C]; float32.
+    """
+
+    scale: Tensor
+    inverse: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        """RMS or AFFINE."""
+        return RMS if self.inverse is not None else AFFINE
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Activate x [T, H, W, C] in float32."""
+        wide = x.float() if x.dtype != torch.float64 else x
+        if self.inverse is not None:
+            return F.silu(wide * self.inverse[..., None] * self.scale)
+        assert self.shift is not None
+        return F.silu(wide * self.scale[:, None, None] + self.shift[:, None, None])
+
+
+def rms_reference(x: Tensor) -> Tensor:
+    """1 / RMS of every position of x [T, H, W, C]: [T, H, W]."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    inverse: Tensor = x.shape[-1] ** 0.5 / wide.norm(dim=-1).clamp_min(TINY)
+    return inverse
+
+
+def channels_reference(x: Tensor) -> Tensor:
+    """Statistics of x [T, H, W, C]: [T, C, 1, 3], count, mean and sum of squared deviations."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    values = wide.flatten(1, 2).transpose(1, 2)  # [T, C, H * W]
+    mean = values.mean(2)
+    deviation = (values - mean[..., None]).square().sum(2)
+    count = torch.full_like(mean, values.shape[2])
+    return torch.stack([count, mean, deviation], dim=-1)[:, :, None]
+
+
+def merged(statistics: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Activation:
+    """Join statistics [T, C, chunks, 3], of tiles too, by groups; gives scale and shift [T, C]."""
+    parts = statistics.double().unflatten(1, (groups, -1)).flatten(2, 3)
+    count, mean, deviation = parts.unbind(-1)  # [T, groups, channels * chunks]
+    total = count.sum(2)
+    middle = (count * mean).sum(2) / total
+    spread = (deviation + count * (mean - middle[..., None]).square()).sum(2) / total
+    each = weight.numel() // groups
+    root, middle = (v.repeat_interleave(each, 1) for v in ((spread + eps).rsqrt(), middle))
+    scale = root * weight.double()
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return Activation(scale.to(kind), shift=(bias.double() - middle * scale).to(kind))
+
+
+@jit
+def rms_kernel(x, y, positions, C: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr):
+    """1 / RMS of BP positions."""
+    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    c = tl.arange(0, WIDE)
+    live = (p < positions)[:, None] & (c < C)[None, :]
+    value = tl.load(x + p[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(value * value, 1))
+    root: tl.constexpr = C**0.5
+    tl.store(y + p, root / tl.maximum(norm, 1e-12), mask=p < positions)
+
+
+@jit
+def channels_kernel(
+    x, statistics, positions, chunks, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+):
+    """Count, mean, squared deviations of BP positions; grid (chunks, blocks of channels, T)."""
+    chunk, t = tl.program_id(0), tl.program_id(2)
+    p, c = chunk * BP + tl.arange(0, BP), tl.program_id(1) * BC + tl.arange(0, BC)
+    live = (p < positions)[:, None] & (c < C)[None, :]
+    at = x + t.to(tl.int64) * positions * C + p[:, None] * C + c[None, :]
+    value = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    count = tl.minimum(positions - chunk * BP, BP).to(tl.float32)
+    mean = tl.sum(value, 0) / count
+    apart = tl.where(live, value - mean[None, :], 0.0)
+    at = statistics + ((t * C + c).to(tl.int64) * chunks + chunk) * 3
+    tl.store(at, count + tl.zeros((BC,), tl.float32), mask=c < C)
+    tl.store(at + 1, mean, mask=c < C)
+    tl.store(at + 2, tl.sum(apart * apart, 0), mask=c < C)
+
+
+@jit
+def apply_kernel(
+    x,
+    y,
+    inverse,
+    scale,
+    shift,
+    positions,
+    C: tl.constexpr,
+    RMS: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Norm and SiLU of BP positions and BC channels; grid (positions, channels, T)."""
+    t = tl.program_id(2)
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    live = (p < positions)[:, None] & (c < C)[None, :]
+    at = t.to(tl.int64) * positions * C + p[:, None] * C + c[None, :]
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if RMS:
+        root = tl.load(inverse + t.to(tl.int64) * positions + p, mask=p < positions, other=0.0)
+        value *= root[:, None] * tl.load(scale + c, mask=c < C, other=0.0)[None, :]
+    else:
+        value *= tl.load(scale + t * C + c, mask=c < C, other=0.0)[None, :]
+        value += tl.load(shift + t * C + c, mask=c < C, other=0.0)[None, :]
+    tl.store(y + at, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=live)
+
+
+def _dense(x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"expected a dense [T, H, W, C], found strides {x.stride()}")
+
+
+def rms(x: Tensor, *, run: Any = rms_kernel) -> Tensor:
+    """`rms_reference` by the kernel."""
+    _dense(x)
+    positions, channels = x.numel() // x.shape[-1], x.shape[-1]
+    wide = triton.next_power_of_2(channels)
+    block = max(1, 4096 // wide)
+    y = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    run[(triton.cdiv(positions, block),)](
+        x, y, positions, C=channels, WIDE=wide, BP=block, num_warps=4
+    )
+    return y
+
+
+def channels(x: Tensor, *, run: Any = channels_kernel) -> Tensor:
+    """`channels_reference` by the kernel, in chunks: [T, C, chunks, 3]."""
+    _dense(x)
+    frames, positions, width = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
+    chunks = triton.cdiv(positions, 128)
+    found = torch.empty(frames, width, chunks, 3, dtype=torch.float32, device=x.device)
+    run[chunks, triton.cdiv(width, 64), frames](
+        x, found, positions, chunks, C=width, BP=128, BC=64, num_warps=4
+    )
+    return found
+
+
+def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tensor:
+    """Compute `activation(x)` by the kernel, in x's type."""
+    _dense(x)
+    frames, positions, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
+    inverse, shift = activation.inverse, activation.shift
+    y = torch.empty_like(x)
+    run[triton.cdiv(positions, 64), triton.cdiv(channels, 64), frames](
+        x,
+        y,
+        activation.scale if inverse is None else inverse,
+        activation.scale,
+        activation.scale if shift is None else shift,
+        positions,
+        C=channels,
+        RMS=inverse is not None,
+        BP=64,
+        BC=64,
+        num_warps=4,
+    )
+    return y
+
+
+def group_norm_reference(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """silu(group norm) of every frame of x [T, H, W, C], as torch computes it: a yardstick."""
+    return F.silu(F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps)).movedim(1, -1)
+
+
+def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
+    """Yield launches that Wan and SD make."""
+
+    def made(name: str, x: Tensor, one: Any, passes: int, work: int) -> Spec:
+        title = f"{name} {str(x.dtype).removeprefix('torch.')}"
+        flops, plain = float(work * x.numel()), float(passes * traffic(x))
+        return Spec(title, lambda run, target: one(run), flops, plain, dot=False)
+
+    for kind in (torch.float16, torch.bfloat16):
+        x = torch.empty(4, 256, 256, 96, dtype=kind, device=device)
+        gain, root = (torch.empty(shape, device=device) for shape in ((96,), x.shape[:-1]))
+        lit = Activation(gain, inverse=root)
+        # A norm as a graph: squares written and read for their sum.
+        yield made("rms Wan 96", x, lambda run, x=x: rms(x, run=run), 3, 2), rms_kernel
+        # Normalised and scaled, then SiLU, a map written and read in between.
+        yield (
+            made("apply Wan 96", x, lambda run, x=x, lit=lit: apply(x, lit, run=run), 4, 6),
+            apply_kernel,
+        )
+    y = torch.empty(1, 512, 512, 128, dtype=torch.float16, device=device)
+    # Mean, and centred squares written and read for theirs.
+    yield made("channels SD 128", y, lambda run: channels(y, run=run), 4, 4), channels_kernel

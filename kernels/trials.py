@@ -1,0 +1,264 @@
+"""Kernels against their references: odd sizes, tiles, first and later steps, strided views.
+
+Tensors lie inside larger ones full of NaN, so that a read or write outside shows. The same trials
+run on a GPU (`fvae kernels test`) and in Triton's interpreter (the tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fvae_deploy.kernels import (
+    attention,
+    causal_conv3d,
+    depthwise_conv3d,
+    norm_silu,
+    upsample2x_conv,
+)
+from fvae_deploy.kernels.causal_conv3d import SAME, Box, Window
+from fvae_deploy.kernels.norm_silu import Activation
+
+# Of `error`; the reference computes in float32 on the same rounded inputs.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison: `run` gives pairs of found and wanted."""
+
+    name: str
+    run: Callable[[Source], Iterator[tuple[Tensor, Tensor]]]
+
+
+class Source:
+    """Random tensors of one type on one device, each amid NaN."""
+
+    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self.random = torch.Generator().manual_seed(seed)
+        self.guards: list[tuple[Tensor, Tensor]] = []  # buffers, and the part that is in use
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Values of this deviation, in a view with NaN around every axis but the last."""
+        view = self.blank(*shape, dtype=dtype)
+        view.copy_(torch.randn(shape, generator=self.random) * scale)
+        return view
+
+    def blank(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Make a view full of NaN amid NaN."""
+        padded = [n + 2 for n in shape[:-1]] + [shape[-1] + 16]
+        buffer = torch.full(padded, torch.nan, dtype=dtype or self.dtype, device=self.device)
+        used = torch.zeros(padded, dtype=torch.bool, device=self.device)
+        inner = (*(slice(1, n + 1) for n in shape[:-1]), slice(8, 8 + shape[-1]))
+        used[inner] = True
+        self.guards.append((buffer, used))
+        return buffer[inner]
+
+    def untouched(self) -> bool:
+        """Whether everything around the views is still NaN."""
+        return all(bool(buffer[~used].isnan().all()) for buffer, used in self.guards)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over value and deviation of what is wanted; NaN where anything is."""
+    found, wanted = found.double(), wanted.double()
+    return float(((found - wanted).abs() / (wanted.abs() + wanted.std())).max())
+
+
+def worst(trial: Trial, device: str, dtype: torch.dtype) -> float:
+    """Run a trial; its largest error, infinite where something outside was read or written."""
+    source = Source(device, dtype)
+    errors = [error(found, wanted) for found, wanted in trial.run(source)]
+    if not source.untouched() or any(e != e for e in errors):
+        return float("inf")
+    return max(errors)
+
+
+def _wide(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
+
+
+def _convolution(
+    frames: int,
+    taps: tuple[int, int, int],
+    window: Window = SAME,
+    kind: str = "",
+    later: bool = False,
+    residual: bool = False,
+    box: Box | None = None,
+    clamp: tuple[float, float] | None = None,
+    channels: tuple[int, int] = (20, 24),
+) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+    height, width = 10, 12
+
+    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        wide = torch.float32
+        kept = taps[0] - window.stride[0]
+        tall, across = window.plane(height, width, taps[1:])
+        steps = (frames + kept - taps[0]) // window.stride[0] + 1
+        x = source.normal(frames, height, width, channels[0])
+        depth = (channels[0] * taps[0] * taps[1] * taps[2]) ** -0.5
+        weight = source.normal(*taps, *channels, scale=depth).contiguous()
+        bias = source.normal(channels[1])
+        state = source.normal(kept, height, width, channels[0]) if later else None
+        extra = source.normal(steps, tall, across, channels[1]) if residual else None
+        lit = None
+        if kind == "rms":
+            gain = source.normal(channels[0], dtype=wide)
+            root = source.normal(frames, height, width, dtype=wide).contiguous()
+            lit = Activation(gain, inverse=root)
+        elif kind == "affine":
+            gain, shift = (source.normal(frames, channels[0], dtype=wide) for _ in range(2))
+            lit = Activation(gain.contiguous(), shift=shift.contiguous())
+        place = box or (0, tall, 0, across)
+        out = source.blank(steps, place[1] - place[0], place[3] - place[2], channels[1])
+        y, after = causal_conv3d.launch(
+            x,
+            weight,
+            bias,
+            state=state,
+            window=window,
+            activation=lit,
+            residual=extra,
+            clamp=clamp,
+            box=box,
+            out=out,
+        )
+        wanted, remembered = causal_conv3d.reference(
+            x.float(),
+            weight.float(),
+            bias.float(),
+            state=_wide(state),
+            window=window,
+            activation=lit,
+            residual=_wide(extra),
+            clamp=clamp,
+            box=box,
+        )
+        yield y, wanted
+        if kept:
+            part = (slice(None), slice(*place[:2]), slice(*place[2:]))
+            yield after[part], remembered[part]
+
+    return run
+
+
+def _tiles(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tiles of a convolution with state, put together, are the whole, and so is the state."""
+    x = source.normal(2, 11, 13, 16)
+    state = source.normal(2, 11, 13, 16)
+    weight = source.normal(3, 3, 3, 16, 16, scale=0.05).contiguous()
+    out, after = torch.empty(2, 11, 13, 16).to(x), torch.empty(2, 11, 13, 16).to(x)
+    for rows in ((0, 4), (4, 11)):
+        for columns in ((0, 7), (7, 13)):
+            causal_conv3d.launch(
+                x,
+                weight,
+                state=state,
+                window=SAME,
+                box=(*rows, *columns),
+                out=out[:, slice(*rows), slice(*columns)],
+                after=after,
+            )
+    whole, remembered = causal_conv3d.launch(x, weight, state=state, window=SAME)
+    yield out, whole
+    yield after, remembered
+
+
+def _depthwise(
+    frames: int, later: bool, box: Box | None = None
+) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        x = source.normal(frames, 7, 9, 72)
+        state = source.normal(2, 7, 9, 72) if later else None
+        weight = source.normal(27, 72, scale=0.2).contiguous()
+        bias = source.normal(72)
+        place = box or (0, 7, 0, 9)
+        out = source.blank(frames, place[1] - place[0], place[3] - place[2], 72)
+        y, after = depthwise_conv3d.launch(x, weight, bias, state=state, box=box, out=out)
+        wanted, remembered = depthwise_conv3d.reference(
+            x.float(), weight.float(), bias.float(), state=_wide(state), box=box
+        )
+        yield y, wanted
+        part = (slice(None), slice(*place[:2]), slice(*place[2:]))
+        yield after[part], remembered[part]
+
+    return run
+
+
+def _attention(
+    batch: int, tokens: int, keys: int, heads: int, width: int
+) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        shared = batch if keys == tokens else 1
+        q = source.normal(batch, tokens, heads, width)
+        k, v = (source.normal(shared, keys, heads, width) for _ in range(2))
+        out = source.blank(batch, tokens, heads, width)
+        yield (
+            attention.launch(q, k, v, out=out),
+            attention.reference(q.float(), k.float(), v.float()),
+        )
+
+    return run
+
+
+def _doubling(box: Box | None) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        x = source.normal(2, 5, 7, 24)
+        weight, bias = source.normal(3, 3, 24, 20, scale=0.07), source.normal(20)
+        packed = upsample2x_conv.packed(weight.float()).to(weight.dtype)
+        yield (
+            upsample2x_conv.launch(x, packed, bias, box=box),
+            upsample2x_conv.reference(x.float(), weight.float(), bias.float(), box=box),
+        )
+
+    return run
+
+
+def _norms(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    x = (source.normal(3, 7, 9, 96) * 2 + 1).contiguous()
+    wide = x.float()
+    yield norm_silu.rms(x), norm_silu.rms_reference(wide)
+    gain, shift = (source.normal(96, dtype=torch.float32).contiguous() for _ in range(2))
+    lit = Activation(gain, inverse=norm_silu.rms(x))
+    yield norm_silu.apply(x, lit), lit(wide)
+    parts = [norm_silu.channels(part.contiguous()) for part in (x[:, :3], x[:, 3:])]
+    lit = norm_silu.merged(torch.cat(parts, dim=2), 32, gain, shift, 1e-6)
+    yield norm_silu.apply(x, lit), norm_silu.group_norm_reference(wide, 32, gain, shift, 1e-6)
+
+
+DOWN = Window(stride=(1, 2, 2), bottom=1, right=1)
+TIME = Window(stride=(2, 1, 1))
+CUBE = (3, 3, 3)
+INNER, CORNER = (3, 8, 2, 9), (6, 10, 7, 12)
+TRIALS = (
+    Trial("convolution, first frame", _convolution(1, CUBE)),
+    Trial("convolution, first frames, RMS", _convolution(3, CUBE, kind="rms")),
+    Trial("convolution, step of 1, RMS, residual", _convolution(1, CUBE, SAME, "rms", True, True)),
+    Trial("convolution, step of 4, group norm", _convolution(4, CUBE, SAME, "affine", True)),
+    Trial("convolution, clamped", _convolution(2, CUBE, later=True, clamp=(-0.5, 0.5))),
+    Trial("convolution, inner tile", _convolution(2, CUBE, SAME, "rms", True, True, INNER)),
+    Trial("convolution, corner tile", _convolution(2, CUBE, SAME, "", True, True, CORNER)),
+    Trial("convolution, wide", _convolution(1, CUBE, later=True, channels=(72, 136))),
+    Trial("convolution, one channel", _convolution(1, CUBE, channels=(1, 24))),
+    Trial("convolution, stride 2 in space", _convolution(2, (1, 3, 3), DOWN)),
+    Trial("convolution, stride 2 in time", _convolution(4, (3, 1, 1), TIME, later=True)),
+    Trial("convolution, along frames", _convolution(2, (3, 1, 1), Window(), later=True)),
+    Trial("convolution, 1x1x1", _convolution(2, (1, 1, 1), Window(), residual=True)),
+    Trial("convolution, tiles are the whole", _tiles),
+    Trial("doubling", _doubling(None)),
+    Trial("doubling, tile", _doubling((1, 4, 2, 7))),
+    Trial("depthwise, first frame", _depthwise(1, later=False)),
+    Trial("depthwise, first frames", _depthwise(3, later=False)),
+    Trial("depthwise, step of 1", _depthwise(1, later=True)),
+    Trial("depthwise, tile of a step of 3", _depthwise(3, later=True, box=(2, 6, 3, 9))),
+    Trial("attention, 3 heads of 32", _attention(2, 37, 37, 3, 32)),
+    Trial("attention, to a shared text", _attention(3, 17, 5, 2, 32)),
+    Trial("attention, one head of 384", _attention(1, 50, 50, 1, 384)),
+    Trial("attention, one head of 512", _attention(1, 33, 33, 1, 512)),
+    Trial("norms", _norms),
+)

@@ -1,0 +1,90 @@
+"""Nearest neighbour by 2, then a 3x3 convolution, without the doubled map.
+
+A pixel of the doubled map repeats its source, so that the nine taps of an output pixel meet four
+source pixels: rows (-1, 0) with weights (w0, w1 + w2) for the upper pixel of a doubled cell, rows
+(0, 1) with (w0 + w1, w2) for the lower one, columns alike. Four 2x2 convolutions, one for each
+place in the cell, in 4/9 of the work, each writing every second row and column of the result:
+the kernel is that of `causal_conv3d`.
+
+Layout: x [T, H, W, C], y [T, 2H, 2W, C'], weight [3, 3, C, C'] packed to [2, 2, 2, 2, C, C'].
+
+Why by hand: the plain graph writes the doubled map and reads it nine times (Wan's last: 512x512
+pixels of 192 channels, 101 MB a frame in float16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvae_deploy.kernels import causal_conv3d
+from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.causal_conv3d import Box, Window
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, box: Box | None = None
+) -> Tensor:
+    """Compute it in torch: y [T, 2H, 2W, C'], or the doubled `box` of rows and columns of x."""
+    doubled = F.interpolate(x.movedim(-1, 1), scale_factor=2.0, mode="nearest")
+    y = F.conv2d(doubled, weight.permute(3, 2, 0, 1), bias, padding=1).movedim(1, -1)
+    if box is not None:
+        y = y[:, 2 * box[0] : 2 * box[1], 2 * box[2] : 2 * box[3]]
+    return y
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Weights [3, 3, C, C'] as those of four places: [2, 2, 1, 2, 2, C, C']."""
+    upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).to(weight)
+    places = torch.stack([upper, upper.flip(0, 1)])  # [place, tap, of three]
+    return torch.einsum("iar,jbs,rscd->ijabcd", places, places, weight)[:, :, None].contiguous()
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    box: Box | None = None,
+    target: str = "sm_80",
+    run: Any = causal_conv3d.kernel,
+) -> Tensor:
+    """Compute it by the kernel; `weight` is packed. Arguments and result as in `reference`."""
+    frames, height, width, _ = x.shape
+    box = box or (0, height, 0, width)
+    y = x.new_empty(frames, 2 * (box[1] - box[0]), 2 * (box[3] - box[2]), weight.shape[-1])
+    for i in (0, 1):
+        for j in (0, 1):
+            causal_conv3d.launch(
+                x,
+                weight[i, j],
+                bias,
+                window=Window(top=1 - i, left=1 - j, bottom=i, right=j),
+                box=box,
+                out=y[:, i::2, j::2],
+                target=target,
+                run=run,
+            )
+    return y
+
+
+def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
+    """One of the four launches that Wan and the U-Net make."""
+    for name, size, channels in (
+        ("Wan 192 to 96", (4, 256, 256), (192, 96)),
+        ("U-Net 448", (17, 32, 32), (448, 448)),
+    ):
+        x = torch.empty(*size, channels[0], dtype=torch.float16, device=device)
+        weight = torch.empty(2, 2, 1, 2, 2, *channels, dtype=torch.float16, device=device)
+        work = 2 * 4 * channels[0] * channels[1] * size[0] * size[1] * size[2]
+
+        def one(run: Any, target: str, x: Tensor = x, weight: Tensor = weight) -> None:
+            launch(x, weight, target=target, run=run)
+
+        # A quarter of writing the doubled map, reading it, and writing the result.
+        plain = (traffic(x) * (1 + 4 + 4) + traffic(weight) * 9 / 16) / 4 + work / channels[0] / 4
+        yield Spec(f"{name} float16", one, work, plain), causal_conv3d.kernel
