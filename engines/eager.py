@@ -1,7 +1,12 @@
-"""Eager torch: the reference engine; rebuilds the exported network from the bundle's weights."""
+"""Eager torch: the reference engine; rebuilds the exported network from the bundle's weights.
+
+On a GPU where Triton is installed, LeanVAE and Wan run on hand-written kernels; FVAE_KERNELS is
+`auto`, `reference` or `triton` (`kernels.dispatch`).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,8 @@ from safetensors import safe_open
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle
-from fvae_deploy.export.models.family import fill, rebuild
+from fvae_deploy.export.models.family import fill, on_kernels, rebuild
+from fvae_deploy.kernels.dispatch import Kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +41,7 @@ class EagerEngine:
             raise EngineError(
                 f"expected a device that torch knows, found {device!r}: use cpu or cuda"
             ) from None
+        self._kernels = Kernels(device, os.environ.get("FVAE_KERNELS", "auto"))
         self._manifest = manifest
         self._weights = bundle / "weights.safetensors"
         self._empty = rebuild(manifest)
@@ -78,7 +85,7 @@ class EagerEngine:
             for weight in stage.parameters():
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            self._stages[name] = stage
+            self._stages[name] = on_kernels(stage, self._manifest, self._kernels)
         return self._stages[name]
 
     def _tensor(self, value: Any, kind: str) -> torch.Tensor:

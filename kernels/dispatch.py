@@ -19,6 +19,7 @@ from fvae_deploy.kernels import (
     attention,
     causal_conv3d,
     depthwise_conv3d,
+    gated_linear,
     norm_silu,
     upsample2x_conv,
 )
@@ -30,6 +31,7 @@ KERNELS: dict[str, ModuleType] = {
     "causal_conv3d": causal_conv3d,
     "upsample2x_conv": upsample2x_conv,
     "depthwise_conv3d": depthwise_conv3d,
+    "gated_linear": gated_linear,
     "attention": attention,
     "norm_silu": norm_silu,
 }
@@ -55,6 +57,7 @@ class Kernels:
                     f"expected a GPU for Triton kernels, found device {device}: "
                     "use the reference, or TRITON_INTERPRET=1 to interpret them"
                 )
+        self.asked = backend == "triton"
         self.triton = backend == "triton" or (backend == "auto" and gpu and triton is not None)
         self.target = _target(device) if gpu and self.triton else "sm_80"
 
@@ -65,10 +68,9 @@ class Kernels:
         return causal_conv3d.reference(x, weight, *rest, **more)
 
     def upsample2x_conv(self, x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
-        """See `upsample2x_conv.reference`; weights are as published, packed where needed."""
+        """See `upsample2x_conv.reference`."""
         if self.triton:
-            packed = upsample2x_conv.packed(weight)
-            return upsample2x_conv.launch(x, packed, *rest, target=self.target, **more)
+            return upsample2x_conv.launch(x, weight, *rest, target=self.target, **more)
         return upsample2x_conv.reference(x, weight, *rest, **more)
 
     def depthwise_conv3d(self, x: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Any:
@@ -76,6 +78,15 @@ class Kernels:
         if self.triton:
             return depthwise_conv3d.launch(x, weight, bias, **more)
         return depthwise_conv3d.reference(x, weight, bias, **more)
+
+    def gated_linear(self, x: Tensor, *weights: Tensor, eps: float) -> Tensor:
+        """See `gated_linear.reference`."""
+        value, gate, value_bias, gate_bias = weights
+        if self.triton:
+            return gated_linear.launch(
+                x, value, gate, value_bias, gate_bias, eps=eps, target=self.target
+            )
+        return gated_linear.reference(x, value, gate, value_bias, gate_bias, eps)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `attention.reference`."""

@@ -30,30 +30,36 @@ from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.optional import jit, tl, triton
 
 TINY = 1e-12
-NONE, RMS, AFFINE = 0, 1, 2  # kinds of activation in kernels
+# Kinds of activation in kernels.
+NONE, RMS, AFFINE, RMS_ALONE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What a slab passes before the convolution, always ending in SiLU.
+    """What a slab passes before the convolution.
 
-    Either `inverse` [T, H, W] and `scale` [C], or `scale` and `shift` [T, C]; float32.
+    Either `inverse` [T, H, W] and `scale` [C], or `scale` and `shift` [T, C]; float32. SiLU
+    ends it, but for an RMS norm without.
     """
 
     scale: Tensor
     inverse: Tensor | None = None
     shift: Tensor | None = None
+    silu: bool = True
 
     @property
     def kind(self) -> int:
-        """RMS or AFFINE."""
-        return RMS if self.inverse is not None else AFFINE
+        """RMS, AFFINE or RMS_ALONE."""
+        if self.inverse is None:
+            return AFFINE
+        return RMS if self.silu else RMS_ALONE
 
     def __call__(self, x: Tensor) -> Tensor:
         """Activate x [T, H, W, C] in float32."""
         wide = x.float() if x.dtype != torch.float64 else x
         if self.inverse is not None:
-            return F.silu(wide * self.inverse[..., None] * self.scale)
+            normed = wide * self.inverse[..., None] * self.scale
+            return F.silu(normed) if self.silu else normed
         assert self.shift is not None
         return F.silu(wide * self.scale[:, None, None] + self.shift[:, None, None])
 

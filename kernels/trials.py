@@ -16,6 +16,7 @@ from fvae_deploy.kernels import (
     attention,
     causal_conv3d,
     depthwise_conv3d,
+    gated_linear,
     norm_silu,
     upsample2x_conv,
 )
@@ -211,12 +212,22 @@ def _doubling(box: Box | None) -> Callable[[Source], Iterator[tuple[Tensor, Tens
         x = source.normal(2, 5, 7, 24)
         weight, bias = source.normal(3, 3, 24, 20, scale=0.07), source.normal(20)
         packed = upsample2x_conv.packed(weight.float()).to(weight.dtype)
-        yield (
-            upsample2x_conv.launch(x, packed, bias, box=box),
-            upsample2x_conv.reference(x.float(), weight.float(), bias.float(), box=box),
-        )
+        wanted = upsample2x_conv.plain(x.float(), weight.float(), bias.float())
+        top, bottom, left, right = (2 * edge for edge in box or (0, 5, 0, 7))
+        found = upsample2x_conv.launch(x, packed, bias, box=box)
+        yield found, wanted[:, top:bottom, left:right]
+        yield found, upsample2x_conv.reference(x.float(), packed.float(), bias.float(), box=box)
 
     return run
+
+
+def _gated(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+    x = (source.normal(70, 72) + 3).contiguous()
+    value, gate = (source.normal(72, 40, scale=0.05).contiguous() for _ in range(2))
+    value_bias, gate_bias = (source.normal(40).contiguous() for _ in range(2))
+    found = gated_linear.launch(x, value, gate, value_bias, gate_bias)
+    x, value, gate = x.float(), value.float(), gate.float()
+    yield found, gated_linear.reference(x, value, gate, value_bias.float(), gate_bias.float())
 
 
 def _norms(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
@@ -260,5 +271,6 @@ TRIALS = (
     Trial("attention, to a shared text", _attention(3, 17, 5, 2, 32)),
     Trial("attention, one head of 384", _attention(1, 50, 50, 1, 384)),
     Trial("attention, one head of 512", _attention(1, 33, 33, 1, 512)),
+    Trial("norm and gated linear layers", _gated),
     Trial("norms", _norms),
 )

@@ -26,12 +26,26 @@ from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.causal_conv3d import Box, Window
 
 
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute it with the doubled map and the weight [3, 3, C, C'], as a yardstick."""
+    doubled = F.interpolate(x.movedim(-1, 1), scale_factor=2.0, mode="nearest")
+    return F.conv2d(doubled, weight.permute(3, 2, 0, 1), bias, padding=1).movedim(1, -1)
+
+
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, box: Box | None = None
 ) -> Tensor:
-    """Compute it in torch: y [T, 2H, 2W, C'], or the doubled `box` of rows and columns of x."""
-    doubled = F.interpolate(x.movedim(-1, 1), scale_factor=2.0, mode="nearest")
-    y = F.conv2d(doubled, weight.permute(3, 2, 0, 1), bias, padding=1).movedim(1, -1)
+    """Compute it in torch: y [T, 2H, 2W, C'], or the doubled `box` of rows and columns of x.
+
+    `weight` is packed.
+    """
+    frames = x.movedim(-1, 1)
+    y = x.new_empty(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], weight.shape[-1])
+    for i in (0, 1):
+        for j in (0, 1):
+            place = weight[i, j, 0].permute(3, 2, 0, 1)  # [C', C, 2, 2]
+            padded = F.pad(frames, (1 - j, j, 1 - i, i))
+            y[:, i::2, j::2] = F.conv2d(padded, place, bias).movedim(1, -1)
     if box is not None:
         y = y[:, 2 * box[0] : 2 * box[1], 2 * box[2] : 2 * box[3]]
     return y
@@ -53,7 +67,7 @@ def launch(
     target: str = "sm_80",
     run: Any = causal_conv3d.kernel,
 ) -> Tensor:
-    """Compute it by the kernel; `weight` is packed. Arguments and result as in `reference`."""
+    """Compute it by the kernel, arguments and result as in `reference`."""
     frames, height, width, _ = x.shape
     box = box or (0, height, 0, width)
     y = x.new_empty(frames, 2 * (box[1] - box[0]), 2 * (box[3] - box[2]), weight.shape[-1])

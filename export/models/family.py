@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.bundle import Bundle, Network
 from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
+from fvae_deploy.kernels.dispatch import Kernels
+
+# Families whose stages have a form on hand-written kernels, `on_kernels` of these modules.
+ON_KERNELS = {"lean_vae": "lean_vae_kernels", "wan": "wan_kernels"}
 
 FAMILIES = {
     "lean_vae": "lean_vae_parts",
@@ -80,6 +84,27 @@ def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Bundle) -> N
     except RuntimeError as error:
         raise _unfit(manifest, error) from error
     stage.requires_grad_(False)
+
+
+def on_kernels(stage: nn.Module, manifest: Bundle, kernels: Kernels) -> nn.Module:
+    """Give a stage, its weights loaded, the form that runs on hand-written kernels.
+
+    It stays as it is where `kernels` computes references. Raises EngineError for a family
+    without such a form that was asked for it.
+    """
+    family = manifest.network.family
+    if not kernels.triton:
+        return stage
+    if family not in ON_KERNELS:
+        if not kernels.asked:
+            return stage
+        raise EngineError(
+            f"expected a network of family {', '.join(ON_KERNELS)} for kernels, found {family}: "
+            "use FVAE_KERNELS=auto"
+        )
+    module = importlib.import_module(f"fvae_deploy.export.models.{ON_KERNELS[family]}")
+    made: nn.Module = module.on_kernels(stage, kernels)
+    return made.eval().requires_grad_(False)
 
 
 def _unfit(manifest: Bundle, error: Exception) -> BundleError:

@@ -1,0 +1,151 @@
+"""Layer norm, two linear layers, and the product of one with the GELU of the other (GEGLU).
+
+    y[p, :] = (n[p, :] @ value + value_bias) * gelu(n[p, :] @ gate + gate_bias)
+    n[p, :] = (x[p, :] - mean) / sqrt(variance + eps)        over the channels of position p
+
+Gain and offset of the norm are folded into the linear layers (W * gain, b + W @ offset). Mean and
+variance are joined block by block (Chan, Golub and LeVeque, 1983), in float32, and so are sums.
+What follows, back to the width with a residual, is `causal_conv3d` with a kernel of one.
+
+Layout: x [P, C], value and gate [C, N], y [P, N], dense.
+
+Why by hand: the plain graph writes the normalised map, and both wide maps, which are the largest
+of a LeanVAE layer, and reads them again for the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.optional import jit, tl, triton, upcast
+
+
+def reference(
+    x: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    value_bias: Tensor,
+    gate_bias: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute it in torch: y [P, N]; the norm in float32 at least."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    n = F.layer_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)
+    return torch.addmm(value_bias, n, value) * F.gelu(torch.addmm(gate_bias, n, gate))
+
+
+# fmt: off
+@jit
+def kernel(
+    x, value, gate, value_bias, gate_bias, y, positions, eps,
+    C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    # fmt: on
+    """Compute BP positions and BN channels; grid (positions, channels)."""
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    real, rows = (p < positions)[:, None], x + p.to(tl.int64)[:, None] * C
+    mean, spread = tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
+    for start in range(0, C, BK):
+        there = (start + k < C)[None, :]
+        a = tl.load(rows + (start + k)[None, :], mask=real & there, other=0.0).to(tl.float32)
+        count = tl.minimum(C - start, BK)
+        part = tl.sum(a, 1) / count
+        apart = tl.where(there, a - part[:, None], 0.0)
+        step = part - mean
+        joined = start + count
+        spread += tl.sum(apart * apart, 1) + step * step * (start * count / joined)
+        mean += step * (count / joined)
+    root = 1 / tl.sqrt(spread / C + eps)
+    left, right = tl.zeros((BP, BN), tl.float32), tl.zeros((BP, BN), tl.float32)
+    for start in range(0, C, BK):
+        c = start + k
+        a = tl.load(rows + c[None, :], mask=real & (c < C)[None, :], other=0.0).to(tl.float32)
+        a = ((a - mean[:, None]) * root[:, None]).to(x.dtype.element_ty)
+        live = (c < C)[:, None] & (n < N)[None, :]
+        v = tl.load(value + c[:, None] * N + n[None, :], mask=live, other=0.0)
+        g = tl.load(gate + c[:, None] * N + n[None, :], mask=live, other=0.0)
+        if UPCAST:
+            a, v, g = a.to(tl.float32), v.to(tl.float32), g.to(tl.float32)
+        left = tl.dot(a, v, left, input_precision=PRECISION)
+        right = tl.dot(a, g, right, input_precision=PRECISION)
+    left += tl.load(value_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    right += tl.load(gate_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = left * right * 0.5 * (1 + tl.erf(right * 0.7071067811865476))
+    at = y + p.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=real & (n < N)[None, :])
+
+
+def launch(
+    x: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    value_bias: Tensor,
+    gate_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    target: str = "sm_80",
+    tf32: bool = False,
+    run: Any = kernel,
+) -> Tensor:
+    """Compute it by the kernel, arguments and result as in `reference`.
+
+    Raises ValueError for tensors that are not dense.
+    """
+    for name, tensor in (("x", x), ("value", value), ("gate", gate)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"expected a dense {name}, found strides {tensor.stride()}")
+    positions, channels = x.shape
+    wide = x.element_size() > 2
+    block, columns = (32, 32) if wide else (128, 64)
+    y = x.new_empty(positions, value.shape[1])
+    run[triton.cdiv(positions, block), triton.cdiv(value.shape[1], columns)](
+        x,
+        value,
+        gate,
+        value_bias,
+        gate_bias,
+        y,
+        positions,
+        eps,
+        C=channels,
+        N=value.shape[1],
+        PRECISION="tf32" if tf32 else "ieee",
+        UPCAST=upcast(x.dtype),
+        BP=block,
+        BN=columns,
+        BK=32,
+        num_warps=4 if wide else 8,
+        num_stages=2,
+    )
+    return y
+
+
+def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
+    """Yield launches that LeanVAE and the U-Net make."""
+    for name, positions, channels, hidden, kind in (
+        ("LeanVAE 512", 4096, 512, 352, torch.float16),
+        ("LeanVAE 512", 4096, 512, 352, torch.bfloat16),
+        ("U-Net 448", 17 * 1024, 448, 1792, torch.float16),
+        ("LeanVAE 512", 4096, 512, 352, torch.float32),
+    ):
+        x = torch.empty(positions, channels, dtype=kind, device=device)
+        value, gate = (torch.empty(channels, hidden, dtype=kind, device=device) for _ in range(2))
+        bias = torch.empty(hidden, dtype=kind, device=device)
+        given = (x, value, gate, bias, bias)
+
+        def one(run: Any, target: str, given: tuple[Tensor, ...] = given) -> None:
+            launch(*given, target=target, run=run)
+
+        map_, work = positions * hidden * x.element_size(), 4 * positions * channels * hidden
+        # The norm written and read twice, both maps written, GELU, product.
+        plain = 4 * traffic(x) + traffic(value, gate) + (2 + 2 + 3) * map_
+        yield Spec(f"{name} {str(kind).removeprefix('torch.')}", one, work, plain), kernel
