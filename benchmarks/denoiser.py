@@ -22,35 +22,76 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvae_deploy.bench import ceiling
 from fvae_deploy.denoiser import open_denoiser
 from fvae_deploy.engines.base import missing, precisions
 from fvae_deploy.export.generator import waves
 from fvae_deploy.export.generators import load_generator
-from fvae_deploy.export.models.denoiser import AlongFrames, Attention, DenoiserConfig, UNet
+from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
+from fvae_deploy.export.models.denoiser_layers import AlongFrames, Attention, FrameNorm, InFrame
 from fvae_deploy.export.to_onnx import write_bundle
 from fvae_deploy.report import machine
 
 FRAMES, TOKENS = 17, 512
 
 
-class PublishedAlongFrames(AlongFrames):
-    """A 1-D convolution along the frames of every pixel, as published."""
+def frames_of(volume: Tensor) -> Tensor:
+    """[1, C, f, h, w] as frames [f, C, h, w]; the memory stays."""
+    return volume[0].transpose(0, 1)
+
+
+def volume_of(frames: Tensor) -> Tensor:
+    """Frames [f, C, h, w] as [1, C, f, h, w]; the memory stays."""
+    return frames.transpose(0, 1)[None]
+
+
+class PublishedInFrame(InFrame):
+    """A 2-D convolution, the frames as its batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [f, C, h, w] to as many."""
-        pixels = x.permute(2, 3, 1, 0).flatten(0, 1)  # [h * w, C, f]
+        """X [1, C, f, h, w] -> [1, C', f, h', w']."""
+        return volume_of(nn.Conv2d.forward(self, frames_of(x)))
+
+
+class PublishedAlongFrames(AlongFrames):
+    """A 1-D convolution along the frames of every pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w] to as many."""
+        pixels = x[0].permute(2, 3, 0, 1).flatten(0, 1)  # [h * w, C, f]
         y = self.temporal_conv(F.pad(pixels, (1, 1), mode="reflect"))
-        return y.unflatten(0, x.shape[2:]).permute(3, 2, 0, 1)
+        return volume_of(y.unflatten(0, x.shape[3:]).permute(3, 2, 0, 1))
+
+
+class PublishedNorm(FrameNorm):
+    """Group norm, the frames as its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w] to as many."""
+        return volume_of(nn.GroupNorm.forward(self, frames_of(x)))
+
+
+class PublishedUNet(UNet):
+    """The same walk, skips joined as frames."""
+
+    @staticmethod
+    def joined(x: Tensor, skip: Tensor) -> Tensor:
+        """Join channels [1, C, f, h, w]."""
+        return volume_of(torch.cat([frames_of(x), frames_of(skip)], dim=1))
 
 
 def published(network: UNet) -> UNet:
     """Give a network the published formulation; the weights stay."""
+    theirs = {
+        UNet: PublishedUNet,
+        InFrame: PublishedInFrame,
+        AlongFrames: PublishedAlongFrames,
+        FrameNorm: PublishedNorm,
+    }
     for module in network.modules():
-        if isinstance(module, AlongFrames):
-            module.__class__ = PublishedAlongFrames
+        module.__class__ = theirs.get(type(module), type(module))
     return network
 
 

@@ -97,6 +97,7 @@ def figures(phantom: Volume, organs: NDArray[np.int64], made: Volume) -> dict[st
         "organ, worst": worst,
         "organs beyond 40 HU": sum(abs(v) > 40 for v in off.values()),
         "organs": len(off),
+        "brightness, mean HU off": float(np.abs(drift).mean()),
         "brightness, worst HU": float(np.abs(drift).max()),
         "brightness change, worst HU": float(np.abs(np.diff(drift)).max()),
         "blockiness": blockiness(made, body),

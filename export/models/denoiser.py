@@ -2,10 +2,16 @@
 
     x, mask_latent [f, D, h, w], time [1, W], context [tokens, dim]  -->  noise [f, D, h, w]
 
-The U-Net is that of latent diffusion (Rombach et al., 2022), its convolutions 2-D with the
-latent frames as batch. After every 3x3 convolution a convolution of three frames joins the
-frames at every pixel, reflected at both ends of the window. Attention stays within a frame:
-to itself and to the text.
+The U-Net is that of latent diffusion (Rombach et al., 2022), its convolutions 2-D for every
+latent frame. After every 3x3 convolution a convolution of three frames joins the frames at every
+pixel, reflected at both ends of the window. Attention stays within a frame: to itself and to the
+text.
+
+Published with frames as batch, the network is computed as one volume [1, C, f, h, w]: runtimes
+then keep one layout from end to end, where convolutions along the batch cost half the time in
+reordering (docs/log.md). Tokens of attention are the same memory, read as [f, h * w, C]. `fold`
+turns all convolutions into 3-D ones for that; until then, in training, they are what is fastest
+in eager torch.
 
 The text's keys and values depend neither on frame nor on step, so they are a part of their
 own, computed once a generation (`models.denoiser_parts`). That is exact. Time enters
@@ -22,13 +28,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.models.slicewise import Doubling
+from fvae_deploy.export.models.denoiser_layers import (
+    GEGLU,
+    GROUPS,
+    AlongFrames,
+    Attention,
+    Downsample,
+    FrameNorm,
+    InFrame,
+    ResBlock,
+    SpatialTransformer,
+    Transformer,
+    Upsample,
+)
 
-GROUPS = 32
 # Options of latent diffusion that none of these networks uses, and the values that mean so.
 UNUSED: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
@@ -95,198 +111,6 @@ class DenoiserConfig:
         return cls(**found)
 
 
-class AlongFrames(nn.Module):
-    """A convolution of three frames at every pixel, the ends reflected."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.temporal_conv = nn.Conv1d(width, width, 3)
-        self.product: nn.Conv2d | None = None
-
-    def fold(self) -> None:
-        """Hold the weights in the order in which `forward` takes them."""
-        self.product = nn.Conv2d(1, 1, 1)
-        self.product.weight = nn.Parameter(self._weight())
-        self.product.bias = self.temporal_conv.bias
-        del self.temporal_conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [f, C, h, w], at least two frames, to as many."""
-        frames = torch.cat([x[1][None], x, x[-2][None]])
-        # Three frames side by side as channels: one matrix product, whatever the layout.
-        beside = torch.cat([frames[:-2], frames[1:-1], frames[2:]], dim=1)
-        if self.product is None:
-            return F.conv2d(beside, self._weight(), self.temporal_conv.bias)
-        return F.conv2d(beside, self.product.weight, self.product.bias)
-
-    def _weight(self) -> Tensor:
-        weight = self.temporal_conv.weight.transpose(1, 2).flatten(1)  # [C, 3 C]
-        return weight[..., None, None].contiguous()
-
-
-class ResBlock(nn.Module):
-    """Norm, SiLU and convolution twice, the time embedding added between."""
-
-    def __init__(self, width: int, out: int, embedding: int) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)
-        )
-        self.in_layers_tem = AlongFrames(out)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, out), nn.SiLU(), nn.Identity(), nn.Conv2d(out, out, 3, padding=1)
-        )
-        self.out_layers_tem = AlongFrames(out)
-        self.skip_connection = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """X [f, C, h, w] and embedding [1, E] -> [f, C', h, w]."""
-        y = self.in_layers_tem(self.in_layers(x))
-        y = y + self.emb_layers(embedding)[..., None, None]
-        y = self.out_layers_tem(self.out_layers(y))
-        result: Tensor = self.skip_connection(x) + y
-        return result
-
-
-class Attention(nn.Module):
-    """Attention of many narrow heads; keys and values may be given."""
-
-    def __init__(self, width: int, context: int, head: int) -> None:
-        super().__init__()
-        self.heads = width // head
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context, width, bias=False)
-        self.to_v = nn.Linear(context, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
-
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [..., n, dim] to keys and values [..., heads, n, d]."""
-        return self._split(self.to_k(tokens)), self._split(self.to_v(tokens))
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens x [f, n, C] attend to keys and values [f or 1, heads, m, d]."""
-        queries = self._split(self.to_q(x))
-        shape = (x.shape[0], *keys.shape[1:])
-        y = F.scaled_dot_product_attention(queries, keys.expand(shape), values.expand(shape))
-        result: Tensor = self.to_out(y.transpose(-3, -2).flatten(-2))
-        return result
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        split: Tensor = tokens.unflatten(-1, (self.heads, -1))
-        return split.transpose(-3, -2)
-
-
-class GEGLU(nn.Module):
-    """A linear layer to twice the width: value * gelu(gate), the second half being the gate."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [..., C] -> [..., inner]."""
-        wide: Tensor = self.proj(x)
-        value, gate = wide.chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU of four times the width and back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        inner = 4 * width
-        self.net = nn.Sequential(GEGLU(width, inner), nn.Identity(), nn.Linear(inner, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [..., C] -> [..., C]."""
-        result: Tensor = self.net(x)
-        return result
-
-
-class Transformer(nn.Module):
-    """Attention within the frame, attention to the text, feed-forward; each with a residual."""
-
-    def __init__(self, width: int, context: int, head: int) -> None:
-        super().__init__()
-        self.attn1 = Attention(width, width, head)
-        self.attn2 = Attention(width, context, head)
-        self.ff = FeedForward(width)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens x [f, n, C]; keys and values of the text [1, heads, m, d]."""
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, *self.attn1.keys_values(normed))
-        x = x + self.attn2(self.norm2(x), keys, values)
-        result: Tensor = x + self.ff(self.norm3(x))
-        return result
-
-
-class SpatialTransformer(nn.Module):
-    """Transformers on the pixels of every frame as tokens, with a residual around them."""
-
-    def __init__(self, width: int, config: DenoiserConfig) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.proj_in = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(
-            Transformer(width, config.context_dim, config.num_head_channels)
-            for _ in range(config.transformer_depth)
-        )
-        self.proj_out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor, text: Iterator[Tensor]) -> Tensor:
-        """X [f, C, h, w]; takes two tensors of the text for every transformer."""
-        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # [f, h * w, C]
-        for block in self.transformer_blocks:
-            tokens = block(tokens, next(text), next(text))
-        y = tokens.transpose(1, 2).unflatten(2, x.shape[2:])
-        result: Tensor = x + self.proj_out(y)
-        return result
-
-
-class Downsample(nn.Module):
-    """A convolution of stride 2, then one along the frames."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.op_tem = AlongFrames(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [f, C, h, w], h and w even -> [f, C, h/2, w/2]."""
-        # Of the border of 1 all around, none is met at the far sides; so sizes stay exact.
-        y = F.conv2d(F.pad(x, (1, 0, 1, 0)), self.op.weight, self.op.bias, stride=2)
-        result: Tensor = self.op_tem(y)
-        return result
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour by 2, a convolution, then one along the frames."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_tem = AlongFrames(width)
-        self.doubling: Doubling | None = None
-
-    def fold(self) -> None:
-        """Do both in 4/9 of the work from now on."""
-        self.doubling = Doubling(self.conv)
-        del self.conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [f, C, h, w] -> [f, C, 2h, 2w]."""
-        if self.doubling is None:
-            x = self.conv(F.interpolate(x, scale_factor=2.0))
-        else:
-            x = self.doubling(x)
-        result: Tensor = self.conv_tem(x)
-        return result
-
-
 class UNet(nn.Module):
     """The network as published, keys and values of the text given."""
 
@@ -297,13 +121,17 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
-        first = [nn.Conv2d(config.in_channels, width, 3, padding=1), AlongFrames(width)]
+        first = [InFrame(config.in_channels, width, 3, padding=1), AlongFrames(width)]
         inputs, skips, factor = [nn.ModuleList(first)], [width], 1
+
+        def transformer(width: int) -> SpatialTransformer:
+            head, depth = config.num_head_channels, config.transformer_depth
+            return SpatialTransformer(width, config.context_dim, head, depth)
 
         def layers(inside: int, outside: int) -> list[nn.Module]:
             block: list[nn.Module] = [ResBlock(inside, outside, embedding)]
             if factor in config.attention_resolutions:
-                block.append(SpatialTransformer(outside, config))
+                block.append(transformer(outside))
             return block
 
         for level, multiple in enumerate(config.channel_mult):
@@ -319,7 +147,7 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList(
             [
                 ResBlock(width, width, embedding),
-                SpatialTransformer(width, config),
+                transformer(width),
                 ResBlock(width, width, embedding),
             ]
         )
@@ -334,11 +162,16 @@ class UNet(nn.Module):
                 outputs.append(nn.ModuleList(block))
         self.output_blocks = nn.ModuleList(outputs)
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, width),
+            FrameNorm(GROUPS, width),
             nn.SiLU(),
-            nn.Conv2d(width, config.out_channels, 3, padding=1),
+            InFrame(width, config.out_channels, 3, padding=1),
         )
         self.out_tem = AlongFrames(config.out_channels)
+
+    @staticmethod
+    def joined(x: Tensor, skip: Tensor) -> Tensor:
+        """Join channels [1, C, f, h, w] with those of a level above."""
+        return torch.cat([x, skip], dim=1)
 
     @property
     def text_attention(self) -> list[Attention]:
@@ -346,10 +179,11 @@ class UNet(nn.Module):
         return [m.attn2 for m in self.modules() if isinstance(m, Transformer)]
 
     def fold(self) -> None:
-        """Take what saves work and changes no result; weights then have other names."""
-        for module in list(self.modules()):
-            if isinstance(module, AlongFrames | Upsample):
-                module.fold()
+        """Take what saves work and changes no result; weights then have other shapes."""
+        for kind in (Upsample, InFrame, AlongFrames, GEGLU):
+            for module in list(self.modules()):
+                if isinstance(module, kind):
+                    module.fold()
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
         """Context [tokens, dim] -> keys, values, keys, ... [1, heads, tokens, d] for `forward`."""
@@ -360,15 +194,15 @@ class UNet(nn.Module):
         """Predict the noise of x [f, D, h, w], given time [1, W], keys and values of the text."""
         waiting = iter(text)
         embedding = self.time_embed(time)
-        y = torch.cat([x, mask_latent], dim=1)
+        y = torch.cat([x, mask_latent], dim=1).transpose(0, 1)[None]
         skips = []
         for block in self.input_blocks:
             y = _through(block, y, embedding, waiting)
             skips.append(y)
         y = _through(self.middle_block, y, embedding, waiting)
         for block in self.output_blocks:
-            y = _through(block, torch.cat([y, skips.pop()], dim=1), embedding, waiting)
-        result: Tensor = self.out_tem(self.out(y))
+            y = _through(block, self.joined(y, skips.pop()), embedding, waiting)
+        result: Tensor = self.out_tem(self.out(y))[0].transpose(0, 1)
         return result
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from palette import OFFSET, palette
+from palette import BACKGROUND, OFFSET, palette
 
 from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.patient import Patient, varied
@@ -44,7 +44,7 @@ def drawn(patient: Patient, slices: int, seed: int) -> tuple[Frames, Frames, Fra
 
 def painted(organs: NDArray[np.uint8], findings: NDArray[np.uint8] | None = None) -> Frames:
     """Labels in the palette's HU, float32."""
-    table = np.full(OFFSET + 256, -1000, np.float32)
+    table = np.full(OFFSET + 256, BACKGROUND, np.float32)
     for label, hu in palette().items():
         table[label] = hu
     labels = organs.astype(np.int32)

@@ -3,26 +3,28 @@
 The published generator paints label n as `n / 300`, which leaves organs of neighbouring
 numbers almost alike. A miniature needs contrast: organs are spread over the whole range in
 the order of their density, so that a blurred edge between two of them is no third one far away.
+What has no label lies between: it is air outside and tissue inside, and the lungs must stand out
+from it most of all.
 """
 
 from __future__ import annotations
 
 from fvae_deploy.organs import FINDINGS, ORGANS
 
-BACKGROUND = -1000.0
+BACKGROUND = -420.0
 OFFSET = 200  # of findings above organs: the published 100 would meet the ribs
 
 GROUPS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (-850, ("lung",)),
-    (-700, ("trachea",)),
-    (-580, ("esophagus",)),
-    (-490, ("stomach",)),
-    (-410, ("small_bowel", "duodenum")),
-    (-330, ("colon",)),
-    (-260, ("gallbladder", "urinary_bladder", "kidney_cyst")),
-    (-190, ("pancreas", "prostate", "thyroid_gland")),
-    (-120, ("adrenal_gland",)),
-    (-50, ("kidney",)),
+    (-1000, ("lung",)),
+    (-900, ("trachea",)),
+    (-800, ("esophagus",)),
+    (-720, ("stomach",)),
+    (-640, ("small_bowel", "duodenum")),
+    (-560, ("colon",)),
+    (-300, ("gallbladder", "urinary_bladder", "kidney_cyst")),
+    (-220, ("pancreas", "prostate", "thyroid_gland")),
+    (-140, ("adrenal_gland",)),
+    (-60, ("kidney",)),
     (20, ("spleen",)),
     (90, ("liver",)),
     (160, ("heart", "atrial_appendage")),

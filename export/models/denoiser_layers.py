@@ -1,0 +1,247 @@
+"""The layers of the denoiser, on volumes [1, C, f, h, w]; see `models.denoiser`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fvae_deploy.export.models.slicewise import Doubling
+
+GROUPS = 32
+
+
+class InFrame(nn.Conv2d):
+    """A 2-D convolution of every frame."""
+
+    def fold(self) -> None:
+        """Hold the weights in the shape in which `forward` takes them."""
+        self.weight = nn.Parameter(self.weight[:, :, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w] -> [1, C', f, h', w']."""
+        if self.weight.ndim == 4:
+            frames: Tensor = super().forward(x[0].transpose(0, 1))
+            return frames.transpose(0, 1)[None]
+        padding = (0, *(int(n) for n in self.padding))
+        return F.conv3d(x, self.weight, self.bias, (1, *self.stride), padding)
+
+
+class AlongFrames(nn.Module):
+    """A convolution of three frames at every pixel, the ends reflected."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.temporal_conv = nn.Conv1d(width, width, 3)
+
+    def fold(self) -> None:
+        """Hold the weights in the shape in which `forward` takes them."""
+        self.temporal_conv.weight = nn.Parameter(self.temporal_conv.weight[..., None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w], at least two frames, to as many."""
+        weight, bias = self.temporal_conv.weight, self.temporal_conv.bias
+        frames = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+        if weight.ndim == 5:
+            return F.conv3d(frames, weight, bias)
+        beside = torch.cat([frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:]], dim=1)
+        return F.linear(beside.movedim(1, -1), weight.mT.flatten(1), bias).movedim(-1, 1)
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group norm of every frame, by sums over planes alone, which need no other layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w] to as many."""
+        centred = x - self._of_groups(x.mean((3, 4)))
+        area = x.shape[3] * x.shape[4]
+        squares: Tensor = torch.linalg.vector_norm(centred, dim=(3, 4)).square() / area
+        inverse = torch.rsqrt(self._of_groups(squares) + self.eps)
+        scale = self.weight[:, None, None, None] * inverse
+        result: Tensor = centred * scale + self.bias[:, None, None, None]
+        return result
+
+    def _of_groups(self, means: Tensor) -> Tensor:
+        """Means of channels [1, C, f] to those of their groups [1, C, f, 1, 1]."""
+        groups: Tensor = means.unflatten(1, (self.num_groups, -1))
+        mean = groups.mean(2, keepdim=True).expand_as(groups)
+        return mean.flatten(1, 2)[..., None, None]
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU and convolution twice, the time embedding added between."""
+
+    def __init__(self, width: int, out: int, embedding: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            FrameNorm(GROUPS, width), nn.SiLU(), InFrame(width, out, 3, padding=1)
+        )
+        self.in_layers_tem = AlongFrames(out)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out))
+        self.out_layers = nn.Sequential(
+            FrameNorm(GROUPS, out), nn.SiLU(), nn.Identity(), InFrame(out, out, 3, padding=1)
+        )
+        self.out_layers_tem = AlongFrames(out)
+        self.skip_connection = nn.Identity() if width == out else InFrame(width, out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """X [1, C, f, h, w] and embedding [1, E] -> [1, C', f, h, w]."""
+        y = self.in_layers_tem(self.in_layers(x))
+        y = y + self.emb_layers(embedding)[..., None, None, None]
+        y = self.out_layers_tem(self.out_layers(y))
+        result: Tensor = self.skip_connection(x) + y
+        return result
+
+
+class Attention(nn.Module):
+    """Attention of many narrow heads; keys and values may be given."""
+
+    def __init__(self, width: int, context: int, head: int) -> None:
+        super().__init__()
+        self.heads = width // head
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context, width, bias=False)
+        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [..., n, dim] to keys and values [..., heads, n, d]."""
+        return self._split(self.to_k(tokens)), self._split(self.to_v(tokens))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Tokens x [f, n, C] attend to keys and values [f or 1, heads, m, d]."""
+        queries = self._split(self.to_q(x))
+        shape = (x.shape[0], *keys.shape[1:])
+        y = F.scaled_dot_product_attention(queries, keys.expand(shape), values.expand(shape))
+        result: Tensor = self.to_out(y.transpose(-3, -2).flatten(-2))
+        return result
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        split: Tensor = tokens.unflatten(-1, (self.heads, -1))
+        return split.transpose(-3, -2)
+
+
+class GEGLU(nn.Module):
+    """A linear layer to twice the width: value * gelu(gate), the second half being the gate."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+        self.halves: nn.ModuleList | None = None
+
+    def fold(self) -> None:
+        """Compute value and gate apart, which spares the copies that cut them."""
+        self.halves = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, self.proj.in_features, self.proj.out_features // 2)
+            for _ in range(2)
+        )
+        parts = zip(self.halves, self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        for half, weight, bias in parts:
+            half.weight, half.bias = nn.Parameter(weight), nn.Parameter(bias)
+        del self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., C] -> [..., inner]."""
+        if self.halves is None:
+            value, gate = self.proj(x).chunk(2, dim=-1)
+        else:
+            value, gate = (half(x) for half in self.halves)
+        result: Tensor = value * F.gelu(gate)
+        return result
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = 4 * width
+        self.net = nn.Sequential(GEGLU(width, inner), nn.Identity(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., C] -> [..., C]."""
+        result: Tensor = self.net(x)
+        return result
+
+
+class Transformer(nn.Module):
+    """Attention within the frame, attention to the text, feed-forward; each with a residual."""
+
+    def __init__(self, width: int, context: int, head: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(width, width, head)
+        self.attn2 = Attention(width, context, head)
+        self.ff = FeedForward(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Tokens x [f, n, C]; keys and values of the text [1, heads, m, d]."""
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, *self.attn1.keys_values(normed))
+        x = x + self.attn2(self.norm2(x), keys, values)
+        result: Tensor = x + self.ff(self.norm3(x))
+        return result
+
+
+class SpatialTransformer(nn.Module):
+    """Transformers on the pixels of every frame as tokens, with a residual around them."""
+
+    def __init__(self, width: int, context: int, head: int, depth: int) -> None:
+        super().__init__()
+        self.norm = FrameNorm(GROUPS, width, eps=1e-6)
+        self.proj_in = InFrame(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            Transformer(width, context, head) for _ in range(depth)
+        )
+        self.proj_out = InFrame(width, width, 1)
+
+    def forward(self, x: Tensor, text: Iterator[Tensor]) -> Tensor:
+        """X [1, C, f, h, w]; takes two tensors of the text for every transformer."""
+        pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 4, 1)[0]  # [f, h, w, C]
+        tokens = pixels.flatten(1, 2)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, next(text), next(text))
+        y = tokens.unflatten(1, x.shape[3:])[None].permute(0, 4, 1, 2, 3)
+        result: Tensor = x + self.proj_out(y)
+        return result
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2, then one along the frames."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.op = InFrame(width, width, 3, stride=2)
+        self.op_tem = AlongFrames(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w], h and w even -> [1, C, f, h/2, w/2]."""
+        # Of the border of 1 all around, none is met at the far sides; so sizes stay exact.
+        result: Tensor = self.op_tem(self.op(F.pad(x, (1, 0, 1, 0))))
+        return result
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour by 2, a convolution, then one along the frames."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = InFrame(width, width, 3, padding=1)
+        self.conv_tem = AlongFrames(width)
+        self.doubling: Doubling | None = None
+
+    def fold(self) -> None:
+        """Do both in 4/9 of the work from now on."""
+        self.doubling = Doubling(self.conv)
+        del self.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [1, C, f, h, w] -> [1, C, f, 2h, 2w]."""
+        if self.doubling is None:
+            x = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
+        else:
+            x = self.doubling(x[0].transpose(0, 1)).transpose(0, 1)[None]
+        result: Tensor = self.conv_tem(x)
+        return result
