@@ -61,7 +61,9 @@ def generate(
     sampler: Annotated[
         str | None, typer.Option("--scheduler", help="ddim, dpmsolver++ or unipc.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="[default: 20]")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="[default: the generator's]")
+    ] = None,
     eta: Annotated[
         float | None, typer.Option("--eta", min=0, max=1, help="Of ddim: 0 adds no noise.")
     ] = None,

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fvae_deploy.errors import EngineError
-from fvae_deploy.options import Debug, Verbs
+from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy.kernels.chips import CHIPS
+from fvae_deploy.options import Debug, NumbersFile, Verbs, require
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fvae_deploy.kernels.aot import Compiled
-
-TARGETS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,gfx942"
 
 app = typer.Typer(
     cls=Verbs,
@@ -26,7 +25,6 @@ app = typer.Typer(
     help="Check, test or time the Triton kernels.\n\nExample: fvae kernels check",
 )
 
-JSONFile = Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")]
 Chosen = Annotated[
     str | None, typer.Option("--kernel", "-k", help="Only these kernels, with commas between.")
 ]
@@ -36,12 +34,12 @@ Chosen = Annotated[
 def check(
     target: Annotated[
         str, typer.Option("--target", "-t", help="Chips, with commas between.")
-    ] = TARGETS,
+    ] = ",".join(CHIPS),
     kernel: Chosen = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="[default: one for every core]")
     ] = None,
-    json_file: JSONFile = None,
+    json_file: NumbersFile = None,
     debug: Debug = False,
 ) -> None:
     """Compile all kernels ahead of time, and read registers and instructions. Needs no GPU.
@@ -51,6 +49,7 @@ def check(
 
     Example: fvae kernels check --target sm_89 --kernel attention --json kernels.json
     """
+    require("torch", "triton", extra="kernels")
     from rich.console import Console
     from rich.progress import track
 
@@ -59,6 +58,8 @@ def check(
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: Triton warns else
     kernels, targets = _names(kernel) or list(KERNELS), _names(target)
+    if not targets:
+        raise UsageError(f"expected chips among {', '.join(CHIPS)}, found none: name one")
     count = len(targets) * sum(len(list(KERNELS[k].specs())) for k in kernels if k in KERNELS)
     compiling = check(kernels, targets, jobs or os.cpu_count() or 1)
     screen = Console(stderr=True)
@@ -79,8 +80,9 @@ def check(
 def try_all(debug: Debug = False) -> None:
     """Run all kernels on the GPU that is here against their references.
 
-    fvae kernels test
+    Example: fvae kernels test
     """
+    require("torch", "triton", extra="kernels")
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -109,11 +111,12 @@ def try_all(debug: Debug = False) -> None:
 
 
 @app.command()
-def bench(json_file: JSONFile = None, debug: Debug = False) -> None:
+def bench(json_file: NumbersFile = None, debug: Debug = False) -> None:
     """Time all kernels on the GPU that is here, beside its roofline.
 
-    fvae kernels bench --json speeds.json
+    Example: fvae kernels bench --json speeds.json
     """
+    require("torch", "triton", extra="kernels")
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -96,7 +96,7 @@ def reference(
 def _activate(
     a, pixels, frame, channels, live, inverse, scale, shift, plane, C, KIND: tl.constexpr
 ):
-    """Activate a block [M, K] of one frame in float32."""
+    """Activate a block [M, K] of one frame in float32; KIND is one of `norm_silu`'s."""
     a = a.to(tl.float32)
     if KIND != 2:
         root = tl.load(inverse + frame.to(tl.int64) * plane + pixels, mask=live, other=0.0)

@@ -23,7 +23,6 @@ from fvae_deploy.kernels import (
     norm_silu,
     upsample2x_conv,
 )
-from fvae_deploy.kernels.norm_silu import Activation
 from fvae_deploy.kernels.optional import INTERPRETED, triton
 
 BACKENDS = ("auto", "reference", "triton")
@@ -97,14 +96,6 @@ class Kernels:
     def rms(self, x: Tensor) -> Tensor:
         """See `norm_silu.rms_reference`."""
         return norm_silu.rms(x) if self.triton else norm_silu.rms_reference(x)
-
-    def channels(self, x: Tensor) -> Tensor:
-        """See `norm_silu.channels_reference`."""
-        return norm_silu.channels(x) if self.triton else norm_silu.channels_reference(x)
-
-    def apply(self, x: Tensor, activation: Activation) -> Tensor:
-        """Compute `activation(x)` in x's type."""
-        return norm_silu.apply(x, activation) if self.triton else activation(x).to(x.dtype)
 
 
 def _target(device: str) -> str:

@@ -34,19 +34,20 @@ def timed() -> Iterator[Timed]:
     chip = CHIPS.get(target)
     for name, module in KERNELS.items():
         for spec, kernel in module.specs(device="cuda"):
-            moved = record(spec, kernel, target).moved
+            launched = record(spec, kernel, target)
             milliseconds = do_bench(
                 lambda spec=spec, kernel=kernel: spec.launch(run=kernel, target=target),
                 return_mode="median",
             )
-            half = not spec.name.endswith("float32")
             yield Timed(
                 kernel=name,
                 spec=spec.name,
                 seconds=milliseconds / 1e3,
                 flops=spec.flops,
-                moved=moved,
-                roofline=chip.seconds(spec.flops, moved, half) if chip else None,
+                moved=launched.moved,
+                roofline=(
+                    chip.seconds(spec.flops, launched.moved, launched.half) if chip else None
+                ),
             )
 
 

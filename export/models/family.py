@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.bundle import Bundle, Network
 from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
-from fvae_deploy.kernels.dispatch import Kernels
+
+if TYPE_CHECKING:
+    from fvae_deploy.kernels.dispatch import Kernels
 
 # Families whose stages have a form on hand-written kernels, `on_kernels` of these modules.
 ON_KERNELS = {"lean_vae": "lean_vae_kernels", "wan": "wan_kernels"}
