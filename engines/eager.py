@@ -41,7 +41,8 @@ class EagerEngine:
             raise EngineError(
                 f"expected a device that torch knows, found {device!r}: use cpu or cuda"
             ) from None
-        self._kernels = Kernels(device, os.environ.get("FVAE_KERNELS", "auto"))
+        backend = os.environ.get("FVAE_KERNELS", "auto")
+        self._kernels = Kernels(device, backend, bundle / "tuning")
         self._manifest = manifest
         self._weights = bundle / "weights.safetensors"
         self._empty = rebuild(manifest)

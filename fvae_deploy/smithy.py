@@ -36,6 +36,10 @@ def check(
         str, typer.Option("--target", "-t", help="Chips, with commas between.")
     ] = ",".join(CHIPS),
     kernel: Chosen = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="All blocks that a launch may take, not the default alone."),
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="[default: one for every core]")
     ] = None,
@@ -53,17 +57,19 @@ def check(
     from rich.console import Console
     from rich.progress import track
 
-    from fvae_deploy.kernels.aot import check
+    from fvae_deploy.kernels.aot import check, planned
     from fvae_deploy.kernels.dispatch import KERNELS
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: Triton warns else
     kernels, targets = _names(kernel) or list(KERNELS), _names(target)
     if not targets:
         raise UsageError(f"expected chips among {', '.join(CHIPS)}, found none: name one")
-    count = len(targets) * sum(len(list(KERNELS[k].specs())) for k in kernels if k in KERNELS)
-    compiling = check(kernels, targets, jobs or os.cpu_count() or 1)
+    work = planned(kernels, targets, every)
+    compiling = check(work, jobs or os.cpu_count() or 1)
     screen = Console(stderr=True)
-    shown = track(compiling, "compile", total=count, console=screen, disable=not screen.is_terminal)
+    shown = track(
+        compiling, "compile", total=len(work), console=screen, disable=not screen.is_terminal
+    )
     found = list(shown)
     _write(json_file, found)
     Console().print(_compiled_table(found))
@@ -157,7 +163,7 @@ def _compiled_table(found: list[Compiled]) -> Table:
     table = Table(title="compiled ahead of time, work and bytes counted; nothing was run")
     for column in ("kernel", "launch", "target"):
         table.add_column(column)
-    for column in ("registers", "spills", "shared KiB", "matrix", "128 bit"):
+    for column in ("blocks", "registers", "spills", "shared KiB", "matrix", "128 bit"):
         table.add_column(column, justify="right")
     for column in ("GFLOP", "MB", "plain graph MB", "roofline ms"):
         table.add_column(column, justify="right")
@@ -166,6 +172,7 @@ def _compiled_table(found: list[Compiled]) -> Table:
             c.kernel,
             c.spec,
             c.target,
+            str(c.choice),
             str(c.registers),
             str(c.spills),
             f"{c.shared / 1024:.0f}/{c.limit >> 10}",

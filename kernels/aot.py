@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fvae_deploy.errors import EngineError
+from fvae_deploy.kernels.blocks import Blocks, Launch
 from fvae_deploy.kernels.chips import CHIPS, Chip
 from fvae_deploy.kernels.optional import INTERPRETED, triton
 
@@ -31,7 +32,7 @@ TYPES = {
     torch.int32: "*i32",
 }
 OPTIONS = ("num_warps", "num_stages")
-Launcher = Callable[..., Any]  # takes run= and target=, launches once
+Launcher = Callable[..., Any]  # takes run=, target= and choose=, launches once
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,28 @@ class Recorder:
         return keep
 
 
-def record(spec: Spec, kernel: Any, target: str) -> Recorded:
-    """Make the launch of a specification as for a chip, and keep it."""
+def record(spec: Spec, kernel: Any, target: str, number: int = 0) -> Recorded:
+    """Make the launch of a specification as for a chip, with its nth blocks, and keep it."""
     recorder = Recorder(kernel)
-    spec.launch(run=recorder, target=target)
+
+    def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        launch(offered[number])
+
+    spec.launch(run=recorder, target=target, choose=choose)
     assert recorder.found is not None
     return recorder.found
+
+
+def choices(spec: Spec, kernel: Any, target: str) -> int:
+    """How many blocks a launch is offered on a chip."""
+    seen = [1]
+
+    def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        seen.append(len(offered))
+        launch(offered[0])
+
+    spec.launch(run=Recorder(kernel), target=target, choose=choose)
+    return seen[-1]
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,7 @@ class Compiled:
     kernel: str
     spec: str
     target: str
+    choice: int  # which of the blocks that it is offered, the default 0
     registers: int
     spills: int  # bytes of stack and local memory a thread
     shared: int  # bytes
@@ -121,9 +139,9 @@ class Compiled:
     wrong: tuple[str, ...] = ()
 
 
-def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip) -> Compiled:
-    """Compile a specification for a chip; `wrong` says what must not be."""
-    recorded = record(spec, kernel, chip.target)
+def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0) -> Compiled:
+    """Compile a specification for a chip, with its nth blocks; `wrong` says what must not be."""
+    recorded = record(spec, kernel, chip.target, choice)
     built = _built(recorded, chip)
     if chip.nvidia:
         registers, spills, code = _nvidia(built.asm["cubin"])
@@ -148,6 +166,8 @@ def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip) -> Compiled:
         wrong.append(f"spills {spills} bytes")
     if built.metadata.shared > chip.shared:
         wrong.append(f"takes {built.metadata.shared} of {chip.shared} bytes of shared memory")
+    if (tensor := getattr(built.metadata, "tmem_size", None) or 0) > chip.tensor:
+        wrong.append(f"takes {tensor} of {chip.tensor} columns of tensor memory")
     if spec.dot and recorded.half and not any(name in found for name in chip.matrix):
         wrong.append(f"has no {' or '.join(chip.matrix)}")
     if not loads:
@@ -156,6 +176,7 @@ def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip) -> Compiled:
         kernel=name,
         spec=spec.name,
         target=chip.target,
+        choice=choice,
         registers=registers,
         spills=spills,
         shared=built.metadata.shared,
@@ -229,8 +250,11 @@ def _amd(code: str, name: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def check(kernels: Sequence[str], targets: Sequence[str], jobs: int) -> Iterator[Compiled]:
-    """Compile all specifications of these kernels for these targets, in order.
+Work = tuple[str, int, str, int]  # kernel, number of its specification, target, choice
+
+
+def planned(kernels: Sequence[str], targets: Sequence[str], every: bool) -> list[Work]:
+    """List what is to be compiled: defaults, or all blocks that are offered.
 
     Raises EngineError for names that are not there, and without Triton.
     """
@@ -241,12 +265,17 @@ def check(kernels: Sequence[str], targets: Sequence[str], jobs: int) -> Iterator
             if name not in known:
                 raise EngineError(f"expected one of {', '.join(known)}, found {name!r}")
     require_triton()
-    work = [
-        (name, number, target)
+    return [
+        (name, number, target, choice)
         for name in kernels
-        for number, _ in enumerate(KERNELS[name].specs())
+        for number, (spec, kernel) in enumerate(KERNELS[name].specs())
         for target in targets
+        for choice in range(choices(spec, kernel, target) if every else 1)
     ]
+
+
+def check(work: Sequence[Work], jobs: int) -> Iterator[Compiled]:
+    """Compile what is planned, in order, in this many processes."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_numbered, work)
 
@@ -259,10 +288,10 @@ def require_triton() -> None:
         raise EngineError("expected Triton's compiler, found TRITON_INTERPRET=1: unset it")
 
 
-def _numbered(work: tuple[str, int, str]) -> Compiled:
+def _numbered(work: Work) -> Compiled:
     """Compile the specification of this number, in a process of its own."""
     from fvae_deploy.kernels.dispatch import KERNELS
 
-    name, number, target = work
+    name, number, target, choice = work
     spec, kernel = list(KERNELS[name].specs())[number]
-    return compile_for(name, spec, kernel, CHIPS[target])
+    return compile_for(name, spec, kernel, CHIPS[target], choice)

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Blocks, Choose, Needs, first, fitting, magnitude
+from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
 
 LOG2E = math.log2(math.e)
@@ -119,36 +120,45 @@ def kernel(
         tl.store(out + d1[None, :], (acc1 / total[:, None]).to(y.dtype.element_ty), mask=real)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Blocks of one launch; `whole` is False where the halves of a wide head are apart.
-
-    Apart, scores are computed twice, for 1.5 times the work: where the sums of 512 channels
-    do not fit a chip's registers or tensor memory.
-    """
-
-    tokens: int
-    keys: int
-    warps: int
-    stages: int
-    whole: bool = True
-
-
-def config_for(width: int, size: int, target: str) -> Config:
+def offered(width: int, size: int, chip: Chip) -> list[Blocks]:
     """Blocks for heads of this width and elements of this many bytes on a chip.
 
-    Chosen among those that compile without spills (docs/kernels.md), not by measured speed.
+    Apart, the halves of a wide head compute scores twice, for 1.5 times the work: where the sums
+    of all its channels do not fit registers or tensor memory.
     """
-    matrices = target in ("sm_90", "sm_100")  # their instructions take 64 rows at least
-    if width <= 64:
-        return Config(64, 32, 4, 2)
+    tall = "HGMMA" in chip.matrix or "UTCHMMA" in chip.matrix  # these take 64 rows at least
     if width <= 128:
-        return Config(64, 32, 4, 1)
-    if size > 2:
-        return Config(16, 16, 8, 1)
-    if not matrices:
-        return Config(32, 16, 8, 1)
-    return Config(64, 32, 8, 2, whole=target == "sm_90" or width < 512)
+        numbers = [(64, 32, width, 4, 2 if width <= 64 else 1), (128, 32, width, 8, 2)]
+        if not chip.tensor:  # the compiler keeps an array on the stack there
+            numbers += [(64, 64, width, 4, 2), (128, 64, width, 8, 2)]
+        numbers += [] if tall else [(32, 32, width, 4, 1)]
+        cut = [Blocks(*each) for each in numbers]
+    elif size > 2:
+        cut = [Blocks(16, 16, width, 8, 1), Blocks(16, 16, width, 8, 1, whole=False)]
+    else:
+        cut = [Blocks(64, 32, width, 8, 2), Blocks(64, 32, width, 8, 2, whole=False)]
+        cut += [Blocks(64, 16, width, 8, 2)]
+        cut += [] if tall else [Blocks(32, 32, width, 8, 1), Blocks(32, 16, width, 8, 1)]
+    return fitting(cut, lambda blocks: needs(blocks, size, chip), chip)
+
+
+def needs(blocks: Blocks, size: int, chip: Chip) -> Needs:
+    """Bound what a program takes."""
+    threads, width = 32 * blocks.warps, blocks.depth
+    summed = width if blocks.whole else min(256, width)
+    pair = blocks.columns * (width + summed)  # keys and values
+    scores = blocks.rows * blocks.columns
+    ahead = blocks.stages if chip.nvidia else max(1, blocks.stages - 1)
+    queries = blocks.rows * width if chip.nvidia else 0  # else they stay in registers
+    loaded = queries + ahead * pair + scores
+    held = blocks.rows * width * size // 4
+    if blocks.stages == 1 or not chip.nvidia:
+        held += pair * size // 4  # on their way to shared memory
+    return Needs(
+        shared=loaded * size,
+        registers=60 + (blocks.rows * summed + held) // threads,
+        tensor=summed + blocks.columns,
+    )
 
 
 def launch(
@@ -158,19 +168,19 @@ def launch(
     *,
     tf32: bool = False,
     target: str = "sm_80",
-    config: Config | None = None,
+    choose: Choose = first,
     out: Tensor | None = None,
     run: Any = kernel,
 ) -> Tensor:
     """Compute it by the kernel, arguments and result as in `reference`; `out` is written in place.
 
-    Heads are 16, 32, ... 256 wide, or the sum of two such. `config` None chooses blocks for the
-    target chip. Raises ValueError for other heads and layouts.
+    Heads are 16, 32, ... 256 wide, or the sum of two such. Raises ValueError for other heads and
+    layouts.
     """
     batch, tokens, heads, width = q.shape
-    first = min(256, 1 << (width.bit_length() - 1))
-    second = width - first
-    if second & (second - 1) or width < 16 or 0 < second < 16:
+    main = min(256, 1 << (width.bit_length() - 1))
+    rest = width - main
+    if rest & (rest - 1) or width < 16 or 0 < rest < 16:
         raise ValueError(
             f"expected a head of 16, 32, … 256 or the sum of two such, found {width}: "
             "use the reference"
@@ -179,35 +189,39 @@ def launch(
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", y)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"expected {name} with channels last, found {tensor.stride()}")
-    config = config or config_for(width, q.element_size(), target)
 
     def strides(tensor: Tensor) -> tuple[int, ...]:
         shared = tensor.shape[0] == 1 and batch > 1
         return (0 if shared else tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
-    run[triton.cdiv(tokens, config.tokens), batch * heads, 1 if config.whole else 2](
-        q,
-        k,
-        v,
-        y,
-        tokens,
-        k.shape[1],
-        heads,
-        LOG2E / math.sqrt(width),
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *strides(y),
-        D0=first,
-        D1=second,
-        PRECISION="tf32" if tf32 else "ieee",
-        BN=config.tokens,
-        BM=config.keys,
-        WHOLE=config.whole,
-        UPCAST=upcast(q.dtype),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    def once(blocks: Blocks) -> None:
+        run[triton.cdiv(tokens, blocks.rows), batch * heads, 1 if blocks.whole else 2](
+            q,
+            k,
+            v,
+            y,
+            tokens,
+            k.shape[1],
+            heads,
+            LOG2E / math.sqrt(width),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(y),
+            D0=main,
+            D1=rest,
+            PRECISION="tf32" if tf32 else "ieee",
+            BN=blocks.rows,
+            BM=blocks.columns,
+            WHOLE=blocks.whole,
+            UPCAST=upcast(q.dtype),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    alike = f"attention {q.dtype} {heads} of {width}, {magnitude(batch * tokens)}"
+    alike += f" to {magnitude(k.shape[1])}"
+    choose(alike, offered(width, q.element_size(), like(target)), once)
     return y
 
 
@@ -227,7 +241,7 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         # Heads turned in and out, scores written, softmax in one pass, scores read.
         scores = batch * heads * tokens * keys * q.element_size()
         plain = 3 * traffic(q, k, v) + 3 * traffic(q) + 4 * scores
-        return Spec(title, lambda run, target: launch(q, k, v, target=target, run=run), work, plain)
+        return Spec(title, lambda **how: launch(q, k, v, **how), work, plain)
 
     for kind in (torch.float16, torch.bfloat16):
         yield made("Wan 1x384", 1, 4096, 4096, 1, 384, kind), kernel

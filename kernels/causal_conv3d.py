@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
+from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.norm_silu import NONE, Activation
 from fvae_deploy.kernels.optional import INTERPRETED, jit, tl, triton, upcast
 
@@ -215,30 +217,19 @@ def kernel(
                     tl.store(target, value, mask=held)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Blocks of one launch."""
-
-    pixels: int
-    channels: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def config_for(outputs: int, size: int, target: str) -> Config:
-    """Blocks for this many channels out and elements of this many bytes on a chip.
-
-    Chosen among those that compile without spills (docs/kernels.md), not by measured speed.
-    """
-    channels = min(128, max(16, 1 << (outputs - 1).bit_length()))
+def offered(outputs: int, size: int, chip: Chip) -> list[Blocks]:
+    """Blocks for this many channels out and elements of this many bytes on a chip."""
+    columns = min(128, max(16, 1 << (outputs - 1).bit_length()))
     if INTERPRETED:  # which pays for every program
-        return Config(512, channels, 64, 4, 1)
+        return [Blocks(512, columns, 64)]
     if outputs % 128 and outputs % 96 == 0:
-        channels = 32 if size > 2 else 64  # 96 and 192 in blocks of a power of two
-    if size > 2:
-        return Config(64, min(channels, 64), 32, 4, 2)
-    return Config(128, channels, 32 if target in ("gfx942", "sm_120") else 64, 8, 2)
+        columns = 32 if size > 2 else 64  # 96 and 192 in blocks of a power of two
+    narrow = min(columns, 64)
+    half = ((128, columns, 64, 8, 2), (128, columns, 32, 8, 2), (128, columns, 64, 8, 3),
+            (64, columns, 64, 4, 3), (256, narrow, 32, 8, 2))  # fmt: skip
+    single = ((64, narrow, 32, 4, 2), (64, narrow, 16, 4, 3), (128, narrow, 16, 8, 2))
+    cut = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
+    return fitting(cut, lambda blocks: product(blocks, size), chip)
 
 
 def launch(
@@ -256,7 +247,7 @@ def launch(
     after: Tensor | None = None,
     tf32: bool = False,
     target: str = "sm_80",
-    config: Config | None = None,
+    choose: Choose = first,
     run: Any = kernel,
 ) -> tuple[Tensor, Tensor]:
     """Compute it by the kernel, arguments and results as in `reference`.
@@ -274,7 +265,6 @@ def launch(
     box = box or (0, tall, 0, wide)
     if not (0 <= box[0] < box[1] <= tall and 0 <= box[2] < box[3] <= wide):
         raise ValueError(f"expected a box inside {tall}x{wide}, found {box}")
-    config = config or config_for(outputs, x.element_size(), target)
     remembers = kept > 0
     if remembers and (tall, wide) != (height, width):
         raise ValueError("expected a stride in time or in space, found both")
@@ -287,50 +277,56 @@ def launch(
     lit = activation or Activation(x)  # what is not there is not read, but has a pointer
     past = x if state is None else state
     added = out if residual is None else residual
-    run[triton.cdiv(rows * columns, config.pixels), triton.cdiv(outputs, config.channels), steps](
-        x,
-        past,
-        weight,
-        weight if bias is None else bias,
-        added,
-        lit.scale if lit.inverse is None else lit.inverse,
-        lit.scale,
-        lit.scale if lit.shift is None else lit.shift,
-        y=out,
-        after=after,
-        T=frames,
-        H=height,
-        W=width,
-        top=box[0],
-        left=box[2],
-        box_height=rows,
-        box_width=columns,
-        **_strides("x", x),
-        **_strides("s", past),
-        **_strides("r", added),
-        **_strides("y", out),
-        low=0.0 if clamp is None else clamp[0],
-        high=0.0 if clamp is None else clamp[1],
-        C=channels,
-        N=outputs,
-        **dict(zip(("KT", "KH", "KW"), weight.shape, strict=False)),
-        **dict(zip(("ST", "SH", "SW"), window.stride, strict=True)),
-        PH=window.top,
-        PW=window.left,
-        KIND=NONE if activation is None else activation.kind,
-        STATE=state is not None,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        CLAMP=clamp is not None,
-        AFTER=remembers,
-        PRECISION="tf32" if tf32 else "ieee",
-        UPCAST=upcast(x.dtype),
-        BM=config.pixels,
-        BN=config.channels,
-        BK=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+
+    def once(blocks: Blocks) -> None:
+        run[triton.cdiv(rows * columns, blocks.rows), triton.cdiv(outputs, blocks.columns), steps](
+            x,
+            past,
+            weight,
+            weight if bias is None else bias,
+            added,
+            lit.scale if lit.inverse is None else lit.inverse,
+            lit.scale,
+            lit.scale if lit.shift is None else lit.shift,
+            y=out,
+            after=after,
+            T=frames,
+            H=height,
+            W=width,
+            top=box[0],
+            left=box[2],
+            box_height=rows,
+            box_width=columns,
+            **_strides("x", x),
+            **_strides("s", past),
+            **_strides("r", added),
+            **_strides("y", out),
+            low=0.0 if clamp is None else clamp[0],
+            high=0.0 if clamp is None else clamp[1],
+            C=channels,
+            N=outputs,
+            **dict(zip(("KT", "KH", "KW"), weight.shape, strict=False)),
+            **dict(zip(("ST", "SH", "SW"), window.stride, strict=True)),
+            PH=window.top,
+            PW=window.left,
+            KIND=NONE if activation is None else activation.kind,
+            STATE=state is not None,
+            BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            CLAMP=clamp is not None,
+            AFTER=remembers,
+            PRECISION="tf32" if tf32 else "ieee",
+            UPCAST=upcast(x.dtype),
+            BM=blocks.rows,
+            BN=blocks.columns,
+            BK=blocks.depth,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    alike = f"{channels} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {lit.kind}"
+    alike = f"convolution {x.dtype} {alike}, {magnitude(steps * rows * columns)}"
+    choose(alike, offered(outputs, x.element_size(), like(target)), once)
     return out, after
 
 
@@ -367,7 +363,7 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         residual = frames(steps, tall, wide, channels[1], kind=kind) if normed else None
         work = 2 * steps * tall * wide * channels[0] * channels[1] * taps[0] * taps[1] * taps[2]
 
-        def one(run: Any, target: str) -> None:
+        def one(**how: Any) -> None:
             launch(
                 x,
                 weight,
@@ -376,8 +372,7 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
                 window=window,
                 activation=activation,
                 residual=residual,
-                target=target,
-                run=run,
+                **how,
             )
 
         # Concatenation, norm and SiLU read and write a map each, the sum reads two.

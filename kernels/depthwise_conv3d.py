@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.causal_conv3d import Box
 from fvae_deploy.kernels.optional import jit, tl, triton
 
@@ -116,6 +117,12 @@ def kernel(
             tl.store(after + slot * H * W * C + pixel, value, mask=keep)
 
 
+def offered(channels: int) -> list[Blocks]:
+    """Blocks for this many channels: few enough values a thread for any chip."""
+    columns = 64 if channels >= 64 else 16
+    return [Blocks(32, columns), Blocks(16, columns), Blocks(64, columns, warps=8)]
+
+
 def launch(
     x: Tensor,
     weight: Tensor,
@@ -125,6 +132,7 @@ def launch(
     box: Box | None = None,
     out: Tensor | None = None,
     after: Tensor | None = None,
+    choose: Choose = first,
     target: str = "sm_80",
     run: Any = kernel,
 ) -> tuple[Tensor, Tensor]:
@@ -145,30 +153,36 @@ def launch(
     if after is None:
         after = x.new_empty(KEPT, height, width, channels)
     past = x if state is None else state
-    block = 64 if channels >= 64 else 16
-    run[triton.cdiv(rows * columns, 32), triton.cdiv(channels, block), frames](
-        x,
-        past,
-        weight,
-        bias,
-        y,
-        after,
-        frames,
-        height,
-        width,
-        box[0],
-        box[2],
-        rows,
-        columns,
-        *x.stride()[:3],
-        *past.stride()[:3],
-        *y.stride()[:3],
-        C=channels,
-        STATE=state is not None,
-        BP=32,
-        BC=block,
-        num_warps=4,
-    )
+
+    def once(blocks: Blocks) -> None:
+        run[
+            triton.cdiv(rows * columns, blocks.rows), triton.cdiv(channels, blocks.columns), frames
+        ](
+            x,
+            past,
+            weight,
+            bias,
+            y,
+            after,
+            frames,
+            height,
+            width,
+            box[0],
+            box[2],
+            rows,
+            columns,
+            *x.stride()[:3],
+            *past.stride()[:3],
+            *y.stride()[:3],
+            C=channels,
+            STATE=state is not None,
+            BP=blocks.rows,
+            BC=blocks.columns,
+            num_warps=blocks.warps,
+        )
+
+    alike = f"depthwise {x.dtype} {channels}, {magnitude(frames * rows * columns)}"
+    choose(alike, offered(channels), once)
     return y, after
 
 
@@ -178,15 +192,8 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         x, state = (torch.empty(n, 64, 64, 512, dtype=kind, device=device) for n in (1, 2))
         weight, bias = (torch.empty(*n, 512, device=device) for n in ((27,), ()))
 
-        def one(
-            run: Any,
-            target: str,
-            x: Tensor = x,
-            state: Tensor = state,
-            weight: Tensor = weight,
-            bias: Tensor = bias,
-        ) -> None:
-            launch(x, weight, bias, state=state, target=target, run=run)
+        def one(given: tuple[Tensor, ...] = (x, weight, bias, state), **how: Any) -> None:
+            launch(*given[:3], state=given[3], **how)
 
         title = f"LeanVAE 512 {str(kind).removeprefix('torch.')}"
         # [state | slab] written, three convolutions, two sums, and the next state cut.

@@ -1,13 +1,14 @@
 """Which formulation computes: the torch reference, or the Triton kernel.
 
-One visible choice. `auto` takes the kernels on an NVIDIA or AMD GPU where Triton is installed, and
-the references everywhere else; `reference` and `triton` are asked for by name, and what cannot run
-is refused with the remedy. Under Triton's interpreter (TRITON_INTERPRET=1) kernels also run on a
-CPU, for tests, slowly.
+One visible choice. `auto` takes the kernels where Triton is installed on a GPU of a generation that
+`chips` knows, and the references everywhere else; `reference` and `triton` are asked for by name,
+and what cannot run is refused with the remedy. Under Triton's interpreter (TRITON_INTERPRET=1)
+kernels also run on a CPU, for tests, slowly.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,10 @@ from fvae_deploy.kernels import (
     norm_silu,
     upsample2x_conv,
 )
+from fvae_deploy.kernels.blocks import first
+from fvae_deploy.kernels.chips import known, like
 from fvae_deploy.kernels.optional import INTERPRETED, triton
+from fvae_deploy.kernels.tuning import on_gpu
 
 BACKENDS = ("auto", "reference", "triton")
 KERNELS: dict[str, ModuleType] = {
@@ -39,8 +43,14 @@ KERNELS: dict[str, ModuleType] = {
 class Kernels:
     """The kernels' functions for one device; every one takes what its reference takes."""
 
-    def __init__(self, device: str = "cpu", backend: str = "auto") -> None:
-        """Choose; raises EngineError for a backend that cannot run on this device."""
+    def __init__(
+        self, device: str = "cpu", backend: str = "auto", tuning: Path | None = None
+    ) -> None:
+        """Choose; raises EngineError for a backend that cannot run on this device.
+
+        `tuning` is the folder that keeps which blocks were fastest on a GPU; without it launches
+        take their defaults.
+        """
         if backend not in BACKENDS:
             raise EngineError(
                 f"expected kernels {', '.join(BACKENDS)}, found {backend!r}: name one of them"
@@ -57,45 +67,57 @@ class Kernels:
                     "use the reference, or TRITON_INTERPRET=1 to interpret them"
                 )
         self.asked = backend == "triton"
-        self.triton = backend == "triton" or (backend == "auto" and gpu and triton is not None)
-        self.target = _target(device) if gpu and self.triton else "sm_80"
+        able = gpu and triton is not None and backend != "reference"
+        self.target = _target(device) if able else "sm_80"
+        self.triton = self.asked or (able and known(self.target))
+        if self.asked:
+            like(self.target)  # or raise
+        self._how: dict[str, Any] = {
+            "target": self.target,
+            "choose": on_gpu(tuning, device) if gpu and self.triton and tuning else first,
+        }
 
-    def causal_conv3d(self, x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
+    def causal_conv3d(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **more: Any
+    ) -> Any:
         """See `causal_conv3d.reference`."""
         if self.triton:
-            return causal_conv3d.launch(x, weight, *rest, target=self.target, **more)
-        return causal_conv3d.reference(x, weight, *rest, **more)
+            return causal_conv3d.launch(x, weight, bias, **self._how, **more)
+        return causal_conv3d.reference(x, weight, bias, **more)
 
-    def upsample2x_conv(self, x: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
+    def upsample2x_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **more: Any
+    ) -> Any:
         """See `upsample2x_conv.reference`."""
         if self.triton:
-            return upsample2x_conv.launch(x, weight, *rest, target=self.target, **more)
-        return upsample2x_conv.reference(x, weight, *rest, **more)
+            return upsample2x_conv.launch(x, weight, bias, **self._how, **more)
+        return upsample2x_conv.reference(x, weight, bias, **more)
 
     def depthwise_conv3d(self, x: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Any:
         """See `depthwise_conv3d.reference`."""
         if self.triton:
-            return depthwise_conv3d.launch(x, weight, bias, **more)
+            return depthwise_conv3d.launch(x, weight, bias, **self._how, **more)
         return depthwise_conv3d.reference(x, weight, bias, **more)
 
     def gated_linear(self, x: Tensor, *weights: Tensor, eps: float) -> Tensor:
         """See `gated_linear.reference`."""
         value, gate, value_bias, gate_bias = weights
+        given = (x, value, gate, value_bias, gate_bias)
         if self.triton:
-            return gated_linear.launch(
-                x, value, gate, value_bias, gate_bias, eps=eps, target=self.target
-            )
-        return gated_linear.reference(x, value, gate, value_bias, gate_bias, eps)
+            return gated_linear.launch(*given, eps=eps, **self._how)
+        return gated_linear.reference(*given, eps)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `attention.reference`."""
         if self.triton:
-            return attention.launch(q, k, v, target=self.target)
+            return attention.launch(q, k, v, **self._how)
         return attention.reference(q, k, v)
 
     def rms(self, x: Tensor) -> Tensor:
         """See `norm_silu.rms_reference`."""
-        return norm_silu.rms(x) if self.triton else norm_silu.rms_reference(x)
+        if self.triton:
+            return norm_silu.rms(x, choose=self._how["choose"])
+        return norm_silu.rms_reference(x)
 
 
 def _target(device: str) -> str:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
+from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
 
 
@@ -84,6 +86,14 @@ def kernel(
     tl.store(at, out.to(y.dtype.element_ty), mask=real & (n < N)[None, :])
 
 
+def offered(size: int, chip: Chip) -> list[Blocks]:
+    """Blocks for elements of this many bytes on a chip."""
+    half = ((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 32, 32, 4, 3))
+    single = ((32, 32, 32, 4, 2), (64, 32, 32, 8, 2))
+    cut = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
+    return fitting(cut, lambda blocks: product(blocks, size, results=2), chip)
+
+
 def launch(
     x: Tensor,
     value: Tensor,
@@ -94,6 +104,7 @@ def launch(
     eps: float = 1e-5,
     target: str = "sm_80",
     tf32: bool = False,
+    choose: Choose = first,
     run: Any = kernel,
 ) -> Tensor:
     """Compute it by the kernel, arguments and result as in `reference`.
@@ -104,28 +115,32 @@ def launch(
         if not tensor.is_contiguous():
             raise ValueError(f"expected a dense {name}, found strides {tensor.stride()}")
     positions, channels = x.shape
-    wide = x.element_size() > 2
-    block, columns = (32, 32) if wide else (128, 64)
-    y = x.new_empty(positions, value.shape[1])
-    run[triton.cdiv(positions, block), triton.cdiv(value.shape[1], columns)](
-        x,
-        value,
-        gate,
-        value_bias,
-        gate_bias,
-        y,
-        positions,
-        eps,
-        C=channels,
-        N=value.shape[1],
-        PRECISION="tf32" if tf32 else "ieee",
-        UPCAST=upcast(x.dtype),
-        BP=block,
-        BN=columns,
-        BK=32,
-        num_warps=4 if wide else 8,
-        num_stages=2,
-    )
+    hidden = value.shape[1]
+    y = x.new_empty(positions, hidden)
+
+    def once(blocks: Blocks) -> None:
+        run[triton.cdiv(positions, blocks.rows), triton.cdiv(hidden, blocks.columns)](
+            x,
+            value,
+            gate,
+            value_bias,
+            gate_bias,
+            y,
+            positions,
+            eps,
+            C=channels,
+            N=hidden,
+            PRECISION="tf32" if tf32 else "ieee",
+            UPCAST=upcast(x.dtype),
+            BP=blocks.rows,
+            BN=blocks.columns,
+            BK=blocks.depth,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    alike = f"gated linear {x.dtype} {channels} to {hidden}, {magnitude(positions)}"
+    choose(alike, offered(x.element_size(), like(target)), once)
     return y
 
 
@@ -142,8 +157,8 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         bias = torch.empty(hidden, dtype=kind, device=device)
         given = (x, value, gate, bias, bias)
 
-        def one(run: Any, target: str, given: tuple[Tensor, ...] = given) -> None:
-            launch(*given, target=target, run=run)
+        def one(given: tuple[Tensor, ...] = given, **how: Any) -> None:
+            launch(*given, **how)
 
         map_, work = positions * hidden * x.element_size(), 4 * positions * channels * hidden
         # The norm written and read twice, both maps written, GELU, product.

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.optional import jit, tl, triton
 
 TINY = 1e-12
@@ -160,16 +161,19 @@ def _dense(x: Tensor) -> None:
         raise ValueError(f"expected a dense [T, H, W, C], found strides {x.stride()}")
 
 
-def rms(x: Tensor, *, run: Any = rms_kernel) -> Tensor:
+def rms(x: Tensor, *, choose: Choose = first, run: Any = rms_kernel) -> Tensor:
     """`rms_reference` by the kernel."""
     _dense(x)
     positions, channels = x.numel() // x.shape[-1], x.shape[-1]
     wide = triton.next_power_of_2(channels)
-    block = max(1, 4096 // wide)
     y = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    run[(triton.cdiv(positions, block),)](
-        x, y, positions, C=channels, WIDE=wide, BP=block, num_warps=4
-    )
+
+    def once(blocks: Blocks) -> None:
+        grid = (triton.cdiv(positions, blocks.rows),)
+        run[grid](x, y, positions, C=channels, WIDE=wide, BP=blocks.rows, num_warps=blocks.warps)
+
+    offered = [Blocks(max(1, values // wide), wide) for values in (4096, 2048, 8192)]
+    choose(f"rms {x.dtype} {channels}, {magnitude(positions)}", offered, once)
     return y
 
 
@@ -220,19 +224,19 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
     def made(name: str, x: Tensor, one: Any, passes: int, work: int) -> Spec:
         title = f"{name} {str(x.dtype).removeprefix('torch.')}"
         flops, plain = float(work * x.numel()), float(passes * traffic(x))
-        return Spec(title, lambda run, target: one(run), flops, plain, dot=False)
+        return Spec(title, one, flops, plain, dot=False)
 
     for kind in (torch.float16, torch.bfloat16):
         x = torch.empty(4, 256, 256, 96, dtype=kind, device=device)
         gain, root = (torch.empty(shape, device=device) for shape in ((96,), x.shape[:-1]))
         lit = Activation(gain, inverse=root)
         # A norm as a graph: squares written and read for their sum.
-        yield made("rms Wan 96", x, lambda run, x=x: rms(x, run=run), 3, 2), rms_kernel
+        yield made("rms Wan 96", x, lambda x=x, target="", **how: rms(x, **how), 3, 2), rms_kernel
         # Normalised and scaled, then SiLU, a map written and read in between.
         yield (
-            made("apply Wan 96", x, lambda run, x=x, lit=lit: apply(x, lit, run=run), 4, 6),
+            made("apply Wan 96", x, lambda run, x=x, lit=lit, **_: apply(x, lit, run=run), 4, 6),
             apply_kernel,
         )
     y = torch.empty(1, 512, 512, 128, dtype=torch.float16, device=device)
     # Mean, and centred squares written and read for theirs.
-    yield made("channels SD 128", y, lambda run: channels(y, run=run), 4, 4), channels_kernel
+    yield made("channels SD 128", y, lambda run, **_: channels(y, run=run), 4, 4), channels_kernel

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fvae_deploy.kernels import causal_conv3d
 from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.blocks import Choose, first
 from fvae_deploy.kernels.causal_conv3d import Box, Window
 
 
@@ -65,6 +66,7 @@ def launch(
     *,
     box: Box | None = None,
     target: str = "sm_80",
+    choose: Choose = first,
     run: Any = causal_conv3d.kernel,
 ) -> Tensor:
     """Compute it by the kernel, arguments and result as in `reference`."""
@@ -81,6 +83,7 @@ def launch(
                 box=box,
                 out=y[:, i::2, j::2],
                 target=target,
+                choose=choose,
                 run=run,
             )
     return y
@@ -96,8 +99,8 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         weight = torch.empty(2, 2, 1, 2, 2, *channels, dtype=torch.float16, device=device)
         work = 2 * 4 * channels[0] * channels[1] * size[0] * size[1] * size[2]
 
-        def one(run: Any, target: str, x: Tensor = x, weight: Tensor = weight) -> None:
-            launch(x, weight, target=target, run=run)
+        def one(x: Tensor = x, weight: Tensor = weight, **how: Any) -> None:
+            launch(x, weight, **how)
 
         # A quarter of writing the doubled map, reading it, and writing the result.
         plain = (traffic(x) * (1 + 4 + 4) + traffic(weight) * 9 / 16) / 4 + work / channels[0] / 4

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 from fvae_deploy.cli import app  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.kernels import attention, causal_conv3d  # noqa: E402
-from fvae_deploy.kernels.aot import Spec, check, compile_for  # noqa: E402
+from fvae_deploy.kernels.aot import Spec, compile_for, planned  # noqa: E402
+from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS  # noqa: E402
 from fvae_deploy.kernels.dispatch import KERNELS  # noqa: E402
 
@@ -42,34 +43,38 @@ def test_every_launch_compiles_for_an_edge_gpu(name):
         assert found.plain >= found.moved, "a kernel by hand that saves nothing"
 
 
-def _attention(config: attention.Config) -> Spec:
+def _attention(blocks: Blocks) -> Spec:
     q, k, v = (torch.empty(1, 4096, 1, 512, dtype=torch.float16, device="meta") for _ in range(3))
     return Spec(
         "wide",
-        lambda run, target: attention.launch(q, k, v, config=config, target=target, run=run),
+        lambda run, target, choose: attention.launch(
+            q, k, v, choose=lambda alike, offered, launch: launch(blocks), target=target, run=run
+        ),
         1.0,
         1.0,
     )
 
 
 def test_a_config_that_spills_and_takes_too_much_memory_is_found():
-    greedy = attention.Config(tokens=128, keys=128, warps=4, stages=3)
-    found = compile_for("attention", _attention(greedy), attention.kernel, CHIPS["sm_86"])
+    greedy = Blocks(rows=128, columns=128, depth=512, warps=4, stages=3)
+    chip = CHIPS["sm_86"]
+    assert not attention.needs(greedy, 2, chip).fit(chip), "it would be left out before"
+    found = compile_for("attention", _attention(greedy), attention.kernel, chip)
     assert any(reason.startswith("spills") for reason in found.wrong)
     assert any("bytes of shared memory" in reason for reason in found.wrong)
 
 
 def test_a_kernel_that_misses_the_matrix_units_of_its_chip_is_found():
-    small = attention.Config(tokens=32, keys=16, warps=8, stages=1)
+    small = Blocks(rows=32, columns=16, depth=512, warps=8, stages=1)
     found = compile_for("attention", _attention(small), attention.kernel, CHIPS["sm_90"])
     assert "has no HGMMA" in found.wrong
 
 
 def test_a_kernel_with_narrow_loads_is_found():
-    def narrow(run, target):
+    def narrow(**how):
         x = torch.empty(4, 64, 64, 97, dtype=torch.float16, device="meta")
         weight = torch.empty(1, 1, 1, 97, 97, dtype=torch.float16, device="meta")
-        causal_conv3d.launch(x, weight, target=target, run=run)
+        causal_conv3d.launch(x, weight, **how)
 
     found = compile_for("odd", Spec("odd", narrow, 1.0, 1.0), causal_conv3d.kernel, CHIPS["sm_89"])
     assert "has no load of 128 bits" in found.wrong
@@ -77,7 +82,7 @@ def test_a_kernel_with_narrow_loads_is_found():
 
 def test_bytes_are_counted_once_each():
     q, k, v = (torch.empty(1, 64, 1, 64, dtype=torch.float16, device="meta") for _ in range(3))
-    spec = Spec("s", lambda run, target: attention.launch(q, k, v, run=run), 1.0, 1.0)
+    spec = Spec("s", lambda **how: attention.launch(q, k, v, **how), 1.0, 1.0)
     found = compile_for("attention", spec, attention.kernel, CHIPS["sm_89"])
     assert found.moved == 4 * 64 * 64 * 2
 
@@ -113,7 +118,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
 )
 def test_unknown_names_are_refused(kernels, targets, message):
     with pytest.raises(EngineError, match=message):
-        next(check(kernels, targets, 1))
+        planned(kernels, targets, every=False)
 
 
 def test_what_needs_a_gpu_says_so_where_there_is_none():

@@ -1,0 +1,161 @@
+"""Which blocks a chip can launch, and which of them a GPU is found to be fastest with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="launches are of torch's tensors")
+pytest.importorskip("triton", reason="kernels need triton: pip install 'fvae-deploy[kernels]'")
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from fvae_deploy.errors import EngineError  # noqa: E402
+from fvae_deploy.kernels import attention, causal_conv3d, gated_linear  # noqa: E402
+from fvae_deploy.kernels.aot import choices, compile_for, record  # noqa: E402
+from fvae_deploy.kernels.blocks import Blocks, Needs, fitting, product  # noqa: E402
+from fvae_deploy.kernels.chips import CHIPS, known, like  # noqa: E402
+from fvae_deploy.kernels.tuning import Tuner  # noqa: E402
+
+OFFERED = [Blocks(128, 64, 64, 8, 2), Blocks(64, 64, 64, 4, 3), Blocks(256, 64, 32, 8, 2)]
+
+
+class Stopwatch:
+    """Tells prepared times for launches, in order, and counts them."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.left, self.read = list(seconds), 0
+
+    def __call__(self, launch):
+        launch()
+        self.read += 1
+        return self.left.pop(0)
+
+
+def _tuner(folder, *seconds: float, gpu: str = "NVIDIA L4", compiler: str = "triton 3") -> Tuner:
+    return Tuner(folder, gpu, compiler, Stopwatch(*seconds))
+
+
+def _launched(tuner: Tuner, alike: str = "convolution", offered=OFFERED) -> Blocks:
+    seen: list[Blocks] = []
+    tuner(alike, offered, seen.append)
+    return seen[-1]
+
+
+def test_the_fastest_blocks_are_launched_and_remembered(tmp_path):
+    tuner = _tuner(tmp_path / "tuning", 3.0, 1.0, 2.0)
+    assert _launched(tuner) == OFFERED[1]
+    assert _launched(tuner) == OFFERED[1], "not measured again: no times are left"
+    assert _launched(_tuner(tmp_path / "tuning")) == OFFERED[1], "nor by the next process"
+    assert [p.name for p in (tmp_path / "tuning").iterdir()] == ["nvidia-l4.json"]
+
+
+def test_launches_that_are_not_alike_are_measured_apart(tmp_path):
+    tuner = _tuner(tmp_path, 3.0, 1.0, 2.0, 1.0, 2.0, 3.0)
+    assert _launched(tuner, "wide") == OFFERED[1]
+    assert _launched(tuner, "narrow") == OFFERED[0]
+
+
+def test_one_choice_is_not_measured(tmp_path):
+    assert _launched(_tuner(tmp_path), offered=OFFERED[:1]) == OFFERED[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other", [{"gpu": "NVIDIA A10"}, {"compiler": "triton 4"}], ids=["GPU", "compiler"]
+)
+def test_another_gpu_or_compiler_measures_for_itself(tmp_path, other):
+    _launched(_tuner(tmp_path, 3.0, 1.0, 2.0))
+    assert _launched(_tuner(tmp_path, 1.0, 2.0, 3.0, **other)) == OFFERED[0]
+
+
+def test_blocks_that_are_no_longer_offered_are_not_launched(tmp_path):
+    _launched(_tuner(tmp_path, 3.0, 1.0, 2.0))
+    rest = [OFFERED[0], OFFERED[2]]
+    assert _launched(_tuner(tmp_path, 2.0, 1.0), offered=rest) == OFFERED[2]
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{", '{"about": 1}'])
+def test_a_damaged_file_is_measured_anew(tmp_path, kept):
+    (tmp_path / "nvidia-l4.json").write_text(kept)
+    assert _launched(_tuner(tmp_path, 3.0, 1.0, 2.0)) == OFFERED[1]
+    assert json.loads((tmp_path / "nvidia-l4.json").read_text())["about"]["gpu"] == "NVIDIA L4"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
+    (tmp_path / "tuning").write_text("in the way")
+    tuner = _tuner(tmp_path / "tuning", 3.0, 1.0, 2.0)
+    with pytest.warns(UserWarning, match="cannot be kept in .* will be measured again"):
+        assert _launched(tuner) == OFFERED[1]
+    assert _launched(tuner) == OFFERED[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [("sm_86", "sm_86"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120")],
+)
+def test_a_chip_that_is_not_listed_has_the_least_limits_of_its_generation(target, found):
+    assert like(target).target == found
+    assert known(target)
+
+
+@pytest.mark.parametrize("target", ["sm_75", "gfx1100"])
+def test_a_generation_that_is_not_known_is_refused(target):
+    with pytest.raises(EngineError, match=f"found {target}: use the reference"):
+        like(target)
+    assert not known(target)
+
+
+def test_what_does_not_fit_is_left_out():
+    greedy = Blocks(256, 256, 128, 4, 4)
+    chip = CHIPS["sm_86"]
+    assert fitting([greedy, OFFERED[0]], lambda b: product(b, 2), chip) == [OFFERED[0]]
+    assert not Needs(shared=chip.shared + 1, registers=1).fit(chip)
+    assert not Needs(shared=1, registers=chip.registers + 1).fit(chip)
+    assert not Needs(1, 1, tensor=513).fit(CHIPS["sm_100"])
+    assert Needs(1, 1, tensor=513).fit(chip), "no tensor memory to take"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    channels=st.integers(1, 1100),
+    width=st.sampled_from([16, 32, 48, 64, 96, 128, 192, 256, 384, 512]),
+    size=st.sampled_from([2, 4]),
+    target=st.sampled_from(sorted(CHIPS)),
+)
+def test_every_shape_is_offered_a_few_different_blocks_on_every_chip(channels, width, size, target):
+    chip = CHIPS[target]
+    for offered in (
+        causal_conv3d.offered(channels, size, chip),
+        attention.offered(width, size, chip),
+        gated_linear.offered(size, chip),
+    ):
+        assert 1 <= len(offered) <= 5
+        assert len(set(offered)) == len(offered)
+
+
+def test_launches_are_alike_by_type_channels_window_and_amount_of_work():
+    def alike(height: int, channels: int, dtype=torch.float16) -> str:
+        seen: list[str] = []
+        x = torch.empty(1, height, 64, channels, dtype=dtype, device="meta")
+        weight = torch.empty(3, 3, 3, channels, 96, dtype=dtype, device="meta")
+        causal_conv3d.launch(
+            x, weight, window=causal_conv3d.SAME, choose=lambda alike, *_: seen.append(alike)
+        )
+        return seen[0]
+
+    assert alike(64, 96) == alike(63, 96)
+    others = [alike(128, 96), alike(64, 192), alike(64, 96, torch.float32)]
+    assert len({alike(64, 96), *others}) == 4
+
+
+def test_what_is_compiled_is_the_choice_that_was_asked_for():
+    spec, kernel = next(causal_conv3d.specs())
+    offered = causal_conv3d.offered(96, 2, CHIPS["sm_89"])
+    assert choices(spec, kernel, "sm_89") == len(offered)
+    launched = [record(spec, kernel, "sm_89", n) for n in range(len(offered))]
+    assert [r.arguments["BM"] for r in launched] == [blocks.rows for blocks in offered]
+    assert compile_for("c", spec, kernel, CHIPS["sm_89"], 1).choice == 1
