@@ -131,7 +131,7 @@ def offered(width: int, size: int, chip: Chip) -> list[Blocks]:
         numbers = [(64, 32, width, 4, 2 if width <= 64 else 1), (128, 32, width, 8, 2)]
         if not chip.tensor:  # the compiler keeps an array on the stack there
             numbers += [(64, 64, width, 4, 2), (128, 64, width, 8, 2)]
-        numbers += [] if tall else [(32, 32, width, 4, 1)]
+        numbers += [] if tall or width <= 64 else [(32, 32, width, 4, 1)]
         cut = [Blocks(*each) for each in numbers]
     elif size > 2:
         cut = [Blocks(16, 16, width, 8, 1), Blocks(16, 16, width, 8, 1, whole=False)]
