@@ -1,4 +1,7 @@
-"""The verbs on files: open everything, stream, report. The command line calls these."""
+"""The verbs on files: open everything, stream, report. The command line calls these.
+
+Many scans share one engine: where a model is named, an opened codec will do too, and stays open.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy import __version__, stream
-from fvae_deploy.codec import open_codec
+from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.errors import UsageError
 from fvae_deploy.latents import LatentReader
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.report import run_report
 from fvae_deploy.rss import current_rss
 from fvae_deploy.stream import Progress
-from fvae_deploy.volume import open_volume
+from fvae_deploy.volume import Reader, open_volume
 
 
 def _nothing(slices: int) -> None:
@@ -22,10 +25,10 @@ def _nothing(slices: int) -> None:
 
 
 def encode(
-    ct: str | Path,
+    ct: str | Path | Reader,
     output: str | Path,
     *,
-    model: str | Path = "tiny",
+    model: str | Path | Codec = "tiny",
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
@@ -40,13 +43,13 @@ def encode(
     """Encode a CT into a latent store (Zarr v3) and return the run report.
 
     `memory` bounds what the run takes beyond interpreter and libraries ("700MiB", bytes);
-    `k` is the number of latent frames a step. Raises FvaeError with the remedy.
+    `k` is the number of latent frames a step. A reader is closed. Raises FvaeError with the remedy.
     """
-    _apart(ct, output)
     with (
-        contextlib.closing(open_volume(ct, series)) as reader,
-        open_codec(model, engine=engine, precision=precision, device=device) as codec,
+        contextlib.closing(_opened(ct, series)) as reader,
+        _codec(model, engine, precision, device) as codec,
     ):
+        _apart(reader.path, output)
         baseline = current_rss()
         outcome = stream.encode(
             codec,
@@ -60,14 +63,14 @@ def encode(
             version=__version__,
             progress=progress,
         )
-        return run_report("encode", Path(ct), Path(output), codec, outcome, baseline)
+        return run_report("encode", reader.path, Path(output), codec, outcome, baseline)
 
 
 def decode(
     latents: str | Path,
     output: str | Path,
     *,
-    model: str | Path | None = None,
+    model: str | Path | Codec | None = None,
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
@@ -82,9 +85,7 @@ def decode(
     """
     _apart(latents, output)
     store = LatentReader(Path(latents))
-    with open_codec(
-        model or store.info.model, engine=engine, precision=precision, device=device
-    ) as codec:
+    with _codec(model or store.info.model, engine, precision, device) as codec:
         baseline = current_rss()
         outcome = stream.decode(
             codec,
@@ -99,10 +100,10 @@ def decode(
 
 
 def reconstruct(
-    ct: str | Path,
+    ct: str | Path | Reader,
     output: str | Path,
     *,
-    model: str | Path = "tiny",
+    model: str | Path | Codec = "tiny",
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
@@ -115,11 +116,11 @@ def reconstruct(
     progress: Progress = _nothing,
 ) -> dict[str, Any]:
     """Encode and decode a CT in one stream, HU in and HU out; return the run report."""
-    _apart(ct, output)
     with (
-        contextlib.closing(open_volume(ct, series)) as reader,
-        open_codec(model, engine=engine, precision=precision, device=device) as codec,
+        contextlib.closing(_opened(ct, series)) as reader,
+        _codec(model, engine, precision, device) as codec,
     ):
+        _apart(reader.path, output)
         baseline = current_rss()
         outcome = stream.reconstruct(
             codec,
@@ -132,7 +133,19 @@ def reconstruct(
             any_range=any_range,
             progress=progress,
         )
-        return run_report("reconstruct", Path(ct), Path(output), codec, outcome, baseline)
+        return run_report("reconstruct", reader.path, Path(output), codec, outcome, baseline)
+
+
+def _opened(ct: str | Path | Reader, series: str | None) -> Reader:
+    return open_volume(ct, series) if isinstance(ct, str | Path) else ct
+
+
+def _codec(
+    model: str | Path | Codec, engine: str, precision: str, device: str
+) -> contextlib.AbstractContextManager[Codec]:
+    if isinstance(model, Codec):
+        return contextlib.nullcontext(model)
+    return open_codec(model, engine=engine, precision=precision, device=device)
 
 
 def _bytes(memory: str | int | None) -> int | None:

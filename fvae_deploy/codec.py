@@ -68,6 +68,19 @@ class Opened(Generic[Kind]):
 class Codec(Opened[Manifest]):
     """A VAE opened in an engine; see `open_codec`."""
 
+    _settled: tuple[dict[str, Grid], int] | None = None
+
+    def settle(self, grids: Mapping[str, Grid], k: int) -> None:
+        """Prepare for a volume in these tiles: what was compiled for others is released.
+
+        So a codec that stays open takes no more memory than its last volume needs.
+        """
+        wanted = dict(grids), k
+        if self._settled not in (None, wanted):
+            for part in self.manifest.parts:
+                self.engine.release(part.name, compiled=True)
+        self._settled = wanted
+
     def encode(
         self,
         frames: NDArray[np.float32],

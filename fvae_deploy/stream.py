@@ -277,6 +277,7 @@ class _Run:
             memory=memory,
             k=k,
         )
+        codec.settle(made.grids, k)
         planned = schedule.steps(z, protocol, k, of)
         return cls(codec, planned, plane, protocol, folder, Outcome(made, z, (x, y, z)))
 

@@ -277,6 +277,15 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def promised_bytes(block: bytes, path: Path) -> int:
+    """Size of the file, unpacked, that begins with these bytes (540 of them, where it has them).
+
+    Raises VolumeError unless they are a sound header.
+    """
+    layout = _parse(block.ljust(540, b"\0"), path)
+    return layout.offset + layout.frame_bytes * layout.shape[2]
+
+
 def _parse(block: bytes, path: Path) -> _Layout:
     """Read the first 540 bytes of a file: everything that reading its voxels needs."""
     header = _header(block, path)

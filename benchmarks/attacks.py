@@ -1,0 +1,324 @@
+"""Attacks on a running `fvae serve`, and what it answers: `python benchmarks/attacks.py`.
+
+Starts a server on loopback with low limits, tries each attack, and prints a table. An attack
+that is not answered as it should be ends the program with an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import socket
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import requests
+from live_server import LiveServer
+
+from fvae_deploy.engines.fake import write_fake_bundle
+
+LIMITS = ("--max-upload", "1MiB", "--max-volume", "64MiB", "--memory", "200MiB", "--queue", "4")
+LIMITS += ("--silence", "3")
+Answer = tuple[str, bool]  # what was answered, and whether it is as it should be
+ATTACKS: dict[str, Callable[[LiveServer], Answer]] = {}
+
+
+def attack(title: str) -> Callable[[Callable[[LiveServer], Answer]], None]:
+    """Enter an attack into the table."""
+
+    def enter(function: Callable[[LiveServer], Answer]) -> None:
+        ATTACKS[title] = function
+
+    return enter
+
+
+def nifti(shape: tuple[int, ...], voxels: bytes | None = None) -> bytes:
+    """Make a NIfTI file of this shape, with other bytes as its voxels if given."""
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4))
+    image.header.set_data_shape(shape)
+    image.header["vox_offset"] = 352
+    image.header["magic"] = b"n+1\0"
+    body = b"" if voxels is None else voxels
+    return bytes(image.header.binaryblock) + bytes(4) + body
+
+
+def packed(entries: dict[str, bytes]) -> bytes:
+    """Make a zip of these entries."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return target.getvalue()
+
+
+def told(response: requests.Response, *wanted: int) -> Answer:
+    """Say what an HTTP answer was."""
+    detail = response.json().get("detail", "") if "json" in response.headers["content-type"] else ""
+    text = detail if isinstance(detail, str) else detail[0]["msg"]
+    return f"{response.status_code} {text}", response.status_code in wanted
+
+
+def raw(server: LiveServer, data: bytes, wait: float = 40) -> str:
+    """Send bytes as they are; returns the first line of the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
+        try:
+            connection.sendall(data)
+            answer = connection.recv(65536)
+        except OSError as error:
+            return f"closed ({type(error).__name__})"
+    return answer.partition(b"\r\n")[0].decode("latin-1") or "closed"
+
+
+def head(server: LiveServer, *lines: str) -> bytes:
+    """Write the head of an upload with its token."""
+    first = ["POST /v1/reconstruct HTTP/1.1", f"Host: 127.0.0.1:{server.port}"]
+    return "\r\n".join([*first, f"Authorization: Bearer {server.token}", *lines, "", ""]).encode()
+
+
+def fate(server: LiveServer, response: requests.Response) -> Answer:
+    """Follow an upload that was accepted: it must fail with one plain line."""
+    if response.status_code != 202:
+        return told(response, 413, 415, 422)
+    job = server.wait(response.json()["id"])
+    plain = job["state"] == "failed" and str(server.folder) not in job["error"]
+    return f"202, then failed: {job['error']}", plain
+
+
+@attack("no token")
+def _(server: LiveServer) -> Answer:
+    return told(requests.get(f"{server.url}/v1/jobs", timeout=30), 401)
+
+
+@attack("a wrong token")
+def _(server: LiveServer) -> Answer:
+    headers = {"Authorization": f"Bearer {server.token[:-1]}x"}
+    return told(requests.get(f"{server.url}/v1/jobs", headers=headers, timeout=30), 401)
+
+
+@attack("the token's hash as a token")
+def _(server: LiveServer) -> Answer:
+    headers = {"Authorization": f"Bearer {server.store.tokens()[0][1]}"}
+    return told(requests.get(f"{server.url}/v1/jobs", headers=headers, timeout=30), 401)
+
+
+@attack("another user's job")
+def _(server: LiveServer) -> Answer:
+    job = server.post("reconstruct", nifti((8, 8, 2), bytes(256))).json()["id"]
+    server.wait(job)
+    from fvae_deploy.server.auth import make_token
+
+    other = make_token(server.store, f"other{time.time_ns()}")
+    headers = {"Authorization": f"Bearer {other}"}
+    url = f"{server.url}/v1/jobs/{job}/result"
+    return told(requests.get(url, headers=headers, timeout=30), 404)
+
+
+@attack("path traversal in a job's name")
+def _(server: LiveServer) -> Answer:
+    lines = f"Authorization: Bearer {server.token}\r\nHost: 127.0.0.1\r\n\r\n"
+    path = "/v1/jobs/..%2f..%2f..%2fetc%2fpasswd/result"
+    answer = raw(server, f"GET {path} HTTP/1.1\r\n{lines}".encode())
+    return answer, answer.startswith(("HTTP/1.1 404", "HTTP/1.1 422"))
+
+
+@attack("path traversal in a zip's names")
+def _(server: LiveServer) -> Answer:
+    body = packed({"../../../../tmp/fvae_was_here": b"x" * 2000})
+    answer = fate(server, server.post("reconstruct", body))
+    return answer[0], answer[1] and not Path("/tmp/fvae_was_here").exists()
+
+
+@attack("a store's names that leave it")
+def _(server: LiveServer) -> Answer:
+    body = packed({"zarr.json": b"{}", "c/../../../x": b"y"})
+    return told(server.post("decode", body), 415)
+
+
+@attack("a gzip bomb: 60 MiB of zeros declared and sent in 60 KiB")
+def _(server: LiveServer) -> Answer:
+    body = gzip.compress(nifti((512, 512, 120), bytes(60 << 20)))
+    return told(server.post("reconstruct", body), 413)
+
+
+@attack("a gzip bomb: more declared than a volume may have")
+def _(server: LiveServer) -> Answer:
+    body = gzip.compress(nifti((512, 512, 2000), bytes(1 << 20)))
+    return told(server.post("reconstruct", body), 413)
+
+
+@attack("a gzip bomb behind a small volume: 512 MiB that the header does not tell of")
+def _(server: LiveServer) -> Answer:
+    pack = zlib.compressobj(9, wbits=31)
+    ct = np.random.default_rng(0).integers(-1000, 1000, 32 * 32 * 8, np.int16).tobytes()
+    pieces = [pack.compress(nifti((32, 32, 8), ct))]
+    pieces += [pack.compress(bytes(1 << 20)) for _ in range(512)]
+    body = b"".join([*pieces, pack.flush()])
+    begin = time.monotonic()
+    response = server.post("reconstruct", body)
+    job = server.wait(response.json()["id"])
+    grown = max(server.resident().values()) >> 20
+    took = time.monotonic() - begin
+    text = f"{response.status_code}, then {job['state']} after {took:.1f} s, the rest not unpacked"
+    return f"{text}; largest process {grown} MiB", took < 10 and grown < 400
+
+
+@attack("a zip bomb: 300 MiB in 300 KiB")
+def _(server: LiveServer) -> Answer:
+    return told(server.post("reconstruct", packed({"a.dcm": bytes(300 << 20)})), 413)
+
+
+@attack("a zip whose directory lies about sizes")
+def _(server: LiveServer) -> Answer:
+    body = bytearray(packed({"a.dcm": bytes(30 << 20)}))
+    place = body.rindex(b"PK\x01\x02")
+    struct.pack_into("<I", body, place + 24, 2000)  # says 2000 bytes, holds 30 MiB
+    return fate(server, server.post("reconstruct", bytes(body)))
+
+
+@attack("a zip whose directory has no end")
+def _(server: LiveServer) -> Answer:
+    return told(server.post("reconstruct", packed({"a.dcm": b"x" * 2000})[:-30]), 415)
+
+
+@attack("a body that is compressed on the way")
+def _(server: LiveServer) -> Answer:
+    body = gzip.compress(bytes(1 << 20))
+    return told(server.post("reconstruct", body, headers={"Content-Encoding": "gzip"}), 415)
+
+
+@attack("a body that is too large, and says so")
+def _(server: LiveServer) -> Answer:
+    answer = raw(server, head(server, "Content-Length: 99999999"))
+    return answer, answer.startswith("HTTP/1.1 413")
+
+
+@attack("a body that is too large, in chunks without an end")
+def _(server: LiveServer) -> Answer:
+    chunk = b"10000\r\n" + nifti((64, 64, 64)).ljust(65536, b"\0") + b"\r\n"
+    answer = raw(server, head(server, "Transfer-Encoding: chunked") + 20 * chunk)
+    return answer, answer.startswith(("HTTP/1.1 413", "closed"))
+
+
+@attack("a body shorter than its length, then gone")
+def _(server: LiveServer) -> Answer:
+    before = set(server.store.files.iterdir())
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head(server, "Content-Length: 100000") + nifti((8, 8, 8)))
+    time.sleep(1)
+    left = set(server.store.files.iterdir()) - before
+    return f"cut; {len(left)} files left", not left
+
+
+@attack("a body longer than its length")
+def _(server: LiveServer) -> Answer:
+    data = head(server, "Content-Length: 10") + bytes(4096)
+    answer = raw(server, data)
+    return answer, answer.startswith("HTTP/1.1 4")
+
+
+@attack("two lengths at once")
+def _(server: LiveServer) -> Answer:
+    lines = ("Content-Length: 10", "Content-Length: 20")
+    answer = raw(server, head(server, *lines) + bytes(20))
+    return answer, answer.startswith("HTTP/1.1 400")
+
+
+@attack("a slow upload: a byte now and then")
+def _(server: LiveServer) -> Answer:
+    begin = time.monotonic()
+    answer = raw(server, head(server, "Content-Length: 100000") + bytes(10))
+    took = time.monotonic() - begin
+    return f"{answer} after {took:.0f} s", answer.startswith("HTTP/1.1 408") and took < 10
+
+
+@attack("a huge header")
+def _(server: LiveServer) -> Answer:
+    answer = raw(server, head(server, "X-Large: " + 100000 * "x"))
+    return answer, answer.startswith(("HTTP/1.1 4", "closed")) and "422" not in answer
+
+
+@attack("a header without an end")
+def _(server: LiveServer) -> Answer:
+    answer = raw(server, b"GET / HTTP/1.1\r\nX: " + 100000 * b"y")
+    return answer, answer.startswith(("HTTP/1.1 4", "closed")) and "422" not in answer
+
+
+@attack("no HTTP at all")
+def _(server: LiveServer) -> Answer:
+    answer = raw(server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+    return answer, answer.startswith(("HTTP/1.1 400", "closed"))
+
+
+@attack("a page of another site")
+def _(server: LiveServer) -> Answer:
+    return told(server.post("reconstruct", b"", headers={"Origin": "http://evil.example"}), 403)
+
+
+@attack("more uploads than the queue holds")
+def _(server: LiveServer) -> Answer:
+    open_ = []
+    try:
+        for _ in range(4):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            connection.sendall(head(server, "Content-Length: 100000") + nifti((8, 8, 8)))
+            open_.append(connection)
+        time.sleep(0.5)
+        response = server.post("reconstruct", nifti((8, 8, 2), bytes(256)))
+        text, good = told(response, 429)
+        return f"{text} (Retry-After {response.headers.get('Retry-After')})", good
+    finally:
+        for connection in open_:
+            connection.close()
+
+
+@attack("an option that is none")
+def _(server: LiveServer) -> Answer:
+    return told(server.post("reconstruct", b"x", output="/etc/passwd"), 422)
+
+
+@attack("a volume of text")
+def _(server: LiveServer) -> Answer:
+    return told(server.post("reconstruct", b"hello " * 1000), 415)
+
+
+@attack("voxels that end too early")
+def _(server: LiveServer) -> Answer:
+    return fate(server, server.post("reconstruct", nifti((64, 64, 10), bytes(1000))))
+
+
+@attack("a latent store of another kind")
+def _(server: LiveServer) -> Answer:
+    shape = {"shape": [10**9] * 4, "zarr_format": 3, "node_type": "array"}
+    return fate(server, server.post("decode", packed({"zarr.json": json.dumps(shape).encode()})))
+
+
+def main() -> None:
+    """Try them all; exits with 1 where one was not answered as it should be."""
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        write_fake_bundle(Path(folder) / "fake")
+        fake = ("-m", str(Path(folder) / "fake"), "-e", "fake")
+        server = LiveServer(Path(folder) / "server", *fake, *LIMITS)
+        server.start()
+        try:
+            print("| attack | answer | |\n|---|---|---|")
+            for title, function in ATTACKS.items():
+                text, good = function(server)
+                bad += not good
+                print(f"| {title} | {text} | {'held' if good else '**BROKEN**'} |", flush=True)
+        finally:
+            server.kill()
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Starts the server: uvicorn, with limits, and TLS where it is wanted."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import uvicorn
+
+from fvae_deploy.errors import UsageError
+from fvae_deploy.server.app import create_app
+from fvae_deploy.server.audit import Audit
+from fvae_deploy.server.settings import Settings
+
+
+def run(
+    settings: Settings,
+    host: str,
+    port: int,
+    *,
+    cert: Path | None = None,
+    key: Path | None = None,
+    proxied: bool = False,
+    log: Path | None = None,
+) -> None:
+    """Serve until a signal; raises UsageError where another server has the folder."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with (settings.folder / "server.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"expected {settings.folder} for this server alone, found another on it: stop it"
+            ) from None
+        audit = Audit(log)
+        audit("server starts", host=host, port=port, authenticated=settings.authenticated)
+        uvicorn.run(
+            create_app(settings, audit),
+            host=host,
+            port=port,
+            http="h11",  # bounds the size of a request's head
+            ws="none",
+            h11_max_incomplete_event_size=16 << 10,
+            limit_concurrency=256,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=5,
+            ssl_certfile=cert,
+            ssl_keyfile=key,
+            proxy_headers=proxied,
+            server_header=False,
+            access_log=False,
+            log_level="warning",
+        )
+        audit("server stops")
