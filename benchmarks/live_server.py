@@ -40,8 +40,8 @@ class LiveServer:
         """Start it, and wait until its engine is open."""
         command = [sys.executable, "-m", "fvae_deploy.cli", "serve", "--port", str(self.port)]
         place = ["--folder", str(self.folder), "--log", str(self.folder / "audit.log")]
-        errors = (self.folder / "stderr.log").open("ab")
-        self.process = subprocess.Popen([*command, *place, *self._options], stderr=errors)
+        with (self.folder / "stderr.log").open("ab") as errors:
+            self.process = subprocess.Popen([*command, *place, *self._options], stderr=errors)
         self.wait_ready()
 
     def wait_ready(self, seconds: float = 60) -> None:

@@ -84,7 +84,8 @@ def create_app(settings: Settings, audit: Audit, supervised: bool = True) -> Fas
     return app
 
 
-def store_of(request: Request) -> Store:
+# What only reads a row is async: 0.1 ms in the event loop, where a thread costs several times that.
+async def store_of(request: Request) -> Store:
     """Return the job store."""
     store: Store = request.app.state.store
     return store
@@ -94,7 +95,7 @@ Jobs = Annotated[Store, Depends(store_of)]
 bearer = HTTPBearer(auto_error=False, description="Made by fvae token add NAME.")
 
 
-def owner(
+async def owner(
     request: Request,
     store: Jobs,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
@@ -113,7 +114,7 @@ def owner(
 Owner = Annotated[str, Depends(owner)]
 
 
-def job_of(request: Request, ident: Ident, store: Jobs, name: Owner) -> Job:
+async def job_of(request: Request, ident: Ident, store: Jobs, name: Owner) -> Job:
     """Find a job of the one who asks; refuses with 404, whether it is there for others or not."""
     job = store.get(ident)
     if job is None or job.owner != name:
@@ -128,13 +129,13 @@ routes = APIRouter(responses=refusals(401, 403))
 
 
 @open_routes.get("/healthz", response_class=PlainTextResponse)
-def healthz() -> str:
+async def healthz() -> str:
     """Say that the server answers."""
     return "ok"
 
 
 @open_routes.get("/readyz", response_class=PlainTextResponse, responses={503: {}})
-def readyz(store: Jobs) -> PlainTextResponse:
+async def readyz(store: Jobs) -> PlainTextResponse:
     """Say whether the engine is open."""
     ready = bool(store.worker())
     return PlainTextResponse("ready" if ready else "the engine is not open", 200 if ready else 503)
@@ -226,7 +227,7 @@ def jobs(
 
 
 @routes.get("/v1/jobs/{ident}", tags=["jobs"], responses=refusals(404))
-def job(job: TheJob) -> JobView:
+async def job(job: TheJob) -> JobView:
     """Say how a job does."""
     return JobView.of(job)
 

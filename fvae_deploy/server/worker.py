@@ -41,7 +41,7 @@ def main() -> None:
     """Serve until standard input ends."""
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     threading.Thread(target=_live_as_long_as_the_server, daemon=True).start()
-    os.nice(5)  # answers to requests come first
+    os.nice(10)  # answers to requests come first
     with (folder / "worker.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one that a killed server left may still be ending
         store = Store(folder)

@@ -1,0 +1,282 @@
+"""Jobs over HTTP against a real server: what comes out, who may see it, what it says of itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import requests
+from dicom_series import write_series
+from live_server import LiveServer
+
+import fvae_deploy as fvae
+from fvae_deploy.server.auth import make_token
+from fvae_deploy.volume import open_volume
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ct") / "ct.nii.gz"
+    fvae.write_phantom(path, (40, 48, 21))
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_ct(tmp_path_factory, write_ct):
+    """A CT that takes the fake engine some seconds."""
+    path = tmp_path_factory.mktemp("ct") / "long.nii.gz"
+    write_ct(path, (32, 32, 1500))
+    return path
+
+
+def finished(server, response):
+    assert response.status_code == 202, response.text
+    job = server.wait(response.json()["id"])
+    assert job["state"] == "done", job["error"]
+    return job
+
+
+def emptied(folder):
+    """Wait until nothing is left of a job: its worker tidies up after it says how it ended."""
+    for _ in range(200):
+        if not list(folder.iterdir()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(list(folder.iterdir()))
+
+
+def test_a_reconstruction_is_that_of_the_command_line(server, ct, fake_bundle, tmp_path):
+    job = finished(server, server.post("reconstruct", ct.read_bytes(), format="nii"))
+    fvae.reconstruct(ct, tmp_path / "r.nii", model=fake_bundle, engine="fake")
+    assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
+    assert (job["done"], job["total"], job["attempts"]) == (21, 21, 1)
+    assert job["report"]["volume"]["shape"] == [40, 48, 21]
+    assert str(server.folder) not in json.dumps(job)
+
+
+def test_latents_go_out_as_a_zip_and_come_back_in(server, ct, fake_bundle, tmp_path):
+    job = finished(server, server.post("encode", ct.read_bytes()))
+    latents = server.get(f"{job['id']}/result").content
+    zipfile.ZipFile(io.BytesIO(latents)).extractall(tmp_path / "z.zarr")
+    job = finished(server, server.post("decode", latents, slices="3:9", format="nii"))
+    fake = {"model": fake_bundle, "engine": "fake"}
+    fvae.decode(tmp_path / "z.zarr", tmp_path / "d.nii", slices=(3, 9), **fake)
+    assert server.get(f"{job['id']}/result").content == (tmp_path / "d.nii").read_bytes()
+
+
+def test_a_zip_of_dicom_slices_is_a_ct(server, fake_bundle, tmp_path):
+    write_series(tmp_path / "series", (16, 24, 5))
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (tmp_path / "series").iterdir():
+            archive.write(path, f"a patient's name/{path.name}")
+    job = finished(server, server.post("reconstruct", body.getvalue(), format="nii"))
+    fvae.reconstruct(tmp_path / "series", tmp_path / "r.nii", model=fake_bundle, engine="fake")
+    assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
+
+
+def test_a_result_is_fetched_in_ranges(server, ct):
+    job = finished(server, server.post("reconstruct", ct.read_bytes()))
+    path = f"{job['id']}/result"
+    whole = server.get(path).content
+    part = server.get(path, headers={"Range": "bytes=100-199"})
+    assert (part.status_code, part.content) == (206, whole[100:200])
+    rest = server.get(path, headers={"Range": "bytes=200-"})
+    assert whole[:100] + part.content + rest.content == whole
+    beyond = server.get(path, headers={"Range": f"bytes={len(whole)}-"})
+    assert beyond.status_code == 416
+
+
+def test_progress_comes_as_events_until_the_end(server, long_ct):
+    job = server.post("encode", long_ct.read_bytes()).json()
+    with server.get(f"{job['id']}/events", stream=True) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in stream.iter_lines(decode_unicode=True) if line]
+    seen = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    done = [event["done"] for event in seen]
+    assert done == sorted(done)
+    assert len(set(done)) > 3
+    assert (seen[-1]["state"], seen[-1]["done"], lines[-2]) == ("done", 1500, "event: done")
+
+
+def test_a_job_that_runs_is_cancelled_and_one_that_waits_too(server, long_ct):
+    first = server.post("encode", long_ct.read_bytes()).json()["id"]
+    second = server.post("encode", long_ct.read_bytes()).json()["id"]
+    assert server.get(f"{first}/result").status_code == 409
+    for ident in (second, first):
+        url = f"{server.url}/v1/jobs/{ident}/cancel"
+        answer = requests.post(url, headers=server.headers, timeout=9)
+        assert answer.status_code == 200
+        assert server.wait(ident)["state"] == "cancelled"
+    emptied(server.store.files / first)
+
+
+def test_a_deleted_job_is_gone_with_its_files(server, ct):
+    job = finished(server, server.post("reconstruct", ct.read_bytes()))
+    url = f"{server.url}/v1/jobs/{job['id']}"
+    assert requests.delete(url, headers=server.headers, timeout=9).status_code == 204
+    assert requests.delete(url, headers=server.headers, timeout=9).status_code == 404
+    assert not (server.store.files / job["id"]).exists()
+
+
+def test_the_same_key_makes_one_job(server, ct):
+    headers = {"Idempotency-Key": "abc"}
+    first = server.post("reconstruct", ct.read_bytes(), headers=headers)
+    again = server.post("reconstruct", ct.read_bytes(), headers=headers)
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert first.json()["id"] == again.json()["id"]
+    finished(server, first)
+
+
+def test_a_scan_that_fails_says_why_and_leaves_nothing(server, write_ct, tmp_path):
+    write_ct(tmp_path / "mask.nii.gz", (16, 16, 5), low=0, high=5)
+    ident = server.post("reconstruct", (tmp_path / "mask.nii.gz").read_bytes()).json()["id"]
+    job = server.wait(ident)
+    assert (job["state"], job["error_kind"]) == ("failed", "VolumeError")
+    assert "expected a CT in HU" in job["error"]
+    emptied(server.store.files / ident)
+
+
+def test_a_budget_that_cannot_do_is_refused_with_the_least_that_would(server, ct):
+    job = server.wait(server.post("encode", ct.read_bytes(), memory="1MiB").json()["id"])
+    assert (job["state"], job["error_kind"]) == ("failed", "PlanError")
+    assert re.search(r"at least \d+ MiB", job["error"])
+
+
+def test_jobs_are_those_of_ones_own_token(server, ct):
+    mine = server.post("reconstruct", ct.read_bytes()).json()["id"]
+    other = {"Authorization": f"Bearer {make_token(server.store, 'other')}"}
+    assert mine in [job["id"] for job in server.get("").json()]
+    assert requests.get(f"{server.url}/v1/jobs", headers=other, timeout=9).json() == []
+    assert requests.get(f"{server.url}/v1/jobs/{mine}", headers=other, timeout=9).status_code == 404
+    assert server.store.remove_token("other")
+    assert requests.get(f"{server.url}/v1/jobs", headers=other, timeout=9).status_code == 401
+    server.wait(mine)
+
+
+def test_tokens_are_not_in_the_folder_nor_scans_in_the_log(server, ct):
+    finished(server, server.post("reconstruct", ct.read_bytes(), series="1.2.3.4567"))
+    for path in server.folder.rglob("*"):
+        if path.is_file():
+            assert server.token.encode() not in path.read_bytes(), path
+    log = (server.folder / "audit.log").read_text()
+    assert "1.2.3.4567" not in log
+    events = [json.loads(line) for line in log.splitlines()]
+    assert {"request", "server starts"} <= {event["event"] for event in events}
+    assert any(event.get("route") == "/v1/reconstruct" and event["job"] for event in events)
+
+
+def test_metrics_tell_of_jobs_slices_stages_memory_and_failures(server, ct):
+    finished(server, server.post("reconstruct", ct.read_bytes()))
+    server.wait(server.post("encode", ct.read_bytes(), memory="1MiB").json()["id"])
+    answer = requests.get(f"{server.url}/metrics", headers=server.headers, timeout=9)
+    values = dict(re.findall(r"^(\S+) (\S+)$", answer.text, re.MULTILINE))
+    assert float(values['fvae_jobs_ended_total{state="done",verb="reconstruct"}']) >= 1
+    assert float(values['fvae_failures_total{kind="PlanError"}']) >= 1
+    assert float(values['fvae_stage_seconds_total{stage="decode"}']) > 0
+    assert float(values["fvae_slices_total"]) >= 21
+    assert float(values['fvae_memory_bytes{process="worker"}']) > 1e7
+    assert values["fvae_ready"] == "1.0"
+
+
+def test_answers_carry_headers_that_browsers_heed(server):
+    for path in ("/healthz", "/nowhere", "/v1/jobs"):
+        headers = requests.get(server.url + path, timeout=9).headers
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert "server" not in headers
+
+
+def test_after_kill_9_results_are_there_and_a_job_goes_on_to_the_same_bytes(
+    serve_fake, ct, long_ct, tmp_path
+):
+    server = LiveServer(tmp_path / "server", *serve_fake)
+    server.start()
+    try:
+        kept = finished(server, server.post("reconstruct", ct.read_bytes()))["id"]
+        before = server.get(f"{kept}/result").content
+        whole = finished(server, server.post("encode", long_ct.read_bytes()))["id"]
+        cut = server.post("encode", long_ct.read_bytes()).json()["id"]
+        waiting = server.post("reconstruct", ct.read_bytes()).json()["id"]
+        while server.get(cut).json()["done"] < 300:
+            time.sleep(0.05)
+        server.kill()
+        server.start()
+        assert server.get(f"{kept}/result").content == before
+        assert server.wait(cut)["attempts"] == 2
+        assert server.wait(waiting)["state"] == "done"
+        assert server.get(f"{cut}/result").content == server.get(f"{whole}/result").content
+        assert server.get(f"{waiting}/result").content == before
+    finally:
+        server.kill()
+
+
+def test_a_worker_that_dies_is_started_again_and_its_job_with_it(server, long_ct):
+    ident = server.post("encode", long_ct.read_bytes()).json()["id"]
+    server.wait(ident, "running")
+    os.kill(server.store.worker()["pid"], signal.SIGKILL)
+    job = server.wait(ident)
+    assert (job["state"], job["attempts"]) == ("done", 2)
+
+
+def test_results_are_forgotten_after_their_time(serve_fake, ct, tmp_path):
+    server = LiveServer(tmp_path / "server", *serve_fake, "--keep-hours", "0")
+    server.start()
+    try:
+        ident = finished(server, server.post("reconstruct", ct.read_bytes()))["id"]
+        server.kill(signal.SIGTERM)
+        server.start()  # looks at once, then every minute
+        time.sleep(0.5)
+        assert server.get(ident).status_code == 404
+        assert not (server.store.files / ident).exists()
+    finally:
+        server.kill()
+
+
+def test_two_servers_do_not_share_a_folder(server, serve_fake):
+    other = LiveServer(server.folder, *serve_fake)
+    with pytest.raises(RuntimeError, match=r"expected .* for this server alone, found another"):
+        other.start()
+
+
+def test_a_network_without_tls_or_tokens_is_refused(capsys, monkeypatch):
+    from fvae_deploy.errors import UsageError
+    from fvae_deploy.server.settings import check_exposure
+
+    check_exposure("127.0.0.1", authenticated=False, tls=False, proxied=False)
+    check_exposure("0.0.0.0", authenticated=True, tls=True, proxied=False)
+    check_exposure("10.0.0.1", authenticated=True, tls=False, proxied=True)
+    with pytest.raises(UsageError, match="--insecure-no-auth on a loopback address alone"):
+        check_exposure("0.0.0.0", authenticated=False, tls=True, proxied=False)
+    with pytest.raises(UsageError, match="expected TLS"):
+        check_exposure("0.0.0.0", authenticated=True, tls=False, proxied=False)
+
+
+@pytest.mark.e2e  # exports a generator first
+def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_generator):
+    from fvae_deploy.phantom import write_phantom
+
+    options = ["--generator", str(small_generator), "-e", "openvino", "--memory", "1GiB"]
+    server = LiveServer(tmp_path / "server", *options)
+    write_phantom(tmp_path / "ct.nii", (64, 64, 9), labels=tmp_path / "mask.nii.gz")
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        archive.write(tmp_path / "mask.nii.gz", "mask.nii.gz")
+        archive.writestr("findings.txt", "/etc/passwd")
+    server.start()
+    try:
+        job = finished(server, server.post("generate", body.getvalue(), steps=1))
+        assert job["report"]["generator"]["findings"] == "/etc/passwd"
+        path = tmp_path / "made.nii.gz"
+        path.write_bytes(server.get(f"{job['id']}/result").content)
+        assert np.concatenate([*open_volume(path).slabs(4)]).shape == (9, 64, 64)
+    finally:
+        server.kill()
