@@ -137,7 +137,7 @@ def one_scan(load: Load, body: bytes, wanted: str) -> None:
                 return
             if (state := answer.json()["state"]) not in ("queued", "running"):
                 break
-        time.sleep(0.2)
+        time.sleep(0.5)
     if state != "done":
         load.problem(f"job {job}: {answer.json()['error']}")
         return

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fvae_deploy import makers, serving, smithy, workbench
 from fvae_deploy.console import finish, progress_bar, show
 from fvae_deploy.errors import FvaeError, UsageError
+from fvae_deploy.many import are_many, run_many
 from fvae_deploy.options import (
     CT,
     AnyRange,
+    CTs,
     Debug,
     Device,
     Dtype,
@@ -24,6 +26,7 @@ from fvae_deploy.options import (
     Precision,
     Protocol,
     Quiet,
+    Ray,
     ReportFile,
     Series,
     StepFrames,
@@ -50,8 +53,10 @@ def _root(version: Version = False) -> None:
 
 @app.command()
 def encode(
-    ct: CT,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Latent store to make: .zarr.")],
+    ct: CTs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Latent store to make: .zarr; of many, a folder.")
+    ],
     model: Model = "tiny",
     engine: Engine = "auto",
     precision: Precision = "fp32",
@@ -64,34 +69,36 @@ def encode(
         bool, typer.Option("--resume", help="Continue what a stopped run left.")
     ] = False,
     any_range: AnyRange = False,
+    ray: Ray = None,
     run_report: ReportFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Encode a CT into a small latent store.
+    """Encode a CT into a small latent store, or many into a folder of them.
 
-    Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`
+    Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`; many: `fvae encode scans -o latents`
     """
+    options: dict[str, Any] = {
+        "model": model,
+        "engine": engine,
+        "precision": precision,
+        "device": device,
+        "protocol": protocol,
+        "memory": memory,
+        "k": step,
+        "any_range": any_range,
+    }
+    if are_many(ct, output):
+        run_many("encode", ct, output, ".zarr", options, resume, ray, run_report, quiet)
+        return
     if not output.name.endswith(".zarr"):
         raise UsageError(f"expected an output named .zarr, found {output.name}")
+    if ray is not None:
+        raise UsageError("expected many scans with --ray, found one: leave --ray out")
     from fvae_deploy.api import encode as run
 
     with progress_bar(_slices(ct, series), "encode", quiet) as advance:
-        report = run(
-            ct,
-            output,
-            model=model,
-            engine=engine,
-            precision=precision,
-            device=device,
-            protocol=protocol,
-            memory=memory,
-            k=step,
-            series=series,
-            resume=resume,
-            any_range=any_range,
-            progress=advance,
-        )
+        report = run(ct, output, series=series, resume=resume, progress=advance, **options)
     finish(report, run_report, quiet)
 
 
@@ -141,8 +148,10 @@ def decode(
 
 @app.command()
 def reconstruct(
-    ct: CT,
-    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
+    ct: CTs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr; of many, a folder.")
+    ],
     model: Model = "tiny",
     engine: Engine = "auto",
     precision: Precision = "fp32",
@@ -153,32 +162,41 @@ def reconstruct(
     series: Series = None,
     dtype: Dtype = "int16",
     any_range: AnyRange = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Of many: pass those whose result is there.")
+    ] = False,
+    ending: Annotated[
+        str, typer.Option("--ending", help="Of many: how results are named.")
+    ] = ".nii.gz",
+    ray: Ray = None,
     run_report: ReportFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Encode and decode a CT in one stream: HU in, HU out, no latent on disk.
 
-    Example: `fvae reconstruct dicom_folder -o recon.nii.gz`
+    Example: `fvae reconstruct dicom_folder -o r.nii.gz`; many: `fvae reconstruct scans -o recons`
     """
+    options: dict[str, Any] = {
+        "model": model,
+        "engine": engine,
+        "precision": precision,
+        "device": device,
+        "protocol": protocol,
+        "memory": memory,
+        "k": step,
+        "dtype": dtype,
+        "any_range": any_range,
+    }
+    if are_many(ct, output):
+        run_many("reconstruct", ct, output, ending, options, resume, ray, run_report, quiet)
+        return
+    if ray is not None or resume:
+        raise UsageError("expected many scans with --ray and --resume, found one: leave them out")
     from fvae_deploy.api import reconstruct as run
 
     with progress_bar(_slices(ct, series), "reconstruct", quiet) as advance:
-        report = run(
-            ct,
-            output,
-            model=model,
-            engine=engine,
-            precision=precision,
-            device=device,
-            protocol=protocol,
-            memory=memory,
-            k=step,
-            series=series,
-            dtype=dtype,
-            any_range=any_range,
-            progress=advance,
-        )
+        report = run(ct, output, series=series, progress=advance, **options)
     finish(report, run_report, quiet)
 
 

@@ -172,3 +172,28 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
             *errors,
         )
     return table
+
+
+def scans_table(found: dict[str, Any]) -> Table:
+    """Lay out what became of many scans."""
+    from rich.table import Table
+
+    counts = f"{found['done']} done, {found['passed']} there before, {found['failed']} failed"
+    table = Table(title=f"{found['command']}: {counts} in {found['seconds']:.1f} s")
+    for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", ""):
+        table.add_column(column, overflow="fold")
+    for scan in found["scans"]:
+        name = Path(scan["ct"]).name
+        if "report" in scan:
+            of = scan["report"]
+            peak = of["memory"]["beyond_baseline_bytes"] >> 20
+            numbers = (
+                of["volume"]["slices"],
+                of["seconds"]["total"],
+                of["slices_per_second"],
+                peak,
+            )
+            table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
+        else:
+            table.add_row(name, *4 * ["-"], scan.get("error", "there before"))
+    return table

@@ -37,26 +37,35 @@ def read_jobs(path: Path, folder: Path, seed: int = 0) -> list[Job]:
 
     Raises UsageError for rows that are no jobs, two of one output among them.
     """
+    rows = enumerate(read_rows(path), start=1)
+    jobs = [_job(row, number, path, folder, seed) for number, row in rows]
+    if not jobs:
+        raise UsageError(f"expected jobs in {path}, found none: a row each, with a column mask")
+    check_apart([job.output for job in jobs], path)
+    return jobs
+
+
+def read_rows(path: Path) -> list[Any]:
+    """Read the rows of a list, CSV or JSONL; raises UsageError for what is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
-            rows: list[Any] = list(csv.DictReader(text.splitlines()))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return list(csv.DictReader(text.splitlines()))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
-    jobs = [_job(row, number, path, folder, seed) for number, row in enumerate(rows, start=1)]
-    if not jobs:
-        raise UsageError(f"expected jobs in {path}, found none: a row each, with a column mask")
+
+
+def check_apart(outputs: list[Path], path: Path) -> None:
+    """Raise UsageError where two rows of a list would write the same output."""
     taken: dict[Path, int] = {}
-    for number, job in enumerate(jobs, start=1):
-        if job.output in taken:
+    for number, output in enumerate(outputs, start=1):
+        if output in taken:
             raise UsageError(
-                f"expected an output for every job, found {job.output.name} in rows "
-                f"{taken[job.output]} and {number} of {path}: name them in a column output"
+                f"expected an output for every job, found {output.name} in rows "
+                f"{taken[output]} and {number} of {path}: name them in a column output"
             )
-        taken[job.output] = number
-    return jobs
+        taken[output] = number
 
 
 def run_jobs(

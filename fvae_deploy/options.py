@@ -43,6 +43,16 @@ Version = Annotated[
     bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
 ]
 CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
+CTs = Annotated[
+    Path,
+    typer.Argument(
+        help="A .nii or .nii.gz file, a folder of DICOM, a .zarr; or many: a folder, .csv, .jsonl."
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Many scans on Ray: its address, or local:N for N workers here."),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
 Engine = Annotated[
     str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime or torch.")

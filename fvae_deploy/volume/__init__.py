@@ -12,6 +12,6 @@ Nothing here knows about tiles, engines or models.
 
 from __future__ import annotations
 
-from fvae_deploy.volume.base import Geometry, Reader, Writer, create_volume, open_volume
+from fvae_deploy.volume.base import Geometry, Primed, Reader, Writer, create_volume, open_volume
 
-__all__ = ["Geometry", "Reader", "Writer", "create_volume", "open_volume"]
+__all__ = ["Geometry", "Primed", "Reader", "Writer", "create_volume", "open_volume"]

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -64,6 +64,34 @@ class Reader(Protocol):
     def close(self) -> None:
         """Release the file."""
         ...
+
+
+class Primed:
+    """A reader whose first slices are read already, so that a stream begins at once.
+
+    Made in one thread while another computes; `slabs` is that of the reader.
+    """
+
+    def __init__(self, reader: Reader, slices: int = 8) -> None:
+        self.path, self.geometry, self._reader = reader.path, reader.geometry, reader
+        self._rest = reader.slabs(1)
+        self._held = list(islice(self._rest, slices))
+
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+        """Yield what the reader would; once from the slices that are held."""
+        if start or not self._held:
+            yield from self._reader.slabs(*depths, start=start)
+            return
+        planes = chain(self._held, self._rest)
+        self._held = []
+        for indices in slab_ranges(self.geometry.shape[2], depths, 0):
+            yield np.concatenate([*islice(planes, len(indices))])
+
+    def close(self) -> None:
+        """Release the file."""
+        self._held = []
+        self._rest.close()  # type: ignore[attr-defined]
+        self._reader.close()
 
 
 class Writer(Protocol):

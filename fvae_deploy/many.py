@@ -1,0 +1,52 @@
+"""What encode and reconstruct do where they are given many scans: run all, show a table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fvae_deploy.console import progress_bars, say, scans_table, show
+from fvae_deploy.errors import UsageError
+from fvae_deploy.scans import VOLUMES, are_many, find_scans
+
+__all__ = ["are_many", "run_many"]
+
+
+def run_many(
+    verb: str,
+    ct: Path,
+    output: Path,
+    ending: str,
+    options: dict[str, Any],
+    resume: bool,
+    ray: str | None,
+    run_report: Path | None,
+    quiet: bool,
+) -> None:
+    """Run a verb on all scans of a folder or a list; raises VolumeError where some failed.
+
+    The summary is written to `run_report`, and in any case to `OUTDIR/fvae-VERB.json`.
+    """
+    if ending not in VOLUMES:
+        raise UsageError(f"expected --ending {' or '.join(VOLUMES)}, found {ending}")
+    scans = find_scans(ct, output, ending)
+    from fvae_deploy.batch import check_all_done, run_scans, summary
+    from fvae_deploy.report import write_json
+
+    output.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    if ray is not None:
+        from fvae_deploy.cluster import run_on_ray
+
+        results = run_on_ray(ray, verb, scans, options, resume=resume, say=say(quiet))
+    else:
+        with progress_bars(quiet) as bars:
+            results = run_scans(verb, scans, options, resume=resume, say=say(quiet), progress=bars)
+    found = summary(verb, results, begin)
+    for path in {run_report, output / f"fvae-{verb}.json"} - {None}:
+        assert path is not None
+        write_json(found, path)
+    if not quiet:
+        show(scans_table(found))
+    check_all_done(found)
