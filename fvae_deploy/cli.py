@@ -10,6 +10,7 @@ import typer
 
 from fvae_deploy import makers, serving, smithy, workbench
 from fvae_deploy.console import finish, progress_bar, show
+from fvae_deploy.dicomweb import at_hand
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.many import are_many, run_many
 from fvae_deploy.options import (
@@ -97,8 +98,11 @@ def encode(
         raise UsageError("expected many scans with --ray, found one: leave --ray out")
     from fvae_deploy.api import encode as run
 
-    with progress_bar(_slices(ct, series), "encode", quiet) as advance:
-        report = run(ct, output, series=series, resume=resume, progress=advance, **options)
+    with (
+        at_hand(ct, output) as (source, target),
+        progress_bar(_slices(source, series), "encode", quiet) as advance,
+    ):
+        report = run(source, target, series=series, resume=resume, progress=advance, **options)
     finish(report, run_report, quiet)
 
 
@@ -150,7 +154,10 @@ def decode(
 def reconstruct(
     ct: CTs,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr; of many, a folder.")
+        Path,
+        typer.Option(
+            "--output", "-o", help=".nii, .nii.gz, .zarr, .dcm (slices); of many, a folder."
+        ),
     ],
     model: Model = "tiny",
     engine: Engine = "auto",
@@ -195,8 +202,12 @@ def reconstruct(
         raise UsageError("expected many scans with --ray and --resume, found one: leave them out")
     from fvae_deploy.api import reconstruct as run
 
-    with progress_bar(_slices(ct, series), "reconstruct", quiet) as advance:
-        report = run(ct, output, series=series, progress=advance, **options)
+    with (
+        at_hand(ct, output) as (source, target),
+        progress_bar(_slices(source, series), "reconstruct", quiet) as advance,
+    ):
+        report = run(source, target, series=series, progress=advance, **options)
+    report |= {"input": str(ct), "output": str(output)}
     finish(report, run_report, quiet)
 
 

@@ -10,6 +10,7 @@ does not matter. Every scan goes through one engine as it would on a single mach
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +65,8 @@ def run_on_ray(
     gpu = opened["device"] != "cpu"
     workers = _connect(address)
     try:
-        shares = workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
+        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        shares = workers or int(found.get("GPU" if gpu else "CPU", 0))
         if shares < 1:
             raise EngineError(f"expected {'GPUs' if gpu else 'CPUs'} on Ray, found none: add some")
         actor = ray.remote(Share).options(
@@ -95,7 +97,7 @@ def _connect(address: str) -> int | None:
             num_cpus=workers,
             include_dashboard=False if workers else None,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -46,7 +46,8 @@ CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DI
 CTs = Annotated[
     Path,
     typer.Argument(
-        help="A .nii or .nii.gz file, a folder of DICOM, a .zarr; or many: a folder, .csv, .jsonl."
+        help="A .nii or .nii.gz file, a folder of DICOM, a .zarr, dicomweb+https://…; "
+        "many: a folder, .csv, .jsonl."
     ),
 ]
 Ray = Annotated[

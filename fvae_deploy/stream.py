@@ -209,7 +209,8 @@ def reconstruct(
     begin = time.perf_counter()
     geometry = reader.geometry
     run = _Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k, path.parent)
-    with create_volume(path, geometry, dtype) as writer:
+    note = f"{codec.manifest.name} {codec.manifest.identity}"
+    with create_volume(path, geometry, dtype, note) as writer:
         with (
             contextlib.closing(run.stream("encode")) as encoder,
             contextlib.closing(run.stream("decode")) as decoder,

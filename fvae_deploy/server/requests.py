@@ -59,7 +59,9 @@ class EncodeOptions(Options):
 class ReconstructOptions(EncodeOptions):
     """See `fvae reconstruct --help`."""
 
-    format: Format = "nii.gz"
+    format: Annotated[
+        Literal["nii", "nii.gz", "dcm"], Field(description="Of the result; dcm: a zip of slices.")
+    ] = "nii.gz"
     dtype: Dtype = "int16"
 
 

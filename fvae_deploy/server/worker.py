@@ -127,6 +127,9 @@ def _perform(
     elif job.verb == "reconstruct":
         tick = begin("reconstruct", _slices(source, asked.get("series")))
         report = api.reconstruct(source, folder / result, model=codec, progress=tick, **asked)
+        if ending == "dcm":
+            _pack(folder / result, folder / "result.zip")
+            result = "result.zip"
     else:
         report = _generate(job, folder, source, folder / result, begin, asked, options)
     report["input"], report["output"] = f"input.{job.kind}", result
@@ -198,7 +201,7 @@ def _progress(store: Store, job: Job) -> Callable[[str, int | None], Callable[[i
 
 
 def _pack(store: Path, target: Path) -> None:
-    """Put a latent store into a zip, the same bytes for the same store."""
+    """Put a folder into a zip, the same bytes for the same files."""
     partial = target.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(store.rglob("*")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ class Geometry:
     `affine` maps voxel indices (i, j, k) to RAS millimetres, as nibabel does.
     `nifti_header` is the source's own header when it was NIfTI (348 or 540 bytes), so that
     qform, sform, zooms and units reach the output bit for bit; None otherwise.
+    `dicom_files` are the source's slices, in order, when it was DICOM: a derived series refers
+    to them.
     """
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     nifti_header: bytes | None = None
+    dicom_files: tuple[Path, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -266,6 +270,24 @@ class FrameWriter(ABC):
             self.abort()
 
 
+def publish_folder(partial: Path, path: Path) -> None:
+    """Give a folder its final name, in place of an older one.
+
+    It cannot be replaced in one step: the old one moves aside and comes back if the new one
+    cannot take its place.
+    """
+    aside = partial.with_suffix(".old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        partial.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def open_volume(path: Path | str, series: str | None = None) -> Reader:
     """Open a .nii, .nii.gz, Zarr array or folder of DICOM slices.
 
@@ -293,10 +315,13 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
     )
 
 
-def create_volume(path: Path | str, geometry: Geometry, dtype: str = "int16") -> Writer:
-    """Create a .nii, .nii.gz or .zarr volume of this geometry, stored as int16 or float32.
+def create_volume(
+    path: Path | str, geometry: Geometry, dtype: str = "int16", note: str = ""
+) -> Writer:
+    """Create a .nii, .nii.gz, .zarr or .dcm volume of this geometry, stored as int16 or float32.
 
-    float32 frames written to an int16 volume are rounded to the nearest and clipped.
+    float32 frames written to an int16 volume are rounded to the nearest and clipped. `.dcm` is a
+    folder of DICOM slices, in which `note` says what made them.
     Raises VolumeError when the suffix is unknown or the place cannot be written.
     """
     path = Path(path)
@@ -310,4 +335,8 @@ def create_volume(path: Path | str, geometry: Geometry, dtype: str = "int16") ->
         from fvae_deploy.volume.zarr import ZarrWriter
 
         return ZarrWriter(path, geometry, dtype)
-    raise VolumeError(f"expected an output named .nii, .nii.gz or .zarr, found {path.name}")
+    if path.name.endswith(".dcm"):
+        from fvae_deploy.volume.dicom_writer import DicomWriter
+
+        return DicomWriter(path, geometry, dtype, note)
+    raise VolumeError(f"expected an output named .nii, .nii.gz, .zarr or .dcm, found {path.name}")

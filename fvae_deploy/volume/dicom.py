@@ -66,7 +66,8 @@ class DicomReader:
         self._slices = sorted(slices, key=lambda slice_: float(slice_.position @ normal))
         columns, rows = slices[0].shape
         affine = _affine(self._slices, normal)
-        self.geometry = Geometry((columns, rows, len(slices)), affine)
+        files = tuple(slice_.path for slice_ in self._slices)
+        self.geometry = Geometry((columns, rows, len(slices)), affine, dicom_files=files)
         self._dtype = np.int16 if all(slice_.is_whole for slice_ in slices) else np.float32
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:

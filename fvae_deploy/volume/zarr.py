@@ -26,7 +26,14 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, check_finite, slab_ranges
+from fvae_deploy.volume.base import (
+    Frames,
+    FrameWriter,
+    Geometry,
+    check_finite,
+    publish_folder,
+    slab_ranges,
+)
 
 _DEPTH = 4  # slices in a chunk: 2 MiB of int16 at 512 x 512
 _MARKS = ("zarr.json", ".zarray", ".zgroup")  # one of these lies in every Zarr store
@@ -126,18 +133,7 @@ class ZarrWriter(FrameWriter):
             self._array[:, :, stop - filled : stop] = self._layer[:filled].transpose(2, 1, 0)
 
     def _publish(self) -> None:
-        # A folder cannot be replaced in one step: the old one moves aside and comes back if the
-        # new one cannot take its place.
-        aside = self._partial.with_suffix(".old")
-        if self.path.exists():
-            self.path.rename(aside)
-        try:
-            self._partial.rename(self.path)
-        except OSError:
-            if aside.exists():
-                aside.rename(self.path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        publish_folder(self._partial, self.path)
 
     def _discard(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)

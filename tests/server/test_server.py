@@ -80,6 +80,13 @@ def test_a_zip_of_dicom_slices_is_a_ct(server, fake_bundle, tmp_path):
     job = finished(server, server.post("reconstruct", body.getvalue(), format="nii"))
     fvae.reconstruct(tmp_path / "series", tmp_path / "r.nii", model=fake_bundle, engine="fake")
     assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
+    job = finished(server, server.post("reconstruct", body.getvalue(), format="dcm"))
+    series = io.BytesIO(server.get(f"{job['id']}/result").content)
+    zipfile.ZipFile(series).extractall(tmp_path / "r.dcm")
+    np.testing.assert_array_equal(
+        np.concatenate([*open_volume(tmp_path / "r.dcm").slabs(5)]),
+        np.concatenate([*open_volume(tmp_path / "r.nii").slabs(5)]),
+    )
 
 
 def test_a_result_is_fetched_in_ranges(server, ct):
