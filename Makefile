@@ -1,5 +1,7 @@
 # make demo    reconstruct a CT and draw the errors (CT=path for one's own; else a synthetic torso)
 # make test    everything that is checked before a change is taken: format, lint, types, tests
+# make e2e     what needs more than pip: Orthanc, Chromium and npm from Debian; minutes long; as root
+# make page    bring NiiVue and Swagger UI, pinned, for the page of fvae serve (needs npm)
 # make bench   throughput and peak memory of every engine that runs here
 # make clean   remove .venv, demo/ and caches
 #
@@ -18,7 +20,7 @@ TORCH ?= torch==2.13.0
 SHAPE ?= 256,256,160
 export CT SHAPE
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check e2e page bench clean
 
 demo: .venv/installed-cpu
 	@mkdir -p demo
@@ -47,6 +49,22 @@ test: .venv/installed-dev
 	$(BIN)/pytest
 
 check: test
+
+# Installed only where they are not there yet; npm may have come another way.
+DEBIAN := chromium orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
+e2e: .venv/installed-dev
+	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "== installing" $$missing; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+	@$(MAKE) --no-print-directory page
+	$(BIN)/pytest -m e2e
+
+page: fvae_deploy/server/page/vendor/niivue.umd.js
+
+fvae_deploy/server/page/vendor/niivue.umd.js: tools/fetch_vendor.py
+	$(PYTHON) tools/fetch_vendor.py
 
 bench: .venv/installed-dev
 	$(BIN)/fvae bench --peer tools/train_tiny/tiny.safetensors

@@ -14,6 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from fvae_deploy import __version__
+from fvae_deploy.server import pages
 from fvae_deploy.server import requests as asked
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.auth import owner_of
@@ -75,6 +76,8 @@ def create_app(settings: Settings, audit: Audit, supervised: bool = True) -> Fas
     app.state.intake = Intake(store, settings.limits)
     app.include_router(open_routes)
     app.include_router(routes)
+    app.include_router(pages.routes)
+    app.mount("/page", pages.files)
     app.add_middleware(Guard, settings=settings, audit=audit, observe=metrics.observe)
 
     @app.exception_handler(RefusedError)
