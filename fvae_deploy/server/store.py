@@ -64,6 +64,13 @@ class Job:
 COLUMNS = tuple(field.name for field in fields(Job))
 
 
+class _Connection(sqlite3.Connection):
+    """Closes itself: it lives as long as its thread."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Store:
     """Jobs, tokens and totals of one folder; safe to use from several threads and processes."""
 
@@ -83,7 +90,13 @@ class Store:
     def _sql(self) -> sqlite3.Connection:
         """A connection of this thread; each statement is a transaction unless one is begun."""
         if not hasattr(self._local, "sql"):
-            sql = sqlite3.connect(self.folder / "store.db", timeout=30, isolation_level=None)
+            sql = sqlite3.connect(
+                self.folder / "store.db",
+                timeout=30,
+                isolation_level=None,
+                check_same_thread=False,  # closed by whichever thread collects it
+                factory=_Connection,
+            )
             sql.execute("PRAGMA journal_mode = WAL")
             sql.execute("PRAGMA synchronous = FULL")
             self._local.sql = sql
