@@ -29,6 +29,7 @@ class LiveServer:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.verify: str | bool = True  # the certificate to trust
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -52,7 +53,7 @@ class LiveServer:
             if self.process.poll() is not None:
                 break
             try:
-                if requests.get(f"{self.url}/readyz", timeout=5).ok:
+                if requests.get(f"{self.url}/readyz", timeout=5, verify=self.verify).ok:
                     return
             except requests.ConnectionError:
                 pass

@@ -74,7 +74,9 @@ def _client(url: str) -> DICOMwebClient:
     from dicomweb_client.api import DICOMwebClient
 
     secret = os.environ.get("FVAE_DICOMWEB_AUTHORIZATION")
-    return DICOMwebClient(url, headers={"Authorization": secret} if secret else None)
+    client = DICOMwebClient(url, headers={"Authorization": secret} if secret else None)
+    client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=200)  # milliseconds
+    return client
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,7 +70,7 @@ class Guard:
             return 431, f"expected at most {HEAD} bytes of headers, found more"
         headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
         host = headers.get(b"host", "")
-        name = urlsplit(f"//{host}").hostname if host.isprintable() and "[" not in host else host
+        name = re.sub(r":\d+$", "", host)
         if self._settings.hosts and name not in self._settings.hosts:
             return 403, "expected a Host of this server, found another"
         origin = headers.get(b"origin")

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import time
 import zipfile
 
@@ -285,5 +287,43 @@ def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_ge
         path = tmp_path / "made.nii.gz"
         path.write_bytes(server.get(f"{job['id']}/result").content)
         assert np.concatenate([*open_volume(path).slabs(4)]).shape == (9, 64, 64)
+    finally:
+        server.kill()
+
+
+def test_without_tokens_names_of_this_machine_alone_are_answered(serve_fake, ct, tmp_path):
+    server = LiveServer(tmp_path / "server", *serve_fake, "--insecure-no-auth")
+    server.start()
+    try:
+        for host, status in (
+            (f"127.0.0.1:{server.port}", 200),
+            (f"localhost:{server.port}", 200),
+            (f"[::1]:{server.port}", 200),
+            ("evil.example", 403),
+            ("[", 403),
+        ):
+            answer = requests.get(f"{server.url}/v1/jobs", headers={"Host": host}, timeout=9)
+            assert answer.status_code == status, host
+    finally:
+        server.kill()
+
+
+def test_tls_is_spoken_where_a_certificate_is_given(serve_fake, tmp_path):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the program openssl, to make a certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    line = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    line += ["-nodes", "-keyout", key, "-out", cert, "-subj", "/CN=localhost"]
+    line += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(line, check=True, capture_output=True)
+    tls = ["--tls-cert", str(cert), "--tls-key", str(key)]
+    server = LiveServer(tmp_path / "server", *serve_fake, *tls)
+    server.url, server.verify = server.url.replace("http:", "https:"), str(cert)
+    server.start()
+    try:
+        answer = requests.get(f"{server.url}/healthz", verify=str(cert), timeout=9)
+        assert answer.text == "ok"
+        assert "max-age" in answer.headers["strict-transport-security"]
     finally:
         server.kill()
