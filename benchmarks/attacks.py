@@ -23,6 +23,10 @@ import nibabel
 import numpy as np
 import requests
 from live_server import LiveServer
+from openjpeg.utils import encode_array
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import CTImageStorage, JPEG2000Lossless
 
 from fvae_deploy.engines.fake import write_fake_bundle
 
@@ -174,6 +178,26 @@ def _(server: LiveServer) -> Answer:
 @attack("a zip bomb: 300 MiB in 300 KiB")
 def _(server: LiveServer) -> Answer:
     return told(server.post("reconstruct", packed({"a.dcm": bytes(300 << 20)})), 413)
+
+
+@attack("a slice of 16x16 whose JPEG 2000 holds 9000x9000")
+def _(server: LiveServer) -> Answer:
+    pixels = bytes(encode_array(np.zeros((9000, 9000), np.uint16)))
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data.SeriesInstanceUID, data.Modality, data.Rows, data.Columns = "1.2", "CT", 16, 16
+    data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+    data.PixelSpacing, data.SliceThickness = [1, 1], 1
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 0, 1
+    data.PhotometricInterpretation = "MONOCHROME2"
+    data.PixelData = encapsulate([pixels])
+    file = io.BytesIO()
+    data.save_as(file, enforce_file_format=True)
+    return fate(server, server.post("reconstruct", packed({"a.dcm": file.getvalue()})))
 
 
 @attack("a zip whose directory lies about sizes")

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import uvicorn
 
-from fvae_deploy.errors import UsageError
+from fvae_deploy.codec import bundle_path
+from fvae_deploy.engines.base import ENGINES, missing
+from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.server.app import create_app
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.settings import Settings
@@ -23,7 +26,18 @@ def run(
     proxied: bool = False,
     log: Path | None = None,
 ) -> None:
-    """Serve until a signal; raises UsageError where another server has the folder."""
+    """Serve until a signal.
+
+    Raises UsageError where another server has the folder, BundleError and EngineError for a model
+    or an engine that the worker could not open.
+    """
+    Manifest.load(bundle_path(settings.model))
+    if settings.engine not in ("auto", *ENGINES):
+        raise EngineError(
+            f"expected auto or one of {', '.join(ENGINES)}, found {settings.engine!r}"
+        )
+    if settings.engine != "auto" and (problem := missing(settings.engine)):
+        raise EngineError(f"engine {settings.engine} cannot run here: it {problem}")
     settings.folder.mkdir(parents=True, exist_ok=True)
     with (settings.folder / "server.lock").open("w") as lock:
         try:

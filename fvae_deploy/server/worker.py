@@ -38,8 +38,16 @@ class CancelledError(FvaeError):
 
 
 def main() -> None:
-    """Serve until standard input ends."""
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    """Serve until standard input ends; what keeps an engine from opening is told in one line."""
+    try:
+        serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except FvaeError as error:
+        print(f"fvae: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def serve(folder: Path, options: dict[str, Any]) -> None:
+    """Open the engine, then take jobs for ever."""
     threading.Thread(target=_live_as_long_as_the_server, daemon=True).start()
     os.nice(10)  # answers to requests come first
     with (folder / "worker.lock").open("w") as lock:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 
@@ -327,3 +328,21 @@ def test_tls_is_spoken_where_a_certificate_is_given(serve_fake, tmp_path):
         assert "max-age" in answer.headers["strict-transport-security"]
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["-m", "nothing"], 4, "expected a built-in model"),
+        (["-e", "magic"], 5, "expected auto or one of"),
+        (["--tls-cert", "a.pem"], 2, "--tls-cert and --tls-key together"),
+        (["--host", "0.0.0.0"], 2, "expected TLS on 0.0.0.0"),
+        (["--host", "0.0.0.0", "--insecure-no-auth"], 2, "on a loopback address alone"),
+    ],
+)
+def test_a_server_that_could_not_serve_does_not_start(options, code, message, tmp_path):
+    line = [sys.executable, "-m", "fvae_deploy.cli", "serve", "--folder", str(tmp_path), *options]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
