@@ -115,8 +115,6 @@ class DicomWriter(FrameWriter):
         data.ImageOrientationPatient = [_ds(n) for n in axes]
         data.PixelSpacing = [_ds(spacing[1]), _ds(spacing[0])]
         data.SliceThickness = _ds(spacing[2])
-        for name, uid in self._alone.items():
-            setattr(data, name, uid)
         return data
 
     def _header(self, source: Dataset) -> Dataset:
@@ -128,6 +126,9 @@ class DicomWriter(FrameWriter):
         for name in _EMPTY:
             if name not in data:
                 setattr(data, name, "")
+        for name, uid in self._alone.items():  # what was anonymised may have left it empty
+            if not data.get(name):
+                setattr(data, name, uid)
         data.file_meta = FileMetaDataset()
         data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CTImageStorage
@@ -139,7 +140,7 @@ class DicomWriter(FrameWriter):
         data.SeriesDescription = f"{about[:44]} fvae reconstruction".strip()
         data.InstanceNumber = self._count + 1
         kinds = list(source.get("ImageType", []))
-        data.ImageType = ["DERIVED", "SECONDARY", *(kinds[2:] or ["AXIAL"])]
+        data.ImageType = ["DERIVED", "SECONDARY", *(kinds[2:3] or ["AXIAL"])]
         data.DerivationDescription = f"Encoded and decoded by a frozen VAE: {self._note}"[:1024]
         data.SeriesDate = data.ContentDate = data.InstanceCreationDate = self._now.strftime(
             "%Y%m%d"
@@ -150,9 +151,9 @@ class DicomWriter(FrameWriter):
         data.Manufacturer, data.ManufacturerModelName = "fvae", "fvae-deploy"
         data.SoftwareVersions, data.DeviceSerialNumber = __version__, "0"
         data.ContributingEquipmentSequence = Sequence(self._equipment(source))
-        if "SOPInstanceUID" in source:
+        if source.get("SOPInstanceUID"):
             item = Dataset()
-            item.ReferencedSOPClassUID = source.SOPClassUID
+            item.ReferencedSOPClassUID = source.get("SOPClassUID") or CTImageStorage
             item.ReferencedSOPInstanceUID = source.SOPInstanceUID
             purpose = _code("121322", "Source image for image processing operation")
             item.PurposeOfReferenceCodeSequence = Sequence([purpose])

@@ -84,6 +84,20 @@ def test_nothing_of_the_source_goes_in_but_what_is_listed(derived, tmp_path, fak
     )
 
 
+def test_identifiers_that_were_emptied_are_made_anew(derived, tmp_path, fake_bundle):
+    _, source = derived
+    for path in source.iterdir():
+        data = pydicom.dcmread(path)
+        data.StudyInstanceUID = data.FrameOfReferenceUID = data.SOPInstanceUID = ""
+        data.save_as(path)
+    fvae.reconstruct(source, tmp_path / "b.dcm", model=fake_bundle, engine="fake")
+    found = slices(tmp_path / "b.dcm")
+    assert all("SourceImageSequence" not in data for data in found)
+    for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        (uid,) = {data[name].value for data in found}
+        assert len(uid) > 10
+
+
 def test_a_volume_of_no_dicom_becomes_a_study_of_nobody(tmp_path):
     values = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
     tilted = AFFINE.copy()
