@@ -51,7 +51,7 @@ test: .venv/installed-dev
 check: test
 
 # Installed only where they are not there yet; npm may have come another way.
-DEBIAN := chromium orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
+DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \

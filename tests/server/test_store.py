@@ -99,6 +99,23 @@ def test_a_job_cancelled_while_its_worker_died_is_not_tried_again(store):
     assert [found.state for found in store.recover(3)] == ["cancelled"]
 
 
+def test_what_ended_long_ago_is_forgotten_with_its_files(store, tmp_path):
+    for ident in ("old", "waits", "stray"):
+        (store.files / ident).mkdir()
+        (store.files / ident / "result.nii").write_bytes(b"x")
+    store.add(job("old"))
+    store.claim()
+    store.finish("old", "result.nii", REPORT)
+    store.add(job("waits"))
+    Supervisor(store, Settings(tmp_path, 1, keep_hours=1), Audit())._forget()
+    assert store.get("old") is not None
+    supervisor = Supervisor(store, Settings(tmp_path, 1, keep_hours=0), Audit())
+    supervisor._forget()
+    supervisor._sweep_strays()
+    assert store.get("old") is None
+    assert [path.name for path in store.files.iterdir()] == ["waits"]
+
+
 def test_tokens_are_kept_as_hashes_and_compared_whole(store):
     token = make_token(store, "me")
     assert owner_of(store, token) == "me"
