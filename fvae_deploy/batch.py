@@ -140,6 +140,6 @@ def check_all_done(found: dict[str, Any]) -> None:
     """Raise VolumeError where a scan failed."""
     if found["failed"]:
         raise VolumeError(
-            f"expected {len(found['scans'])} results, found {found['failed']} scans failed: see "
+            f"expected {len(found['scans'])} results, found {found['failed']} failed: see "
             "above, correct them and go on with --resume"
         )

@@ -107,7 +107,7 @@ def test_one_that_fails_is_told_and_passed_and_the_rest_resumed(scans, fake_bund
     line = ["reconstruct", scans, "-o", out, "-m", fake_bundle, "-e", "fake"]
     done = command(*line)
     assert done.returncode == 3
-    assert "expected 5 results, found 1 scans failed" in done.stderr
+    assert "expected 5 results, found 1 failed" in done.stderr
     assert "4 done, 0 there before, 1 failed" in done.stdout
     first = content(out)
     found = json.loads((out / "fvae-reconstruct.json").read_text())

@@ -6,7 +6,9 @@ Also forgets jobs that ended long ago, with their files.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ class Supervisor:
     def __init__(self, store: Store, settings: Settings, audit: Audit) -> None:
         self._store, self._settings, self._audit = store, settings, audit
         self._stop = Event()
-        self._thread = Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread = Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
         """Start the worker."""
@@ -43,6 +45,14 @@ class Supervisor:
         """End the worker."""
         self._stop.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # a server without a worker would only seem to serve
+            self._audit("supervisor died", kind=type(error).__name__)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     def _watch(self) -> None:
         wait, swept = 0.5, 0.0

@@ -198,7 +198,7 @@ def test_metrics_tell_of_jobs_slices_stages_memory_and_failures(server, ct):
 
 
 def test_answers_carry_headers_that_browsers_heed(server):
-    for path in ("/healthz", "/nowhere", "/v1/jobs"):
+    for path in ("/", "/docs", "/page/page.js", "/healthz", "/nowhere", "/v1/jobs"):
         headers = requests.get(server.url + path, timeout=9).headers
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
