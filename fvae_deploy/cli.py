@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fvae_deploy import makers, serving, smithy, workbench
+from fvae_deploy import gpu, makers, serving, smithy, workbench
 from fvae_deploy.console import finish, progress_bar, show
 from fvae_deploy.dicomweb import at_hand
 from fvae_deploy.errors import FvaeError, UsageError
@@ -249,6 +249,7 @@ def compare(
 app.add_typer(makers.app)
 app.add_typer(workbench.app)
 app.add_typer(serving.app)
+app.add_typer(gpu.app)
 app.add_typer(smithy.app, name="kernels")
 
 

@@ -1,0 +1,114 @@
+"""The verbs about GPUs: build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fvae_deploy.console import progress_bars, show
+from fvae_deploy.errors import UsageError
+from fvae_deploy.options import Debug, NumbersFile, Quiet, StepFrames, Verbs, require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fvae_deploy.export.to_tensorrt import Row
+
+app = typer.Typer(cls=Verbs)
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="Built-in name or bundle folder.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="GPU architectures, as sm_86,sm_89,sm_120.")
+    ],
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="fp32, fp16, bf16 or int8, or several.")
+    ] = "fp16",
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="Slices, as 512,512; may be repeated [default: the model's]."),
+    ] = None,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="Engines for all smaller slices, too; slower.")
+    ] = False,
+    step: StepFrames = 1,
+    memory: Annotated[
+        str, typer.Option("--memory", help="The GPU memory that tiles are planned for.")
+    ] = "8GiB",
+    calibrate: Annotated[
+        list[Path] | None, typer.Option("--calibrate", help="For int8: a CT; may be repeated.")
+    ] = None,
+    package: Annotated[
+        str,
+        typer.Option("--package", help="tensorrt_rtx (needs no GPU), or tensorrt on the GPU."),
+    ] = "tensorrt_rtx",
+    json_file: NumbersFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Build TensorRT engines of all parts beside the bundle, ahead of time. Needs no GPU.
+
+    Example: `fvae build tiny --target sm_86,sm_89,sm_120 --precision fp16`
+    """
+    require("onnx")
+    from fvae_deploy.make_engines import make_engines, row_facts
+    from fvae_deploy.report import machine, write_json
+
+    planes = [_plane(text) for text in size or ()]
+    targets, precisions = ([n.strip() for n in t.split(",") if n] for t in (target, precision))
+    with progress_bars(quiet, dict.fromkeys(precisions, "parts")) as begin:
+        rows = make_engines(
+            model,
+            targets,
+            precisions,
+            package=package,
+            planes=planes,
+            any_size=any_size,
+            step=step or 1,
+            memory=memory,
+            calibration=calibrate or (),
+            begin=begin,
+        )
+    if json_file:
+        content = {"machine": machine(), "model": model, "rows": [row_facts(r) for r in rows]}
+        write_json(content, json_file)
+    if not quiet:
+        show(_built_table(model, rows))
+
+
+def _plane(text: str) -> tuple[int, int]:
+    """Read "512,512"; raises UsageError for anything else."""
+    try:
+        height, width = (int(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected --size as 512,512, found {text!r}") from None
+    return height, width
+
+
+def _built_table(model: str, rows: list[Row]) -> Table:
+    """Lay out what was built."""
+    from rich.table import Table
+
+    first = rows[0].built
+    table = Table(title=f"{model}: built with {first.package} {first.version}, not run")
+    for column in ("part", "sizes", "target", "precision"):
+        table.add_column(column)
+    for column in ("MiB", "seconds", "peak MiB"):
+        table.add_column(column, justify="right")
+    table.add_column("sha256")
+    for row in rows:
+        table.add_row(
+            row.built.part,
+            row.built.variant,
+            row.built.target,
+            row.built.precision,
+            f"{row.built.bytes / 2**20:.1f}",
+            f"{row.seconds:.1f}",
+            f"{row.peak_bytes / 2**20:.0f}",
+            row.built.sha256[:12],
+        )
+    return table
