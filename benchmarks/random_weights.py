@@ -28,9 +28,29 @@ WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
 }
 
 
+UNET = {  # the form that the paper publishes, at a width of 64 instead of 224
+    "in_channels": 32,
+    "out_channels": 16,
+    "model_channels": 64,
+    "num_res_blocks": 2,
+    "attention_resolutions": [8, 4, 2],
+    "channel_mult": [1, 2, 3, 4],
+    "num_head_channels": 32,
+    "context_dim": 768,
+    "legacy": False,
+}
+
+
 def write(name: str, target: Path) -> None:
-    """Write the network `name` to a folder in diffusers' format, or to a LeanVAE checkpoint."""
+    """Write the network `name` to a folder in diffusers' format, or to a checkpoint."""
     torch.manual_seed(0)
+    if name == "unet43":
+        from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
+
+        weights = UNet(DenoiserConfig.read(UNET)).state_dict()
+        state = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
+        torch.save({"state_dict": state, "unet_config": UNET}, target)
+        return
     if name.startswith("wan"):
         from diffusers import AutoencoderKLWan
 
@@ -48,5 +68,5 @@ def write(name: str, target: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: random_weights.py wan2.1|wan2.2|leanvae4|leanvae16 TARGET")
+        sys.exit("usage: random_weights.py wan2.1|wan2.2|leanvae4|leanvae16|unet43 TARGET")
     write(sys.argv[1], Path(sys.argv[2]))

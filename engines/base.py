@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,25 +55,29 @@ class Entry:
     """Where an engine lives, what it needs and what would install it."""
 
     module: str
-    requires: str
+    requires: tuple[str, ...]  # any one of these packages
     remedy: str
 
 
 # In the order in which `auto` tries them.
 ENGINES = {
-    "openvino": Entry("open_vino", "openvino", "pip install 'fvae-deploy[cpu]'"),
-    "onnxruntime": Entry("onnx_runtime", "onnxruntime", "pip install 'fvae-deploy[cpu]'"),
-    "torch": Entry("eager", "torch", "pip install 'fvae-deploy[export]'"),
-    "fake": Entry("fake", "numpy", ""),
+    "tensorrt": Entry(
+        "tensor_rt", ("tensorrt_rtx", "tensorrt"), "pip install 'fvae-deploy[tensorrt]'"
+    ),
+    "openvino": Entry("open_vino", ("openvino",), "pip install 'fvae-deploy[cpu]'"),
+    "onnxruntime": Entry("onnx_runtime", ("onnxruntime",), "pip install 'fvae-deploy[cpu]'"),
+    "torch": Entry("eager", ("torch",), "pip install 'fvae-deploy[export]'"),
+    "fake": Entry("fake", ("numpy",), ""),
 }
+AUTO = {"cpu": ("openvino", "onnxruntime", "torch"), "cuda": ("tensorrt", "onnxruntime", "torch")}
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def missing(name: str) -> str | None:
     """Say what keeps an engine from running here, with the remedy; None when nothing does."""
     entry = ENGINES[name]
-    if importlib.util.find_spec(entry.requires) is None:
-        return f"needs the package {entry.requires}: {entry.remedy}"
+    if all(importlib.util.find_spec(package) is None for package in entry.requires):
+        return f"needs the package {' or '.join(entry.requires)}: {entry.remedy}"
     return None
 
 
@@ -88,11 +92,14 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
 
 
-def choose() -> tuple[str, str]:
-    """Return the engine that `auto` takes here, and why."""
+def choose(device: str = "cpu", unfit: Callable[[str], str | None] = missing) -> tuple[str, str]:
+    """Return the engine that `auto` takes here for a device, and why.
+
+    `unfit` says what keeps an engine from running; None when nothing does.
+    """
     reasons: list[str] = []
-    for name in ("openvino", "onnxruntime", "torch"):
-        problem = missing(name)
+    for name in AUTO["cuda" if device.startswith("cuda") else "cpu"]:
+        problem = unfit(name)
         if problem is None:
             return name, "; ".join([*reasons, f"{name} is installed"])
         reasons.append(f"{name} {problem}")

@@ -19,7 +19,15 @@ from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What a device asks for, in order: TensorRT leaves to CUDA what it cannot take. TF32 would be
+# called fp32 and is not.
+CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})
+PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "cpu": [("CPUExecutionProvider", {})],
+    "cuda": [CUDA],
+    "tensorrt": [("TensorrtExecutionProvider", {}), CUDA],
+}
+REMEDY = "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 class OnnxRuntimeEngine:
@@ -35,13 +43,15 @@ class OnnxRuntimeEngine:
             )
         if device not in PROVIDERS:
             raise EngineError(f"expected a device, found {device!r}: use {' or '.join(PROVIDERS)}")
-        if PROVIDERS[device] not in ort.get_available_providers():
-            raise EngineError(
-                f"expected ONNX Runtime with {PROVIDERS[device]}, found "
-                f"{', '.join(ort.get_available_providers())}: pip install onnxruntime-gpu"
-            )
+        for name, _ in PROVIDERS[device]:
+            if name not in ort.get_available_providers():
+                raise EngineError(
+                    f"expected ONNX Runtime with {name}, found "
+                    f"{', '.join(ort.get_available_providers())}: {REMEDY}"
+                )
         self.precision = precision
         self._bundle, self._manifest, self._device = bundle, manifest, device
+        self._place = "cpu" if device == "cpu" else "cuda"  # where tensors are
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +65,11 @@ class OnnxRuntimeEngine:
                 value = self._value(inputs[tensor.name], tensor.type)
                 binding.bind_ortvalue_input(tensor.name, value)
             for i, tensor in enumerate(spec.outputs):
-                binding.bind_output(tensor.name, self._device if i else "cpu")
+                binding.bind_output(tensor.name, self._place if i else "cpu")
             session.run_with_iobinding(binding, self._run_options(spec.heavy))
             values = binding.get_outputs()
+        except EngineError:
+            raise
         except Exception as error:  # the binding raises many classes, all RuntimeError-like
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"ONNX Runtime failed in {part}: {reason}") from error
@@ -85,7 +97,7 @@ class OnnxRuntimeEngine:
         if isinstance(value, ort.OrtValue):
             return value
         array = np.ascontiguousarray(value, dtype=kind)
-        return ort.OrtValue.ortvalue_from_numpy(array, self._device)
+        return ort.OrtValue.ortvalue_from_numpy(array, self._place)
 
     def _run_options(self, heavy: bool) -> ort.RunOptions:
         """Let a heavy part give its working memory back after every run."""
@@ -103,11 +115,20 @@ class OnnxRuntimeEngine:
             options.log_severity_level = 3
             # With patterns, heavy parts plan one block anew for every run: 1.1 GiB where 0.7 do.
             options.enable_mem_pattern = not self._manifest.part(part).heavy
-            self._sessions[part] = ort.InferenceSession(
+            session = ort.InferenceSession(
                 str(self._bundle / self._manifest.part(part).file),
                 options,
-                providers=[PROVIDERS[self._device]],
+                providers=PROVIDERS[self._device],
             )
+            # A provider whose libraries do not load is left out with a warning alone.
+            for name, _ in PROVIDERS[self._device]:
+                if name not in session.get_providers():
+                    raise EngineError(
+                        f"expected {name} to run {part}, found that its libraries do not load: "
+                        f"{REMEDY}"
+                    )
+            session.disable_fallback()
+            self._sessions[part] = session
         return self._sessions[part]
 
 

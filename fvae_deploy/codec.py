@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy import schedule
 from fvae_deploy.engines.base import choose, open_engine
-from fvae_deploy.errors import BundleError, VolumeError
+from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stages import CausalStream, whole_grids
@@ -46,7 +46,7 @@ class Opened(Generic[Kind]):
         self.bundle, self.manifest, self.device = bundle, manifest, device
         self.why = "asked for"
         if engine == "auto":
-            engine, self.why = choose()
+            engine, self.why = _choose(bundle, manifest, precision, device)
         self.engine = open_engine(bundle, manifest, engine, device, precision)
 
     def close(self) -> None:
@@ -63,6 +63,25 @@ class Opened(Generic[Kind]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _choose(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
+    """Choose for a device; on a GPU TensorRT is taken where engines are built for it."""
+    if device == "cpu":
+        return choose()
+    from fvae_deploy.engines.devices import unfit
+
+    def problem(name: str) -> str | None:
+        lacks = unfit(name)
+        if lacks is not None or name != "tensorrt":
+            return lacks
+        try:
+            open_engine(bundle, manifest, name, device, precision).close()
+        except EngineError as error:
+            return f"cannot serve: {error}"
+        return None
+
+    return choose(device, problem)
 
 
 class Codec(Opened[Manifest]):

@@ -56,10 +56,13 @@ Ray = Annotated[
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
 Engine = Annotated[
-    str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime or torch.")
+    str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime, torch or tensorrt.")
 ]
 Precision = Annotated[str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where the engine has it.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu; cuda, or tensorrt with onnxruntime, gpu with openvino."),
+]
 Protocol = Annotated[
     str | None,
     typer.Option(

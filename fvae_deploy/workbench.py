@@ -144,18 +144,24 @@ def doctor(debug: Debug = False) -> None:
 
     Example: `fvae doctor`
     """
-    from fvae_deploy.engines.base import ENGINES, choose, missing, precisions
+    from fvae_deploy.engines.base import AUTO, ENGINES, choose, missing, precisions
+    from fvae_deploy.engines.devices import problems
     from fvae_deploy.report import machine
 
     facts = machine()
     print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
     print(f"{facts['cores']} cores, {facts['processor']}")
-    for name in ENGINES:
-        if name == "fake":
-            continue
+    print("on the CPU:")
+    for name in AUTO["cpu"]:
         problem = missing(name)
         verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
         print(f"  {name:12} {verdict}")
+    print("on a GPU (none of these was ever run on one by the authors):")
+    for name in (name for name in ENGINES if name != "fake"):
+        device = "gpu" if name == "openvino" else "cuda"
+        lacking = problems(name) or ["nothing is missing: fvae selftest --gpu tries it"]
+        for i, line in enumerate(lacking):
+            print(f"  {name + ' --device ' + device if not i else '':26} {line}")
     print("auto takes {}, since {}".format(*choose()))
 
 

@@ -94,7 +94,7 @@ def test_the_linked_folders_are_no_packages_of_their_own(layer: str) -> None:
 @pytest.mark.parametrize("path", sources("engines"), ids=lambda path: path.name)
 def test_engines_know_the_manifest_and_torch_alone_the_networks(path: Path) -> None:
     exported = {m for m in ours(path) if layer_of(m) == "export"}
-    known = ["fvae_deploy.export.bundle.", "fvae_deploy.export.manifest."]
+    known = [f"fvae_deploy.export.{name}." for name in ("bundle", "manifest", "built")]
     if path.name == "eager.py":
         known.append("fvae_deploy.export.models.")
     assert [m for m in exported if not m.startswith(tuple(known))] == []

@@ -16,7 +16,7 @@ from fvae_deploy.volume import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
-VERBS += ["serve", "token"]
+VERBS += ["serve", "token", "build"]
 
 
 @pytest.fixture
@@ -90,6 +90,17 @@ def test_doctor_names_every_engine_and_the_one_that_auto_takes(fvae):
         assert re.search(rf"^  {engine} +(runs: fp32|needs the package)", out, re.MULTILINE)
     assert re.search(r"^auto takes \w+, since ", out, re.MULTILINE)
     assert "fake" not in out
+
+
+def test_doctor_says_what_each_engine_lacks_for_a_gpu(fvae):
+    _, out, _ = fvae("doctor")
+    found = out.partition("on a GPU")[2]
+    for engine in ("tensorrt", "openvino", "onnxruntime", "torch"):
+        assert re.search(
+            rf"^  {engine} --device (cuda|gpu) +(needs .*: (pip|apt|install)|nothing is missing)",
+            found,
+            re.MULTILINE,
+        )
 
 
 def test_models_lists_the_built_in_with_licence_and_parity(fvae):

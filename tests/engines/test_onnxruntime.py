@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_contract import EngineContract
 
@@ -9,7 +10,7 @@ from fvae_deploy.engines.base import open_engine
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
 
-pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
 
 class TestONNXRuntime(EngineContract):
@@ -21,3 +22,28 @@ class TestONNXRuntime(EngineContract):
     ) -> None:
         with pytest.raises(EngineError, match=f"found {precision}: .* use openvino or torch"):
             open_engine(bundle, manifest, "onnxruntime", precision=precision)
+
+    @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+    def test_a_provider_that_this_build_lacks_is_refused_with_the_remedy(
+        self, bundle: Path, manifest: Manifest, device: str
+    ) -> None:
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+        with pytest.raises(EngineError, match=r"Provider, found .*CPU.*: pip .*onnxruntime-gpu"):
+            open_engine(bundle, manifest, "onnxruntime", device)
+
+    @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+    def test_a_provider_that_does_not_load_is_an_error_and_no_run_on_the_cpu(
+        self, bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+        claimed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        with monkeypatch.context() as patch:
+            patch.setattr(onnxruntime, "get_available_providers", lambda: claimed)
+            engine = open_engine(bundle, manifest, "onnxruntime", "cuda")
+        part = manifest.part("encode_first")
+        data = {t.name: np.zeros(t.sized(1, 2, 2), np.float32) for t in part.inputs}
+        with pytest.raises(EngineError, match=r"CUDA|CPU EP"):
+            engine.run(part.name, data)
+        engine.close()

@@ -97,3 +97,11 @@ def test_auto_never_takes_the_fake(absent: Absent) -> None:
     absent("openvino", "onnxruntime", "torch")
     with pytest.raises(EngineError, match=r"found none: openvino .*; onnxruntime .*; torch .*pip"):
         choose()
+
+
+def test_auto_on_a_gpu_takes_tensorrt_then_onnx_runtime_then_torch() -> None:
+    assert choose("cuda", lambda name: None)[0] == "tensorrt"
+    engine, why = choose("cuda", lambda name: "is not built" if name == "tensorrt" else None)
+    assert (engine, why) == ("onnxruntime", "tensorrt is not built; onnxruntime is installed")
+    with pytest.raises(EngineError, match="tensorrt no; onnxruntime no; torch no"):
+        choose("cuda:0", lambda name: "no")

@@ -1,0 +1,63 @@
+"""Build engines twice, for several bundles, targets and precisions; nothing of them is run.
+
+    python benchmarks/engines.py build/wan21 tiny --target sm_86,sm_89,sm_120 -o engines.json
+
+Prints a table in Markdown, a row a bundle, target and precision: engines, MiB, the builder's
+seconds and most memory, and how many of a second build had the same bytes. The JSON has every
+engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fvae_deploy.make_engines import make_engines, row_facts
+from fvae_deploy.report import machine
+
+
+def main() -> None:
+    """Build, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("--target", default="sm_86,sm_89,sm_120")
+    parser.add_argument("--precision", default="fp16,bf16")
+    parser.add_argument("--calibrate", type=Path, action="append", default=[])
+    parser.add_argument("--builds", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    found = []
+    print("| bundle | target | precision | engines | MiB | seconds | most MiB | same bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for bundle in options.bundles:
+        for target in options.target.split(","):
+            for precision in options.precision.split(","):
+                builds = [
+                    make_engines(bundle, [target], [precision], calibration=options.calibrate)
+                    for _ in range(options.builds)
+                ]
+                rows = builds[0]
+                others = [[row.built.sha256 for row in build] for build in builds[1:]]
+                same = [
+                    all(other[i] == row.built.sha256 for other in others)
+                    for i, row in enumerate(rows)
+                ]
+                found += [
+                    {"bundle": Path(bundle).name, **row_facts(row), "same_bytes": equal}
+                    for row, equal in zip(rows, same, strict=True)
+                ]
+                print(
+                    f"| {Path(bundle).name} | {target} | {precision} | {len(rows)} | "
+                    f"{sum(row.built.bytes for row in rows) / 2**20:.1f} | "
+                    f"{sum(row.seconds for row in rows):.1f} | "
+                    f"{max(row.peak_bytes for row in rows) / 2**20:.0f} | "
+                    f"{sum(same)} of {len(same)} |",
+                    flush=True,
+                )
+                content = {"machine": machine(), "builds": options.builds, "rows": found}
+                options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What keeps each engine from a GPU on this machine, with what to install."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from fvae_deploy.engines.base import missing
+
+DRIVER = (
+    "an NVIDIA GPU with its driver (nvidia-smi shows them): install the driver of NVIDIA's site"
+)
+CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+
+
+def problems(name: str) -> list[str]:
+    """Name all that an engine lacks on this machine to run on a GPU; empty when nothing is."""
+    first = missing(name)
+    found = [] if first is None else [first]
+    if name != "openvino" and not _has_driver():
+        found.append(f"needs {DRIVER}")
+    if first is None:
+        found += CHECKS[name]()
+    return found
+
+
+def unfit(name: str) -> str | None:
+    """Say all that keeps an engine from a GPU in one line; None when nothing does."""
+    return "; ".join(problems(name)) or None
+
+
+def _tensorrt() -> Iterator[str]:
+    if importlib.util.find_spec("cuda") is None:
+        yield "needs the package cuda-bindings: pip install 'fvae-deploy[tensorrt]'"
+
+
+def _onnxruntime() -> Iterator[str]:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        yield (
+            "needs ONNX Runtime with CUDA: pip uninstall onnxruntime, then "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+
+
+def _openvino() -> Iterator[str]:
+    from fvae_deploy.engines.base import load
+
+    if "GPU" not in load("openvino").ov.Core().available_devices:
+        yield "needs an Intel GPU with its OpenCL runtime: apt install intel-opencl-icd"
+
+
+def _torch() -> Iterator[str]:
+    import torch
+
+    if torch.version.cuda is None:
+        yield f"needs a CUDA build of torch, found {torch.__version__}: {CUDA_TORCH}"
+    elif importlib.util.find_spec("triton") is None:
+        yield "needs the package triton for its kernels: pip install 'fvae-deploy[kernels]'"
+
+
+CHECKS: dict[str, Callable[[], Iterator[str]]] = {
+    "tensorrt": _tensorrt,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "torch": _torch,
+}
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is installed and finds a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return not failed and count.value > 0
