@@ -1,4 +1,4 @@
-"""The verbs about GPUs: build."""
+"""The verbs about GPUs: build, triton."""
 
 from __future__ import annotations
 
@@ -78,6 +78,31 @@ def build(
         write_json(content, json_file)
     if not quiet:
         show(_built_table(model, rows))
+
+
+@app.command()
+def triton(
+    model: Annotated[str, typer.Argument(help="Built-in name or bundle folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new repository.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Serve the TensorRT engines built for sm_…")
+    ] = "",
+    precision: Annotated[str, typer.Option("--precision", "-p", help="Of those engines.")] = "fp16",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model repository for NVIDIA's Triton Inference Server.
+
+    Example: `fvae triton tiny -o models`
+    """
+    require("onnx")
+    from fvae_deploy.export.to_triton import write_repository
+    from fvae_deploy.make_engines import open_bundle
+
+    path, manifest = open_bundle(model)
+    names = write_repository(path, manifest, output, target=target, precision=precision)
+    if not quiet:
+        print(f"{output}: {', '.join(names)}; built, not run")
 
 
 def _plane(text: str) -> tuple[int, int]:
