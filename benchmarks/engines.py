@@ -44,7 +44,7 @@ def main() -> None:
                     for i, row in enumerate(rows)
                 ]
                 found += [
-                    {"bundle": Path(bundle).name, **row_facts(row), "same_bytes": equal}
+                    {"bundle": Path(bundle).name, **row_facts(row), "same_bytes": equal if others else None}
                     for row, equal in zip(rows, same, strict=True)
                 ]
                 print(
@@ -52,7 +52,7 @@ def main() -> None:
                     f"{sum(row.built.bytes for row in rows) / 2**20:.1f} | "
                     f"{sum(row.seconds for row in rows):.1f} | "
                     f"{max(row.peak_bytes for row in rows) / 2**20:.0f} | "
-                    f"{sum(same)} of {len(same)} |",
+                    f"{f'{sum(same)} of {len(same)}' if others else '-'} |",
                     flush=True,
                 )
                 content = {"machine": machine(), "builds": options.builds, "rows": found}

@@ -1,14 +1,17 @@
 """One graph to one engine, in a process of its own: `python tensorrt_worker.py < REQUEST`.
 
-It imports TensorRT and nothing else: built in a fresh process, the same graph gives the same bytes
-(in one that has built before, tables of outputs come in another order). And whatever the builder
-takes or breaks ends with it. The answer is a line of JSON.
+The builder orders the outputs in its tables by where they lie in memory. So that the same graph
+gives the same bytes, the process is fresh, imports TensorRT and nothing else, and on Linux has its
+memory at addresses that do not change. And whatever the builder takes or breaks ends with it. The
+answer is a line of JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -71,7 +74,19 @@ def _told(error: Any) -> str:
     return f"{error.node_name()} ({error.node_operator()}): {error.desc()}"
 
 
+def fix_addresses() -> None:
+    """Begin anew without address randomisation, where the system lets us."""
+    if not sys.platform.startswith("linux"):
+        return
+    personality, fixed = ctypes.CDLL(None).personality, 0x0040000
+    now = personality(0xFFFFFFFF)
+    if not now & fixed and personality(now | fixed) != -1:
+        os.environ |= {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 if __name__ == "__main__":
+    fix_addresses()
     try:
         answer = build(json.loads(sys.stdin.read()))
     except Refused as refused:

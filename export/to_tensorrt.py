@@ -10,7 +10,6 @@ a target and precision are built.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -186,7 +185,6 @@ def _in_worker(part: Part, request: Mapping[str, Any]) -> dict[str, Any]:
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
         check=False,
     )
     lines = run.stdout.splitlines()

@@ -1,9 +1,9 @@
 """Bundle to a model repository of NVIDIA's Triton Inference Server.
 
-    DIR/tiny-encode/config.pbtxt       ONNX Runtime: one model a stage, which keeps its state
-        tiny-encode/1/model.onnx       between the requests of a sequence: START chooses first or step
-                      weights.safetensors
-    DIR/tiny-encode_step/config.pbtxt  TensorRT: one model a part; states travel with the requests
+    DIR/tiny-encode/config.pbtxt        ONNX Runtime: a model a stage, which keeps its state
+        tiny-encode/1/model.onnx        between the requests of a sequence; START chooses first
+                      weights.safetensors   or step
+    DIR/tiny-encode_step/config.pbtxt   TensorRT: a model a part; states travel with requests
         tiny-encode_step/1/model.plan
 
 For ONNX Runtime first and step become the branches of one graph, whose states Triton carries: a
