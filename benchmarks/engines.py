@@ -44,7 +44,11 @@ def main() -> None:
                     for i, row in enumerate(rows)
                 ]
                 found += [
-                    {"bundle": Path(bundle).name, **row_facts(row), "same_bytes": equal if others else None}
+                    {
+                        "bundle": Path(bundle).name,
+                        **row_facts(row),
+                        "same_bytes": equal if others else None,
+                    }
                     for row, equal in zip(rows, same, strict=True)
                 ]
                 print(

@@ -1,14 +1,14 @@
-"""The verbs about GPUs: build, triton."""
+"""The verbs about GPUs: build, triton, selftest."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fvae_deploy.console import progress_bars, show
-from fvae_deploy.errors import UsageError
+from fvae_deploy.console import progress_bars, say, show
+from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.options import Debug, NumbersFile, Quiet, StepFrames, Verbs, require
 
 if TYPE_CHECKING:
@@ -105,6 +105,40 @@ def triton(
         print(f"{output}: {', '.join(names)}; built, not run")
 
 
+@app.command()
+def selftest(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="On the GPU that is here; else on the CPU.")
+    ] = False,
+    suites: Annotated[
+        bool, typer.Option(help="The checkout's tests too: contract, goldens, kernels.")
+    ] = True,
+    json_file: NumbersFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Build, compare, tile, time and test on this machine, and write one JSON of it.
+
+    Exit code 5 where there is no GPU, or a check does not pass.
+
+    Example: `fvae selftest --gpu --json selftest.json`
+    """
+    from fvae_deploy.report import write_json
+    from fvae_deploy.selftest import selftest as run
+
+    found = run(gpu, suites=suites, progress=say(quiet))
+    if json_file:
+        write_json(found, json_file)
+    failed = [row["name"] for row in found["checks"] if not row["passed"]]
+    if not quiet:
+        show(_checks_table(found["checks"]))
+    if failed:
+        raise EngineError(
+            f"expected {len(found['checks'])} checks to pass, found that {', '.join(failed)} did "
+            "not: send the JSON of --json as an issue"
+        )
+
+
 def _plane(text: str) -> tuple[int, int]:
     """Read "512,512"; raises UsageError for anything else."""
     try:
@@ -135,5 +169,27 @@ def _built_table(model: str, rows: list[Row]) -> Table:
             f"{row.seconds:.1f}",
             f"{row.peak_bytes / 2**20:.0f}",
             row.built.sha256[:12],
+        )
+    return table
+
+
+def _checks_table(checks: list[dict[str, Any]]) -> Table:
+    """Lay out what was checked."""
+    from rich.table import Table
+
+    table = Table(title="on this machine")
+    for column in ("check", "passed", "seconds", "largest HU", "slices/s there", "and back"):
+        table.add_column(column)
+    for row in checks:
+        speed = row.get("throughput", {})
+        table.add_row(
+            row["name"],
+            "yes" if row["passed"] else row.get("error", "no")[:60],
+            f"{row['seconds']:.1f}",
+            f"{row['parity']['hu_max']:.2g}" if "parity" in row else "-",
+            *(
+                f"{speed[direction]['slices_per_second']:.1f}" if speed else "-"
+                for direction in ("encode", "decode")
+            ),
         )
     return table

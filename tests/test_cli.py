@@ -16,7 +16,7 @@ from fvae_deploy.volume import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
-VERBS += ["serve", "token", "build"]
+VERBS += ["serve", "token", "build", "triton", "selftest"]
 
 
 @pytest.fixture

@@ -1,0 +1,207 @@
+"""`fvae selftest`: everything that a GPU owner is asked to try, in one run and one JSON.
+
+Each check says whether it passed, how long it took and what it found; one that fails does not keep
+the others from running. Without a GPU the same checks go through the engines of the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fvae_deploy import __version__
+from fvae_deploy.codec import BUILT_IN, Codec, open_codec
+from fvae_deploy.engines.base import AUTO, PRECISIONS, missing, open_engine, precisions
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.check import clip, parity
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.kernels.chips import CHIPS
+from fvae_deploy.report import machine
+from fvae_deploy.tiles import Grid
+
+ROOT = Path(__file__).parents[1]
+HU = {"fp32": 1.0, "fp16": 40.0, "bf16": 250.0}  # largest error of tiny that passes
+SIDE, SLICES, ROUNDS = 512, 17, 5
+SUITES = ("tests/engines", "tests/export/test_lean_vae_goldens.py", "tests/kernels")
+
+
+def require_gpu() -> str:
+    """Return the architecture of the GPU that is here; raises EngineError where there is none."""
+    from fvae_deploy.engines.devices import problems
+
+    lacking = problems("tensorrt")
+    if lacking:
+        raise EngineError(f"expected a GPU to test, found that fvae {'; '.join(lacking)}")
+    from fvae_deploy.engines.cuda import Gpu
+
+    gpu = Gpu()
+    gpu.close()
+    return gpu.target
+
+
+def selftest(
+    gpu: bool, *, suites: bool = True, progress: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
+    """Run all checks; raises EngineError where a GPU is asked for and there is none."""
+    target = require_gpu() if gpu else ""
+    found: list[dict[str, Any]] = []
+
+    def check(name: str, work: Callable[[], dict[str, Any]]) -> None:
+        progress(name)
+        begin = time.perf_counter()
+        try:
+            facts = work()
+        except Exception as error:  # whatever a GPU nobody has seen does: it belongs in the report
+            facts = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
+        seconds = round(time.perf_counter() - begin, 3)
+        found.append({"name": name, "seconds": seconds, "passed": True} | facts)
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(shutil.copytree(BUILT_IN / "tiny", Path(folder) / "tiny"))
+        device = "cuda" if gpu else "cpu"
+        if gpu:
+            check("engines built", partial(built, bundle, target))
+        for engine, precision in cases(device):
+            check(f"{engine} {precision}", partial(one, bundle, engine, precision, device))
+        if gpu:
+            check("kernels equal their references", partial(verb, "kernels", "test"))
+            check("kernels timed", partial(timed, Path(folder)))
+        if suites:
+            check("test suites", tests)
+    return {
+        "fvae": __version__,
+        "machine": machine(),
+        "gpu": {"target": target, "card": card()} if gpu else None,
+        "passed": all(row["passed"] for row in found),
+        "checks": found,
+    }
+
+
+def cases(device: str) -> Iterator[tuple[str, str]]:
+    """Engines and precisions to try: on a GPU all that are installed, wherever they may fail."""
+    for name in AUTO[device]:
+        if missing(name) is None:
+            able = precisions(name) if device == "cpu" else PRECISIONS
+            only = ("fp32",) if name == "onnxruntime" else able
+            yield from ((name, precision) for precision in only)
+
+
+def built(bundle: Path, target: str) -> dict[str, Any]:
+    """Build tiny's engines for the GPU that is here."""
+    from fvae_deploy.export.to_tensorrt import TARGETS
+    from fvae_deploy.make_engines import make_engines, row_facts
+
+    package = "tensorrt_rtx" if target in TARGETS else "tensorrt"
+    options: dict[str, Any] = {"planes": [(SIDE, SIDE)], "any_size": True, "package": package}
+    return {"rows": [row_facts(r) for r in make_engines(bundle, [target], PRECISIONS, **options)]}
+
+
+def one(bundle: Path, engine: str, precision: str, device: str) -> dict[str, Any]:
+    """Compare an engine with ONNX Runtime on the CPU, tile it, and time it."""
+    manifest = Manifest.load(bundle)
+    reference = open_engine(bundle, manifest, "onnxruntime")
+    with open_codec(bundle, engine=engine, precision=precision, device=device) as codec:
+        errors = parity(reference, codec.engine, manifest)
+        tiled = tiling(codec)
+        speed = throughput(codec)
+    limit = HU[precision]
+    # Tiles differ from the whole by summation order alone: the precision's own rounding.
+    passed = errors.hu_max <= limit and tiled <= limit / 2000
+    return {"passed": passed, "parity": asdict(errors), "tiled_difference": tiled, **speed}
+
+
+def tiling(codec: Codec) -> float:
+    """Largest difference of tiled from whole latents, as a share of the largest latent."""
+    x, halo = _clip(codec, 96, 9), codec.manifest.part("encode_step").halo
+    assert halo is not None
+    whole = codec.encode(x)
+    grid = Grid(12, 12, (2 * halo + 2, 2 * halo + 2), halo)
+    tiled = codec.encode(x, grids={"encode": grid})
+    return float(np.abs(tiled - whole).max() / np.abs(whole).max())
+
+
+def throughput(codec: Codec) -> dict[str, Any]:
+    """Slices per second through encode and decode, medians, beside the work they took."""
+    x = _clip(codec, SIDE, SLICES)
+    facts: dict[str, Any] = {}
+    data = {"encode": x, "decode": codec.encode(x)}
+    cells = (SIDE // codec.manifest.geometry.spatial) ** 2 * data["decode"].shape[1]
+    for direction, given in data.items():
+        run = getattr(codec, direction)
+        run(given)
+        seconds = []
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            run(given)
+            seconds.append(time.perf_counter() - begin)
+        median = statistics.median(seconds)
+        macs = codec.manifest.part(f"{direction}_step").mac_per_cell * cells
+        facts[direction] = {
+            "slices_per_second": SLICES / median,
+            "tflop_per_second": 2 * macs / median / 1e12,
+            "spread": (max(seconds) - min(seconds)) / median,
+        }
+    return {"throughput": facts}
+
+
+def verb(*arguments: str) -> dict[str, Any]:
+    """Run a verb of fvae in a process of its own."""
+    run = _run("-m", "fvae_deploy.cli", *arguments)
+    return {"passed": run.returncode == 0, "output": (run.stdout + run.stderr).strip()[-2000:]}
+
+
+def timed(folder: Path) -> dict[str, Any]:
+    """Time the kernels beside their rooflines."""
+    found = verb("kernels", "bench", "--json", str(folder / "kernels.json"))
+    if not found["passed"]:
+        return found
+    return {"rows": json.loads((folder / "kernels.json").read_text(encoding="utf-8"))}
+
+
+def tests() -> dict[str, Any]:
+    """Run the contract suite, the goldens and the kernels' tests, where this is a checkout."""
+    paths = [suite for suite in SUITES if (ROOT / suite).exists()]
+    if not paths:
+        return {"passed": False, "error": "the tests are in a checkout of the source alone"}
+    run = _run("-m", "pytest", "-q", *paths)
+    return {"passed": run.returncode == 0, "output": run.stdout.strip()[-2000:]}
+
+
+def card() -> dict[str, Any]:
+    """Return what nvidia-smi says of the GPUs, and the rooflines known for chips."""
+    wanted = "--query-gpu=name,driver_version,memory.total,clocks.max.sm"
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", wanted, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError as error:
+        told = str(error)
+    return {"nvidia_smi": told, "rooflines": {name: asdict(chip) for name, chip in CHIPS.items()}}
+
+
+def _clip(codec: Codec, side: int, slices: int) -> Any:
+    """Make a clip [C, T, H, W] in the model's range."""
+    of = codec.manifest
+    x = clip((slices, side, side), of.intensity, seed=0)[None]
+    return x.repeat(of.geometry.channels, axis=0)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
