@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle, Part
@@ -47,6 +47,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the runtime's memory."""
+        ...
+
+
+@runtime_checkable
+class BuiltAhead(Protocol):
+    """An engine that takes the sizes alone that it was built for."""
+
+    def extents(self, part: str) -> tuple[tuple[int, int], ...]:
+        """Cells (h, w) of the tiles that a part was built for; none where any size will do."""
         ...
 
 

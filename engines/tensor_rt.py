@@ -25,7 +25,7 @@ from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.engines.cuda import Gpu
 from fvae_deploy.engines.rounding import STORED, narrow, widen
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.built import Built, Shape, find, read_engine
+from fvae_deploy.export.built import ANY, Built, Shape, find, read_engine
 from fvae_deploy.export.bundle import Bundle, Part
 
 GRAPHS = 16  # of one engine: two for each of so many tiles; more are launched without
@@ -181,6 +181,14 @@ class TensorRTEngine:
             f"fvae build {self._bundle} with --size or --any-size"
         )
 
+    def extents(self, part: str) -> tuple[tuple[int, int], ...]:
+        """Cells (h, w) of the tiles that a part was built for; none where any size will do."""
+        spec, found = self._manifest.part(part), self._built[part]
+        if any(built.variant == ANY for built in found):
+            return ()
+        shapes = ({name: most for name, (_, _, most) in b.profile.items()} for b in found)
+        return tuple((s["h"], s["w"]) for s in (sizes_of(spec, each) for each in shapes))
+
     def host(self, state: Any) -> Any:
         """Return a state as a float32 numpy array."""
         return _host(state)
@@ -242,6 +250,8 @@ def sizes_of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Find k, h, w and n of inputs; raises EngineError where they contradict each other."""
     sizes: dict[str, int] = {}
     for spec in part.inputs:
+        if spec.name not in shapes:  # of a size that never varies
+            continue
         for dimension, size in zip(spec.shape, shapes[spec.name], strict=False):
             factor, _, symbol = str(dimension).rpartition("*")
             if symbol in ("k", "h", "w", "n"):

@@ -14,8 +14,10 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from fvae_deploy.errors import PlanError, UsageError
 from fvae_deploy.export.bundle import Part
@@ -95,15 +97,17 @@ def plan(
     precision: str,
     memory: int | None = None,
     k: int = 1,
+    extents: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({}),
 ) -> Plan:
     """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
 
-    Without `memory`, 60 % of what is available is the budget. Raises PlanError with the least
-    budget that would do.
+    Without `memory`, 60 % of what is available is the budget. Stages in `extents` take tiles of
+    those sizes alone. Raises PlanError with the least budget that would do, or where no tile of a
+    stage fits the plane.
     """
     budget = int(0.6 * available_bytes()) if memory is None else memory
     stages = [
-        Stage.of(manifest, stage, plane, k, engine, precision)
+        Stage.of(manifest, stage, plane, k, engine, precision, tuple(extents.get(stage, ())))
         for direction in directions
         for stage in manifest.stages(direction)
     ]
@@ -189,6 +193,7 @@ class Stage:
     k: int
     state_bytes: int  # of one cell, in the precision that it is kept in
     map_bytes: int  # of one cell, in and out
+    extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may have; none: any
 
     @classmethod
     def of(
@@ -199,6 +204,7 @@ class Stage:
         k: int,
         engine: str,
         precision: str,
+        extents: tuple[tuple[int, int], ...] = (),
     ) -> Stage:
         """Gather it from a manifest, for a plane of latent cells."""
         part = manifest.stage_part(name, first=False)
@@ -211,6 +217,7 @@ class Stage:
             sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs)
             // (1 if precision == "fp32" else 2),
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
+            extents,
         )
 
     @property
@@ -235,16 +242,34 @@ class Stage:
         moved = 2 * self.state_bytes * grid.count * grid.cells if spill else 0
         return work + moved / FILE_SECOND
 
-    def options(self, lean: bool) -> list[Option]:
-        """Ways to run the stage, from one tile to the smallest ones."""
+    def _grids(self) -> list[Grid]:
+        """Grids from one tile to the smallest ones, or those of the tiles that it may have."""
         grids: dict[tuple[int, int], Grid] = {}
+        if self.extents:
+            least = 2 * (self.part.halo or 0)
+            for extent in self.extents:
+                sides = tuple(zip(extent, self.plane, strict=True))
+                tiled = self.part.halo is not None and all(least < a <= b for a, b in sides)
+                if tiled or extent == self.plane:
+                    grids[extent] = Grid(*self.plane, extent, self.part.halo or 0)
+            if not grids:
+                raise PlanError(
+                    f"expected tiles of {self.name} within {self.plane[0]}x{self.plane[1]} cells, "
+                    f"found {', '.join(f'{h}x{w}' for h, w in self.extents)}: fvae build with "
+                    "--size of these slices, or --any-size"
+                )
+            return list(grids.values())
         cells = self.whole.cells
         while cells:
             grid = self.fit(cells)
             grids[grid.extent] = grid
             cells = int(0.85 * cells) if grid != self.smallest else 0
+        return list(grids.values())
+
+    def options(self, lean: bool) -> list[Option]:
+        """Ways to run the stage, from one tile to the smallest ones."""
         found = []
-        for grid, spill in itertools.product(grids.values(), (False, True)):
+        for grid, spill in itertools.product(self._grids(), (False, True)):
             if spill and not self.state_bytes:
                 continue
             states = self.state_bytes * grid.cells

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy import schedule
 from fvae_deploy.codec import Codec, pad_frames
+from fvae_deploy.engines.base import BuiltAhead
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.latents import LatentInfo, LatentReader, LatentWriter
@@ -277,6 +278,7 @@ class _Run:
             precision=codec.engine.precision,
             memory=memory,
             k=k,
+            extents=_extents(codec, directions),
         )
         codec.settle(made.grids, k)
         planned = schedule.steps(z, protocol, k, of)
@@ -346,6 +348,15 @@ class _Run:
                 waited += time.perf_counter() - begin
                 self.outcome.seconds[name] = waited
             yield item
+
+
+def _extents(codec: Codec, directions: tuple[str, ...]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Tiles of the stages of an engine that was built ahead of time, for some sizes alone."""
+    engine, of = codec.engine, codec.manifest
+    if not isinstance(engine, BuiltAhead):
+        return {}
+    stages = [stage for direction in directions for stage in of.stages(direction)]
+    return {stage: engine.extents(of.stage_part(stage, first=False).name) for stage in stages}
 
 
 def _cropped(geometry: Geometry, a: int, b: int) -> Geometry:

@@ -173,8 +173,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return cuda
 
 
-def write_engines(bundle: Path, manifest: Bundle, precision: str = "fp32") -> None:
-    """Write graphs with their weights as engines for sm_89, any size, beside a bundle."""
+def write_engines(
+    bundle: Path, manifest: Bundle, precision: str = "fp32", cells: tuple[int, int] | None = None
+) -> None:
+    """Write graphs with their weights as engines for sm_89 beside a bundle, for any size or one."""
     folder = folder_of(bundle, "sm_89", precision)
     folder.mkdir(parents=True)
     for part in manifest.parts:
@@ -183,13 +185,17 @@ def write_engines(bundle: Path, manifest: Bundle, precision: str = "fp32") -> No
             if precision == "fp32"
             else halve(bundle / part.file, part, precision)
         )
-        path = folder / f"{part.name}.{ANY}.engine"
+        path = folder / f"{part.name}.{ANY if cells is None else 'one'}.engine"
         path.write_bytes(graph.SerializeToString())
-        built_of(path, part, manifest, precision).save(folder)
+        built_of(path, part, manifest, precision, cells).save(folder)
 
 
-def built_of(path: Path, part: Part, manifest: Bundle, precision: str) -> Built:
+def built_of(
+    path: Path, part: Part, manifest: Bundle, precision: str, cells: tuple[int, int] | None
+) -> Built:
     least, most = {"k": 1, "h": 1, "w": 1}, {"k": 9, "h": 99, "w": 99}
+    if cells is not None:
+        least = most = {"k": 1, "h": cells[0], "w": cells[1]}
     profile: Profile = {
         spec.name: (spec.sized(**least), spec.sized(**most), spec.sized(**most))
         for spec in part.inputs
@@ -197,7 +203,7 @@ def built_of(path: Path, part: Part, manifest: Bundle, precision: str) -> Built:
     return describe(
         path,
         part=part.name,
-        variant=ANY,
+        variant=ANY if cells is None else "one",
         target="sm_89",
         precision=precision,
         package="tensorrt_rtx",

@@ -15,7 +15,7 @@ from engine_contract import EngineContract, Stream, error, sample
 
 from fvae_deploy.engines.base import open_engine
 from fvae_deploy.engines.rounding import narrow, widen
-from fvae_deploy.errors import EngineError
+from fvae_deploy.errors import EngineError, PlanError
 from fvae_deploy.export.manifest import Manifest
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
@@ -127,6 +127,60 @@ class TestOnAStandIn(EngineContract):
     ) -> None:
         with pytest.raises(EngineError, match="found 'cpu': use --device cuda"):
             open_engine(bundle, manifest, "tensorrt")
+
+
+class TestStreams:
+    """Volumes through engines that were built for one size of tile."""
+
+    def test_a_ct_runs_in_tiles_of_the_size_that_was_built(
+        self, small_bundle: Path, tmp_path: Path, write_ct: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from stand_in_gpu import install, write_engines
+
+        from fvae_deploy.api import encode
+        from fvae_deploy.engines import devices
+        from fvae_deploy.latents import LatentReader
+
+        install(monkeypatch)
+        monkeypatch.setattr(devices, "_has_driver", lambda: True)
+        bundle = copied(small_bundle, tmp_path)
+        halo = Manifest.load(bundle).part("encode_step").halo
+        assert halo is not None
+        side = 2 * halo + 3
+        write_engines(bundle, Manifest.load(bundle), cells=(side, side))
+        write_ct(tmp_path / "ct.nii", (8 * side + 13, 8 * side + 20, 6))
+        found = []
+        for engine, device in (("auto", "cuda"), ("onnxruntime", "cpu")):
+            path = tmp_path / f"{engine}.zarr"
+            options: dict[str, Any] = {"model": bundle, "engine": engine, "device": device}
+            report = encode(tmp_path / "ct.nii", path, **options)
+            reader = LatentReader(path)
+            found.append(reader.read(0, 3))
+            if engine == "auto":
+                assert report["plan"]["tile_cells"] == {"encode": [side, side]}
+                assert report["plan"]["tiles"]["encode"] > 1
+                assert report["engine"] == "tensorrt"
+        assert error(*found) < 2e-5
+
+    def test_slices_smaller_than_what_was_built_are_refused_with_the_option(
+        self, small_bundle: Path, tmp_path: Path, write_ct: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from stand_in_gpu import install, write_engines
+
+        from fvae_deploy.api import encode
+
+        install(monkeypatch)
+        bundle = copied(small_bundle, tmp_path)
+        write_engines(bundle, Manifest.load(bundle), cells=(8, 8))
+        write_ct(tmp_path / "ct.nii", (32, 32, 5))
+        with pytest.raises(PlanError, match=r"within 4x4 cells, found 8x8: .*--any-size"):
+            encode(
+                tmp_path / "ct.nii",
+                tmp_path / "z.zarr",
+                model=bundle,
+                engine="tensorrt",
+                device="cuda",
+            )
 
 
 class TestRefusals:
