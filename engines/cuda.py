@@ -36,7 +36,8 @@ class Gpu:
         if error != runtime.cudaError_t.cudaSuccess or ordinal >= count:
             found = error.name if error != runtime.cudaError_t.cudaSuccess else f"{count} of them"
             raise EngineError(f"expected an NVIDIA GPU number {ordinal}, found {found}: {REMEDY}")
-        self._call("cudaSetDevice", ordinal)
+        self._ordinal = ordinal
+        self.use()
         attributes = runtime.cudaDeviceAttr
         major, minor = (
             self._call("cudaDeviceGetAttribute", attribute, ordinal)
@@ -54,6 +55,10 @@ class Gpu:
         self._reads: dict[tuple[tuple[int, ...], str], NDArray[Any]] = {}
         self._stages = [(self.pinned((STAGE,), "uint8"), self._event()) for _ in range(2)]
         self._turn = 0
+
+    def use(self) -> None:
+        """Make it the GPU of the calling thread: each has its own."""
+        self._call("cudaSetDevice", self._ordinal)
 
     def take(self, size: int) -> int:
         """Return device memory of so many bytes: some that was given back, or new."""

@@ -172,6 +172,7 @@ class TensorRTEngine:
         check_inputs(spec, inputs)
         shapes = {tensor.name: tuple(inputs[tensor.name].shape) for tensor in spec.inputs}
         sizes = sizes_of(spec, shapes)
+        self._gpu.use()
         for built in self._built[part]:
             if built.takes(shapes):
                 return self._load(built, spec).run(inputs, sizes)
