@@ -102,7 +102,7 @@ def triton(
     path, manifest = open_bundle(model)
     names = write_repository(path, manifest, output, target=target, precision=precision)
     if not quiet:
-        print(f"{output}: {', '.join(names)}; built, not run")
+        print(f"{output}: {', '.join(names)}; no server was tried")
 
 
 @app.command()
