@@ -3,18 +3,24 @@
     python benchmarks/engines.py build/wan21 tiny --target sm_86,sm_89,sm_120 -o engines.json
 
 Prints a table in Markdown, a row a bundle, target and precision: engines, MiB, the builder's
-seconds and most memory, and how many of a second build had the same bytes. The JSON has every
-engine.
+seconds and most memory, how many of a second build had the same bytes, and the hash of all their
+hashes. The JSON has every engine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 from fvae_deploy.make_engines import make_engines, row_facts
 from fvae_deploy.report import machine
+
+
+def together(hashes: list[str]) -> str:
+    """Hash hashes, in the order of the parts."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def main() -> None:
@@ -28,8 +34,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     found = []
-    print("| bundle | target | precision | engines | MiB | seconds | most MiB | same bytes |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| bundle | target | precision | engines | MiB | seconds | most MiB | same bytes | sha256 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for bundle in options.bundles:
         for target in options.target.split(","):
             for precision in options.precision.split(","):
@@ -56,7 +64,8 @@ def main() -> None:
                     f"{sum(row.built.bytes for row in rows) / 2**20:.1f} | "
                     f"{sum(row.seconds for row in rows):.1f} | "
                     f"{max(row.peak_bytes for row in rows) / 2**20:.0f} | "
-                    f"{f'{sum(same)} of {len(same)}' if others else '-'} |",
+                    f"{f'{sum(same)} of {len(same)}' if others else '-'} | "
+                    f"{together([row.built.sha256 for row in rows])} |",
                     flush=True,
                 )
                 content = {"machine": machine(), "builds": options.builds, "rows": found}
