@@ -1,6 +1,6 @@
 """One NVIDIA GPU: memory, copies and graphs, through NVIDIA's own bindings of the CUDA runtime.
 
-`cuda-bindings` is one wheel of some 10 MB; torch would do the same with gigabytes (ADR 14). It is
+`cuda-bindings` is one wheel of some 10 MB; torch would do the same with gigabytes (ADR 15). It is
 imported when a `Gpu` is opened.
 """
 
