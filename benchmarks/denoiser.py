@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from random_weights import UNET as PUBLISHED
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -114,17 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="engine:precision,…")
     options = parser.parse_args()
-    config = {
-        "in_channels": 32,
-        "out_channels": 16,
-        "model_channels": options.width,
-        "num_res_blocks": 2,
-        "attention_resolutions": [8, 4, 2],
-        "channel_mult": [1, 2, 3, 4],
-        "num_head_channels": 32,
-        "context_dim": 768,
-        "legacy": False,
-    }
+    config = {**PUBLISHED, "model_channels": options.width}
     torch.manual_seed(0)
     network = UNet(DenoiserConfig.read(config)).eval().requires_grad_(False)
     count = sum(p.numel() for p in network.parameters())

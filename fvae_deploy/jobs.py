@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def read_jobs(path: Path, folder: Path, seed: int = 0) -> list[Job]:
 
     Raises UsageError for rows that are no jobs, two of one output among them.
     """
-    rows = enumerate(read_rows(path), start=1)
+    rows = enumerate(read_rows(path, "mask", FIELDS), start=1)
     jobs = [_job(row, number, path, folder, seed) for number, row in rows]
     if not jobs:
         raise UsageError(f"expected jobs in {path}, found none: a row each, with a column mask")
@@ -45,15 +45,30 @@ def read_jobs(path: Path, folder: Path, seed: int = 0) -> list[Job]:
     return jobs
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Read the rows of a list, CSV or JSONL; raises UsageError for what is none."""
+def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]:
+    """Read the rows of a list, CSV or JSONL: all with the needed field, none with unknown ones.
+
+    Raises UsageError for what is no such list.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows: list[Any] = (
+            list(csv.DictReader(text.splitlines()))
+            if path.suffix == ".csv"
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not row.get(needed):
+            raise UsageError(f"expected a {needed} in row {number} of {path}, found none: name one")
+        strange = sorted(str(name) for name in row if name not in fields)
+        if strange:
+            raise UsageError(
+                f"expected columns among {', '.join(sorted(fields))}, found {strange[0]} in "
+                f"{path}: remove it"
+            )
+    return rows
 
 
 def check_apart(outputs: list[Path], path: Path) -> None:
@@ -116,16 +131,7 @@ def check_all_made(results: list[dict[str, Any]]) -> None:
         )
 
 
-def _job(row: Any, number: int, path: Path, folder: Path, seed: int) -> Job:
-    if not isinstance(row, dict) or not row.get("mask"):
-        raise UsageError(f"expected a mask in row {number} of {path}, found none: name one")
-    strange = sorted(str(name) for name in row if name not in FIELDS)
-    if strange:
-        raise UsageError(
-            f"expected columns among {', '.join(sorted(FIELDS))}, found {strange[0]} in {path}: "
-            "remove it"
-        )
-
+def _job(row: dict[str, Any], number: int, path: Path, folder: Path, seed: int) -> Job:
     def beside(name: str) -> Path:
         return path.parent / str(row[name])
 
