@@ -68,6 +68,10 @@ def export(
     from fvae_deploy.make_bundle import make_bundle, make_generator_bundle
 
     if is_generator(Path(model)):
+        of_vaes = {"--channels": channels != "gray", "--weights": weights is not None}
+        of_vaes |= {"--window": window != 65, "--range": value_range != "-1,1"}
+        for option in (name for name, given in of_vaes.items() if given):
+            raise UsageError(f"expected no {option} with a generator, {model}: leave it out")
         made = make_generator_bundle(
             Path(model),
             output,

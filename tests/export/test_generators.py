@@ -17,9 +17,11 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from small_generator import TEXT_CONFIG, UNET_CONFIG, facts, state, tokenizer, write_weights  # noqa: E402
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from fvae_deploy.cli import app  # noqa: E402
 from fvae_deploy.denoiser import open_denoiser  # noqa: E402
-from fvae_deploy.errors import BundleError, ConditionError  # noqa: E402
+from fvae_deploy.errors import BundleError, ConditionError, UsageError  # noqa: E402
 from fvae_deploy.export.generator import GeneratorManifest, waves  # noqa: E402
 from fvae_deploy.export.generators import is_generator, load_generator  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
@@ -151,6 +153,20 @@ def test_the_text_encoder_may_be_a_folder_of_transformers(tmp_path):
     BertModel(BertConfig(**{**TEXT_CONFIG, "hidden_size": 32})).save_pretrained(tmp_path / "text")
     with pytest.raises(BundleError, match="width 24, found 32"):
         load(tmp_path / "a.ckpt", text=str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--channels", "rgb"], ["--weights", "w.pt"], ["--window", "33"], ["--range", "0,1"]],
+    ids=lambda option: option[0],
+)
+def test_what_only_a_vae_takes_is_refused(tmp_path, option):
+    torch.save({"state_dict": state(), "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
+    asked = ["export", "-m", str(tmp_path / "a.ckpt"), "-o", str(tmp_path / "b"), *option]
+    done = CliRunner().invoke(app, asked)
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception).startswith(f"expected no {option[0]} with a generator")
+    assert not (tmp_path / "b").exists()
 
 
 def test_weights_of_another_network_are_named(tmp_path):
