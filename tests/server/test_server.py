@@ -113,7 +113,7 @@ def test_progress_comes_as_events_until_the_end(server, long_ct):
     seen = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
     done = [event["done"] for event in seen]
     assert done == sorted(done)
-    assert len(set(done)) > 3
+    assert any(0 < count < 1000 for count in done)
     assert (seen[-1]["state"], seen[-1]["done"], lines[-2]) == ("done", 1000, "event: done")
 
 
