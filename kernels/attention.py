@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ def kernel(
         tl.store(out + d1[None, :], (acc1 / total[:, None]).to(y.dtype.element_ty), mask=real)
 
 
+@cache  # it is asked at every launch
 def offered(width: int, size: int, chip: Chip) -> list[Blocks]:
     """Blocks for heads of this width and elements of this many bytes on a chip.
 

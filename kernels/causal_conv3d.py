@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -217,6 +218,7 @@ def kernel(
                     tl.store(target, value, mask=held)
 
 
+@cache  # it is asked at every launch
 def offered(outputs: int, size: int, chip: Chip) -> list[Blocks]:
     """Blocks for this many channels out and elements of this many bytes on a chip."""
     columns = min(128, max(16, 1 << (outputs - 1).bit_length()))

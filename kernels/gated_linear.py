@@ -16,6 +16,7 @@ of a LeanVAE layer, and reads them again for the product.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def kernel(
     tl.store(at, out.to(y.dtype.element_ty), mask=real & (n < N)[None, :])
 
 
+@cache  # it is asked at every launch
 def offered(size: int, chip: Chip) -> list[Blocks]:
     """Blocks for elements of this many bytes on a chip."""
     half = ((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 32, 32, 4, 3))
