@@ -38,6 +38,11 @@ def read(path):
         pass
 
 
+def packed(data):
+    """Gzip that holds no time of day: every process must name these tests alike."""
+    return gzip.compress(data, mtime=0)
+
+
 def refusal(path):
     with pytest.raises(VolumeError) as caught:
         read(path)
@@ -93,14 +98,14 @@ def test_a_bad_file_is_refused_with_a_reason(tmp_path, data, words):
     ("data", "words"),
     [
         (SOUND, "found no gzip data"),
-        (gzip.compress(SOUND)[:-9], "ends before"),
-        (gzip.compress(SOUND)[:-3], "ends before"),
-        (gzip.compress(SOUND)[:15], "ends before"),
-        (gzip.compress(SOUND[:-1]), "ends before"),
-        (gzip.compress(SOUND)[:-8] + bytes(8), "checksum"),
-        (gzip.compress(SOUND)[:30] + bytes(40) + gzip.compress(SOUND)[70:], "damage"),
-        (gzip.compress(header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]) + VOXELS), "can hold"),
-        (gzip.compress(b""), "does not begin as one"),
+        (packed(SOUND)[:-9], "ends before"),
+        (packed(SOUND)[:-3], "ends before"),
+        (packed(SOUND)[:15], "ends before"),
+        (packed(SOUND[:-1]), "ends before"),
+        (packed(SOUND)[:-8] + bytes(8), "checksum"),
+        (packed(SOUND)[:30] + bytes(40) + packed(SOUND)[70:], "damage"),
+        (packed(header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]) + VOXELS), "can hold"),
+        (packed(b""), "does not begin as one"),
     ],
 )
 def test_bad_gzip_is_refused_with_a_reason(tmp_path, data, words):
@@ -136,13 +141,13 @@ def survives(path, data):
     """Read whatever `data` is: only VolumeError may escape, soon and with little memory."""
     path.write_bytes(data)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()  # a busy machine's other work is not the reader's
     with suppress(VolumeError):
         read(path)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert took < 1
+    assert took < 2
     assert memory < 32 << 20
 
 
