@@ -23,6 +23,7 @@ from openvino.preprocess import PrePostProcessor  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
+from fvae_deploy.engines.winograd import spare_products  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
 
@@ -149,6 +150,8 @@ class OpenVINOEngine:
     def _compile(self, part: Part, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({i.name: list(s) for i, s in zip(part.inputs, shapes, strict=True)})
+        if self._device == "CPU":
+            spare_products(model)
         # OpenVINO takes bfloat16 by itself where the CPU has it: the hint is always given.
         element = TYPES[self.precision]
         options = {
