@@ -61,6 +61,7 @@ def write_repository(
 def _graphs(bundle: Path, manifest: Bundle, folder: Path) -> Iterator[str]:
     """Write a model for every stage."""
     by_name = {part.name: part for part in manifest.parts}
+    weights: Path | None = None
     for stage in dict.fromkeys(part.stage for part in manifest.parts):
         first, step = by_name.get(f"{stage}_first"), by_name.get(f"{stage}_step")
         name = f"{manifest.name}-{stage}"
@@ -74,7 +75,12 @@ def _graphs(bundle: Path, manifest: Bundle, folder: Path) -> Iterator[str]:
             assert part is not None
             shutil.copyfile(bundle / part.file, version / "model.onnx")
             config = _config(name, "onnxruntime", part)
-        _link(bundle / WEIGHTS, version / WEIGHTS)
+        # ONNX takes no weights from a file that lies in a second place: the bundle's stays alone.
+        if weights is None:
+            shutil.copyfile(bundle / WEIGHTS, version / WEIGHTS)
+            weights = version / WEIGHTS
+        else:
+            _link(weights, version / WEIGHTS)
         (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
         yield name
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from fvae_deploy.codec import open_codec
+from fvae_deploy.codec import bundle_path, open_codec
 from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.to_triton import write_repository
@@ -77,6 +78,15 @@ CLIENT = SimpleNamespace(
     InferInput=lambda name, shape, kind: Tensor(name=name, shape=shape, kind=kind),
     InferRequestedOutput=lambda name: SimpleNamespace(name=name),
 )
+
+
+def test_the_bundle_stays_readable(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundle_path("tiny"), tmp_path / "tiny"))
+    write_repository(bundle, Manifest.load(bundle), tmp_path / "models")
+    onnx.load(bundle / "encode_first.onnx")  # weights in two places it would refuse
+    copies = list((tmp_path / "models").glob("*/1/weights.safetensors"))
+    assert len(copies) == 2
+    assert len({path.stat().st_ino for path in copies}) == 1
 
 
 @pytest.fixture(scope="module")
