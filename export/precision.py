@@ -5,9 +5,10 @@
 
 What must not be halved stays in float32: softmax, layer norms, and norms that a graph spells
 out. Those are found by their reductions: a *statistic* is what a reduction gives, and what
-follows from statistics and constants alone; an element-wise operation that computes one, feeds
-a reduction, or joins a statistic to something else is computed in float32. So squares do not
-overflow in float16 and an epsilon of 1e-12 does not vanish.
+follows from statistics and constants alone, sums over channels by a convolution among it; an
+element-wise operation that computes one, feeds a reduction, or joins a statistic to something
+else is computed in float32. So squares do not overflow in float16 and an epsilon of 1e-12 does
+not vanish.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ ELEMENTWISE = {
 }
 # They move a statistic without computing.
 CARRIERS = {"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Cast", "Identity"}
+# They mix statistics.
+LINEAR = {"Conv", "MatMul"}
 # Inputs that the operator wants in float32 whatever the data are.
 FIXED = {"Resize": (1, 2)}
 
@@ -140,7 +143,7 @@ class _Rewriter:
             floats = [n for n in node.input if self.types.get(n) == TensorProto.FLOAT]
             given = [n for n in floats if n not in self.constants]
             known = [n in statistics for n in given]
-            follows = node.op_type in ELEMENTWISE | CARRIERS and any(known)
+            follows = node.op_type in ELEMENTWISE | CARRIERS | LINEAR and any(known)
             if node.op_type in REDUCTIONS:
                 reduced.update(given)
             if node.op_type in REDUCTIONS or (follows and all(known)):

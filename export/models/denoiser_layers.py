@@ -65,9 +65,12 @@ class FrameNorm(nn.GroupNorm):
 
     def _of_groups(self, means: Tensor) -> Tensor:
         """Means of channels [1, C, f] to those of their groups [1, C, f, 1, 1]."""
-        groups: Tensor = means.unflatten(1, (self.num_groups, -1))
-        mean = groups.mean(2, keepdim=True).expand_as(groups)
-        return mean.flatten(1, 2)[..., None, None]
+        share = means.shape[1] // self.num_groups
+        # One layer that mixes channels: what TensorRT made of reshape, mean and expand, fused with
+        # what is around them, was not the same from build to build.
+        ones = means.new_ones((means.shape[1], share, 1))
+        result: Tensor = F.conv1d(means, ones, groups=self.num_groups) / share
+        return result[..., None, None]
 
 
 class ResBlock(nn.Module):

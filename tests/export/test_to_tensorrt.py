@@ -77,6 +77,21 @@ def test_norms_of_large_values_and_of_zeros_stay_finite_in_half_precision() -> N
         assert np.isfinite(z).all()
 
 
+def test_group_norms_of_large_values_stay_close_in_half_precision() -> None:
+    path = bundle_path("tiny-ldm")
+    part = GeneratorManifest.load(path).part("denoise")
+    random = np.random.default_rng(0)
+    sizes = {"k": 2, "h": 1, "w": 1, "n": 3}
+    given = {
+        spec.name: random.normal(0, 1, spec.sized(**sizes)).astype(np.float32)
+        for spec in part.inputs
+    }
+    given["x"] *= 3000  # squares and sums of channels lie beyond float16
+    half, whole = session(halve(path / part.file, part, "fp16")), session(path / part.file)
+    (a,), (b,) = half.run(None, given), whole.run(None, given)
+    assert np.abs(a - b).max() < 0.01 * np.abs(b).max()
+
+
 def test_quantised_graphs_keep_close_on_the_ct_that_they_saw(
     bundle: Path, tmp_path: Path, write_ct: Any
 ) -> None:
@@ -115,6 +130,15 @@ class TestBuilt:
             assert step.takes({t.name: t.sized(2, 4, 6) for t in manifest.part(step.part).inputs})
             assert not step.takes({"x": (1, 1, 4, 32, 48)})
             assert len(read_engine(bundle, step)) == step.bytes > 100_000
+
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    def test_two_builds_of_a_denoiser_give_the_same_bytes(
+        self, tmp_path: Path, precision: str
+    ) -> None:
+        path = shutil.copytree(bundle_path("tiny-ldm"), tmp_path / "ldm")
+        builds = [make_engines(path, ["sm_120"], [precision]) for _ in range(2)]
+        first, second = ([(row.built.part, row.built.sha256) for row in rows] for rows in builds)
+        assert first == second
 
     def test_engines_for_any_size_lie_beside_those_for_one(self, bundle: Path) -> None:
         make_engines(bundle, ["sm_120"], ["fp32"], planes=[(24, 16)], any_size=True)
