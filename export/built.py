@@ -22,7 +22,13 @@ from fvae_deploy.export.bundle import Bundle, sha256
 
 FOLDER = "engines"
 ANY = "any"  # the variant for a range of sizes
-TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+TYPES = {  # of states
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float32",
+    "fp8": "float32",
+}
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]  # least, best, most

@@ -1,8 +1,11 @@
-"""int8 graphs by ONNX Runtime's quantiser, in the form that TensorRT takes.
+"""int8 and fp8 graphs by ONNX Runtime's quantiser, in the form that TensorRT takes.
 
 Convolutions and matrix products get QuantizeLinear and DequantizeLinear around them: symmetric
 int8, a scale an output channel for weights, one a tensor for activations. Biases and all that
 lies between stay float32: TensorRT takes no int32 biases.
+
+fp8 (E4M3: a sign, four bits of exponent, three of mantissa, up to 448) has the same form. The
+largest value seen, which int8 brings to 127, it brings to 448; weights are rounded from float32.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Bundle
 
 Inputs = Mapping[str, NDArray[Any]]
+LARGEST = 448.0  # of E4M3
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -36,9 +43,15 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(
-    bundle: Path, manifest: Bundle, recorded: Mapping[str, Sequence[Inputs]], folder: Path
+    bundle: Path,
+    manifest: Bundle,
+    recorded: Mapping[str, Sequence[Inputs]],
+    folder: Path,
+    precision: str = "int8",
 ) -> dict[str, Path]:
     """Write a quantised graph of every part to `folder`, weights included; returns their paths.
+
+    `precision` is int8 or fp8.
 
     `recorded` has for every part what it was given when the network ran on real data. Raises
     BundleError for a part that never ran.
@@ -51,6 +64,7 @@ def quantize(
                 "CTs of more slices"
             )
         model = onnx.load(bundle / part.file)
+        whole = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         for number, node in enumerate(model.graph.node):  # the quantiser goes by names
             node.name = node.name or f"{node.op_type}_{number}"
         found[part.name] = folder / part.file
@@ -74,7 +88,35 @@ def quantize(
             )
         finally:
             logging.disable(disabled)
+        if precision == "fp8":
+            _to_float8(found[part.name], whole)
     return found
+
+
+def _to_float8(path: Path, whole: Inputs) -> None:
+    """Rewrite an int8 graph to E4M3; `whole` has the weights before they were quantised."""
+    model = onnx.load(path)
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    changed: dict[str, NDArray[Any]] = {}
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        value, scale, zero = node.input
+        step = numpy_helper.to_array(known[scale]) * np.float32(127 / LARGEST)
+        changed[scale] = step
+        changed[zero] = np.zeros(known[zero].dims, float8_e4m3fn)
+        if value in known:
+            weight = whole[value.removesuffix(TENSOR_NAME_QUANT_SUFFIX)]
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            steps = step.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+            scaled = (weight / steps).clip(-LARGEST, LARGEST)
+            changed[value] = scaled.astype(float8_e4m3fn)
+    for name, array in changed.items():
+        known[name].CopyFrom(numpy_helper.from_array(array, name))
+    for opset in model.opset_import:
+        if not opset.domain:
+            opset.version = max(opset.version, 19)  # the first with this type
+    onnx.save(model, str(path))
 
 
 def qdq_count(path: Path) -> int:

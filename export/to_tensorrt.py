@@ -30,6 +30,7 @@ from fvae_deploy.export.precision import halve
 
 # What TensorRT for RTX names; TensorRT builds for the GPU that is there.
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+LEAST = {"bf16": 80, "fp8": 89}  # compute capability
 PACKAGES = {"tensorrt_rtx": "pip install tensorrt-rtx", "tensorrt": "pip install tensorrt"}
 
 
@@ -85,8 +86,10 @@ def check_request(package: str, target: str, precision: str) -> None:
             f"expected targets among {', '.join(TARGETS)}, found {target!r}: TensorRT for RTX has "
             "no other, use --package tensorrt on a machine with that GPU"
         )
-    if (target, precision) == ("sm_75", "bf16"):
-        raise UsageError("expected a precision of sm_75, found bf16: use fp16")
+    number = target.removeprefix("sm_")
+    least = LEAST.get(precision, 0)
+    if number.isdecimal() and int(number) < least:
+        raise UsageError(f"expected sm_{least} or later for {precision}, found {target}: use fp16")
     if find_spec(package) is None:
         raise EngineError(f"expected the package {package}, found none: {PACKAGES[package]}")
 

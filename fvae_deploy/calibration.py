@@ -1,4 +1,4 @@
-"""What the parts of a VAE see when it runs on CTs: the data that int8 scales are taken from."""
+"""What the parts of a VAE see when it runs on CTs: the data that scales are taken from."""
 
 from __future__ import annotations
 

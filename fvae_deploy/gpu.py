@@ -26,7 +26,7 @@ def build(
         str, typer.Option("--target", "-t", help="GPU architectures, as sm_86,sm_89,sm_120.")
     ],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="fp32, fp16, bf16 or int8, or several.")
+        str, typer.Option("--precision", "-p", help="fp32, fp16, bf16, int8 or fp8, or several.")
     ] = "fp16",
     size: Annotated[
         list[str] | None,
@@ -40,7 +40,8 @@ def build(
         str, typer.Option("--memory", help="The GPU memory that tiles are planned for.")
     ] = "8GiB",
     calibrate: Annotated[
-        list[Path] | None, typer.Option("--calibrate", help="For int8: a CT; may be repeated.")
+        list[Path] | None,
+        typer.Option("--calibrate", help="For int8 and fp8: a CT; may be repeated."),
     ] = None,
     package: Annotated[
         str,

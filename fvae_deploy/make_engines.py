@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.codec import bundle_path
+from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.built import ANY
 from fvae_deploy.export.bundle import Bundle, kind_of
@@ -139,19 +140,21 @@ def _cells(plane: tuple[int, int], side: int) -> tuple[int, int]:
 def _graphs(
     path: Path, manifest: Bundle, precision: str, calibration: Sequence[Path]
 ) -> Iterator[Mapping[str, Path] | None]:
-    """Quantise for int8, in a folder that goes; other precisions need no graphs of their own."""
-    if precision != "int8":
+    """Quantise in a folder that goes; precisions with a mantissa need no graphs of their own."""
+    if precision not in QUANTISED:
         yield None
         return
     if not isinstance(manifest, Manifest):
-        raise UsageError(f"expected a VAE for int8, found {manifest.name}: use fp16 or bf16")
+        raise UsageError(f"expected a VAE for {precision}, found {manifest.name}: use fp16 or bf16")
     if not calibration:
-        raise UsageError("expected --calibrate CT for int8, found none: name one or more CTs")
+        raise UsageError(
+            f"expected --calibrate CT for {precision}, found none: name one or more CTs"
+        )
     from fvae_deploy.calibration import record
     from fvae_deploy.export.quantize import quantize
 
     with tempfile.TemporaryDirectory() as folder:
-        yield quantize(path, manifest, record(path, calibration), Path(folder))
+        yield quantize(path, manifest, record(path, calibration), Path(folder), precision)
 
 
 def row_facts(row: Row) -> dict[str, Any]:

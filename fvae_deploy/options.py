@@ -58,7 +58,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bund
 Engine = Annotated[
     str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime, torch or tensorrt.")
 ]
-Precision = Annotated[str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16.")]
+Precision = Annotated[
+    str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16; in tensorrt also int8 or fp8.")
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="cpu; cuda, or tensorrt with onnxruntime, gpu with openvino."),

@@ -215,7 +215,7 @@ class Stage:
             (part.scale * plane[0], part.scale * plane[1]),
             k if part.inputs[0].factor("k") or manifest.geometry.temporal == 1 else 1,
             sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs)
-            // (1 if precision == "fp32" else 2),
+            // (2 if precision in ("bf16", "fp16") else 1),
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
             extents,
         )

@@ -92,13 +92,14 @@ def test_group_norms_of_large_values_stay_close_in_half_precision() -> None:
     assert np.abs(a - b).max() < 0.01 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_quantised_graphs_keep_close_on_the_ct_that_they_saw(
-    bundle: Path, tmp_path: Path, write_ct: Any
+    bundle: Path, tmp_path: Path, write_ct: Any, precision: str
 ) -> None:
     write_ct(tmp_path / "ct.nii", (16, 24, 9))
     manifest = Manifest.load(bundle)
     seen = record(bundle, [tmp_path / "ct.nii"])
-    graphs = quantize(bundle, manifest, seen, tmp_path)
+    graphs = quantize(bundle, manifest, seen, tmp_path, precision)
     for part in manifest.parts:
         assert qdq_count(graphs[part.name]) > 5
         given = seen[part.name][0]
@@ -147,12 +148,15 @@ class TestBuilt:
         assert every.takes({"z": (1, 4, 1, 1, 2)})
         assert not one.takes({"z": (1, 4, 1, 1, 2)})
 
-    def test_int8_builds_from_a_ct(self, bundle: Path, tmp_path: Path, write_ct: Any) -> None:
+    @pytest.mark.parametrize("precision", ["int8", "fp8"])
+    def test_quantised_engines_build_from_a_ct(
+        self, bundle: Path, tmp_path: Path, write_ct: Any, precision: str
+    ) -> None:
         write_ct(tmp_path / "ct.nii", (16, 24, 9))
         rows = make_engines(
-            bundle, ["sm_86"], ["int8"], planes=[(16, 24)], calibration=[tmp_path / "ct.nii"]
+            bundle, ["sm_89"], [precision], planes=[(16, 24)], calibration=[tmp_path / "ct.nii"]
         )
-        assert {row.built.precision for row in rows} == {"int8"}
+        assert {row.built.precision for row in rows} == {precision}
         assert {row.built.state for row in rows} == {"float32"}
 
     def test_a_part_that_does_not_parse_is_an_error_in_the_parsers_words(
@@ -189,7 +193,8 @@ class TestBuilt:
             ([], "fp16", "expected --target"),
             (["sm_90"], "fp16", "sm_120, sm_121, found 'sm_90'.*--package tensorrt"),
             (["sm_75"], "bf16", "use fp16"),
-            (["sm_89"], "fp12", "expected one of fp32, fp16, bf16, int8"),
+            (["sm_89"], "fp12", "expected one of fp32, fp16, bf16, int8, fp8"),
+            (["sm_86"], "fp8", "expected sm_89 or later for fp8, found sm_86"),
             (["sm_89"], "int8", "expected --calibrate CT"),
         ],
     )
