@@ -5,12 +5,13 @@ Two frames y of a causal convolution, with the taps g of time, meet four frames 
     y0 = x0 g0 + x1 g1 + x2 g2        six convolutions of a frame
     y1 = x1 g0 + x2 g1 + x3 g2
 
-    m0 = (x0 - x2) g0                 y0 = m0 + m1 + m2        four of them, and ten sums
+    m0 = (x0 - x2) g0                 y0 = m0 + m1 + m2        four of them, and eight sums
     m1 = (x1 + x2) (g0 + g1 + g2)/2   y1 = m1 - m2 - m3
     m2 = (x2 - x1) (g0 - g1 + g2)/2
     m3 = (x1 - x3) g2
 
-The result is the same but for rounding: errors grow from about 1e-7 to 3e-7 of the deviation.
+The result is the same but for rounding: three layers of 96 to 384 channels differ from plain ones
+by 1.4e-6 to 3e-6 of the largest value.
 
 Source: S. Winograd, Arithmetic Complexity of Computations, 1980; for convolutional networks
 A. Lavin and S. Gray, 2016, arXiv:1509.09308.

@@ -64,7 +64,6 @@ def quantize(
                 "CTs of more slices"
             )
         model = onnx.load(bundle / part.file)
-        whole = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         for number, node in enumerate(model.graph.node):  # the quantiser goes by names
             node.name = node.name or f"{node.op_type}_{number}"
         found[part.name] = folder / part.file
@@ -89,13 +88,14 @@ def quantize(
         finally:
             logging.disable(disabled)
         if precision == "fp8":
-            _to_float8(found[part.name], whole)
+            _to_float8(found[part.name], bundle / part.file)
     return found
 
 
-def _to_float8(path: Path, whole: Inputs) -> None:
-    """Rewrite an int8 graph to E4M3; `whole` has the weights before they were quantised."""
+def _to_float8(path: Path, plain: Path) -> None:
+    """Rewrite an int8 graph to E4M3; `plain` has the weights before they were quantised."""
     model = onnx.load(path)
+    whole = {tensor.name: tensor for tensor in onnx.load(plain).graph.initializer}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     changed: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
@@ -106,7 +106,7 @@ def _to_float8(path: Path, whole: Inputs) -> None:
         changed[scale] = step
         changed[zero] = np.zeros(known[zero].dims, float8_e4m3fn)
         if value in known:
-            weight = whole[value.removesuffix(TENSOR_NAME_QUANT_SUFFIX)]
+            weight = numpy_helper.to_array(whole[value.removesuffix(TENSOR_NAME_QUANT_SUFFIX)])
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             steps = step.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
             scaled = (weight / steps).clip(-LARGEST, LARGEST)

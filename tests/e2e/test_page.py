@@ -21,7 +21,7 @@ GRAPHICS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server with the built-in model."""
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason="needs the cpu extra")
     live = LiveServer(tmp_path_factory.mktemp("server"), "--memory", "1GiB")
     live.start()
     yield live

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ov = pytest.importorskip("openvino", reason="needs the openvino extra")
+ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 
 from openvino import opset13 as op  # noqa: E402
 
