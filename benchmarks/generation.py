@@ -2,11 +2,14 @@
 
     python benchmarks/generation.py                    # tiny-ldm, 20 patients
     python benchmarks/generation.py -m build/tiny-ldm --patients 4 --json figures.json
+    python benchmarks/generation.py --patients 2 --shape 128,128,260    # longer than a window
 
 Each patient is drawn by `fvae phantom`'s code with a seed that training never saw. The generator
 is given organ mask, disease mask and report, and its volume is compared with the phantom. Air
 (below -500 HU) counts inside the body alone, the outline filled slice by slice; soft tissue is
--200 to 200 HU, bone (with what contrast makes as bright) above 200.
+-200 to 200 HU, bone (with what contrast makes as bright) above 200. In volumes longer than a
+window, the seam is the change from slice to slice where chained windows would meet, over that
+between all other slices.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fvae_deploy.patient import varied
 from fvae_deploy.phantom import write_phantom
 from fvae_deploy.report import machine
 
+WINDOW = 65  # slices
 FIRST = 200  # seeds from here on; training begins at 10,000
 Volume = NDArray[np.float64]  # [x, y, z]
 
@@ -76,6 +80,16 @@ def blockiness(hu: Volume, body: NDArray[np.bool_], grid: int = 8) -> float:
     return float(np.concatenate(across).mean() / np.concatenate(inside).mean())
 
 
+def seam(hu: Volume, body: NDArray[np.bool_]) -> float:
+    """Mean change between slices at ends of windows over that between all others."""
+    step, both = np.abs(np.diff(hu, axis=2)), body[..., 1:] & body[..., :-1]
+    ends = np.zeros(step.shape[2], bool)
+    ends[WINDOW - 1 :: WINDOW - 1] = True  # each would begin in the last latent frame of another
+    return float(
+        step[..., ends][both[..., ends]].mean() / step[..., ~ends][both[..., ~ends]].mean()
+    )
+
+
 def figures(phantom: Volume, organs: NDArray[np.int64], made: Volume) -> dict[str, Any]:
     """Compare a volume with the phantom that its mask is of."""
     body = body_of(phantom)
@@ -101,6 +115,7 @@ def figures(phantom: Volume, organs: NDArray[np.int64], made: Volume) -> dict[st
         "brightness, worst HU": float(np.abs(drift).max()),
         "brightness change, worst HU": float(np.abs(np.diff(drift)).max()),
         "blockiness": blockiness(made, body),
+        **({"seam": seam(made, body)} if phantom.shape[2] > WINDOW else {}),
     }
 
 
