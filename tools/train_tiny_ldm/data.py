@@ -1,10 +1,12 @@
-"""What `tiny-ldm` learns from: phantoms as latents of `tiny`, their masks, their reports.
+"""What `tiny-ldm` learns from: phantoms as latents of `tiny`, their masks, reports, brightness.
 
     python tools/train_tiny_ldm/data.py build/tiny_ldm/data --patients 1000
     python tools/train_tiny_ldm/data.py build/tiny_ldm/held_out --patients 24 --first 100
 
-Every patient is one file. Volumes are of 65 to 257 slices of 128x128 over the same 450 mm,
-so slices are 7 to 1.8 mm thick; each is encoded as one causal stream, to be cut anywhere.
+Every patient is one file. Besides latents it holds every voxel's label (`OUTSIDE` the body) and
+the sums of HU under every label of every slice, drawn and reconstructed. Volumes are of 65 to 257
+slices of 128x128 over the same 450 mm, so slices are 7 to 1.8 mm thick; each is encoded as one
+causal stream, to be cut anywhere.
 Seeds below `HELD_OUT` are never learnt from: they judge.
 """
 
@@ -15,11 +17,15 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
+from brightness import OUTSIDE
+from generation import body_of
 from palette import BACKGROUND, OFFSET, palette
 
 from fvae_deploy.codec import Codec, open_codec
@@ -59,6 +65,19 @@ def latents(codec: Codec, hu: Frames) -> Frames:
     return z.transpose(1, 0, 2, 3)
 
 
+def brightness(hu: Frames, organs: NDArray[np.uint8], ct: Frames) -> dict[str, NDArray[Any]]:
+    """Labels [z, x, y], and the sums of HU [z, 256] under them in phantom and reconstruction."""
+    body = body_of(hu.transpose(1, 2, 0)).transpose(2, 0, 1)
+    labels = np.where(body | (organs > 0), organs, np.uint8(OUTSIDE))
+    made = 2000 * _codec().decode(ct.astype(np.float32).transpose(1, 0, 2, 3))[0]
+
+    def sums(volume: Frames) -> Frames:
+        rows = [np.bincount(a.ravel(), b.ravel(), 256) for a, b in zip(labels, volume, strict=True)]
+        return np.stack(rows).astype(np.float32)
+
+    return {"labels": labels, "drawn": sums(hu), "reconstructed": sums(made)}
+
+
 @cache
 def _codec() -> Codec:
     """One codec a process."""
@@ -81,7 +100,7 @@ def make(folder: Path, seed: int) -> None:
     small = {name: array.astype(np.float16) for name, array in arrays.items()}
     reports = [patient.report(n) for n in range(8)]
     with path.with_suffix(".new").open("wb") as file:
-        np.savez(file, **small, reports=np.array(reports))
+        np.savez(file, **small, **brightness(hu, organs, small["ct"]), reports=np.array(reports))
     path.with_suffix(".new").rename(path)
 
 

@@ -7,12 +7,17 @@
 A process for every core; `python` in place of torchrun makes one that uses them all, slower.
 
 Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR). Losses are
-weighted by min-SNR, and by what an error in a channel means in HU. Windows of 17 latent frames
-are cut anywhere in a causal stream. What reads the text learns faster, for it is heard in few
-places of an image. Checkpoints every `--save-every` steps; running it again
-continues. The learning rate falls with the time spent, to end when `--minutes` do.
-`build/tiny_ldm/tiny_ldm.safetensors` holds the averaged weights, `build/tiny_ldm/log.jsonl` the
-log.
+weighted by min-SNR, and by what an error in a channel means in HU; the mean HU of organs and
+slices is a loss of its own (`brightness.py`). Windows of 17 latent frames are cut anywhere in a
+causal stream. What reads the text learns faster, for it is heard in few places of an image.
+
+Every second step begins where sampling does, at pure noise: the brightness settled there stays.
+There a window is told of another contrast phase as well. Mask and noise being the same, what
+differs is the text's doing; among windows of different patients it is lost in all else.
+
+Checkpoints every `--save-every` steps; running it again continues. The learning rate falls with
+the time spent, to end when `--minutes` do. `build/tiny_ldm/tiny_ldm.safetensors` holds the
+averaged weights, `build/tiny_ldm/log.jsonl` the log.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 # Big activations are allocated and freed every step; returning them to the system each
 # time costs half the step in page faults, so keep them (must be set before libc starts).
@@ -41,12 +47,15 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from brightness import Brightness, Voxels
 from palette import OFFSET, palette
 from words import TOKENS, tokenizer
 
 from fvae_deploy.codec import open_codec
 from fvae_deploy.export.generator import waves
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
+from fvae_deploy.export.models.lean_vae import STRIDE
+from fvae_deploy.patient import PHASES
 
 WINDOW = 17  # latent frames: 65 slices
 UNET = {
@@ -72,8 +81,11 @@ SCHEDULE = {
 }
 GAMMA = 5.0  # of min-SNR
 FLOOR = 0.5  # least weight of a time
-TEXT = 3.0  # times the rate, for what reads the text
+TEXT = 10.0  # times the rate, for what reads the text
 NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
+WARM = 100  # steps
+CLEAR = 50  # below this time the means are as they are
+MEANS = 0.005  # weight of organs' and slices' means
 SHARE = 0.7  # of the loss that counts a channel by what it means in HU
 
 
@@ -138,6 +150,20 @@ class Generator(nn.Module):
         ]
 
 
+class Window(NamedTuple):
+    """Latents [f, D, h, w] of a CT and its mask, the report, and what the voxels are."""
+
+    z: Tensor
+    mask: Tensor
+    text: str
+    voxels: Voxels
+
+
+def phase_of(text: str) -> str | None:
+    """Name the contrast phase that a text tells of."""
+    return next((phase for phase in PHASES if phase in text.lower()), None)
+
+
 class Data:
     """Windows of all patients in a folder, normalised by channel."""
 
@@ -147,6 +173,7 @@ class Data:
             with np.load(path) as file:
                 self.patients.append({name: file[name] for name in file})
         self.moments = moments or self._measured()
+        self.phases = self._phases()
 
     def _measured(self) -> dict[str, list[float]]:
         """Mean and deviation of every channel, of latents and of masks."""
@@ -159,6 +186,47 @@ class Data:
             found[f"{name}_shift"] = [round(float(v), 5) for v in every.mean(1)]
             found[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
         return found
+
+    def _phases(self) -> dict[str, dict[str, np.ndarray]]:
+        """Mean HU under every label by contrast phase; from patient to patient they vary little."""
+        totals = {
+            phase: {name: np.zeros(256) for name in ("drawn", "reconstructed", "voxels")}
+            for phase in PHASES
+        }
+        for patient in self.patients:
+            total = totals[phase_of(str(patient["reports"][0]))]
+            for name in ("drawn", "reconstructed"):
+                total[name] += patient[name].sum(0)
+            total["voxels"] += np.bincount(patient["labels"].ravel(), minlength=256)
+        return {
+            phase: {
+                name: total[name] / total["voxels"].clip(1) for name in total if name != "voxels"
+            }
+            for phase, total in totals.items()
+        }
+
+    def retold(self, window: Window, random: np.random.Generator) -> Window | None:
+        """Tell of another contrast phase; the window's sums are what they would be in it.
+
+        None where the text tells of none.
+        """
+        phase = phase_of(window.text)
+        if phase is None:
+            return None
+        other = str(random.choice([name for name in PHASES if name != phase]))
+        start = window.text.lower().index(phase)
+        text = window.text[:start] + other + window.text[start + len(phase) :]
+        labels = window.voxels.labels.numpy()
+        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
+        drawn, reconstructed = (
+            torch.from_numpy(
+                (counts * (self.phases[other][name] - self.phases[phase][name])).astype(np.float32)
+            )
+            + getattr(window.voxels, name)
+            for name in ("drawn", "reconstructed")
+        )
+        voxels = window.voxels._replace(drawn=drawn, reconstructed=reconstructed)
+        return window._replace(text=text, voxels=voxels)
 
     def gains(self) -> Tensor:
         """HU (root mean square) that noise of one deviation in each channel makes of a volume."""
@@ -182,8 +250,8 @@ class Data:
         )
         return (torch.from_numpy(latent.astype(np.float32)) - shift) * scale
 
-    def window(self, random: np.random.Generator) -> tuple[Tensor, Tensor, str]:
-        """Latents, mask and text of a window: half of them begin a volume."""
+    def window(self, random: np.random.Generator) -> Window:
+        """Draw a window; half of them begin a volume."""
         patient = self.patients[int(random.integers(len(self.patients)))]
         spare = len(patient["ct"]) - WINDOW
         start = int(random.integers(spare + 1)) if spare and random.random() < 0.7 else 0
@@ -197,19 +265,34 @@ class Data:
             text = text.rstrip(".").lower()
         if random.random() < 0.05:
             text = ""
-        return self.normal("latent", patient["ct"][cut]), self.normal("mask", mask), text
+        slices = slice(max(0, STRIDE * start - STRIDE + 1), STRIDE * (start + WINDOW - 1) + 1)
+        names = ("labels", "drawn", "reconstructed")
+        voxels = (torch.from_numpy(patient[name][slices]) for name in names)
+        return Window(
+            self.normal("latent", patient["ct"][cut]),
+            self.normal("mask", mask),
+            text,
+            Voxels(*voxels, start == 0),
+        )
+
+
+def retold_loss(model: Generator, window: Window, noise: Tensor, brightness: Brightness) -> Tensor:
+    """Squared errors of means in HU, from pure noise, of a window told otherwise."""
+    velocity = model(noise, window.mask, 999, window.text)
+    return MEANS * brightness.loss(-velocity, window.voxels)
 
 
 def loss_at(
     model: Generator,
     scheduler: DDIMScheduler,
-    window: tuple[Tensor, Tensor, str],
+    window: Window,
     t: int,
     noise: Tensor,
     emphasis: Tensor,
+    brightness: Brightness,
 ) -> Tensor:
-    """Weighted squared error of the velocity of one window at time t."""
-    z, mask, text = window
+    """Weighted squared error of the velocity of one window at time t, and that of means in HU."""
+    z, mask, text, voxels = window
     time_ = torch.tensor([t])
     x = scheduler.add_noise(z, noise, time_)
     wanted = scheduler.get_velocity(z, noise, time_)
@@ -217,10 +300,14 @@ def loss_at(
     signal = scheduler.alphas_cumprod[t]
     snr = signal / (1 - signal)
     # Min-SNR gives pure noise no weight; but what is decided there, anatomy and brightness, stays.
-    return (
+    loss = (
         max(min(float(snr), GAMMA) / (float(snr) + 1), FLOOR)
         * (emphasis[:, None, None] * (found - wanted).square()).mean()
     )
+    if t < CLEAR:
+        return loss
+    clean = signal.sqrt() * x - (1 - signal).sqrt() * found
+    return loss + MEANS * brightness.loss(clean, voxels)
 
 
 @torch.no_grad()
@@ -237,22 +324,34 @@ def summed(model: Generator, took: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge(
-    model: Generator, scheduler: DDIMScheduler, data: Data, gains: Tensor
-) -> dict[str, float]:
-    """Error in HU that the predicted latents of held-out windows stand for, at four times."""
-    errors: dict[str, float] = {}
+    model: Generator, scheduler: DDIMScheduler, data: Data, gains: Tensor, brightness: Brightness
+) -> dict[str, dict[str, float]]:
+    """Errors in HU of held-out windows at four times: of latents, of organs', slices' means."""
+    errors: dict[str, dict[str, float]] = {}
     for t in (999, 700, 400, 100):
         random, total = np.random.default_rng(5), 0.0
+        organs, slices = list[Tensor](), list[Tensor]()
         seeded = torch.Generator().manual_seed(5)
         for _ in range(8):
-            z, mask, text = data.window(random)
+            z, mask, text, voxels = data.window(random)
             noise = torch.randn(z.shape, generator=seeded)
             x = scheduler.add_noise(z, noise, torch.tensor([t]))
             v = model(x, mask, t, text)
             signal = scheduler.alphas_cumprod[t]
-            error = (signal.sqrt() * x - (1 - signal).sqrt() * v - z) * gains[:, None, None]
+            clean = signal.sqrt() * x - (1 - signal).sqrt() * v
+            error = (clean - z) * gains[:, None, None]
             total += error.square().mean((0, 2, 3)).sum().item() / 8
-        errors[str(t)] = round(math.sqrt(total), 1)
+            off = brightness.off(clean, voxels)
+            organs.append(off[0].abs())
+            slices.append(off[1].abs())
+        found = {
+            "latents": math.sqrt(total),
+            "organs": torch.cat(organs).mean().item(),
+            "organs_beyond_40": (torch.cat(organs) > 40).float().mean().item(),
+            "slices": torch.cat(slices).mean().item(),
+            "worst_slice": torch.stack([off.max() for off in slices]).mean().item(),
+        }
+        errors[str(t)] = {name: round(value, 3) for name, value in found.items()}
     return errors
 
 
@@ -292,6 +391,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, minutes = state["step"], state["minutes"]
         data.moments = held_out.moments = state["moments"]
+    brightness = Brightness(data.moments["latent_shift"], data.moments["latent_scale"])
     gains = data.gains()
     energy = gains.square() / gains.square().mean()
     emphasis = SHARE * energy + (1 - SHARE)
@@ -319,17 +419,23 @@ def main() -> None:
     began = begin
     while minutes < options.minutes:
         progress = minutes / options.minutes
-        warm = min(1.0, (step + 1) / 300)
+        warm = min(1.0, (step + 1) / WARM)
         falling = warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * falling
         optimizer.zero_grad(set_to_none=True)
         for _ in range(options.windows // world):
             window = data.window(random)
-            noise = torch.randn(window[0].shape, generator=seeded)
-            loss = loss_at(model, scheduler, window, int(random.integers(1000)), noise, emphasis)
+            noise = torch.randn(window.z.shape, generator=seeded)
+            pure = step % 2 == 0  # in all processes at once: these steps take twice as long
+            t = 999 if pure else int(random.integers(1000))
+            loss = loss_at(model, scheduler, window, t, noise, emphasis, brightness)
             (loss / options.windows).backward()
             losses.append(loss.item())
+            retold = data.retold(window, random) if pure else None
+            if retold:
+                loss = retold_loss(model, retold, noise, brightness)
+                (loss / options.windows).backward()
         # By the first process's clock, which stands still while it judges and saves.
         now = time.monotonic()
         took, began = torch.tensor([0.0 if rank else (now - began) / 60]), now
@@ -339,7 +445,7 @@ def main() -> None:
         optimizer.step()
         step += 1
         with torch.no_grad():
-            decay = min(0.999, (1 + step) / (10 + step))
+            decay = min(0.995, (1 + step) / (10 + step))
             for kept, new in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(new, 1 - decay)
         minutes += took.item()
@@ -369,7 +475,7 @@ def main() -> None:
                 step=step,
                 minutes=round(minutes, 1),
                 loss=round(sum(losses) / len(losses), 4),
-                held_out_hu=judge(average, scheduler, held_out, gains),
+                held_out_hu=judge(average, scheduler, held_out, gains, brightness),
                 steps_per_second=round(
                     len(losses) * world / options.windows / (time.monotonic() - begin), 3
                 ),
