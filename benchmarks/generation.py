@@ -9,7 +9,7 @@ is given organ mask, disease mask and report, and its volume is compared with th
 (below -500 HU) counts inside the body alone, the outline filled slice by slice; soft tissue is
 -200 to 200 HU, bone (with what contrast makes as bright) above 200. In volumes longer than a
 window, the seam is the change from slice to slice where chained windows would meet, over that
-between all other slices.
+where other latent frames meet: within one, slices are alike in any reconstruction.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fvae_deploy.phantom import write_phantom
 from fvae_deploy.report import machine
 
 WINDOW = 65  # slices
+FRAME = 4  # slices of a latent frame
 FIRST = 200  # seeds from here on; training begins at 10,000
 Volume = NDArray[np.float64]  # [x, y, z]
 
@@ -81,12 +82,13 @@ def blockiness(hu: Volume, body: NDArray[np.bool_], grid: int = 8) -> float:
 
 
 def seam(hu: Volume, body: NDArray[np.bool_]) -> float:
-    """Mean change between slices at ends of windows over that between all others."""
+    """Mean change between slices at ends of windows over that at ends of other latent frames."""
     step, both = np.abs(np.diff(hu, axis=2)), body[..., 1:] & body[..., :-1]
-    ends = np.zeros(step.shape[2], bool)
-    ends[WINDOW - 1 :: WINDOW - 1] = True  # each would begin in the last latent frame of another
+    frames = set(range(0, step.shape[2], FRAME))
+    windows = set(range(WINDOW - 1, step.shape[2], WINDOW - 1))
+    at, elsewhere = (sorted(places) for places in (windows, frames - windows))
     return float(
-        step[..., ends][both[..., ends]].mean() / step[..., ~ends][both[..., ~ends]].mean()
+        step[..., at][both[..., at]].mean() / step[..., elsewhere][both[..., elsewhere]].mean()
     )
 
 
