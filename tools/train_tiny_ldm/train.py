@@ -83,6 +83,7 @@ GAMMA = 5.0  # of min-SNR
 FLOOR = 0.5  # least weight of a time
 TEXT = 10.0  # times the rate, for what reads the text
 NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
+PURE = SCHEDULE["num_train_timesteps"] - 1  # the time that is noise alone
 WARM = 100  # steps
 CLEAR = 50  # below this time the means are as they are
 MEANS = 0.005  # weight of organs' and slices' means
@@ -277,8 +278,8 @@ class Data:
 
 
 def retold_loss(model: Generator, window: Window, noise: Tensor, brightness: Brightness) -> Tensor:
-    """Squared errors of means in HU, from pure noise, of a window told otherwise."""
-    velocity = model(noise, window.mask, 999, window.text)
+    """Weigh how far means in HU are off, from pure noise, in a window told otherwise."""
+    velocity = model(noise, window.mask, PURE, window.text)
     return MEANS * brightness.loss(-velocity, window.voxels)
 
 
@@ -428,7 +429,7 @@ def main() -> None:
             window = data.window(random)
             noise = torch.randn(window.z.shape, generator=seeded)
             pure = step % 2 == 0  # in all processes at once: these steps take twice as long
-            t = 999 if pure else int(random.integers(1000))
+            t = PURE if pure else int(random.integers(1000))
             loss = loss_at(model, scheduler, window, t, noise, emphasis, brightness)
             (loss / options.windows).backward()
             losses.append(loss.item())
