@@ -306,7 +306,7 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise refuse() from None
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
         raise refuse()
     return value
 

@@ -65,6 +65,7 @@ PUBLISHED: dict[str, Any] = {
     "steps": 20,
     "eta": 1.0,
     "findings": "No finding.",
+    "centred_noise": False,
 }
 
 
@@ -151,6 +152,7 @@ def load_generator(
         eta=float(given["eta"]),
         tokens=0 if tokenizer is None else _length(tokenizer),
         findings=str(given["findings"]),
+        centred_noise=bool(given["centred_noise"]),
     )
     return FoundGenerator(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from fvae_deploy.published import as_published
 from fvae_deploy.report import run_report
 from fvae_deploy.request import Progress, Request, Sampling, check_vae, normal, stored
 from fvae_deploy.rss import current_rss
-from fvae_deploy.sampler import unit_noise
 from fvae_deploy.stitch import joint, starts
 from fvae_deploy.stream import Onto
 from fvae_deploy.volume import create_volume, open_volume
@@ -122,6 +120,7 @@ def generate(
                 guidance,
                 stitch,
                 seed,
+                of.centred_noise,
             ),
             tuple(denoiser.context(t) for t in ([text, ""] if guidance != 1 else [text])),
             progress,
@@ -199,7 +198,7 @@ def _jointly(
     window = manifest.window
     tick = request.progress("denoise", len(starts(len(masks), window)) * request.sampling.steps)
     predict = request.predictor(lambda start: masks[start : start + window], tick)
-    noise = partial(unit_noise, masks.shape, request.sampling.seed, 0)
+    noise = request.noise(masks.shape, 0)
     x = joint(predict, request.sampler(), noise, masks.shape, window, journal.kept)
     request.denoiser.close()  # its memory is the decoder's now
     sampled = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from fvae_deploy.errors import PlanError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.plan import plan, show_bytes
 from fvae_deploy.request import Request, normal, stored
-from fvae_deploy.sampler import unit_noise
 from fvae_deploy.stitch import Journal, Piece, chained, pieces, replaced
 from fvae_deploy.stream import Outcome
 from fvae_deploy.tiles import Grid
@@ -104,7 +102,7 @@ def _pass(
     def kept(name: str, compute: Callable[[], Array]) -> Array:
         return journal(f"pass{number}-{name}", compute)
 
-    noise = partial(unit_noise, shape, request.sampling.seed, 1 + number)
+    noise = request.noise(shape, 1 + number)
     windows = chained(predict, request.sampler, noise, len(order), kept)
     for piece, x in zip(order, windows, strict=True):
         frames = request.codec.decode(stored(x, manifest.latent), grids=grids)

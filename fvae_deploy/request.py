@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from fvae_deploy.conditions import PaintedMask
 from fvae_deploy.denoiser import Denoiser
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.manifest import LatentNormalisation
-from fvae_deploy.sampler import Sampler
-from fvae_deploy.stitch import Predict
+from fvae_deploy.sampler import Sampler, unit_noise
+from fvae_deploy.stitch import Noise, Predict
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
@@ -32,6 +33,7 @@ class Sampling:
     guidance: float
     stitch: str
     seed: int
+    centred_noise: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Request:
         """Begin a run through the noise schedule."""
         of = self.sampling
         return Sampler(self.denoiser.manifest.schedule, of.sampler, of.steps, of.eta)
+
+    def noise(self, shape: tuple[int, ...], number: int) -> Noise:
+        """Make the noise of the volume, or of a pass over it: [T, D, h, w] for any use."""
+        of = self.sampling
+        return partial(unit_noise, shape, of.seed, number, centred=of.centred_noise)
 
     @property
     def window_slices(self) -> int:

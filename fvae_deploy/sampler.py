@@ -75,7 +75,11 @@ class Sampler:
         return result
 
 
-def unit_noise(shape: tuple[int, ...], seed: int, *use: int) -> Array:
-    """Draw normal noise that depends on the seed, what it is for, and the shape alone."""
+def unit_noise(shape: tuple[int, ...], seed: int, *use: int, centred: bool = False) -> Array:
+    """Draw normal noise [T, D, h, w] that depends on seed, what it is for, and shape alone.
+
+    Centred, it has mean 0 in every channel of every frame; see `GeneratorManifest`.
+    """
     source = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=use))
-    return source.standard_normal(shape, dtype=np.float32)
+    noise = source.standard_normal(shape, dtype=np.float32)
+    return noise - noise.mean((2, 3), keepdims=True) if centred else noise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fvae_deploy.errors import (  # noqa: E402
     UsageError,
     VolumeError,
 )
+from fvae_deploy.export.generator import GeneratorManifest  # noqa: E402
 from fvae_deploy.jobs import read_jobs  # noqa: E402
 
 TILTED = np.array([[-3, 0, 0.2, 5], [0, -2.5, 0, 7], [0.1, 0, 4, -9], [0, 0, 0, 1.0]])
@@ -98,6 +101,22 @@ def test_what_is_asked_for_changes_the_volume_and_nothing_else_does(mask, option
         {"stitch": "reference"},
     ):
         assert (made(**changes) != first).mean() > 0.2, changes
+
+
+@pytest.mark.parametrize("stitch", ["joint", "reference"])
+def test_noise_is_centred_where_the_bundle_says_so(mask, options, tmp_path, stitch):
+    centred = tmp_path / "centred"
+    shutil.copytree(options["model"], centred)
+    manifest = GeneratorManifest.load(centred)
+    dataclasses.replace(manifest, centred_noise=not manifest.centred_noise).save(centred)
+    made = []
+    for model in (options["model"], centred):
+        report = fvae.generate(
+            mask, tmp_path / "g.nii", **{**options, "model": model, "stitch": stitch}
+        )
+        made.append((report["generator"]["centred_noise"], voxels(tmp_path / "g.nii")))
+    assert [said for said, _ in made] == [False, True]
+    assert (made[0][1] != made[1][1]).mean() > 0.2
 
 
 @pytest.mark.parametrize("stitch", ["joint", "reference"])

@@ -58,6 +58,13 @@ def test_noise_depends_on_seed_and_use_alone():
             assert abs(np.mean(a * b)) < 0.4
 
 
+def test_centred_noise_has_no_mean_in_any_channel_of_any_frame():
+    noise, centred = (unit_noise((3, 2, 16, 16), 3, 1, centred=c) for c in (False, True))
+    assert np.abs(noise.mean((2, 3))).max() > 0.01
+    np.testing.assert_allclose(centred.mean((2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(noise - centred, (noise - centred)[..., :1, :1] + 0 * noise, 0, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "words"),
     [
