@@ -82,16 +82,19 @@ class Brightness:
         )
 
     def loss(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """Huber loss of both, equal shares."""
+        """Huber loss of both, equal shares; of slices, every latent frame has the same weight."""
         organs, slices, weights = self.off(z, voxels)
-        total = _huber(slices / SLICE).mean()
+        frames = torch.ones_like(slices)
+        if voxels.begins:
+            frames[0] = STRIDE
+        total = (frames * _huber(slices / SLICE)).sum() / frames.sum()
         if len(organs):
             total = total + (weights * _huber(organs / ORGAN)).sum() / weights.sum()
         return total
 
 
 def _huber(off: Tensor) -> Tensor:
-    return F.huber_loss(off, torch.zeros_like(off), reduction="none")
+    return F.huber_loss(off, torch.zeros_like(off), reduction="none", delta=2.0)
 
 
 def _off(found: Tensor, drawn: Tensor, reconstructed: Tensor) -> Tensor:

@@ -6,14 +6,18 @@
 
 A process for every core; `python` in place of torchrun makes one that uses them all, slower.
 
-Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR). Losses are
-weighted by min-SNR, and by what an error in a channel means in HU; the mean HU of organs and
-slices is a loss of its own (`brightness.py`). Windows of 17 latent frames are cut anywhere in a
-causal stream. What reads the text learns faster, for it is heard in few places of an image.
+Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR). Windows of 17
+latent frames are cut anywhere in a causal stream. What reads the text learns faster, for it is
+heard in few places of an image.
 
-Every second step begins where sampling does, at pure noise: the brightness settled there stays.
-There a window is told of another contrast phase as well. Mask and noise being the same, what
-differs is the text's doing; among windows of different patients it is lost in all else.
+Noise has no mean in any frame. One channel carries most of the brightness, and a mean of 0.03
+deviations in it, half of what chance gives 256 positions, is 12 HU of the whole slice.
+
+The loss has two parts. One is the squared error at any time, weighted by min-SNR and by what an
+error in a channel means in HU. The other is the mean HU of organs and slices (`brightness.py`) in
+what the network makes of its own samples, half of them told of another contrast phase than the
+window's. Noised from the truth, latents show how bright they are to be; sampled, they show what
+the step before got wrong, and the network has to learn that there the mask is right.
 
 Checkpoints every `--save-every` steps; running it again continues. The learning rate falls with
 the time spent, to end when `--minutes` do. `build/tiny_ldm/tiny_ldm.safetensors` holds the
@@ -28,6 +32,7 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,9 +89,10 @@ FLOOR = 0.5  # least weight of a time
 TEXT = 10.0  # times the rate, for what reads the text
 NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
 PURE = SCHEDULE["num_train_timesteps"] - 1  # the time that is noise alone
+STEPS = 8  # of the sampler
+KINDS = ("noised", "first", "later")  # of steps, in turn: what the loss is of
 WARM = 100  # steps
-CLEAR = 50  # below this time the means are as they are
-MEANS = 0.005  # weight of organs' and slices' means
+MEANS = 0.01  # weight of organs' and slices' means
 SHARE = 0.7  # of the loss that counts a channel by what it means in HU
 
 
@@ -277,10 +283,29 @@ class Data:
         )
 
 
-def retold_loss(model: Generator, window: Window, noise: Tensor, brightness: Brightness) -> Tensor:
-    """Weigh how far means in HU are off, from pure noise, in a window told otherwise."""
-    velocity = model(noise, window.mask, PURE, window.text)
-    return MEANS * brightness.loss(-velocity, window.voxels)
+def centred_noise(z: Tensor, seeded: torch.Generator) -> Tensor:
+    """Draw unit noise in the shape of z, of mean 0 in every channel of every frame."""
+    noise = torch.randn(z.shape, generator=seeded)
+    return noise - noise.mean((2, 3), keepdim=True)
+
+
+def clean(scheduler: DDIMScheduler, x: Tensor, velocity: Tensor, t: int) -> Tensor:
+    """Latents without the noise that the velocity tells of."""
+    signal = scheduler.alphas_cumprod[t]
+    return signal.sqrt() * x - (1 - signal).sqrt() * velocity
+
+
+def sampled(
+    model: Generator, scheduler: DDIMScheduler, window: Window, noise: Tensor, index: int
+) -> Tensor:
+    """Take the sampler's steps up to `index`, then predict; only that has a gradient."""
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps[:index]:
+            velocity = model(x, window.mask, int(t), window.text)
+            x = scheduler.step(velocity, t, x).prev_sample
+    t = int(scheduler.timesteps[index])
+    return clean(scheduler, x, model(x, window.mask, t, window.text), t)
 
 
 def loss_at(
@@ -290,25 +315,17 @@ def loss_at(
     t: int,
     noise: Tensor,
     emphasis: Tensor,
-    brightness: Brightness,
 ) -> Tensor:
-    """Weighted squared error of the velocity of one window at time t, and that of means in HU."""
-    z, mask, text, voxels = window
+    """Weighted squared error of the velocity of one window at time t."""
     time_ = torch.tensor([t])
-    x = scheduler.add_noise(z, noise, time_)
-    wanted = scheduler.get_velocity(z, noise, time_)
-    found = model(x, mask, t, text)
-    signal = scheduler.alphas_cumprod[t]
-    snr = signal / (1 - signal)
-    # Min-SNR gives pure noise no weight; but what is decided there, anatomy and brightness, stays.
-    loss = (
-        max(min(float(snr), GAMMA) / (float(snr) + 1), FLOOR)
-        * (emphasis[:, None, None] * (found - wanted).square()).mean()
-    )
-    if t < CLEAR:
-        return loss
-    clean = signal.sqrt() * x - (1 - signal).sqrt() * found
-    return loss + MEANS * brightness.loss(clean, voxels)
+    x = scheduler.add_noise(window.z, noise, time_)
+    wanted = scheduler.get_velocity(window.z, noise, time_)
+    found = model(x, window.mask, t, window.text)
+    signal = float(scheduler.alphas_cumprod[t])
+    # Min-SNR, signal / (1 - signal), gives pure noise no weight; but what is decided there,
+    # anatomy and brightness, stays.
+    weight = max(min(signal, GAMMA * (1 - signal)), FLOOR)
+    return weight * (emphasis[:, None, None] * (found - wanted).square()).mean()
 
 
 @torch.no_grad()
@@ -326,34 +343,36 @@ def summed(model: Generator, took: Tensor) -> Tensor:
 @torch.no_grad()
 def judge(
     model: Generator, scheduler: DDIMScheduler, data: Data, gains: Tensor, brightness: Brightness
-) -> dict[str, dict[str, float]]:
-    """Errors in HU of held-out windows at four times: of latents, of organs', slices' means."""
-    errors: dict[str, dict[str, float]] = {}
-    for t in (999, 700, 400, 100):
+) -> dict[str, float]:
+    """Errors in HU of held-out windows: of latents at four times, of samples' means."""
+    errors = dict[str, float]()
+    for t in (PURE, 700, 400, 100):
         random, total = np.random.default_rng(5), 0.0
-        organs, slices = list[Tensor](), list[Tensor]()
         seeded = torch.Generator().manual_seed(5)
         for _ in range(8):
-            z, mask, text, voxels = data.window(random)
-            noise = torch.randn(z.shape, generator=seeded)
+            z, mask, text, _ = data.window(random)
+            noise = centred_noise(z, seeded)
             x = scheduler.add_noise(z, noise, torch.tensor([t]))
-            v = model(x, mask, t, text)
-            signal = scheduler.alphas_cumprod[t]
-            clean = signal.sqrt() * x - (1 - signal).sqrt() * v
-            error = (clean - z) * gains[:, None, None]
-            total += error.square().mean((0, 2, 3)).sum().item() / 8
-            off = brightness.off(clean, voxels)
-            organs.append(off[0].abs())
-            slices.append(off[1].abs())
-        found = {
-            "latents": math.sqrt(total),
-            "organs": torch.cat(organs).mean().item(),
-            "organs_beyond_40": (torch.cat(organs) > 40).float().mean().item(),
-            "slices": torch.cat(slices).mean().item(),
-            "worst_slice": torch.stack([off.max() for off in slices]).mean().item(),
-        }
-        errors[str(t)] = {name: round(value, 3) for name, value in found.items()}
-    return errors
+            error = clean(scheduler, x, model(x, mask, t, text), t) - z
+            total += (error * gains[:, None, None]).square().mean((0, 2, 3)).sum().item() / 8
+        errors[f"latents at {t}"] = math.sqrt(total)
+    organs, slices = list[Tensor](), list[Tensor]()
+    random, seeded = np.random.default_rng(5), torch.Generator().manual_seed(5)
+    for _ in range(12):
+        window = data.window(random)
+        noise = centred_noise(window.z, seeded)
+        z = sampled(model, scheduler, window, noise, STEPS - 1)
+        off = brightness.off(z, window.voxels)
+        organs.append(off[0].abs())
+        slices.append(off[1].abs())
+    every = torch.cat(organs)
+    errors |= {
+        "organs": every.mean().item(),
+        "organs beyond 40": (every > 40).float().mean().item(),
+        "slices": torch.cat(slices).mean().item(),
+        "worst slice": torch.stack([off.max() for off in slices]).mean().item(),
+    }
+    return {name: round(value, 3) for name, value in errors.items()}
 
 
 def main() -> None:
@@ -373,6 +392,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model, average = Generator(), Generator()
     scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(STEPS)
     data = Data(options.data)
     kept_out = options.out / "held_out"
     held_out = Data(kept_out, data.moments) if kept_out.is_dir() else data
@@ -405,18 +425,18 @@ def main() -> None:
     average.eval()
 
     def log(**row: object) -> None:
-        if rank:
-            return
         print(json.dumps(row), flush=True)
         with (options.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    log(
-        step=step,
-        patients=len(data.patients),
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
-    begin, losses = time.monotonic(), []
+    if rank == 0:
+        log(
+            step=step,
+            patients=len(data.patients),
+            parameters=sum(p.numel() for p in model.parameters()),
+            held_out_hu=judge(average, scheduler, held_out, gains, brightness),
+        )
+    begin, losses = time.monotonic(), defaultdict[str, list[float]](list)
     began = begin
     while minutes < options.minutes:
         progress = minutes / options.minutes
@@ -427,16 +447,20 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         for _ in range(options.windows // world):
             window = data.window(random)
-            noise = torch.randn(window.z.shape, generator=seeded)
-            pure = step % 2 == 0  # in all processes at once: these steps take twice as long
-            t = PURE if pure else int(random.integers(1000))
-            loss = loss_at(model, scheduler, window, t, noise, emphasis, brightness)
+            # All processes of one kind, and as many steps, that none waits for another.
+            kind, turn = KINDS[step % len(KINDS)], step // len(KINDS)
+            if kind == "noised":
+                t = PURE if random.random() < 0.25 else int(random.integers(1000))
+                noise = centred_noise(window.z, seeded)
+                loss = loss_at(model, scheduler, window, t, noise, emphasis)
+            else:
+                told = data.retold(window, random) if random.random() < 0.5 else None
+                index = 0 if kind == "first" else 1 + turn % (STEPS - 1)
+                noise = centred_noise(window.z, seeded)
+                z = sampled(model, scheduler, told or window, noise, index)
+                loss = MEANS * brightness.loss(z, (told or window).voxels)
             (loss / options.windows).backward()
-            losses.append(loss.item())
-            retold = data.retold(window, random) if pure else None
-            if retold:
-                loss = retold_loss(model, retold, noise, brightness)
-                (loss / options.windows).backward()
+            losses[kind].append(loss.item())
         # By the first process's clock, which stands still while it judges and saves.
         now = time.monotonic()
         took, began = torch.tensor([0.0 if rank else (now - began) / 60]), now
@@ -475,13 +499,17 @@ def main() -> None:
             log(
                 step=step,
                 minutes=round(minutes, 1),
-                loss=round(sum(losses) / len(losses), 4),
+                loss={kind: round(sum(of) / len(of), 5) for kind, of in losses.items()},
                 held_out_hu=judge(average, scheduler, held_out, gains, brightness),
                 steps_per_second=round(
-                    len(losses) * world / options.windows / (time.monotonic() - begin), 3
+                    sum(map(len, losses.values()))
+                    * world
+                    / options.windows
+                    / (time.monotonic() - begin),
+                    3,
                 ),
             )
-            begin, losses = time.monotonic(), []
+            begin, losses = time.monotonic(), defaultdict[str, list[float]](list)
             began = begin
 
 
