@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy import __version__, stream
-from fvae_deploy.codec import Codec, open_codec
+from fvae_deploy.codec import open_codec
 from fvae_deploy.conditions import PaintedMask, read_findings, read_labels
-from fvae_deploy.denoiser import Denoiser, open_denoiser
+from fvae_deploy.denoiser import open_denoiser
 from fvae_deploy.errors import UsageError
 from fvae_deploy.journal import Journal
 from fvae_deploy.latents import LatentReader, LatentWriter
@@ -32,6 +32,7 @@ from fvae_deploy.rss import current_rss
 from fvae_deploy.stitch import joint, starts
 from fvae_deploy.stream import Onto
 from fvae_deploy.volume import create_volume, open_volume
+from fvae_deploy.volume.base import Reader
 
 STITCHES = ("joint", "reference")
 
@@ -99,6 +100,9 @@ def generate(
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        # Before the networks: a wrong path is told at once.
+        organs = _opened(stack, mask)
+        disease = None if disease_mask is None else _opened(stack, disease_mask)
         denoiser = stack.enter_context(
             open_denoiser(model, engine=engine, precision=precision, device=device)
         )
@@ -111,7 +115,14 @@ def generate(
         request = Request(
             denoiser,
             codec,
-            _painted(stack, denoiser, codec, mask, disease_mask, labels),
+            PaintedMask(
+                organs,
+                disease,
+                of.masks,
+                of.plane,
+                least=codec.manifest.geometry.slices(of.window),
+                labels=None if labels is None else read_labels(Path(labels)),
+            ),
             text,
             Sampling(
                 sampler or of.sampler,
@@ -148,29 +159,11 @@ def generate(
         }
 
 
-def _painted(
-    stack: contextlib.ExitStack,
-    denoiser: Denoiser,
-    codec: Codec,
-    mask: str | Path,
-    disease_mask: str | Path | None,
-    labels: str | Path | None,
-) -> PaintedMask:
-    """Open masks as the volume that the network is shown, at least a window long."""
-    manifest = denoiser.manifest
-    organs = open_volume(mask)
-    stack.callback(organs.close)
-    disease = None if disease_mask is None else open_volume(disease_mask)
-    if disease is not None:
-        stack.callback(disease.close)
-    return PaintedMask(
-        organs,
-        disease,
-        manifest.masks,
-        manifest.plane,
-        least=codec.manifest.geometry.slices(manifest.window),
-        labels=None if labels is None else read_labels(Path(labels)),
-    )
+def _opened(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
+    """Open a mask as a volume, to be closed with the stack."""
+    volume = open_volume(mask)
+    stack.callback(volume.close)
+    return volume
 
 
 def _jointly(

@@ -256,7 +256,9 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
     command += ["-o", str(tmp_path / "out.nii")]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)
     assert plain.returncode == 3
-    assert re.fullmatch(r"fvae: expected a CT at .*none\.nii, found nothing: .*\n", plain.stderr)
+    assert re.fullmatch(
+        r"fvae: expected a volume at .*none\.nii, found nothing: .*\n", plain.stderr
+    )
     traced = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
     assert traced.returncode != 0
     assert "Traceback" in traced.stderr

@@ -296,7 +296,7 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
     """
     path = Path(path)
     if not path.exists():
-        raise VolumeError(f"expected a CT at {path}, found nothing: check the path")
+        raise VolumeError(f"expected a volume at {path}, found nothing: check the path")
     if path.name.endswith((".nii", ".nii.gz")):
         from fvae_deploy.volume.nifti import NiftiReader
 
