@@ -60,7 +60,7 @@ class GeneratorManifest(Bundle):
     eta: float  # of DDIM
     tokens: int  # of a text, filled up; 0 without a text encoder
     findings: str  # what is said where nothing is asked for
-    centred_noise: bool = False  # a frame's brightness is the mask's to say, not chance's
+    centred_noise: bool = False  # it has mean 0 in every channel of every frame
     parity: tuple[NoiseParity, ...] = ()
 
     @property

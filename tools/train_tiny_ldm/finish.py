@@ -27,7 +27,6 @@ FACTS = {
     "steps": 8,  # more change nothing for the better: benchmarks/generation.py
     "eta": 0.0,
     "findings": "No finding. Portal venous phase.",
-    "centred_noise": True,
 }
 
 

@@ -454,11 +454,12 @@ def main() -> None:
                 noise = centred_noise(window.z, seeded)
                 loss = loss_at(model, scheduler, window, t, noise, emphasis)
             else:
-                told = data.retold(window, random) if random.random() < 0.5 else None
+                if random.random() < 0.5:
+                    window = data.retold(window, random) or window
                 index = 0 if kind == "first" else 1 + turn % (STEPS - 1)
                 noise = centred_noise(window.z, seeded)
-                z = sampled(model, scheduler, told or window, noise, index)
-                loss = MEANS * brightness.loss(z, (told or window).voxels)
+                z = sampled(model, scheduler, window, noise, index)
+                loss = MEANS * brightness.loss(z, window.voxels)
             (loss / options.windows).backward()
             losses[kind].append(loss.item())
         # By the first process's clock, which stands still while it judges and saves.
@@ -480,6 +481,7 @@ def main() -> None:
                 "text_config": model.text.config.to_diff_dict(),
                 "tokenizer": json.loads(model.words.to_str()),
                 "schedule": SCHEDULE,
+                "centred_noise": True,
                 "palette": {str(label): hu for label, hu in palette().items()},
                 "finding_offset": OFFSET,
                 **data.moments,
