@@ -23,7 +23,7 @@ Parameter names are those of the published checkpoints (`model.diffusion_model.*
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +170,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def joined(x: Tensor, skip: Tensor) -> Tensor:
-        """Join channels [1, C, f, h, w] with those of a level above."""
+        """Join channels [B, C, f, h, w] with those of a level above."""
         return torch.cat([x, skip], dim=1)
 
     @property
@@ -192,9 +192,16 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, mask_latent: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """Predict the noise of x [f, D, h, w], given time [1, W], keys and values of the text."""
-        waiting = iter(text)
         embedding = self.time_embed(time)
         y = torch.cat([x, mask_latent], dim=1).transpose(0, 1)[None]
+        return self.predict(y, embedding, text)[0].transpose(0, 1)
+
+    def predict(self, y: Tensor, embedding: Tensor, text: Iterable[Tensor]) -> Tensor:
+        """Latents and mask [B, 2D, f, h, w], times as embeddings [B, E] -> [B, D, f, h, w].
+
+        Keys and values of the text are [B * f, heads, m, d], or of one text [1, heads, m, d].
+        """
+        waiting = iter(text)
         skips = []
         for block in self.input_blocks:
             y = _through(block, y, embedding, waiting)
@@ -202,7 +209,7 @@ class UNet(nn.Module):
         y = _through(self.middle_block, y, embedding, waiting)
         for block in self.output_blocks:
             y = _through(block, self.joined(y, skips.pop()), embedding, waiting)
-        result: Tensor = self.out_tem(self.out(y))[0].transpose(0, 1)
+        result: Tensor = self.out_tem(self.out(y))
         return result
 
 

@@ -1,4 +1,7 @@
-"""The layers of the denoiser, on volumes [1, C, f, h, w]; see `models.denoiser`."""
+"""The layers of the denoiser, on volumes [B, C, f, h, w]; see `models.denoiser`.
+
+Folded, for inference, B is 1.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ class InFrame(nn.Conv2d):
         self.weight = nn.Parameter(self.weight[:, :, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] -> [1, C', f, h', w']."""
+        """X [B, C, f, h, w] -> [B, C', f, h', w']."""
         if self.weight.ndim == 4:
-            frames: Tensor = super().forward(x[0].transpose(0, 1))
-            return frames.transpose(0, 1)[None]
+            frames = super().forward(x.transpose(1, 2).flatten(0, 1))
+            result: Tensor = frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+            return result
         padding = (0, *(int(n) for n in self.padding))
         return F.conv3d(x, self.weight, self.bias, (1, *self.stride), padding)
 
@@ -41,7 +45,7 @@ class AlongFrames(nn.Module):
         self.temporal_conv.weight = nn.Parameter(self.temporal_conv.weight[..., None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w], at least two frames, to as many."""
+        """X [B, C, f, h, w], at least two frames, to as many."""
         weight, bias = self.temporal_conv.weight, self.temporal_conv.bias
         frames = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
         if weight.ndim == 5:
@@ -54,7 +58,7 @@ class FrameNorm(nn.GroupNorm):
     """Group norm of every frame, by sums over planes alone, which need no other layout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] to as many."""
+        """X [B, C, f, h, w] to as many."""
         centred = x - self._of_groups(x.mean((3, 4)))
         area = x.shape[3] * x.shape[4]
         squares: Tensor = torch.linalg.vector_norm(centred, dim=(3, 4)).square() / area
@@ -64,7 +68,7 @@ class FrameNorm(nn.GroupNorm):
         return result
 
     def _of_groups(self, means: Tensor) -> Tensor:
-        """Means of channels [1, C, f] to those of their groups [1, C, f, 1, 1]."""
+        """Means of channels [B, C, f] to those of their groups [B, C, f, 1, 1]."""
         share = means.shape[1] // self.num_groups
         # One layer that mixes channels: what TensorRT made of reshape, mean and expand, fused with
         # what is around them, was not the same from build to build.
@@ -90,7 +94,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if width == out else InFrame(width, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """X [1, C, f, h, w] and embedding [1, E] -> [1, C', f, h, w]."""
+        """X [B, C, f, h, w] and embedding [B, E] -> [B, C', f, h, w]."""
         y = self.in_layers_tem(self.in_layers(x))
         y = y + self.emb_layers(embedding)[..., None, None, None]
         y = self.out_layers_tem(self.out_layers(y))
@@ -180,7 +184,7 @@ class Transformer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens x [f, n, C]; keys and values of the text [1, heads, m, d]."""
+        """Tokens x [f, n, C]; keys and values of the text [f or 1, heads, m, d]."""
         normed = self.norm1(x)
         x = x + self.attn1(normed, *self.attn1.keys_values(normed))
         x = x + self.attn2(self.norm2(x), keys, values)
@@ -201,12 +205,15 @@ class SpatialTransformer(nn.Module):
         self.proj_out = InFrame(width, width, 1)
 
     def forward(self, x: Tensor, text: Iterator[Tensor]) -> Tensor:
-        """X [1, C, f, h, w]; takes two tensors of the text for every transformer."""
-        pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 4, 1)[0]  # [f, h, w, C]
-        tokens = pixels.flatten(1, 2)
+        """X [B, C, f, h, w]; takes two tensors of the text for every transformer."""
+        pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 4, 1)  # [B, f, h, w, C]
+        frames = pixels[0] if len(x) == 1 else pixels.flatten(0, 1)
+        tokens = frames.flatten(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, next(text), next(text))
-        y = tokens.unflatten(1, x.shape[3:])[None].permute(0, 4, 1, 2, 3)
+        frames = tokens.unflatten(1, x.shape[3:])
+        y = frames[None] if len(x) == 1 else frames.unflatten(0, (len(x), -1))
+        y = y.permute(0, 4, 1, 2, 3)
         result: Tensor = x + self.proj_out(y)
         return result
 
@@ -220,7 +227,7 @@ class Downsample(nn.Module):
         self.op_tem = AlongFrames(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w], h and w even -> [1, C, f, h/2, w/2]."""
+        """X [B, C, f, h, w], h and w even -> [B, C, f, h/2, w/2]."""
         # Of the border of 1 all around, none is met at the far sides; so sizes stay exact.
         result: Tensor = self.op_tem(self.op(F.pad(x, (1, 0, 1, 0))))
         return result
@@ -241,7 +248,7 @@ class Upsample(nn.Module):
         del self.conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] -> [1, C, f, 2h, 2w]."""
+        """X [B, C, f, h, w] -> [B, C, f, 2h, 2w]."""
         if self.doubling is None:
             x = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
         else:

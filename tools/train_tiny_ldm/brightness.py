@@ -32,69 +32,93 @@ UNSEEN = 2  # latent frames that need those before the window
 
 
 class Voxels(NamedTuple):
-    """A window's labels [slices, x, y], and the sums of HU [slices, 256] under them."""
+    """Labels of B windows [B, slices, x, y], and what lies under them [B, slices, 256].
 
-    labels: Tensor
-    drawn: Tensor  # in the phantom
-    reconstructed: Tensor  # in its reconstruction
-    begins: bool  # its first frame is one slice, the volume's first
+    All have `STRIDE` slices for a latent frame. A volume's first frame is one slice: the last of
+    its four, the others are `OUTSIDE`.
+    """
+
+    labels: Tensor  # int64
+    counts: Tensor  # voxels
+    drawn: Tensor  # their HU in the phantom, summed
+    reconstructed: Tensor  # and in its reconstruction
+    begins: Tensor  # [B] whether the first frame is the volume's first
+
+    def seen(self) -> Voxels:
+        """Leave out the slices that need frames before the window."""
+        begun = self.begins[:, None]
+        late = torch.arange(self.labels.shape[1], device=begun.device) >= UNSEEN * STRIDE
+        kept = begun | late[None]
+        return Voxels(
+            self.labels.where(kept[..., None, None], OUTSIDE),
+            *(sums * kept[..., None] for sums in (self.counts, self.drawn, self.reconstructed)),
+            self.begins,
+        )
+
+
+class Off(NamedTuple):
+    """HU by which means are off, and whether there is anything to have a mean."""
+
+    organs: Tensor  # [B, labels]
+    several: Tensor
+    slices: Tensor  # [B, slices]
+    there: Tensor
 
 
 class Brightness:
     """Errors of means in HU, differentiable; `shift` and `scale` normalise latents."""
 
-    def __init__(self, shift: list[float], scale: list[float]) -> None:
+    def __init__(self, shift: list[float], scale: list[float], device: torch.device) -> None:
         self.vae, facts = load_lean_vae(VAE)
-        self.vae.requires_grad_(False)
+        self.vae.requires_grad_(False).to(device)
         unit = torch.tensor(facts["latent_scale"])
-        self.factor = (1 / (torch.tensor(scale) * unit))[:, None, None]
-        self.offset = (torch.tensor(shift) / unit)[:, None, None]
-        self.weights = torch.tensor(
-            [ARTERIAL if organ.startswith((*ARTERIES, "heart")) else 1.0 for organ in LABELLED]
-        )
+        factor, offset = 1 / (torch.tensor(scale) * unit), torch.tensor(shift) / unit
+        self.factor, self.offset = (v[:, None, None, None].to(device) for v in (factor, offset))
+        weights = [
+            ARTERIAL if organ.startswith((*ARTERIES, "heart")) else 1.0 for organ in LABELLED
+        ]
+        self.weights = torch.tensor(weights, device=device)[1:OUTSIDE]
 
-    def decoded(self, z: Tensor, begins: bool) -> Tensor:
-        """HU [slices, x, y] of normalised latents [f, D, h, w]."""
-        latents = (z * self.factor + self.offset).transpose(0, 1)[None]
-        tokens = self.vae.expand(latents, CausalState())
-        parts = [self.vae.unembed(tokens[:, int(begins) :], "video")]
-        if begins:
-            parts.insert(0, self.vae.unembed(tokens[:, :1], "image"))
-        return 2000 * torch.cat(parts, dim=2)[0, 0]
+    def decoded(self, z: Tensor, begins: Tensor) -> Tensor:
+        """HU [B, slices, x, y] of normalised latents [B, D, f, h, w]."""
+        tokens = self.vae.expand(z * self.factor + self.offset, CausalState())
+        slices = self.vae.unembed(tokens, "video")[:, 0]
+        image = self.vae.unembed(tokens[:, :1], "image")[:, 0, 0]
+        first = torch.where(begins[:, None, None], image, slices[:, STRIDE - 1])
+        return 2000 * torch.cat([slices[:, : STRIDE - 1], first[:, None], slices[:, STRIDE:]], 1)
 
-    def off(self, z: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor, Tensor]:
-        """HU by which means of organs [organs] and of slices [slices] are off; organs' weights."""
-        seen = slice(0 if voxels.begins else UNSEEN * STRIDE, None)
-        labels = voxels.labels[seen].long()
-        rows = torch.arange(len(labels))[:, None, None] * 256
-        places = (labels + rows).reshape(-1)
-        counts = torch.bincount(places, minlength=256 * len(labels)).reshape(-1, 256)
-        found = torch.zeros(256 * len(labels)).index_add(
-            0, places, self.decoded(z, voxels.begins)[seen].reshape(-1)
+    def off(self, z: Tensor, voxels: Voxels) -> Off:
+        """Compare the means of organs, and of the body in slices, with what they are to be."""
+        voxels = voxels.seen()
+        windows, slices = voxels.labels.shape[:2]
+        rows = torch.arange(windows * slices, device=z.device).view(windows, slices, 1, 1) * 256
+        found = torch.zeros(windows * slices * 256, device=z.device).index_add(
+            0, (voxels.labels + rows).flatten(), self.decoded(z, voxels.begins).flatten()
         )
-        sums = [found.reshape(-1, 256), voxels.drawn[seen], voxels.reconstructed[seen]]
-        organs, slices = counts.sum(0)[1:OUTSIDE], counts[:, :OUTSIDE].sum(1)
-        several, there = organs >= VOXELS, slices > 0
-        return (
-            _off(*(s.sum(0)[1:OUTSIDE][several] / organs[several] for s in sums)),
-            _off(*(s[:, :OUTSIDE].sum(1)[there] / slices[there] for s in sums)),
-            self.weights[1:OUTSIDE][several],
+        counts = voxels.counts
+        sums = (found.view_as(counts), voxels.drawn, voxels.reconstructed)
+        organs, planes = counts.sum(1)[:, 1:OUTSIDE], counts[..., :OUTSIDE].sum(2)
+        return Off(
+            _off(*(s.sum(1)[:, 1:OUTSIDE] / organs.clamp(min=1) for s in sums)),
+            organs >= VOXELS,
+            _off(*(s[..., :OUTSIDE].sum(2) / planes.clamp(min=1) for s in sums)),
+            planes > 0,
         )
 
     def loss(self, z: Tensor, voxels: Voxels) -> Tensor:
         """Huber loss of both, equal shares; of slices, every latent frame has the same weight."""
-        organs, slices, weights = self.off(z, voxels)
-        frames = torch.ones_like(slices)
-        if voxels.begins:
-            frames[0] = STRIDE
-        total = (frames * _huber(slices / SLICE)).sum() / frames.sum()
-        if len(organs):
-            total = total + (weights * _huber(organs / ORGAN)).sum() / weights.sum()
-        return total
+        off = self.off(z, voxels)
+        slices = off.there.float()
+        slices[:, STRIDE - 1] *= torch.where(voxels.begins, STRIDE, 1)
+        organs = off.several * self.weights
+        shares = _mean(slices, off.slices / SLICE) + _mean(organs, off.organs / ORGAN)
+        return shares.mean()
 
 
-def _huber(off: Tensor) -> Tensor:
-    return F.huber_loss(off, torch.zeros_like(off), reduction="none", delta=2.0)
+def _mean(weights: Tensor, off: Tensor) -> Tensor:
+    """Mean Huber loss of every window; 0 where nothing has a weight."""
+    lost = F.huber_loss(off, torch.zeros_like(off), reduction="none", delta=2.0)
+    return (weights * lost).sum(1) / weights.sum(1).clamp(min=1e-6)
 
 
 def _off(found: Tensor, drawn: Tensor, reconstructed: Tensor) -> Tensor:

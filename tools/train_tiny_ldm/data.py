@@ -3,10 +3,10 @@
     python tools/train_tiny_ldm/data.py build/tiny_ldm/data --patients 1000
     python tools/train_tiny_ldm/data.py build/tiny_ldm/held_out --patients 24 --first 100
 
-Every patient is one file. Besides latents it holds every voxel's label (`OUTSIDE` the body) and
-the sums of HU under every label of every slice, drawn and reconstructed. Volumes are of 65 to 257
-slices of 128x128 over the same 450 mm, so slices are 7 to 1.8 mm thick; each is encoded as one
-causal stream, to be cut anywhere.
+Every patient is one file. Besides latents it holds every voxel's label (`OUTSIDE` the body) and,
+under every label of every slice, the voxels and the sums of their HU, drawn and reconstructed.
+Volumes are of 65 to 257 slices of 128x128 over the same 450 mm, so slices are 7 to 1.8 mm thick;
+each is encoded as one causal stream, to be cut anywhere.
 Seeds below `HELD_OUT` are never learnt from: they judge.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +65,29 @@ def latents(codec: Codec, hu: Frames) -> Frames:
     return z.transpose(1, 0, 2, 3)
 
 
-def brightness(hu: Frames, organs: NDArray[np.uint8], ct: Frames) -> dict[str, NDArray[Any]]:
-    """Labels [z, x, y], and the sums of HU [z, 256] under them in phantom and reconstruction."""
+def brightness(
+    codec: Codec, hu: Frames, organs: NDArray[np.uint8], ct: Frames
+) -> dict[str, NDArray[Any]]:
+    """Labels [z, x, y]; their voxels, and the HU of phantom and reconstruction there [z, 256]."""
     body = body_of(hu.transpose(1, 2, 0)).transpose(2, 0, 1)
     labels = np.where(body | (organs > 0), organs, np.uint8(OUTSIDE))
-    made = 2000 * _codec().decode(ct.astype(np.float32).transpose(1, 0, 2, 3))[0]
+    made = 2000 * codec.decode(ct.astype(np.float32).transpose(1, 0, 2, 3))[0]
 
     def sums(volume: Frames) -> Frames:
         rows = [np.bincount(a.ravel(), b.ravel(), 256) for a, b in zip(labels, volume, strict=True)]
         return np.stack(rows).astype(np.float32)
 
-    return {"labels": labels, "drawn": sums(hu), "reconstructed": sums(made)}
+    counts = sums(np.ones_like(hu))
+    return {"labels": labels, "counts": counts, "drawn": sums(hu), "reconstructed": sums(made)}
 
 
 @cache
-def _codec() -> Codec:
+def _codec(device: str) -> Codec:
     """One codec a process."""
-    return open_codec("tiny", engine="openvino")
+    return open_codec("tiny", device=device)
 
 
-def make(folder: Path, seed: int) -> None:
+def make(folder: Path, device: str, seed: int) -> None:
     """Draw, encode and keep one patient."""
     path = folder / f"{seed}.npz"
     if path.exists():
@@ -92,15 +95,17 @@ def make(folder: Path, seed: int) -> None:
     patient = varied(seed)
     random = np.random.default_rng([seed, 11])
     hu, organs, findings = drawn(patient, int(random.choice(SLICES)), seed)
+    codec = _codec(device)
     arrays = {
-        "ct": latents(_codec(), hu),
-        "organs": latents(_codec(), painted(organs)),
-        "ill": latents(_codec(), painted(organs, findings)),
+        "ct": latents(codec, hu),
+        "organs": latents(codec, painted(organs)),
+        "ill": latents(codec, painted(organs, findings)),
     }
     small = {name: array.astype(np.float16) for name, array in arrays.items()}
     reports = [patient.report(n) for n in range(8)]
     with path.with_suffix(".new").open("wb") as file:
-        np.savez(file, **small, **brightness(hu, organs, small["ct"]), reports=np.array(reports))
+        means = brightness(codec, hu, organs, small["ct"])
+        np.savez(file, **small, **means, reports=np.array(reports))
     path.with_suffix(".new").rename(path)
 
 
@@ -111,11 +116,13 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=1200)
     parser.add_argument("--first", type=int, default=HELD_OUT, help="seed of the first one")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="that encodes: cpu or cuda")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first, options.first + options.patients)
     with ProcessPoolExecutor(options.jobs) as pool:
-        for count, _ in enumerate(pool.map(make, [options.folder] * len(seeds), seeds), start=1):
+        one = partial(make, options.folder, options.device)
+        for count, _ in enumerate(pool.map(one, seeds), start=1):
             if count % 50 == 0:
                 print(f"{count} of {len(seeds)} patients", flush=True)
 

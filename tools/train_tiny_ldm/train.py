@@ -33,6 +33,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from brightness import Brightness, Voxels
+from brightness import OUTSIDE, Brightness, Voxels
 from palette import OFFSET, palette
 from words import TOKENS, tokenizer
 
@@ -94,6 +95,7 @@ KINDS = ("noised", "first", "later")  # of steps, in turn: what the loss is of
 WARM = 100  # steps
 MEANS = 0.01  # weight of organs' and slices' means
 SHARE = 0.7  # of the loss that counts a channel by what it means in HU
+DECAY = 0.998  # of the average of weights
 
 
 class Generator(nn.Module):
@@ -117,13 +119,24 @@ class Generator(nn.Module):
             add_pooling_layer=False,
         )
 
-    def forward(self, x: Tensor, mask: Tensor, t: int, text: str) -> Tensor:
-        """Predict the velocity of x [f, D, h, w] at time t."""
-        coded = self.words.encode(text)
-        ids, attended = (torch.tensor([v]) for v in (coded.ids, coded.attention_mask))
-        context = self.text(input_ids=ids, attention_mask=attended).last_hidden_state[0]
-        time_ = torch.from_numpy(waves(t, UNET["model_channels"]))
-        result: Tensor = self.unet(x, mask, time_, *self.unet.keys_values(context))
+    def forward(
+        self, x: Tensor, mask: Tensor, times: Sequence[int], texts: Sequence[str]
+    ) -> Tensor:
+        """Predict the velocity of x [B, D, f, h, w] at a time each."""
+        coded = self.words.encode_batch(list(texts))
+        ids, attended = (
+            torch.tensor(rows, device=x.device)
+            for rows in ([c.ids for c in coded], [c.attention_mask for c in coded])
+        )
+        context = self.text(input_ids=ids, attention_mask=attended).last_hidden_state
+        told = [
+            tensor.repeat_interleave(x.shape[2], 0)
+            for layer in self.unet.text_attention
+            for tensor in layer.keys_values(context)
+        ]
+        waved = np.concatenate([waves(t, UNET["model_channels"]) for t in times])
+        embedding = self.unet.time_embed(torch.from_numpy(waved).to(x.device))
+        result: Tensor = self.unet.predict(torch.cat([x, mask], dim=1), embedding, told)
         return result
 
     def published(self) -> dict[str, Tensor]:
@@ -157,12 +170,12 @@ class Generator(nn.Module):
         ]
 
 
-class Window(NamedTuple):
-    """Latents [f, D, h, w] of a CT and its mask, the report, and what the voxels are."""
+class Windows(NamedTuple):
+    """Latents [B, D, f, h, w] of CTs and their masks, the reports, and what the voxels are."""
 
     z: Tensor
     mask: Tensor
-    text: str
+    texts: list[str]
     voxels: Voxels
 
 
@@ -174,66 +187,76 @@ def phase_of(text: str) -> str | None:
 class Data:
     """Windows of all patients in a folder, normalised by channel."""
 
-    def __init__(self, folder: Path, moments: dict[str, list[float]] | None = None) -> None:
-        self.patients = []
+    def __init__(
+        self, folder: Path, device: torch.device, moments: dict[str, list[float]] | None = None
+    ) -> None:
+        self.device = device
+        self.reports: list[list[str]] = []
+        self.patients: list[dict[str, Tensor]] = []
         for path in sorted(folder.glob("*.npz")):
             with np.load(path) as file:
-                self.patients.append({name: file[name] for name in file})
+                arrays = {name: file[name] for name in file}
+            self.reports.append([str(report) for report in arrays.pop("reports")])
+            self.patients.append(self._kept(arrays))
         self.moments = moments or self._measured()
         self.phases = self._phases()
+
+    def _kept(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """Give voxels the slices that a first latent frame lacks."""
+        for name in ("labels", "counts", "drawn", "reconstructed"):
+            lacking = ((STRIDE - 1, 0), *[(0, 0)] * (arrays[name].ndim - 1))
+            blank = OUTSIDE if name == "labels" else 0
+            arrays[name] = np.pad(arrays[name], lacking, constant_values=blank)
+        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
 
     def _measured(self) -> dict[str, list[float]]:
         """Mean and deviation of every channel, of latents and of masks."""
         found = {}
         for name, key in (("latent", "ct"), ("mask", "ill")):
-            rows = [p[key][::3].astype(np.float32) for p in self.patients[:400]]
-            every = np.concatenate(
-                [r.transpose(1, 0, 2, 3).reshape(r.shape[1], -1) for r in rows], 1
-            )
+            rows = [p[key][::3].float() for p in self.patients[:400]]
+            every = torch.cat([r.transpose(0, 1).flatten(1) for r in rows], 1)
             found[f"{name}_shift"] = [round(float(v), 5) for v in every.mean(1)]
             found[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
         return found
 
-    def _phases(self) -> dict[str, dict[str, np.ndarray]]:
+    def _phases(self) -> dict[str, dict[str, Tensor]]:
         """Mean HU under every label by contrast phase; from patient to patient they vary little."""
+        names = ("drawn", "reconstructed", "counts")
         totals = {
-            phase: {name: np.zeros(256) for name in ("drawn", "reconstructed", "voxels")}
+            phase: {name: torch.zeros(256, device=self.device) for name in names}
             for phase in PHASES
         }
-        for patient in self.patients:
-            total = totals[phase_of(str(patient["reports"][0]))]
-            for name in ("drawn", "reconstructed"):
-                total[name] += patient[name].sum(0)
-            total["voxels"] += np.bincount(patient["labels"].ravel(), minlength=256)
+        for patient, reports in zip(self.patients, self.reports, strict=True):
+            for name, total in totals[phase_of(reports[0])].items():
+                total += patient[name].sum(0)
         return {
-            phase: {
-                name: total[name] / total["voxels"].clip(1) for name in total if name != "voxels"
-            }
+            phase: {name: total[name] / total["counts"].clamp(min=1) for name in names[:2]}
             for phase, total in totals.items()
         }
 
-    def retold(self, window: Window, random: np.random.Generator) -> Window | None:
-        """Tell of another contrast phase; the window's sums are what they would be in it.
+    def retold(self, windows: Windows, random: np.random.Generator) -> Windows:
+        """Tell half of the windows of another contrast phase than theirs.
 
-        None where the text tells of none.
+        Their sums become what they would be in it. A text that tells of none stays.
         """
-        phase = phase_of(window.text)
-        if phase is None:
-            return None
-        other = str(random.choice([name for name in PHASES if name != phase]))
-        start = window.text.lower().index(phase)
-        text = window.text[:start] + other + window.text[start + len(phase) :]
-        labels = window.voxels.labels.numpy()
-        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
-        drawn, reconstructed = (
-            torch.from_numpy(
-                (counts * (self.phases[other][name] - self.phases[phase][name])).astype(np.float32)
-            )
-            + getattr(window.voxels, name)
-            for name in ("drawn", "reconstructed")
-        )
-        voxels = window.voxels._replace(drawn=drawn, reconstructed=reconstructed)
-        return window._replace(text=text, voxels=voxels)
+        texts, voxels = list(windows.texts), windows.voxels
+        changes = {
+            name: torch.zeros_like(voxels.counts[:, 0]) for name in ("drawn", "reconstructed")
+        }
+        for i, text in enumerate(texts):
+            phase = phase_of(text)
+            if phase is None or random.random() < 0.5:
+                continue
+            other = str(random.choice([name for name in PHASES if name != phase]))
+            start = text.lower().index(phase)
+            texts[i] = text[:start] + other + text[start + len(phase) :]
+            for name, change in changes.items():
+                change[i] = self.phases[other][name] - self.phases[phase][name]
+        changed = {
+            name: getattr(voxels, name) + voxels.counts * change[:, None]
+            for name, change in changes.items()
+        }
+        return windows._replace(texts=texts, voxels=voxels._replace(**changed))
 
     def gains(self) -> Tensor:
         """HU (root mean square) that noise of one deviation in each channel makes of a volume."""
@@ -241,52 +264,65 @@ class Data:
         total = np.zeros(len(self.moments["latent_scale"]))
         with open_codec("tiny") as codec:
             for patient in self.patients[:4]:
-                z = patient["ct"][:9].astype(np.float32).transpose(1, 0, 2, 3)
+                z = patient["ct"][:9].float().transpose(0, 1).cpu().numpy()
                 clean = codec.decode(z)
                 for channel, scale in enumerate(self.moments["latent_scale"]):
                     changed = z.copy()
                     changed[channel] += random.standard_normal(z[0].shape, np.float32) / scale
                     total[channel] += np.square(2000 * (codec.decode(changed) - clean)).mean() / 4
-        return torch.from_numpy(np.sqrt(total)).float()
+        return torch.from_numpy(np.sqrt(total)).float().to(self.device)
 
-    def normal(self, kind: str, latent: np.ndarray) -> Tensor:
-        """Bring a window [f, D, h, w] to mean 0 and deviation 1 in every channel."""
+    def normal(self, kind: str, latents: list[Tensor]) -> Tensor:
+        """Bring windows [f, D, h, w] to [B, D, f, h, w], mean 0 and deviation 1 by channel."""
         shift, scale = (
-            torch.tensor(self.moments[f"{kind}_{what}"])[:, None, None]
+            torch.tensor(self.moments[f"{kind}_{what}"], device=self.device)[:, None, None, None]
             for what in ("shift", "scale")
         )
-        return (torch.from_numpy(latent.astype(np.float32)) - shift) * scale
+        return (torch.stack(latents).float().transpose(1, 2) - shift) * scale
 
-    def window(self, random: np.random.Generator) -> Window:
-        """Draw a window; half of them begin a volume."""
-        patient = self.patients[int(random.integers(len(self.patients)))]
-        spare = len(patient["ct"]) - WINDOW
-        start = int(random.integers(spare + 1)) if spare and random.random() < 0.7 else 0
-        cut = slice(start, start + WINDOW)
-        mask = patient["ill" if random.random() < 0.65 else "organs"][cut]
-        text = str(random.choice(patient["reports"]))
-        sentences = text.split(". ")
-        if random.random() < 0.15:
-            text = ". ".join(sentences[:-1]) + "."  # the phase left out
-        if random.random() < 0.3:
-            text = text.rstrip(".").lower()
-        if random.random() < 0.05:
-            text = ""
-        slices = slice(max(0, STRIDE * start - STRIDE + 1), STRIDE * (start + WINDOW - 1) + 1)
-        names = ("labels", "drawn", "reconstructed")
-        voxels = (torch.from_numpy(patient[name][slices]) for name in names)
-        return Window(
-            self.normal("latent", patient["ct"][cut]),
-            self.normal("mask", mask),
-            text,
-            Voxels(*voxels, start == 0),
+    def draw(self, windows: int, random: np.random.Generator) -> Windows:
+        """Draw windows; half of them begin a volume."""
+        latents, masks, texts, begins = [], [], [], []
+        voxels: dict[str, list[Tensor]] = {
+            name: [] for name in ("labels", "counts", "drawn", "reconstructed")
+        }
+        for _ in range(windows):
+            number = int(random.integers(len(self.patients)))
+            patient = self.patients[number]
+            spare = len(patient["ct"]) - WINDOW
+            start = int(random.integers(spare + 1)) if spare and random.random() < 0.7 else 0
+            cut = slice(start, start + WINDOW)
+            latents.append(patient["ct"][cut])
+            masks.append(patient["ill" if random.random() < 0.65 else "organs"][cut])
+            texts.append(_told(str(random.choice(self.reports[number])), random))
+            begins.append(start == 0)
+            slices = slice(STRIDE * start, STRIDE * (start + WINDOW))
+            for name, kept in voxels.items():
+                kept.append(patient[name][slices])
+        stacked = {name: torch.stack(kept) for name, kept in voxels.items()}
+        stacked["labels"] = stacked["labels"].long()
+        return Windows(
+            self.normal("latent", latents),
+            self.normal("mask", masks),
+            texts,
+            Voxels(**stacked, begins=torch.tensor(begins, device=self.device)),
         )
+
+
+def _told(text: str, random: np.random.Generator) -> str:
+    """Vary a report: without the phase, in small letters, or none."""
+    sentences = text.split(". ")
+    if random.random() < 0.15:
+        text = ". ".join(sentences[:-1]) + "."  # the phase left out
+    if random.random() < 0.3:
+        text = text.rstrip(".").lower()
+    return "" if random.random() < 0.05 else text
 
 
 def centred_noise(z: Tensor, seeded: torch.Generator) -> Tensor:
     """Draw unit noise in the shape of z, of mean 0 in every channel of every frame."""
-    noise = torch.randn(z.shape, generator=seeded)
-    return noise - noise.mean((2, 3), keepdim=True)
+    noise = torch.randn(z.shape, generator=seeded, device=seeded.device).to(z.device)
+    return noise - noise.mean((3, 4), keepdim=True)
 
 
 def clean(scheduler: DDIMScheduler, x: Tensor, velocity: Tensor, t: int) -> Tensor:
@@ -296,36 +332,40 @@ def clean(scheduler: DDIMScheduler, x: Tensor, velocity: Tensor, t: int) -> Tens
 
 
 def sampled(
-    model: Generator, scheduler: DDIMScheduler, window: Window, noise: Tensor, index: int
+    model: Generator, scheduler: DDIMScheduler, windows: Windows, noise: Tensor, index: int
 ) -> Tensor:
     """Take the sampler's steps up to `index`, then predict; only that has a gradient."""
-    x = noise
+    x, texts = noise, windows.texts
+
+    def predicted(t: int) -> Tensor:
+        return model(x, windows.mask, [t] * len(texts), texts)
+
     with torch.no_grad():
-        for t in scheduler.timesteps[:index]:
-            velocity = model(x, window.mask, int(t), window.text)
-            x = scheduler.step(velocity, t, x).prev_sample
+        for t in scheduler.timesteps[:index].tolist():
+            x = scheduler.step(predicted(t), t, x).prev_sample
     t = int(scheduler.timesteps[index])
-    return clean(scheduler, x, model(x, window.mask, t, window.text), t)
+    return clean(scheduler, x, predicted(t), t)
 
 
 def loss_at(
     model: Generator,
     scheduler: DDIMScheduler,
-    window: Window,
-    t: int,
+    windows: Windows,
+    times: list[int],
     noise: Tensor,
     emphasis: Tensor,
 ) -> Tensor:
-    """Weighted squared error of the velocity of one window at time t."""
-    time_ = torch.tensor([t])
-    x = scheduler.add_noise(window.z, noise, time_)
-    wanted = scheduler.get_velocity(window.z, noise, time_)
-    found = model(x, window.mask, t, window.text)
-    signal = float(scheduler.alphas_cumprod[t])
+    """Weighted squared error of the velocity of windows, each at its time."""
+    t = torch.tensor(times, device=noise.device)
+    x = scheduler.add_noise(windows.z, noise, t)
+    wanted = scheduler.get_velocity(windows.z, noise, t)
+    found = model(x, windows.mask, times, windows.texts)
+    signal = scheduler.alphas_cumprod.to(noise.device)[t]
     # Min-SNR, signal / (1 - signal), gives pure noise no weight; but what is decided there,
     # anatomy and brightness, stays.
-    weight = max(min(signal, GAMMA * (1 - signal)), FLOOR)
-    return weight * (emphasis[:, None, None] * (found - wanted).square()).mean()
+    weight = torch.minimum(signal, GAMMA * (1 - signal)).clamp(min=FLOOR)
+    errors = (emphasis[:, None, None, None] * (found - wanted).square()).mean((1, 2, 3, 4))
+    return (weight * errors).mean()
 
 
 @torch.no_grad()
@@ -346,31 +386,23 @@ def judge(
 ) -> dict[str, float]:
     """Errors in HU of held-out windows: of latents at four times, of samples' means."""
     errors = dict[str, float]()
+    windows = data.draw(8, np.random.default_rng(5))
+    noise = centred_noise(windows.z, torch.Generator().manual_seed(5))
     for t in (PURE, 700, 400, 100):
-        random, total = np.random.default_rng(5), 0.0
-        seeded = torch.Generator().manual_seed(5)
-        for _ in range(8):
-            z, mask, text, _ = data.window(random)
-            noise = centred_noise(z, seeded)
-            x = scheduler.add_noise(z, noise, torch.tensor([t]))
-            error = clean(scheduler, x, model(x, mask, t, text), t) - z
-            total += (error * gains[:, None, None]).square().mean((0, 2, 3)).sum().item() / 8
-        errors[f"latents at {t}"] = math.sqrt(total)
-    organs, slices = list[Tensor](), list[Tensor]()
-    random, seeded = np.random.default_rng(5), torch.Generator().manual_seed(5)
-    for _ in range(12):
-        window = data.window(random)
-        noise = centred_noise(window.z, seeded)
-        z = sampled(model, scheduler, window, noise, STEPS - 1)
-        off = brightness.off(z, window.voxels)
-        organs.append(off[0].abs())
-        slices.append(off[1].abs())
-    every = torch.cat(organs)
+        times = [t] * len(noise)
+        x = scheduler.add_noise(windows.z, noise, torch.tensor(times, device=noise.device))
+        found = clean(scheduler, x, model(x, windows.mask, times, windows.texts), t)
+        error = (found - windows.z) * gains[:, None, None, None]
+        errors[f"latents at {t}"] = math.sqrt(error.square().mean((0, 2, 3, 4)).sum().item())
+    windows = data.draw(12, np.random.default_rng(5))
+    noise = centred_noise(windows.z, torch.Generator().manual_seed(5))
+    off = brightness.off(sampled(model, scheduler, windows, noise, STEPS - 1), windows.voxels)
+    organs, slices = off.organs[off.several].abs(), off.slices.abs() * off.there
     errors |= {
-        "organs": every.mean().item(),
-        "organs beyond 40": (every > 40).float().mean().item(),
-        "slices": torch.cat(slices).mean().item(),
-        "worst slice": torch.stack([off.max() for off in slices]).mean().item(),
+        "organs": organs.mean().item(),
+        "organs beyond 40": (organs > 40).float().mean().item(),
+        "slices": slices[off.there].mean().item(),
+        "worst slice": slices.amax(1).mean().item(),
     }
     return {name: round(value, 3) for name, value in errors.items()}
 
@@ -383,36 +415,40 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=110, help="in all, stops not counted; the rate falls to it"
     )
-    parser.add_argument("--windows", type=int, default=2, help="in a step")
+    parser.add_argument("--windows", type=int, default=2, help="in a step, of all processes")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, help="published weights to begin from")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     model, average = Generator(), Generator()
     scheduler = DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(STEPS)
-    data = Data(options.data)
+    data = Data(options.data, device)
     kept_out = options.out / "held_out"
-    held_out = Data(kept_out, data.moments) if kept_out.is_dir() else data
+    held_out = Data(kept_out, device, data.moments) if kept_out.is_dir() else data
     if options.weights:
         data.moments |= model.begin_from(options.weights)
     average.load_state_dict(model.state_dict())
     for network in (model, average):
-        network.to(memory_format=torch.channels_last)
+        network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.groups(options.rate), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01
     )
     step, minutes, saved = 0, 0.0, options.out / "checkpoint.pt"
     if saved.exists():
-        state = torch.load(saved, weights_only=True)
+        state = torch.load(saved, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, minutes = state["step"], state["minutes"]
         data.moments = held_out.moments = state["moments"]
-    brightness = Brightness(data.moments["latent_shift"], data.moments["latent_scale"])
+    brightness = Brightness(data.moments["latent_shift"], data.moments["latent_scale"], device)
     gains = data.gains()
     energy = gains.square() / gains.square().mean()
     emphasis = SHARE * energy + (1 - SHARE)
@@ -421,7 +457,7 @@ def main() -> None:
         ranks.init_process_group("gloo")
         rank, world = ranks.get_rank(), ranks.get_world_size()
     random = np.random.default_rng([options.seed, step, rank])
-    seeded = torch.Generator().manual_seed(options.seed + step + 1_000_003 * rank)
+    seeded = torch.Generator(device).manual_seed(options.seed + step + 1_000_003 * rank)
     average.eval()
 
     def log(**row: object) -> None:
@@ -436,7 +472,7 @@ def main() -> None:
             parameters=sum(p.numel() for p in model.parameters()),
             held_out_hu=judge(average, scheduler, held_out, gains, brightness),
         )
-    begin, losses = time.monotonic(), defaultdict[str, list[float]](list)
+    begin, losses = time.monotonic(), defaultdict[str, list[Tensor]](list)
     began = begin
     while minutes < options.minutes:
         progress = minutes / options.minutes
@@ -445,23 +481,20 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * falling
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(options.windows // world):
-            window = data.window(random)
-            # All processes of one kind, and as many steps, that none waits for another.
-            kind, turn = KINDS[step % len(KINDS)], step // len(KINDS)
-            if kind == "noised":
-                t = PURE if random.random() < 0.25 else int(random.integers(1000))
-                noise = centred_noise(window.z, seeded)
-                loss = loss_at(model, scheduler, window, t, noise, emphasis)
-            else:
-                if random.random() < 0.5:
-                    window = data.retold(window, random) or window
-                index = 0 if kind == "first" else 1 + turn % (STEPS - 1)
-                noise = centred_noise(window.z, seeded)
-                z = sampled(model, scheduler, window, noise, index)
-                loss = MEANS * brightness.loss(z, window.voxels)
-            (loss / options.windows).backward()
-            losses[kind].append(loss.item())
+        windows = data.draw(options.windows // world, random)
+        # All processes of one kind, and as many steps, that none waits for another.
+        kind, turn = KINDS[step % len(KINDS)], step // len(KINDS)
+        noise = centred_noise(windows.z, seeded)
+        if kind == "noised":
+            times = [PURE if random.random() < 0.25 else int(random.integers(1000)) for _ in noise]
+            loss = loss_at(model, scheduler, windows, times, noise, emphasis)
+        else:
+            windows = data.retold(windows, random)
+            index = 0 if kind == "first" else 1 + turn % (STEPS - 1)
+            z = sampled(model, scheduler, windows, noise, index)
+            loss = MEANS * brightness.loss(z, windows.voxels)
+        (loss / world).backward()
+        losses[kind].append(loss.detach())
         # By the first process's clock, which stands still while it judges and saves.
         now = time.monotonic()
         took, began = torch.tensor([0.0 if rank else (now - began) / 60]), now
@@ -471,9 +504,8 @@ def main() -> None:
         optimizer.step()
         step += 1
         with torch.no_grad():
-            decay = min(0.995, (1 + step) / (10 + step))
-            for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+            decay = min(DECAY, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         minutes += took.item()
         if rank == 0 and (step % options.save_every == 0 or minutes >= options.minutes):
             facts = {
@@ -501,17 +533,13 @@ def main() -> None:
             log(
                 step=step,
                 minutes=round(minutes, 1),
-                loss={kind: round(sum(of) / len(of), 5) for kind, of in losses.items()},
+                loss={kind: round(float(torch.stack(of).mean()), 5) for kind, of in losses.items()},
                 held_out_hu=judge(average, scheduler, held_out, gains, brightness),
                 steps_per_second=round(
-                    sum(map(len, losses.values()))
-                    * world
-                    / options.windows
-                    / (time.monotonic() - begin),
-                    3,
+                    sum(map(len, losses.values())) / (time.monotonic() - begin), 3
                 ),
             )
-            begin, losses = time.monotonic(), defaultdict[str, list[float]](list)
+            begin, losses = time.monotonic(), defaultdict[str, list[Tensor]](list)
             began = begin
 
 
