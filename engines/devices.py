@@ -11,6 +11,7 @@ from fvae_deploy.engines.base import missing
 DRIVER = (
     "an NVIDIA GPU with its driver (nvidia-smi shows them): install the driver of NVIDIA's site"
 )
+MAJOR, MINOR = 75, 76  # of the compute capability, among the driver's attributes
 CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
 
@@ -18,7 +19,7 @@ def problems(name: str) -> list[str]:
     """Name all that an engine lacks on this machine to run on a GPU; empty when nothing is."""
     first = missing(name)
     found = [] if first is None else [first]
-    if name != "openvino" and not _has_driver():
+    if name != "openvino" and target() is None:
         found.append(f"needs {DRIVER}")
     if first is None:
         found += CHECKS[name]()
@@ -69,12 +70,17 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def _has_driver() -> bool:
-    """Whether NVIDIA's driver is installed and finds a GPU."""
+def target() -> str | None:
+    """Architecture of the first GPU of NVIDIA's driver, as sm_90; None without either."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int()
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return not failed and count.value > 0
+        return None
+    device, major, minor = (ctypes.c_int() for _ in range(3))
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device)
+    )
+    return None if failed else f"sm_{major.value}{minor.value}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from safetensors import safe_open
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle
-from fvae_deploy.export.models.family import fill, on_kernels, rebuild
+from fvae_deploy.export.models.family import ON_KERNELS, fill, on_kernels, rebuild
 from fvae_deploy.kernels.dispatch import Kernels
+from fvae_deploy.kernels.optional import FAILURES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,24 +45,33 @@ class EagerEngine:
             ) from None
         backend = os.environ.get("FVAE_KERNELS", "auto")
         self._kernels = Kernels(device, backend, bundle / "tuning")
+        # Which computes the network: `triton`, or torch's operations as `reference`.
+        written = self._kernels.triton and manifest.network.family in ON_KERNELS
+        self.kernels = "triton" if written else "reference"
         self._manifest = manifest
         self._weights = bundle / "weights.safetensors"
         self._empty = rebuild(manifest)
         self._stages: dict[str, torch.nn.Module] = {}
+        self._on_gpu = self._device.type == "cuda"
 
     @torch.inference_mode()
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute one part."""
         spec = self._manifest.part(part)
         check_inputs(spec, inputs)
-        given = [self._tensor(inputs[tensor.name], tensor.type) for tensor in spec.inputs]
         try:
-            outputs = self._stage(spec.stage)(*given)
-        except RuntimeError as error:
-            raise EngineError(f"torch failed in {part}: {str(error).splitlines()[0]}") from error
+            # Triton launches on the current GPU, wherever tensors are.
+            with torch.cuda.device(self._device) if self._on_gpu else nullcontext():
+                given = [self._tensor(inputs[tensor.name], tensor.type) for tensor in spec.inputs]
+                outputs = self._stage(spec.stage)(*given)
+                result = outputs[0].to("cpu", torch.float32).contiguous().numpy()
+        except FAILURES as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            # Triton begins with the code that it could not compile.
+            reason = lines[0 if isinstance(error, RuntimeError) else -1]
+            raise EngineError(f"torch failed in {part}: {reason}") from error
         named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
-        data = spec.outputs[0].name
-        named[data] = named[data].to("cpu", torch.float32).contiguous().numpy()
+        named[spec.outputs[0].name] = result
         return named
 
     def host(self, state: Any) -> Any:
@@ -71,8 +82,10 @@ class EagerEngine:
         """Keep everything: first and step parts share their weights."""
 
     def close(self) -> None:
-        """Release the network."""
+        """Release the network, and a GPU's memory to other processes."""
         self._stages.clear()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
 
     def _stage(self, name: str) -> torch.nn.Module:
         """Load a stage's weights when it is first run: a decoder needs no encoder."""

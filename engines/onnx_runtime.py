@@ -49,6 +49,9 @@ class OnnxRuntimeEngine:
                     f"expected ONNX Runtime with {name}, found "
                     f"{', '.join(ort.get_available_providers())}: {REMEDY}"
                 )
+        # CUDA's libraries from pip lie where the loader does not look.
+        if device != "cpu" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
         self.precision = precision
         self._bundle, self._manifest, self._device = bundle, manifest, device
         self._place = "cpu" if device == "cpu" else "cuda"  # where tensors are
@@ -109,9 +112,8 @@ class OnnxRuntimeEngine:
     def _session(self, part: str) -> ort.InferenceSession:
         if part not in self._sessions:
             options = ort.SessionOptions()
-            # Asked for and absent is an error, never a silent run on the CPU.
             if self._device != "cpu":
-                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             options.log_severity_level = 3
             # With patterns, heavy parts plan one block anew for every run: 1.1 GiB where 0.7 do.
             options.enable_mem_pattern = not self._manifest.part(part).heavy
@@ -128,8 +130,32 @@ class OnnxRuntimeEngine:
                         f"{REMEDY}"
                     )
             session.disable_fallback()
+            if self._device != "cpu":
+                check_place(session, part)
             self._sessions[part] = session
         return self._sessions[part]
+
+
+def check_place(session: ort.InferenceSession, part: str) -> None:
+    """Raise EngineError where the CPU would do a GPU's work: asked for and absent is an error.
+
+    Sizes are computed on the CPU by intention; session.disable_cpu_ep_fallback would refuse them.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # older ones do not tell
+        return
+    placed = session.get_provider_graph_assignment_info()
+    left = {
+        node.op_type
+        for piece in placed
+        if piece.ep_name == "CPUExecutionProvider"
+        for node in piece.get_nodes()
+        if any(work in node.op_type for work in ("Conv", "MatMul", "Gemm"))
+    }
+    if left:
+        raise EngineError(
+            f"expected the GPU to compute all of {part}, found that ONNX Runtime leaves "
+            f"{', '.join(sorted(left))} to the CPU: use --engine torch, or --device cpu"
+        )
 
 
 def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OnnxRuntimeEngine:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fvae_deploy.export.models.lean_vae import CausalDepthwise, CausalState, LeanVAE
 from fvae_deploy.export.sources import load_lean_vae
+from fvae_deploy.kernels.dispatch import compute_in_float32
 
 REFERENCE, DIFFUSERS, TILING = "reference", "diffusers", "diffusers tiling"
 
@@ -34,7 +35,12 @@ def peers(weights: Path) -> tuple[str, ...]:
 
 
 def peer_window(
-    weights: Path, peer: str, direction: str, x: NDArray[np.float32], precision: str
+    weights: Path,
+    peer: str,
+    direction: str,
+    x: NDArray[np.float32],
+    precision: str,
+    device: str = "cpu",
 ) -> Callable[[], NDArray[np.float32]]:
     """Make a function that passes one clip or latent through a peer.
 
@@ -43,19 +49,22 @@ def peer_window(
     bundle's are. Returns what a gray bundle gives: latents [D, t, h, w], or the mean over
     channels [1, T, H, W].
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device != "cpu":
+        compute_in_float32()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     made = _published(weights) if peer == REFERENCE else _diffusers(weights, peer == TILING)
     network, channels, encode, decode = made
-    network.to(dtype)
-    window = torch.from_numpy(x)[None].to(dtype)
+    network.to(device, dtype)
+    window = torch.from_numpy(x)[None]
     if direction == "encode":
         window = window.repeat(1, channels // x.shape[0], 1, 1, 1)
 
     @torch.inference_mode()
     def run() -> NDArray[np.float32]:
-        y: Tensor = encode(window) if direction == "encode" else decode(window)
+        given = window.to(device, dtype)
+        y: Tensor = encode(given) if direction == "encode" else decode(given)
         y = y if direction == "encode" else y.mean(1, keepdim=True)
-        return y[0].float().numpy()
+        return y[0].float().cpu().numpy()
 
     return run
 
@@ -132,7 +141,7 @@ def _along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     shape[axis], stride[axis - 2] = 2, 2
     groups = x.shape[1]
     kernels = [
-        torch.tensor(taps, dtype=x.dtype).reshape(shape).repeat(groups, 1, 1, 1, 1)
+        x.new_tensor(taps).reshape(shape).repeat(groups, 1, 1, 1, 1)
         for taps in ((1.0, 1.0), (1.0, -1.0))
     ]
     low, high = (F.conv3d(x, kernel, stride=tuple(stride), groups=groups) for kernel in kernels)
@@ -145,7 +154,7 @@ def _back(low: Tensor, high: Tensor, axis: int) -> Tensor:
     shape[axis], stride[axis - 2] = 2, 2
     groups = low.shape[1]
     first, second = (
-        torch.tensor(taps, dtype=low.dtype).reshape(shape).repeat(groups, 1, 1, 1, 1) / 2
+        low.new_tensor(taps).reshape(shape).repeat(groups, 1, 1, 1, 1) / 2
         for taps in ((1.0, 1.0), (1.0, -1.0))
     )
     y: Tensor = F.conv_transpose3d(low, first, stride=tuple(stride), groups=groups)

@@ -3,7 +3,8 @@
 Every configuration runs in a process of its own, so that its peak memory is its own; rounds
 go through all of them in turn. Peers are the same weights as their authors run them: the
 published formulation of LeanVAE, or diffusers' VAEs with and without `enable_tiling`. With a
-peer, errors are against its untiled result.
+peer, errors are against its untiled result. On a GPU peers also run in the precisions of the
+engines, and speeds are relative to the peer in the same precision.
 """
 
 from __future__ import annotations
@@ -34,11 +35,17 @@ class Case:
     engine: str
     precision: str = "fp32"
     memory: int | None = None
+    device: str = "cpu"
 
     @property
     def label(self) -> str:
         """Its name in the table."""
         return f"{self.engine} tiled" if self.memory else self.engine
+
+    @property
+    def ceiling(self) -> tuple[str, str]:
+        """Device and precision of the ceiling that it is held against."""
+        return self.device, "fp32" if self.device == "cpu" else self.precision
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,17 @@ def bench(
     `weights` are a peer's; the first peer among the cases is the yardstick. The size is
     rounded up to whole latent cells. The rows hold slices and voxels per second through
     encode and decode together, GFLOP/s (two per multiply-add, counted from the network), the
-    share of the machine's float32 ceiling, peak MiB beyond the libraries (weights included),
-    the speed relative to the yardstick, and mean and largest error against it in deviations
-    of its result. Raises PlanError for a budget that cannot be met and EngineError for a case
-    that fails.
+    share of the machine's `ceiling`, peak MiB beyond the libraries (weights included), peak MiB
+    that torch took of a GPU, the speed relative to the yardstick, in the same precision where
+    that was measured, and mean and largest error against it in deviations of its result. Raises
+    PlanError for a budget that cannot be met and EngineError for a case that fails.
     """
     side = -(-work.size // manifest.geometry.spatial)
     jobs = {
         case: {d: _job(bundle, manifest, case, work, d, side, weights) for d in DIRECTIONS}
         for case in cases
     }
-    top = ceiling()
+    tops = {of: ceiling(*of) for of in {case.ceiling for case in cases}}
     found: dict[Case, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="fvae-bench-") as folder:
         for number in range(work.rounds):
@@ -93,20 +100,30 @@ def bench(
         table = []
         for i, case in enumerate(cases):
             row: dict[str, Any] = {"engine": case.label, "precision": case.precision}
-            row |= _row(manifest, found[case], work, side, top)
+            row |= {"device": case.device}
+            row |= _row(manifest, found[case], work, side, tops[case.ceiling])
             for direction in DIRECTIONS:
                 mean, most = _errors(folder, direction, i, truth)
                 row |= {f"{direction}_error_mean": mean, f"{direction}_error_max": most}
             table.append(row)
     for row in table:
-        row["times_reference"] = (
-            None if truth is None else row["slices_per_second"] / table[truth]["slices_per_second"]
-        )
+        row["times_reference"] = None
+        if truth is not None:
+            name, precision = table[truth]["engine"], row["precision"]
+            same = [r for r in table if (r["engine"], r["precision"]) == (name, precision)]
+            yardstick = (same or [table[truth]])[0]
+            row["times_reference"] = row["slices_per_second"] / yardstick["slices_per_second"]
     return table
 
 
-def ceiling() -> float:
-    """Measure the float32 ceiling in FLOP/s: the best of several large matrix products."""
+def ceiling(device: str = "cpu", precision: str = "fp32") -> float:
+    """Measure a ceiling in FLOP/s: the best of several large matrix products.
+
+    On a CPU numpy's in float32, whatever the precision; on a GPU torch's in this precision.
+    """
+    if device != "cpu":
+        job = {"engine": "torch", "precision": precision, "device": device}
+        return float(in_process(task="ceiling", **job)["flops"])
     a = np.random.default_rng(0).random((2048, 2048), dtype=np.float32)
     a @ a
     return float(max(2 * 2048**3 / _timed(lambda: a @ a) for _ in range(5)))
@@ -133,6 +150,7 @@ def _job(
         "bundle": str(bundle),
         "engine": case.engine,
         "precision": case.precision,
+        "device": case.device,
         "direction": direction,
         "side": side,
         "slices": work.slices,
@@ -196,6 +214,7 @@ def _row(
         "share_of_ceiling": flops / top,
         "ceiling_gflop_per_second": top / 1e9,
         "peak_mib": max(row["peak_bytes"] for row in rows) / 2**20,
+        "peak_gpu_mib": max(row["peak_gpu_bytes"] for row in rows) / 2**20,
         "spread": max(row["spread"] for row in rows),
     }
 

@@ -34,7 +34,8 @@ def in_process(**job: Any) -> dict[str, Any]:
 
     The task `window` passes one clip through one direction and returns `seconds` (of the
     median pass), `spread` (max / min), `first_seconds` (compiling included), `peak_bytes`
-    beyond the libraries and `frames`, the latent frames of first and of later steps. The task
+    beyond the libraries, `peak_gpu_bytes` that torch took of a GPU, and `frames`, the latent
+    frames of first and of later steps. The task `ceiling` returns `flops` a second. The task
     `stages` returns the bytes that each stage adds at its peak on a plane of side x side latent
     cells, and keeps without states.
     """
@@ -57,6 +58,8 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
     x = _data(manifest, job["direction"], job["side"], planned)
     run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
     first, result = _timed(run)
+    if job["repeats"]:
+        _forget_peak()  # of what chose among kernels
     seconds = [_timed(run)[0] for _ in range(job["repeats"])] or [first]
     if job["direction"] == "decode":
         result = result.clip(manifest.intensity.model_min, manifest.intensity.model_max)
@@ -67,7 +70,42 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
         "first_seconds": first,
         "frames": [sum(s.frames for s in planned if s.first == first) for first in (True, False)],
         "peak_bytes": peak_rss() - baseline,
+        "peak_gpu_bytes": _peak_gpu(),
     }
+
+
+def ceiling(job: dict[str, Any]) -> dict[str, Any]:
+    """Multiply large matrices on a GPU, several times; the best counts."""
+    import torch
+
+    from fvae_deploy.engines.eager import DTYPES
+    from fvae_deploy.kernels.dispatch import compute_in_float32
+
+    compute_in_float32()
+    n = 8192
+    a = torch.randn(n, n, dtype=DTYPES[job["precision"]], device=job["device"])
+
+    def run() -> Any:
+        a @ a
+        torch.cuda.synchronize()
+
+    run()
+    return {"flops": 2 * n**3 / min(_timed(run)[0] for _ in range(10))}
+
+
+def _forget_peak() -> None:
+    """Let the peak of torch's memory on a GPU begin anew."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gpu() -> int:
+    """Most bytes of a GPU that torch's tensors took; 0 where it took none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.max_memory_allocated())
 
 
 Run = Callable[[], NDArray[np.float32]]
@@ -80,7 +118,9 @@ def _engine(
     direction = job["direction"]
     load(job["engine"])
     baseline = current_rss()
-    opened = open_engine(Path(job["bundle"]), manifest, job["engine"], "cpu", job["precision"])
+    opened = open_engine(
+        Path(job["bundle"]), manifest, job["engine"], job["device"], job["precision"]
+    )
     grids = whole_grids(manifest, (direction,), (job["side"], job["side"]))
     grids |= {name: Grid(h, w, tuple(e), halo) for name, (h, w, e, halo) in job["grids"].items()}
 
@@ -108,8 +148,8 @@ def _peer(
     from fvae_deploy.export.peer import peer_window
 
     baseline = current_rss()
-    weights = Path(job["weights"])
-    return peer_window(weights, job["engine"], job["direction"], x, job["precision"]), baseline
+    how = (job["direction"], x, job["precision"], job["device"])
+    return peer_window(Path(job["weights"]), job["engine"], *how), baseline
 
 
 def _data(
@@ -156,4 +196,5 @@ def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps({"window": window, "stages": stages}[job["task"]](job)))
+    tasks = {"window": window, "stages": stages, "ceiling": ceiling}
+    print(json.dumps(tasks[job["task"]](job)))

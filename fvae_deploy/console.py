@@ -151,7 +151,8 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
     for column in ("engine", "precision", "slices/s", "GFLOP/s", "ceiling"):
         table.add_column(column)
-    for column in ("peak MiB", "× peer", "error z mean, max", "error x mean, max"):
+    memory = ["peak MiB", "GPU MiB"] if any(row["peak_gpu_mib"] for row in rows) else ["peak MiB"]
+    for column in (*memory, "× peer", "error z mean, max", "error x mean, max"):
         table.add_column(column)
     for row in rows:
         times = row["times_reference"]
@@ -167,7 +168,7 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['slices_per_second']:.3g}",
             f"{row['gflop_per_second']:.0f}",
             f"{100 * row['share_of_ceiling']:.0f} %",
-            f"{row['peak_mib']:.0f}",
+            *(f"{row[key]:.0f}" for key in ("peak_mib", "peak_gpu_mib")[: len(memory)]),
             f"{times:.2f}" if times else "-",
             *errors,
         )

@@ -45,6 +45,7 @@ def run_report(
         "precision": codec.engine.precision,
         "device": codec.device,
         "engine_chosen_because": codec.why,
+        "kernels": getattr(codec.engine, "kernels", None),
         "plan": {
             "latent_frames_per_step": plan.k,
             "tiles": {d: grid.count for d, grid in plan.grids.items()},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fvae_deploy.kernels.aot import Compiled
+    from fvae_deploy.kernels.timing import Timed
+    from fvae_deploy.kernels.trials import Found
 
+Row = TypeVar("Row")
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
@@ -28,6 +32,9 @@ app = typer.Typer(
 Chosen = Annotated[
     str | None, typer.Option("--kernel", "-k", help="Only these kernels, with commas between.")
 ]
+Every = Annotated[
+    bool, typer.Option("--all", help="All blocks that a launch may take, not the default alone.")
+]
 
 
 @app.command()
@@ -36,10 +43,7 @@ def check(
         str, typer.Option("--target", "-t", help="Chips, with commas between.")
     ] = ",".join(CHIPS),
     kernel: Chosen = None,
-    every: Annotated[
-        bool,
-        typer.Option("--all", help="All blocks that a launch may take, not the default alone."),
-    ] = False,
+    every: Every = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="[default: one for every core]")
     ] = None,
@@ -83,67 +87,86 @@ def check(
 
 
 @app.command("test")
-def try_all(debug: Debug = False) -> None:
+def try_all(
+    kernel: Chosen = None,
+    every: Every = False,
+    json_file: NumbersFile = None,
+    debug: Debug = False,
+) -> None:
     """Run all kernels on the GPU that is here against their references.
+
+    Exit code 5 where one does not equal its reference, or does not run; the others are tried.
 
     Example: fvae kernels test
     """
     require("torch", "triton", extra="kernels")
     import torch
     from rich.console import Console
-    from rich.table import Table
 
+    from fvae_deploy.kernels.dispatch import Kernels
     from fvae_deploy.kernels.optional import INTERPRETED
     from fvae_deploy.kernels.timing import require_gpu
-    from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, worst
+    from fvae_deploy.kernels.trials import tried
 
     if not INTERPRETED:
         require_gpu()
     device = "cpu" if INTERPRETED else "cuda"
     where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
-    table, failed = Table(title=f"largest error, {where}"), []
-    table.add_column("")
-    for dtype in TOLERANCE:
-        table.add_column(str(dtype).removeprefix("torch."))
-    for trial in TRIALS:
-        errors = {dtype: worst(trial, device, dtype) for dtype in TOLERANCE}
-        table.add_row(trial.name, *(f"{e:.1e}" for e in errors.values()))
-        failed += [trial.name for dtype, e in errors.items() if not e <= TOLERANCE[dtype]]
-    Console().print(table)
+    target = Kernels(device, "triton").target
+    found, lost = _gathered(tried(_names(kernel), device, target, every))
+    _write(json_file, found)
+    Console().print(_trials_table(found, where))
+    if lost:
+        raise lost
+    failed = [f for f in found if not f.passed]
     if failed:
+        first = failed[0]
         raise EngineError(
-            f"expected kernels to equal their references, found: {failed[0]} does not"
+            f"expected {len(found)} trials to equal their references, found {len(failed)} that do "
+            f"not: {first.trial} in {first.type}{first.failure and ', '}{first.failure}"
         )
 
 
 @app.command()
-def bench(json_file: NumbersFile = None, debug: Debug = False) -> None:
-    """Time all kernels on the GPU that is here, beside its roofline.
+def bench(kernel: Chosen = None, json_file: NumbersFile = None, debug: Debug = False) -> None:
+    """Time all kernels on the GPU that is here, with all blocks, beside torch and the roofline.
+
+    Exit code 5 where one does not run; the others are timed. "x torch" is the time of the same
+    by torch's operations on the same tensors, as cuDNN, cuBLAS and scaled_dot_product_attention
+    choose, over that of the fastest blocks. The JSON has every block.
 
     Example: fvae kernels bench --json speeds.json
     """
     require("torch", "triton", extra="kernels")
     import torch
     from rich.console import Console
-    from rich.table import Table
 
-    from fvae_deploy.kernels.timing import timed
+    from fvae_deploy.kernels.timing import require_gpu, timed
 
-    found = list(timed())
+    require_gpu()
+    found, lost = _gathered(timed(_names(kernel)))
     _write(json_file, found)
-    table = Table(title=torch.cuda.get_device_name())
-    for column in ("kernel", "launch", "ms", "TFLOP/s", "GB/s", "of the roofline"):
-        table.add_column(column)
-    for t in found:
-        table.add_row(
-            t.kernel,
-            t.spec,
-            f"{t.seconds * 1e3:.3f}",
-            f"{t.flops / t.seconds / 1e12:.1f}",
-            f"{t.moved / t.seconds / 1e9:.0f}",
-            f"{t.roofline / t.seconds:.0%}" if t.roofline else "-",
+    Console().print(_timed_table(found, torch.cuda.get_device_name()))
+    if lost:
+        raise lost
+    failed = [(row, row.failures[0]) for row in found if row.failures]
+    if failed:
+        row, failure = failed[0]
+        raise EngineError(
+            f"expected {len(found)} launches to run with all blocks, found {len(failed)} that do "
+            f"not: {row.kernel} ({row.spec}) with {failure}"
         )
-    Console().print(table)
+
+
+def _gathered(rows: Iterator[Row]) -> tuple[list[Row], EngineError | None]:
+    """Take rows until they end, or an error ends them."""
+    found = []
+    try:
+        for row in rows:
+            found.append(row)
+    except EngineError as error:
+        return found, error
+    return found, None
 
 
 def _names(text: str | None) -> list[str]:
@@ -183,5 +206,62 @@ def _compiled_table(found: list[Compiled]) -> Table:
             f"{c.plain / 1e6:.1f}",
             f"{c.roofline * 1e3:.3f}",
             style="red" if c.wrong else None,
+        )
+    return table
+
+
+def _trials_table(found: list[Found], where: str) -> Table:
+    """Draw the largest errors, a trial a row and a type a column."""
+    from rich.table import Table
+
+    table = Table(title=f"largest error, {where}")
+    table.add_column("")
+    rows: dict[str, dict[str, Found]] = {}
+    for f in found:
+        rows.setdefault(f.trial, {})[f.type] = f
+    types = list(dict.fromkeys(f.type for f in found))
+    for name in types:
+        table.add_column(name, overflow="fold")
+    for trial, row in rows.items():
+        cells = (row.get(name) for name in types)
+        texts = ("-" if f is None else f.failure or f"{f.error:.1e}" for f in cells)
+        style = None if all(f.passed for f in row.values()) else "red"
+        table.add_row(trial, *texts, style=style)
+    return table
+
+
+def _timed_table(found: list[Timed], card: str) -> Table:
+    """Draw the fastest blocks of every launch beside its default and torch."""
+    from rich.table import Table
+
+    table = Table(title=f"{card}: fastest of the blocks, beside the default and torch's operations")
+    for column in ("kernel", "launch"):
+        table.add_column(column)
+    for column in ("ms", "default ms", "torch ms", "x torch"):
+        table.add_column(column, justify="right")
+    for column in ("TFLOP/s", "GB/s", "of the roofline", "blocks"):
+        table.add_column(column, justify="right")
+    table.add_column("failed", overflow="fold")
+    for t in found:
+        best, default = t.best, t.tried[0].seconds
+        if best is None or best.seconds is None:
+            table.add_row(t.kernel, t.spec, *"-" * 8, "; ".join(t.failures), style="red")
+            continue
+        failed = "; ".join(
+            [*t.failures, *([f"torch: {t.torch.failure}"] if t.torch.failure else [])]
+        )
+        table.add_row(
+            t.kernel,
+            t.spec,
+            f"{best.seconds * 1e3:.3f}",
+            f"{default * 1e3:.3f}" if default else "-",
+            f"{t.torch.seconds * 1e3:.3f}" if t.torch.seconds else "-",
+            f"{t.torch.seconds / best.seconds:.2f}" if t.torch.seconds else "-",
+            f"{t.flops / best.seconds / 1e12:.1f}",
+            f"{t.moved / best.seconds / 1e9:.0f}",
+            f"{t.roofline / best.seconds:.0%}" if t.roofline else "-",
+            str(best.blocks) if best.blocks else "-",
+            failed,
+            style="red" if t.failures else None,
         )
     return table

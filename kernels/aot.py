@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.kernels.blocks import Blocks, Launch
+from fvae_deploy.kernels.blocks import Blocks, Choose, Launch
 from fvae_deploy.kernels.chips import CHIPS, Chip
 from fvae_deploy.kernels.optional import INTERPRETED, triton
 
@@ -41,6 +41,7 @@ class Spec:
 
     name: str
     launch: Launcher
+    eager: Callable[[], Any]  # the same on the same tensors by torch's own operations
     flops: float
     plain: float  # bytes that the plain graph moves for it, each of its operations by itself
     dot: bool = True  # multiplies matrices
@@ -48,7 +49,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a launcher handed over: arguments by name, and options."""
+    """What a launcher handed over at once: arguments by name, and options."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -75,12 +76,29 @@ def traffic(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-class Recorder:
-    """Stands for a kernel and keeps the one launch made of it."""
+def as_torch_reads(weight: torch.Tensor) -> torch.Tensor:
+    """Lay weights [..., C, C'] out as torch's convolution with channels last reads them fastest."""
+    spatial = range(weight.ndim - 2)
+    last = torch.channels_last_3d if weight.ndim == 5 else torch.channels_last
+    turned = weight.permute(-1, -2, *spatial).contiguous(memory_format=last)
+    return turned.permute(*(i + 2 for i in spatial), 1, 0)
 
-    def __init__(self, kernel: Any) -> None:
+
+def beside(run: Any, kernel: Any) -> Any:
+    """Give what launches a further kernel where `run` launches the main one."""
+    return run.beside(kernel) if isinstance(run, Recorder) else kernel
+
+
+class Recorder:
+    """Stands for a kernel and keeps the launches made of it."""
+
+    def __init__(self, kernel: Any, found: list[Recorded] | None = None) -> None:
         self.kernel = getattr(kernel, "fn", kernel)
-        self.found: Recorded | None = None
+        self.found: list[Recorded] = [] if found is None else found
+
+    def beside(self, kernel: Any) -> Recorder:
+        """Stand for another kernel of the same launch."""
+        return Recorder(kernel, self.found)
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         """Take the grid, which does not matter."""
@@ -89,29 +107,33 @@ class Recorder:
             options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             names = self.kernel.__code__.co_varnames
             given = dict(zip(names, args, strict=False)) | kwargs
-            self.found = Recorded(self.kernel, given, options)
+            self.found.append(Recorded(self.kernel, given, options))
 
         return keep
 
 
-def record(spec: Spec, kernel: Any, target: str, number: int = 0) -> Recorded:
-    """Make the launch of a specification as for a chip, with its nth blocks, and keep it."""
+def record(spec: Spec, kernel: Any, target: str, number: int = 0) -> list[Recorded]:
+    """Make the launches of a specification as for a chip, with its nth blocks, and keep them."""
     recorder = Recorder(kernel)
+    spec.launch(run=recorder, target=target, choose=nth(number))
+    return recorder.found
+
+
+def nth(number: int) -> Choose:
+    """Choose the nth of what is offered."""
 
     def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
         launch(offered[number])
 
-    spec.launch(run=recorder, target=target, choose=choose)
-    assert recorder.found is not None
-    return recorder.found
+    return choose
 
 
-def choices(spec: Spec, kernel: Any, target: str) -> int:
-    """How many blocks a launch is offered on a chip."""
-    seen = [1]
+def choices(spec: Spec, kernel: Any, target: str) -> Sequence[Blocks | None]:
+    """Blocks that a launch is offered on a chip; None alone where there is no choice."""
+    seen: list[Sequence[Blocks | None]] = [[None]]
 
     def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
-        seen.append(len(offered))
+        seen.append(offered)
         launch(offered[0])
 
     spec.launch(run=Recorder(kernel), target=target, choose=choose)
@@ -141,7 +163,8 @@ class Compiled:
 
 def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0) -> Compiled:
     """Compile a specification for a chip, with its nth blocks; `wrong` says what must not be."""
-    recorded = record(spec, kernel, chip.target, choice)
+    launches = record(spec, kernel, chip.target, choice)
+    recorded, moved = launches[-1], sum(launch.moved for launch in launches)
     built = _built(recorded, chip)
     if chip.nvidia:
         registers, spills, code = _nvidia(built.asm["cubin"])
@@ -183,10 +206,10 @@ def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0)
         limit=chip.shared,
         matrix=found,
         vector_loads=loads,
-        moved=recorded.moved,
+        moved=moved,
         plain=spec.plain,
         flops=spec.flops,
-        roofline=chip.seconds(spec.flops, recorded.moved, recorded.half),
+        roofline=chip.seconds(spec.flops, moved, recorded.half),
         wrong=tuple(wrong),
     )
 
@@ -258,19 +281,19 @@ def planned(kernels: Sequence[str], targets: Sequence[str], every: bool) -> list
 
     Raises EngineError for names that are not there, and without Triton.
     """
-    from fvae_deploy.kernels.dispatch import KERNELS
+    from fvae_deploy.kernels.dispatch import named
 
-    for wanted, known in ((kernels, KERNELS), (targets, CHIPS)):
-        for name in wanted:
-            if name not in known:
-                raise EngineError(f"expected one of {', '.join(known)}, found {name!r}")
+    modules = named(kernels)
+    for target in targets:
+        if target not in CHIPS:
+            raise EngineError(f"expected one of {', '.join(CHIPS)}, found {target!r}")
     require_triton()
     return [
         (name, number, target, choice)
-        for name in kernels
-        for number, (spec, kernel) in enumerate(KERNELS[name].specs())
+        for name, module in modules.items()
+        for number, (spec, kernel) in enumerate(module.specs())
         for target in targets
-        for choice in range(choices(spec, kernel, target) if every else 1)
+        for choice in range(len(choices(spec, kernel, target)) if every else 1)
     ]
 
 

@@ -23,6 +23,14 @@ class Blocks:
     warps: int = 4
     stages: int = 1  # of loads ahead of the arithmetic
     whole: bool = True  # False: the halves of a wide head are programs of their own
+    fused: bool = True  # False: the slab is activated by a launch of its own, before
+
+    def __str__(self) -> str:
+        words = [f"{self.rows}x{self.columns}x{self.depth}"]
+        words += [f"{self.warps} warps", f"{self.stages} stages"]
+        words += [] if self.whole else ["halves apart"]
+        words += [] if self.fused else ["activated before"]
+        return ", ".join(words)
 
 
 Launch = Callable[[Blocks], None]

@@ -20,23 +20,27 @@ of C, which is 1; weights [KT, KH, KW, C, C'] packed. Sums are float32.
 Why by hand: the plain graph concatenates [state | slab] (one pass), writes the activation (one
 pass) and adds the residual (one pass); here they are read where they lie and the state of the next
 step is written on the way. Tiles of a framework's convolution need padded copies, too.
+
+As it is read a slab is activated for every tap: 27 times for 3x3x3, where one pass before costs a
+fiftieth of the convolution (docs/kernels.md). Whole planes may therefore be activated before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels import norm_silu
+from fvae_deploy.kernels.aot import Spec, as_torch_reads, beside, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
 from fvae_deploy.kernels.chips import Chip, like
-from fvae_deploy.kernels.norm_silu import NONE, Activation
+from fvae_deploy.kernels.norm_silu import AFFINE, NONE, RMS, Activation, check_layout
 from fvae_deploy.kernels.optional import INTERPRETED, jit, tl, triton, upcast
 
 Box = tuple[int, int, int, int]  # rows and columns of the output: top, bottom, left, right
@@ -195,19 +199,9 @@ def kernel(
                         spot = x + frame.to(tl.int64) * x_t + pixels[:, None] + part[None, :]
                         value = tl.load(spot, mask=held, other=0.0)
                         if KIND != 0:
-                            value = _activate(
-                                value,
-                                pixel,
-                                frame,
-                                part,
-                                inside,
-                                inverse,
-                                scale,
-                                shift,
-                                H * W,
-                                C,
-                                KIND,
-                            ).to(x.dtype.element_ty)
+                            value = _activate(value, pixel, frame, part, inside, inverse, scale,
+                                              shift, H * W, C, KIND)  # fmt: skip
+                            value = value.to(x.dtype.element_ty)
                     elif STATE:
                         pixels = (top + row) * s_h + (left + column) * s_w
                         spot = (
@@ -219,19 +213,24 @@ def kernel(
 
 
 @cache  # it is asked at every launch
-def offered(outputs: int, size: int, chip: Chip) -> list[Blocks]:
-    """Blocks for this many channels out and elements of this many bytes on a chip."""
+def offered(outputs: int, size: int, chip: Chip, apart: bool) -> list[Blocks]:
+    """Blocks for this many channels out and elements of this many bytes on a chip.
+
+    The first is the fastest of most launches on an H100. `apart`: the slab may be activated
+    before.
+    """
     columns = min(128, max(16, 1 << (outputs - 1).bit_length()))
     if INTERPRETED:  # which pays for every program
-        return [Blocks(512, columns, 64)]
+        return [Blocks(512, columns, 64, fused=not apart)]
     if outputs % 128 and outputs % 96 == 0:
         columns = 32 if size > 2 else 64  # 96 and 192 in blocks of a power of two
     narrow = min(columns, 64)
-    half = ((128, columns, 64, 8, 2), (128, columns, 32, 8, 2), (128, columns, 64, 8, 3),
-            (64, columns, 64, 4, 3), (256, narrow, 32, 8, 2))  # fmt: skip
-    single = ((64, narrow, 32, 4, 2), (64, narrow, 16, 4, 3), (128, narrow, 16, 8, 2))
+    half = ((128, columns, 64, 8, 3), (128, columns, 64, 8, 2), (64, columns, 64, 4, 3),
+            (128, columns, 32, 8, 2), (256, narrow, 32, 8, 2))  # fmt: skip
+    single = ((64, narrow, 16, 4, 3), (64, narrow, 32, 4, 2), (128, narrow, 16, 8, 2))
     cut = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
-    return fitting(cut, lambda blocks: product(blocks, size), chip)
+    fit = fitting(cut, lambda blocks: product(blocks, size), chip)
+    return [replace(blocks, fused=False) for blocks in fit[:3]] + fit[-3:-1] if apart else fit
 
 
 def launch(
@@ -256,10 +255,8 @@ def launch(
 
     `out` [T', h, w, C'] and `after` [S, H, W, C] are written in place where given: tiles share
     one `after`, each writing its own box of it. `run` is what is launched, for those who count.
+    Raises ValueError for other shapes and layouts: a kernel would read what lies beside.
     """
-    for name, tensor in (("x", x), ("state", state), ("residual", residual), ("out", out)):
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"expected {name} with channels last, found strides {tensor.stride()}")
     frames, height, width, channels = x.shape
     kt, kh, kw, _, outputs = weight.shape
     kept = kt - window.stride[0]
@@ -272,18 +269,28 @@ def launch(
         raise ValueError("expected a stride in time or in space, found both")
     rows, columns = box[1] - box[0], box[3] - box[2]
     steps = (frames + kept - kt) // window.stride[0] + 1
+    past = (kept, height, width, channels)
+    check_layout("x", x, (frames, height, width, weight.shape[3]))
+    check_layout("state", state, past)
+    check_layout("residual", residual, (steps, tall, wide, outputs))
+    check_layout("out", out, (steps, rows, columns, outputs))
+    check_layout("after", after, past)
     if out is None:
         out = x.new_empty(steps, rows, columns, outputs)
     if after is None:
-        after = x.new_empty(kept, height, width, channels)
-    lit = activation or Activation(x)  # what is not there is not read, but has a pointer
-    past = x if state is None else state
+        after = x.new_empty(past)
+    held = x if state is None else state
     added = out if residual is None else residual
 
     def once(blocks: Blocks) -> None:
+        slab, kind = x, NONE if activation is None else activation.kind
+        lit = activation or Activation(x)  # what is not there is not read, but has a pointer
+        if activation is not None and not blocks.fused:
+            how = beside(run, norm_silu.apply_kernel)
+            slab, kind = norm_silu.apply(x, activation, run=how), NONE
         run[triton.cdiv(rows * columns, blocks.rows), triton.cdiv(outputs, blocks.columns), steps](
-            x,
-            past,
+            slab,
+            held,
             weight,
             weight if bias is None else bias,
             added,
@@ -299,8 +306,8 @@ def launch(
             left=box[2],
             box_height=rows,
             box_width=columns,
-            **_strides("x", x),
-            **_strides("s", past),
+            **_strides("x", slab),
+            **_strides("s", held),
             **_strides("r", added),
             **_strides("y", out),
             low=0.0 if clamp is None else clamp[0],
@@ -311,7 +318,7 @@ def launch(
             **dict(zip(("ST", "SH", "SW"), window.stride, strict=True)),
             PH=window.top,
             PW=window.left,
-            KIND=NONE if activation is None else activation.kind,
+            KIND=kind,
             STATE=state is not None,
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
@@ -326,9 +333,13 @@ def launch(
             num_stages=blocks.stages,
         )
 
-    alike = f"{channels} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {lit.kind}"
+    kind = NONE if activation is None else activation.kind
+    whole = box == (0, tall, 0, wide)
+    apart = kind in (RMS, AFFINE) and kt * kh * kw > 1 and whole and x.is_contiguous()
+    alike = f"{channels} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {kind}"
+    alike += " or before" if apart else ""
     alike = f"convolution {x.dtype} {alike}, {magnitude(steps * rows * columns)}"
-    choose(alike, offered(outputs, x.element_size(), like(target)), once)
+    choose(alike, offered(outputs, x.element_size(), like(target), apart), once)
     return out, after
 
 
@@ -341,7 +352,7 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
     """Yield launches that Wan, LeanVAE and the U-Net make."""
 
     def frames(*shape: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=kind, device=device)
+        return torch.randn(shape, dtype=kind, device=device)
 
     def made(
         name: str,
@@ -359,31 +370,22 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         state = frames(kept, *size[1:], channels[0], kind=kind) if kept else None
         tall, wide = window.plane(*size[1:], taps[1:])
         steps = (size[0] + kept - taps[0]) // window.stride[0] + 1
-        root = torch.empty(size, device=device) if normed else None
-        gain = torch.empty(channels[0], device=device)
+        root = torch.randn(size, device=device) if normed else None
+        gain = torch.randn(channels[0], device=device)
         activation = Activation(gain, inverse=root) if normed else None
         residual = frames(steps, tall, wide, channels[1], kind=kind) if normed else None
         work = 2 * steps * tall * wide * channels[0] * channels[1] * taps[0] * taps[1] * taps[2]
-
-        def one(**how: Any) -> None:
-            launch(
-                x,
-                weight,
-                bias,
-                state=state,
-                window=window,
-                activation=activation,
-                residual=residual,
-                **how,
-            )
-
+        more: dict[str, Any] = {"state": state, "activation": activation, "residual": residual}
+        more["window"] = window
+        one = partial(launch, x, weight, bias, **more)
+        eager = partial(reference, x, as_torch_reads(weight), bias, **more)
         # Concatenation, norm and SiLU read and write a map each, the sum reads two.
         slab, past = traffic(x), traffic(state)
         y = steps * tall * wide * channels[1] * x.element_size()
         plain = slab + past + traffic(weight, bias) + y
         plain += 3 * past + 2 * slab if kept else 0  # [state | slab], and the next state cut
         plain += 4 * slab + 3 * y if normed else 0
-        return Spec(f"{name} {str(kind).removeprefix('torch.')}", one, work, plain)
+        return Spec(f"{name} {str(kind).removeprefix('torch.')}", one, eager, work, plain)
 
     for kind in (torch.float16, torch.bfloat16):
         yield made("Wan 96", (4, 256, 256), (96, 96), (3, 3, 3), SAME, kind, True), kernel

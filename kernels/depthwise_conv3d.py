@@ -16,6 +16,7 @@ Why by hand: 27 multiplications a value, so that memory is the bound; the plain 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.causal_conv3d import Box
+from fvae_deploy.kernels.norm_silu import check_layout
 from fvae_deploy.kernels.optional import jit, tl, triton
 
 KEPT = 2  # frames of the state
@@ -139,16 +141,17 @@ def launch(
     """Compute it by the kernel, arguments and results as in `reference`.
 
     `out` [T, h, w, C] and `after` [2, H, W, C] are written in place where given: tiles share
-    one `after`. Raises ValueError for other layouts and boxes.
+    one `after`. Raises ValueError for other shapes, layouts and boxes.
     """
-    for name, tensor in (("x", x), ("state", state), ("out", out)):
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"expected {name} with channels last, found strides {tensor.stride()}")
     frames, height, width, channels = x.shape
     box = box or (0, height, 0, width)
     if not (0 <= box[0] < box[1] <= height and 0 <= box[2] < box[3] <= width):
         raise ValueError(f"expected a box inside {height}x{width}, found {box}")
     rows, columns = box[1] - box[0], box[3] - box[2]
+    check_layout("x", x, (frames, height, width, weight.shape[1]))
+    check_layout("state", state, (KEPT, height, width, channels))
+    check_layout("out", out, (frames, rows, columns, channels))
+    check_layout("after", after, (KEPT, height, width, channels))
     y = x.new_empty(frames, rows, columns, channels) if out is None else out
     if after is None:
         after = x.new_empty(KEPT, height, width, channels)
@@ -189,15 +192,14 @@ def launch(
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
     """Yield launches that LeanVAE makes."""
     for kind in (torch.float16, torch.bfloat16, torch.float32):
-        x, state = (torch.empty(n, 64, 64, 512, dtype=kind, device=device) for n in (1, 2))
-        weight, bias = (torch.empty(*n, 512, device=device) for n in ((27,), ()))
-
-        def one(given: tuple[Tensor, ...] = (x, weight, bias, state), **how: Any) -> None:
-            launch(*given[:3], state=given[3], **how)
-
+        x, state, weight, bias = (
+            torch.randn(*shape, 512, dtype=kind, device=device)
+            for shape in ((1, 64, 64), (2, 64, 64), (27,), ())
+        )
+        one, eager = (partial(f, x, weight, bias, state=state) for f in (launch, reference))
         title = f"LeanVAE 512 {str(kind).removeprefix('torch.')}"
         # [state | slab] written, three convolutions, two sums, and the next state cut.
         plain = (
             2 * traffic(x, state) + 3 * traffic(x, x) + 2 * traffic(x, x, x) + 2 * traffic(state)
         )
-        yield Spec(title, one, 2 * 27 * x.numel(), plain, dot=False), kernel
+        yield Spec(title, one, eager, 2 * 27 * x.numel(), plain, dot=False), kernel

@@ -16,7 +16,7 @@ of a LeanVAE layer, and reads them again for the product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def kernel(
 @cache  # it is asked at every launch
 def offered(size: int, chip: Chip) -> list[Blocks]:
     """Blocks for elements of this many bytes on a chip."""
-    half = ((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 32, 32, 4, 3))
+    half = ((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2), (128, 32, 32, 4, 3))
     single = ((32, 32, 32, 4, 2), (64, 32, 32, 8, 2))
     cut = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
     return fitting(cut, lambda blocks: product(blocks, size, results=2), chip)
@@ -154,15 +154,12 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         ("U-Net 448", 17 * 1024, 448, 1792, torch.float16),
         ("LeanVAE 512", 4096, 512, 352, torch.float32),
     ):
-        x = torch.empty(positions, channels, dtype=kind, device=device)
-        value, gate = (torch.empty(channels, hidden, dtype=kind, device=device) for _ in range(2))
-        bias = torch.empty(hidden, dtype=kind, device=device)
-        given = (x, value, gate, bias, bias)
-
-        def one(given: tuple[Tensor, ...] = given, **how: Any) -> None:
-            launch(*given, **how)
-
+        x, value, gate, bias = (
+            torch.randn(shape, dtype=kind, device=device)
+            for shape in ((positions, channels), (channels, hidden), (channels, hidden), (hidden,))
+        )
+        one, eager = (partial(f, x, value, gate, bias, bias) for f in (launch, reference))
         map_, work = positions * hidden * x.element_size(), 4 * positions * channels * hidden
         # The norm written and read twice, both maps written, GELU, product.
         plain = 4 * traffic(x) + traffic(value, gate) + (2 + 2 + 3) * map_
-        yield Spec(f"{name} {str(kind).removeprefix('torch.')}", one, work, plain), kernel
+        yield Spec(f"{name} {str(kind).removeprefix('torch.')}", one, eager, work, plain), kernel

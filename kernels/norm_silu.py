@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ def channels_reference(x: Tensor) -> Tensor:
     deviation = (values - mean[..., None]).square().sum(2)
     count = torch.full_like(mean, values.shape[2])
     return torch.stack([count, mean, deviation], dim=-1)[:, :, None]
+
+
+def apply_reference(x: Tensor, activation: Activation) -> Tensor:
+    """`activation(x)` in x's type."""
+    return activation(x).to(x.dtype)
 
 
 def merged(statistics: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Activation:
@@ -149,11 +155,21 @@ def apply_kernel(
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if RMS:
         root = tl.load(inverse + t.to(tl.int64) * positions + p, mask=p < positions, other=0.0)
-        value *= root[:, None] * tl.load(scale + c, mask=c < C, other=0.0)[None, :]
+        value = value * root[:, None] * tl.load(scale + c, mask=c < C, other=0.0)[None, :]
     else:
         value *= tl.load(scale + t * C + c, mask=c < C, other=0.0)[None, :]
         value += tl.load(shift + t * C + c, mask=c < C, other=0.0)[None, :]
     tl.store(y + at, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=live)
+
+
+def check_layout(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a tensor of another shape, or whose channels do not come last."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"expected {name} {list(shape)}, found {list(tensor.shape)}")
+    if shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"expected {name} with channels last, found strides {tensor.stride()}")
 
 
 def _dense(x: Tensor) -> None:
@@ -190,7 +206,7 @@ def channels(x: Tensor, *, run: Any = channels_kernel) -> Tensor:
 
 
 def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tensor:
-    """Compute `activation(x)` by the kernel, in x's type."""
+    """`apply_reference` by the kernel."""
     _dense(x)
     frames, positions, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
     inverse, shift = activation.inverse, activation.shift
@@ -221,22 +237,23 @@ def group_norm_reference(
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
     """Yield launches that Wan and SD make."""
 
-    def made(name: str, x: Tensor, one: Any, passes: int, work: int) -> Spec:
+    def made(name: str, x: Tensor, one: Any, eager: Any, passes: int, work: int) -> Spec:
         title = f"{name} {str(x.dtype).removeprefix('torch.')}"
         flops, plain = float(work * x.numel()), float(passes * traffic(x))
-        return Spec(title, one, flops, plain, dot=False)
+        return Spec(title, one, eager, flops, plain, dot=False)
 
     for kind in (torch.float16, torch.bfloat16):
-        x = torch.empty(4, 256, 256, 96, dtype=kind, device=device)
-        gain, root = (torch.empty(shape, device=device) for shape in ((96,), x.shape[:-1]))
+        x = torch.randn(4, 256, 256, 96, dtype=kind, device=device)
+        gain, root = (torch.randn(shape, device=device) for shape in ((96,), x.shape[:-1]))
         lit = Activation(gain, inverse=root)
         # A norm as a graph: squares written and read for their sum.
-        yield made("rms Wan 96", x, lambda x=x, target="", **how: rms(x, **how), 3, 2), rms_kernel
+        one = partial(lambda x, target, **how: rms(x, **how), x)
+        yield made("rms Wan 96", x, one, partial(rms_reference, x), 3, 2), rms_kernel
         # Normalised and scaled, then SiLU, a map written and read in between.
-        yield (
-            made("apply Wan 96", x, lambda run, x=x, lit=lit, **_: apply(x, lit, run=run), 4, 6),
-            apply_kernel,
-        )
-    y = torch.empty(1, 512, 512, 128, dtype=torch.float16, device=device)
+        one = partial(lambda x, lit, run, **_: apply(x, lit, run=run), x, lit)
+        yield made("apply Wan 96", x, one, partial(apply_reference, x, lit), 4, 6), apply_kernel
+    x = torch.randn(1, 512, 512, 128, dtype=torch.float16, device=device)
     # Mean, and centred squares written and read for theirs.
-    yield made("channels SD 128", y, lambda run, **_: channels(y, run=run), 4, 4), channels_kernel
+    one = partial(lambda x, run, **_: channels(x, run=run), x)
+    eager = partial(channels_reference, x)
+    yield made("channels SD 128", x, one, eager, 4, 4), channels_kernel

@@ -20,6 +20,9 @@ except ModuleNotFoundError:
     triton = tl = None
     jit = staticmethod
 
+# What computing raises: Triton's own errors are no RuntimeErrors, launchers refuse shapes.
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+FAILURES += () if triton is None else (triton.TritonError,)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,4 +31,4 @@ def upcast(kind: torch.dtype) -> bool:
     return INTERPRETED and kind == torch.bfloat16
 
 
-__all__ = ["INTERPRETED", "jit", "tl", "triton", "upcast"]
+__all__ = ["FAILURES", "INTERPRETED", "jit", "tl", "triton", "upcast"]

@@ -6,8 +6,10 @@ run on a GPU (`fvae kernels test`) and in Triton's interpreter (the tests).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,13 @@ from fvae_deploy.kernels import (
     norm_silu,
     upsample2x_conv,
 )
+from fvae_deploy.kernels.blocks import Blocks, Launch
 from fvae_deploy.kernels.causal_conv3d import SAME, Box, Window
+from fvae_deploy.kernels.dispatch import named
 from fvae_deploy.kernels.norm_silu import Activation
+from fvae_deploy.kernels.timing import require_context, said
 
-# Of `error`; the reference computes in float32 on the same rounded inputs.
+# Of `error`; the reference computes in float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -36,11 +41,19 @@ class Trial:
 
 
 class Source:
-    """Random tensors of one type on one device, each amid NaN."""
+    """Random tensors of one type on one device, each amid NaN; launches take `how`.
 
-    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    They are made as for the chip `target`, with the nth of the blocks that they are offered, or
+    with the last; `most` says how many that were.
+    """
+
+    def __init__(
+        self, device: str, dtype: torch.dtype, target: str = "sm_80", number: int = 0
+    ) -> None:
         self.device, self.dtype = device, dtype
-        self.random = torch.Generator().manual_seed(seed)
+        self.number, self.most = number, 1
+        self.how: dict[str, Any] = {"target": target, "choose": self._choose}
+        self.random = torch.Generator().manual_seed(0)
         self.guards: list[tuple[Tensor, Tensor]] = []  # buffers, and the part that is in use
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,6 +72,10 @@ class Source:
         self.guards.append((buffer, used))
         return buffer[inner]
 
+    def _choose(self, alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        self.most = max(self.most, len(offered))
+        launch(offered[min(self.number, len(offered) - 1)])
+
     def untouched(self) -> bool:
         """Whether everything around the views is still NaN."""
         return all(bool(buffer[~used].isnan().all()) for buffer, used in self.guards)
@@ -70,17 +87,65 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).abs() / (wanted.abs() + wanted.std())).max())
 
 
-def worst(trial: Trial, device: str, dtype: torch.dtype) -> float:
-    """Run a trial; its largest error, infinite where something outside was read or written."""
-    source = Source(device, dtype)
-    errors = [error(found, wanted) for found, wanted in trial.run(source)]
-    if not source.untouched() or any(e != e for e in errors):
-        return float("inf")
+def worst(
+    trial: Trial, device: str, dtype: torch.dtype, target: str = "sm_80", every: bool = False
+) -> float:
+    """Run a trial, with `every` once for all blocks: its largest error.
+
+    It is infinite where something outside was read or written.
+    """
+    errors: list[float] = []
+    number, most = 0, 1
+    while number < most:
+        source = Source(device, dtype, target, number)
+        errors += [error(found, wanted) for found, wanted in trial.run(source)]
+        if not source.untouched() or any(e != e for e in errors):
+            return math.inf
+        number, most = number + 1, source.most if every else 1
     return max(errors)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a trial of a kernel gave in one type: its largest error, or what went wrong."""
+
+    kernel: str
+    trial: str
+    type: str
+    error: float | None
+    limit: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the kernel equals its reference."""
+        return self.error is not None and self.error <= self.limit
+
+
+def tried(kernels: Sequence[str], device: str, target: str, every: bool = False) -> Iterator[Found]:
+    """Run the trials of these kernels, or of all, in every type.
+
+    What fails is reported, and the others go on. Raises EngineError where a failure leaves a GPU
+    that computes nothing more.
+    """
+    for kernel in named(kernels):
+        for trial in TRIALS[kernel]:
+            for dtype, limit in TOLERANCE.items():
+                found, failure = None, ""
+                try:
+                    found = worst(trial, device, dtype, target, every)
+                except Exception as error:  # whatever a GPU nobody has seen does
+                    failure = said(error)
+                if found == math.inf:
+                    found, failure = None, "NaN, or written or read outside of its tensors"
+                kind = str(dtype).removeprefix("torch.")
+                yield Found(kernel, trial.name, kind, found, limit, failure)
+                if failure and device != "cpu":
+                    require_context(f"{trial.name} in {kind}")
+
+
 def _wide(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.float()
+    return None if value is None else value.double()
 
 
 def _convolution(
@@ -128,11 +193,12 @@ def _convolution(
             clamp=clamp,
             box=box,
             out=out,
+            **source.how,
         )
         wanted, remembered = causal_conv3d.reference(
-            x.float(),
-            weight.float(),
-            bias.float(),
+            x.double(),
+            weight.double(),
+            bias.double(),
             state=_wide(state),
             window=window,
             activation=lit,
@@ -144,6 +210,36 @@ def _convolution(
         if kept:
             part = (slice(None), slice(*place[:2]), slice(*place[2:]))
             yield after[part], remembered[part]
+
+    return run
+
+
+def _activated(kind: str) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+    """Activated before the convolution or as it is read: the same to the last bit."""
+
+    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        x = source.normal(2, 7, 9, 24).contiguous()
+        state = source.normal(2, 7, 9, 24)
+        weight = source.normal(3, 3, 3, 24, 16, scale=0.05).contiguous()
+        gain, shift = (source.normal(2, 24, dtype=torch.float32).contiguous() for _ in range(2))
+        lit = (
+            Activation(gain[0], inverse=norm_silu.rms(x))
+            if kind == "rms"
+            else Activation(gain, shift=shift)
+        )
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def both(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+            for blocks in (offered[0], replace(offered[0], fused=True)):
+                launch(blocks)
+                found.append((y.clone(), after.clone()))
+
+        y, after = torch.empty(2, 7, 9, 16).to(x), torch.empty(2, 7, 9, 24).to(x)
+        how = source.how | {"choose": both}
+        causal_conv3d.launch(
+            x, weight, state=state, window=SAME, activation=lit, out=y, after=after, **how
+        )
+        yield from zip(*found, strict=True)
 
     return run
 
@@ -164,8 +260,9 @@ def _tiles(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
                 box=(*rows, *columns),
                 out=out[:, slice(*rows), slice(*columns)],
                 after=after,
+                **source.how,
             )
-    whole, remembered = causal_conv3d.launch(x, weight, state=state, window=SAME)
+    whole, remembered = causal_conv3d.launch(x, weight, state=state, window=SAME, **source.how)
     yield out, whole
     yield after, remembered
 
@@ -180,9 +277,11 @@ def _depthwise(
         bias = source.normal(72)
         place = box or (0, 7, 0, 9)
         out = source.blank(frames, place[1] - place[0], place[3] - place[2], 72)
-        y, after = depthwise_conv3d.launch(x, weight, bias, state=state, box=box, out=out)
+        y, after = depthwise_conv3d.launch(
+            x, weight, bias, state=state, box=box, out=out, **source.how
+        )
         wanted, remembered = depthwise_conv3d.reference(
-            x.float(), weight.float(), bias.float(), state=_wide(state), box=box
+            x.double(), weight.double(), bias.double(), state=_wide(state), box=box
         )
         yield y, wanted
         part = (slice(None), slice(*place[:2]), slice(*place[2:]))
@@ -200,8 +299,8 @@ def _attention(
         k, v = (source.normal(shared, keys, heads, width) for _ in range(2))
         out = source.blank(batch, tokens, heads, width)
         yield (
-            attention.launch(q, k, v, out=out),
-            attention.reference(q.float(), k.float(), v.float()),
+            attention.launch(q, k, v, out=out, **source.how),
+            attention.reference(q.double(), k.double(), v.double()),
         )
 
     return run
@@ -211,12 +310,13 @@ def _doubling(box: Box | None) -> Callable[[Source], Iterator[tuple[Tensor, Tens
     def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
         x = source.normal(2, 5, 7, 24)
         weight, bias = source.normal(3, 3, 24, 20, scale=0.07), source.normal(20)
-        packed = upsample2x_conv.packed(weight.float()).to(weight.dtype)
-        wanted = upsample2x_conv.plain(x.float(), weight.float(), bias.float())
+        packed = upsample2x_conv.packed(weight.double()).to(weight.dtype)
+        wide, offset = x.double(), bias.double()
+        wanted = upsample2x_conv.plain(wide, weight.double(), offset)
         top, bottom, left, right = (2 * edge for edge in box or (0, 5, 0, 7))
-        found = upsample2x_conv.launch(x, packed, bias, box=box)
+        found = upsample2x_conv.launch(x, packed, bias, box=box, **source.how)
         yield found, wanted[:, top:bottom, left:right]
-        yield found, upsample2x_conv.reference(x.float(), packed.float(), bias.float(), box=box)
+        yield found, upsample2x_conv.reference(wide, packed.double(), offset, box=box)
 
     return run
 
@@ -225,20 +325,23 @@ def _gated(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     x = (source.normal(70, 72) + 3).contiguous()
     value, gate = (source.normal(72, 40, scale=0.05).contiguous() for _ in range(2))
     value_bias, gate_bias = (source.normal(40).contiguous() for _ in range(2))
-    found = gated_linear.launch(x, value, gate, value_bias, gate_bias)
-    x, value, gate = x.float(), value.float(), gate.float()
-    yield found, gated_linear.reference(x, value, gate, value_bias.float(), gate_bias.float())
+    given = [x, value, gate, value_bias, gate_bias]
+    found = gated_linear.launch(*given, **source.how)
+    x, value, gate, value_bias, gate_bias = (tensor.double() for tensor in given)
+    yield found, gated_linear.reference(x, value, gate, value_bias, gate_bias)
 
 
 def _norms(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
     x = (source.normal(3, 7, 9, 96) * 2 + 1).contiguous()
-    wide = x.float()
-    yield norm_silu.rms(x), norm_silu.rms_reference(wide)
+    wide = x.double()
+    root = norm_silu.rms(x, choose=source.how["choose"])
+    yield root, norm_silu.rms_reference(wide)
     gain, shift = (source.normal(96, dtype=torch.float32).contiguous() for _ in range(2))
-    lit = Activation(gain, inverse=norm_silu.rms(x))
+    lit = Activation(gain, inverse=root)
     yield norm_silu.apply(x, lit), lit(wide)
     parts = [norm_silu.channels(part.contiguous()) for part in (x[:, :3], x[:, 3:])]
     lit = norm_silu.merged(torch.cat(parts, dim=2), 32, gain, shift, 1e-6)
+    gain, shift = gain.double(), shift.double()
     yield norm_silu.apply(x, lit), norm_silu.group_norm_reference(wide, 32, gain, shift, 1e-6)
 
 
@@ -246,31 +349,43 @@ DOWN = Window(stride=(1, 2, 2), bottom=1, right=1)
 TIME = Window(stride=(2, 1, 1))
 CUBE = (3, 3, 3)
 INNER, CORNER = (3, 8, 2, 9), (6, 10, 7, 12)
-TRIALS = (
-    Trial("convolution, first frame", _convolution(1, CUBE)),
-    Trial("convolution, first frames, RMS", _convolution(3, CUBE, kind="rms")),
-    Trial("convolution, step of 1, RMS, residual", _convolution(1, CUBE, SAME, "rms", True, True)),
-    Trial("convolution, step of 4, group norm", _convolution(4, CUBE, SAME, "affine", True)),
-    Trial("convolution, clamped", _convolution(2, CUBE, later=True, clamp=(-0.5, 0.5))),
-    Trial("convolution, inner tile", _convolution(2, CUBE, SAME, "rms", True, True, INNER)),
-    Trial("convolution, corner tile", _convolution(2, CUBE, SAME, "", True, True, CORNER)),
-    Trial("convolution, wide", _convolution(1, CUBE, later=True, channels=(72, 136))),
-    Trial("convolution, one channel", _convolution(1, CUBE, channels=(1, 24))),
-    Trial("convolution, stride 2 in space", _convolution(2, (1, 3, 3), DOWN)),
-    Trial("convolution, stride 2 in time", _convolution(4, (3, 1, 1), TIME, later=True)),
-    Trial("convolution, along frames", _convolution(2, (3, 1, 1), Window(), later=True)),
-    Trial("convolution, 1x1x1", _convolution(2, (1, 1, 1), Window(), residual=True)),
-    Trial("convolution, tiles are the whole", _tiles),
-    Trial("doubling", _doubling(None)),
-    Trial("doubling, tile", _doubling((1, 4, 2, 7))),
-    Trial("depthwise, first frame", _depthwise(1, later=False)),
-    Trial("depthwise, first frames", _depthwise(3, later=False)),
-    Trial("depthwise, step of 1", _depthwise(1, later=True)),
-    Trial("depthwise, tile of a step of 3", _depthwise(3, later=True, box=(2, 6, 3, 9))),
-    Trial("attention, 3 heads of 32", _attention(2, 37, 37, 3, 32)),
-    Trial("attention, to a shared text", _attention(3, 17, 5, 2, 32)),
-    Trial("attention, one head of 384", _attention(1, 50, 50, 1, 384)),
-    Trial("attention, one head of 512", _attention(1, 33, 33, 1, 512)),
-    Trial("norm and gated linear layers", _gated),
-    Trial("norms", _norms),
-)
+TRIALS: dict[str, tuple[Trial, ...]] = {
+    "causal_conv3d": (
+        Trial("convolution, first frame", _convolution(1, CUBE)),
+        Trial("convolution, first frames, RMS", _convolution(3, CUBE, kind="rms")),
+        Trial(
+            "convolution, step of 1, RMS, residual", _convolution(1, CUBE, SAME, "rms", True, True)
+        ),
+        Trial("convolution, step of 4, group norm", _convolution(4, CUBE, SAME, "affine", True)),
+        Trial("convolution, clamped", _convolution(2, CUBE, later=True, clamp=(-0.5, 0.5))),
+        Trial("convolution, inner tile", _convolution(2, CUBE, SAME, "rms", True, True, INNER)),
+        Trial("convolution, corner tile", _convolution(2, CUBE, SAME, "", True, True, CORNER)),
+        Trial("convolution, wide", _convolution(1, CUBE, later=True, channels=(72, 136))),
+        Trial("convolution, one channel", _convolution(1, CUBE, channels=(1, 24))),
+        Trial("convolution, stride 2 in space", _convolution(2, (1, 3, 3), DOWN)),
+        Trial("convolution, stride 2 in time", _convolution(4, (3, 1, 1), TIME, later=True)),
+        Trial("convolution, along frames", _convolution(2, (3, 1, 1), Window(), later=True)),
+        Trial("convolution, 1x1x1", _convolution(2, (1, 1, 1), Window(), residual=True)),
+        Trial("convolution, tiles are the whole", _tiles),
+        Trial("convolution, RMS before or as it is read", _activated("rms")),
+        Trial("convolution, group norm before or as it is read", _activated("affine")),
+    ),
+    "upsample2x_conv": (
+        Trial("doubling", _doubling(None)),
+        Trial("doubling, tile", _doubling((1, 4, 2, 7))),
+    ),
+    "depthwise_conv3d": (
+        Trial("depthwise, first frame", _depthwise(1, later=False)),
+        Trial("depthwise, first frames", _depthwise(3, later=False)),
+        Trial("depthwise, step of 1", _depthwise(1, later=True)),
+        Trial("depthwise, tile of a step of 3", _depthwise(3, later=True, box=(2, 6, 3, 9))),
+    ),
+    "attention": (
+        Trial("attention, 3 heads of 32", _attention(2, 37, 37, 3, 32)),
+        Trial("attention, to a shared text", _attention(3, 17, 5, 2, 32)),
+        Trial("attention, one head of 384", _attention(1, 50, 50, 1, 384)),
+        Trial("attention, one head of 512", _attention(1, 33, 33, 1, 512)),
+    ),
+    "gated_linear": (Trial("norm and gated linear layers", _gated),),
+    "norm_silu": (Trial("norms", _norms),),
+}

@@ -9,6 +9,7 @@ for itself, and so does a launch that is offered other blocks than it was.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -70,13 +71,20 @@ class Tuner:
 
 
 def on_gpu(folder: Path, device: str) -> Tuner:
-    """Make a tuner for a GPU, timed by its own clock. Not yet run on one."""
+    """Make a tuner for a GPU, timed by its own clock.
+
+    Blocks that the GPU cannot launch are slower than all others.
+    """
     import torch
     import triton
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     def seconds(launch: Callable[[], None]) -> float:
-        milliseconds: float = do_bench(launch, warmup=5, rep=20, return_mode="median")
+        try:
+            milliseconds: float = do_bench(launch, warmup=5, rep=20, return_mode="median")
+        except OutOfResources:
+            return math.inf
         return milliseconds / 1e3
 
     gpu = torch.cuda.get_device_name(torch.device(device))

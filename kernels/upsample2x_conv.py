@@ -15,6 +15,7 @@ pixels of 192 channels, 101 MB a frame in float16).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels import causal_conv3d
-from fvae_deploy.kernels.aot import Spec, traffic
+from fvae_deploy.kernels.aot import Spec, as_torch_reads, traffic
 from fvae_deploy.kernels.blocks import Choose, first
 from fvae_deploy.kernels.causal_conv3d import Box, Window
 
@@ -90,18 +91,17 @@ def launch(
 
 
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
-    """One of the four launches that Wan and the U-Net make."""
+    """Yield the four launches each that Wan and the U-Net make."""
     for name, size, channels in (
         ("Wan 192 to 96", (4, 256, 256), (192, 96)),
         ("U-Net 448", (17, 32, 32), (448, 448)),
     ):
-        x = torch.empty(*size, channels[0], dtype=torch.float16, device=device)
-        weight = torch.empty(2, 2, 1, 2, 2, *channels, dtype=torch.float16, device=device)
-        work = 2 * 4 * channels[0] * channels[1] * size[0] * size[1] * size[2]
-
-        def one(x: Tensor = x, weight: Tensor = weight, **how: Any) -> None:
-            launch(x, weight, **how)
-
-        # A quarter of writing the doubled map, reading it, and writing the result.
-        plain = (traffic(x) * (1 + 4 + 4) + traffic(weight) * 9 / 16) / 4 + work / channels[0] / 4
-        yield Spec(f"{name} float16", one, work, plain), causal_conv3d.kernel
+        x, weight = (
+            torch.randn(*shape, dtype=torch.float16, device=device)
+            for shape in ((*size, channels[0]), (3, 3, *channels))
+        )
+        work = 2 * 16 * channels[0] * channels[1] * size[0] * size[1] * size[2]
+        # The doubled map written and read, and the result written.
+        moved = traffic(x) * (1 + 4 + 4) + traffic(weight) + work / channels[0] / 4
+        one, eager = partial(launch, x, packed(weight)), partial(plain, x, as_torch_reads(weight))
+        yield Spec(f"{name} float16", one, eager, work, moved), causal_conv3d.kernel

@@ -189,6 +189,7 @@ REPORT = {  # field -> fields in it
     "precision": None,
     "device": None,
     "engine_chosen_because": None,
+    "kernels": None,
     "plan": {
         "latent_frames_per_step",
         "tiles",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Manifest
 
-pytest.importorskip("torch", reason="needs the export extra")
+torch = pytest.importorskip("torch", reason="needs the export extra")
 
 
 class TestEager(EngineContract):
@@ -34,3 +35,35 @@ class TestEager(EngineContract):
             EngineError, match=r"family .*lean_vae.*, found fake: use another engine"
         ):
             open_engine(bundle, other, "torch")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch computes on")
+class TestEagerOnAGpu(EngineContract):
+    """On kernels where Triton is installed; what it finds of blocks stays in a copy."""
+
+    engine_name, device = "torch", "cuda"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def bundle(cls, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return Path(shutil.copytree(small_bundle, tmp_path_factory.mktemp("gpu") / "bundle"))
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.05), ("fp16", 0.01)])
+    def test_half_precision_is_near(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        reference: Reference,
+        direction: str,
+        monkeypatch: pytest.MonkeyPatch,
+        backend: str,
+        precision: str,
+        limit: float,
+    ) -> None:
+        monkeypatch.setenv("FVAE_KERNELS", backend)
+        engine = open_engine(bundle, manifest, "torch", "cuda", precision)
+        data = sample(manifest, direction, 2, 3, 4)
+        found = Stream(engine, manifest, direction).push_all(data, (1, 1))
+        assert error(found, getattr(reference, direction)(data)) < limit
+        engine.close()

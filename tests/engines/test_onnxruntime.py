@@ -12,6 +12,8 @@ from fvae_deploy.export.manifest import Manifest
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
+from fvae_deploy.engines.onnx_runtime import check_place  # noqa: E402
+
 
 class TestONNXRuntime(EngineContract):
     engine_name = "onnxruntime"
@@ -47,3 +49,15 @@ class TestONNXRuntime(EngineContract):
         with pytest.raises(EngineError, match=r"CUDA|CPU EP"):
             engine.run(part.name, data)
         engine.close()
+
+    def test_work_of_a_gpu_that_is_left_to_the_cpu_is_refused(
+        self, bundle: Path, manifest: Manifest
+    ) -> None:
+        if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+            pytest.skip("this ONNX Runtime does not tell where it computes")
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        graph = str(bundle / manifest.part("encode_first").file)
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        with pytest.raises(EngineError, match=r"leaves .*Conv.* to the CPU: use --engine torch"):
+            check_place(session, "encode_first")

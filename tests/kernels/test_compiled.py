@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 from fvae_deploy.cli import app  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
-from fvae_deploy.kernels import attention, causal_conv3d  # noqa: E402
-from fvae_deploy.kernels.aot import Spec, compile_for, planned  # noqa: E402
+from fvae_deploy.kernels import attention, causal_conv3d, timing  # noqa: E402
+from fvae_deploy.kernels.aot import Recorder, Spec, compile_for, planned, record  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS  # noqa: E402
 from fvae_deploy.kernels.dispatch import KERNELS  # noqa: E402
@@ -50,6 +51,7 @@ def _attention(blocks: Blocks) -> Spec:
         lambda run, target, choose: attention.launch(
             q, k, v, choose=lambda alike, offered, launch: launch(blocks), target=target, run=run
         ),
+        partial(attention.eager, q, k, v),
         1.0,
         1.0,
     )
@@ -71,20 +73,40 @@ def test_a_kernel_that_misses_the_matrix_units_of_its_chip_is_found():
 
 
 def test_a_kernel_with_narrow_loads_is_found():
-    def narrow(**how):
-        x = torch.empty(4, 64, 64, 97, dtype=torch.float16, device="meta")
-        weight = torch.empty(1, 1, 1, 97, 97, dtype=torch.float16, device="meta")
-        causal_conv3d.launch(x, weight, **how)
-
-    found = compile_for("odd", Spec("odd", narrow, 1.0, 1.0), causal_conv3d.kernel, CHIPS["sm_89"])
+    x = torch.empty(4, 64, 64, 97, dtype=torch.float16, device="meta")
+    weight = torch.empty(1, 1, 1, 97, 97, dtype=torch.float16, device="meta")
+    narrow, eager = (partial(f, x, weight) for f in (causal_conv3d.launch, causal_conv3d.reference))
+    spec = Spec("odd", narrow, eager, 1.0, 1.0)
+    found = compile_for("odd", spec, causal_conv3d.kernel, CHIPS["sm_89"])
     assert "has no load of 128 bits" in found.wrong
 
 
 def test_bytes_are_counted_once_each():
     q, k, v = (torch.empty(1, 64, 1, 64, dtype=torch.float16, device="meta") for _ in range(3))
-    spec = Spec("s", lambda **how: attention.launch(q, k, v, **how), 1.0, 1.0)
+    launch, eager = (partial(f, q, k, v) for f in (attention.launch, attention.eager))
+    spec = Spec("s", launch, eager, 1.0, 1.0)
     found = compile_for("attention", spec, attention.kernel, CHIPS["sm_89"])
     assert found.moved == 4 * 64 * 64 * 2
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_torch_computes_what_a_launch_is_timed_beside(name):
+    for spec, kernel in KERNELS[name].specs():
+        pair = spec.launch(run=Recorder(kernel), target="sm_90"), spec.eager()
+        results = (found if isinstance(found, tuple) else (found,) for found in pair)
+        for found, wanted in zip(*results, strict=True):
+            assert found.dtype == wanted.dtype
+            # Statistics of a kernel come in chunks of positions.
+            chunked = spec.name.startswith("channels")
+            assert found.shape[: 2 if chunked else 4] == wanted.shape[: 2 if chunked else 4]
+
+
+def test_all_launches_of_a_doubling_are_counted():
+    spec, kernel = next(KERNELS["upsample2x_conv"].specs())
+    four = record(spec, kernel, "sm_90")
+    assert len(four) == 4
+    found = compile_for("upsample2x_conv", spec, kernel, CHIPS["sm_90"])
+    assert found.moved == sum(launch.moved for launch in four)
 
 
 def test_a_roofline_is_the_slower_of_arithmetic_and_memory():
@@ -128,3 +150,17 @@ def test_what_needs_a_gpu_says_so_where_there_is_none():
         done = CliRunner().invoke(app, ["kernels", verb])
         assert isinstance(done.exception, EngineError)
         assert "expected a GPU" in str(done.exception)
+
+
+def test_what_cannot_be_timed_is_reported_and_ends_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    found = timing.median(lambda: None, Blocks(64, 64))
+    assert found.seconds is None
+    assert found.failure
+    assert "\n" not in found.failure
+    ran = timing.Median(2.0, blocks=Blocks(32, 32)), timing.Median(1.0, blocks=Blocks(16, 16))
+    row = timing.Timed("k", "s", (found, *ran), found, flops=1.0, moved=1, roofline=None)
+    assert row.best == ran[1]
+    assert row.failures == [f"{Blocks(64, 64)}: {found.failure}"]
+    assert timing.Timed("k", "s", (found,), found, 1.0, 1, None).best is None

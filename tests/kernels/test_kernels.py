@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,15 +17,17 @@ torch = pytest.importorskip("torch", reason="kernels' references are torch's")
 pytest.importorskip("triton", reason="kernels need triton: pip install 'fvae-deploy[kernels]'")
 
 from fvae_deploy.errors import EngineError  # noqa: E402
-from fvae_deploy.kernels import causal_conv3d  # noqa: E402
+from fvae_deploy.kernels import causal_conv3d, depthwise_conv3d, trials  # noqa: E402
+from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.causal_conv3d import SAME, Window  # noqa: E402
-from fvae_deploy.kernels.dispatch import Kernels  # noqa: E402
-from fvae_deploy.kernels.trials import TOLERANCE, TRIALS  # noqa: E402
+from fvae_deploy.kernels.dispatch import KERNELS, Kernels  # noqa: E402
+from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, Trial, worst  # noqa: E402
 
 ALL = """
 import json, torch
 from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, worst
-print(json.dumps({str(d): {t.name: worst(t, "cpu", d) for t in TRIALS} for d in TOLERANCE}))
+trials = [trial for of_kernel in TRIALS.values() for trial in of_kernel]
+print(json.dumps({str(d): {t.name: worst(t, "cpu", d) for t in trials} for d in TOLERANCE}))
 """
 
 
@@ -49,7 +52,7 @@ def errors() -> dict[str, dict[str, float]]:
 
 # bfloat16: the interpreter's own products are wrong, so that they are taken in float32 there.
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", [trial.name for trial in TRIALS])
+@pytest.mark.parametrize("name", [trial.name for each in TRIALS.values() for trial in each])
 def test_a_kernel_equals_its_reference_and_stays_inside_its_tensors(errors, name, dtype):
     assert errors[str(dtype)][name] <= TOLERANCE[dtype]
 
@@ -78,6 +81,72 @@ for bad in (outside, wrong):
     assert 0.01 < off < 1
 
 
+def test_trials_that_break_or_are_wrong_are_reported_and_the_others_run(monkeypatch):
+    def broken(source):
+        raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+        yield
+
+    def sound(source):
+        view = source.normal(2, 3, 4)
+        yield view, view
+
+    def poisoned(source):
+        view = source.blank(2, 3, 4)
+        yield view, view
+
+    three = tuple(Trial(f.__name__, f) for f in (broken, sound, poisoned))
+    monkeypatch.setattr(trials, "TRIALS", {"attention": three})
+    found = [f for f in trials.tried(["attention"], "cpu", "sm_80") if f.type == "float32"]
+    assert [f.passed for f in found] == [False, True, False]
+    assert found[0].failure == "RuntimeError: out of resource: shared memory Required: 300000"
+    assert "NaN" in found[2].failure
+
+
+def test_a_trial_of_all_blocks_launches_each_of_them():
+    seen = []
+
+    def run(source):
+        view = source.normal(2, 3, 4)
+        source.how["choose"]("alike", [Blocks(16, 16), Blocks(32, 16)], seen.append)
+        source.how["choose"]("other", [Blocks(64, 16)], seen.append)
+        yield view, view
+
+    worst(Trial("", run), "cpu", torch.float32, every=True)
+    assert [blocks.rows for blocks in seen] == [16, 64, 32, 64]
+
+
+def test_every_kernel_has_trials():
+    assert set(TRIALS) == set(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("hip", "architecture", "chip"),
+    [
+        (None, "NVIDIA H100 80GB HBM3", "sm_90"),  # as torch 2.11 names it
+        ("7.0", "gfx942:sramecc+:xnack-", "gfx942"),
+    ],
+)
+def test_a_gpu_is_known_by_its_architecture(monkeypatch, hip, architecture, chip):
+    found = SimpleNamespace(gcnArchName=architecture, major=9, minor=0)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert Kernels("cuda", "auto").target == chip
+
+
+def test_float32_is_float32_on_a_gpu():
+    code = """
+import warnings; warnings.simplefilter("error")
+import torch
+from fvae_deploy.kernels.dispatch import compute_in_float32
+compute_in_float32()
+new = hasattr(torch.backends.cudnn, "conv")
+assert not new or torch.backends.cudnn.conv.fp32_precision == "ieee"
+assert new or not torch.backends.cudnn.allow_tf32
+assert not torch.backends.cuda.matmul.allow_tf32
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_box_outside_the_image_is_refused():
     x, weight = torch.zeros(1, 8, 8, 16), torch.zeros(3, 3, 3, 16, 16)
     with pytest.raises(ValueError, match="expected a box inside 8x8, found"):
@@ -88,6 +157,20 @@ def test_channels_that_are_not_last_are_refused():
     x = torch.zeros(1, 16, 8, 8).movedim(1, -1)
     with pytest.raises(ValueError, match="expected x with channels last"):
         causal_conv3d.launch(x, torch.zeros(1, 1, 1, 16, 16), window=Window())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("state", (2, 8, 7, 16)), ("state", (1, 8, 8, 16)), ("residual", (1, 8, 8, 8))],
+)
+def test_tensors_of_other_shapes_are_refused_before_a_kernel_reads_past_them(name, shape):
+    x, weight, given = torch.zeros(1, 8, 8, 16), torch.zeros(3, 3, 3, 16, 16), torch.zeros(shape)
+    with pytest.raises(ValueError, match=rf"expected {name} \[.*\], found \[{shape[0]}, "):
+        causal_conv3d.launch(x, weight, window=SAME, **{name: given})
+    if name == "state":
+        taps, bias = torch.zeros(27, 16), torch.zeros(16)
+        with pytest.raises(ValueError, match=r"expected state \[2, 8, 8, 16\], found"):
+            depthwise_conv3d.launch(x, taps, bias, state=given)
 
 
 def test_the_reference_computes_where_there_is_no_gpu():

@@ -18,6 +18,7 @@ from fvae_deploy.kernels import attention, causal_conv3d, gated_linear  # noqa: 
 from fvae_deploy.kernels.aot import choices, compile_for, record  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks, Needs, fitting, product  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS, known, like  # noqa: E402
+from fvae_deploy.kernels.norm_silu import NONE  # noqa: E402
 from fvae_deploy.kernels.tuning import Tuner  # noqa: E402
 
 OFFERED = [Blocks(128, 64, 64, 8, 2), Blocks(64, 64, 64, 4, 3), Blocks(256, 64, 32, 8, 2)]
@@ -129,7 +130,8 @@ def test_what_does_not_fit_is_left_out():
 def test_every_shape_is_offered_a_few_different_blocks_on_every_chip(channels, width, size, target):
     chip = CHIPS[target]
     for offered in (
-        causal_conv3d.offered(channels, size, chip),
+        causal_conv3d.offered(channels, size, chip, apart=False),
+        causal_conv3d.offered(channels, size, chip, apart=True),
         attention.offered(width, size, chip),
         gated_linear.offered(size, chip),
     ):
@@ -154,8 +156,9 @@ def test_launches_are_alike_by_type_channels_window_and_amount_of_work():
 
 def test_what_is_compiled_is_the_choice_that_was_asked_for():
     spec, kernel = next(causal_conv3d.specs())
-    offered = causal_conv3d.offered(96, 2, CHIPS["sm_89"])
-    assert choices(spec, kernel, "sm_89") == len(offered)
-    launched = [record(spec, kernel, "sm_89", n) for n in range(len(offered))]
+    offered = causal_conv3d.offered(96, 2, CHIPS["sm_89"], apart=True)
+    assert choices(spec, kernel, "sm_89") == offered
+    launched = [record(spec, kernel, "sm_89", n)[-1] for n in range(len(offered))]
     assert [r.arguments["BM"] for r in launched] == [blocks.rows for blocks in offered]
+    assert [r.arguments["KIND"] != NONE for r in launched] == [blocks.fused for blocks in offered]
     assert compile_for("c", spec, kernel, CHIPS["sm_89"], 1).choice == 1
