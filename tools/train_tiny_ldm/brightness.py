@@ -1,4 +1,4 @@
-"""What predicted latents mean in HU: the mean of every organ, and of the body in every slice.
+"""What predicted latents mean in HU: of every organ and what has no label, and of every slice.
 
 The squared error of latents is mostly edges and texture, which no mask tells; that an aorta is
 80 HU too dark hardly shows in it. So predictions are decoded as well, by the frozen decoder of
@@ -77,7 +77,7 @@ class Brightness:
         weights = [
             ARTERIAL if organ.startswith((*ARTERIES, "heart")) else 1.0 for organ in LABELLED
         ]
-        self.weights = torch.tensor(weights, device=device)[1:OUTSIDE]
+        self.weights = torch.tensor(weights, device=device)[:OUTSIDE]
 
     def decoded(self, z: Tensor, begins: Tensor) -> Tensor:
         """HU [B, slices, x, y] of normalised latents [B, D, f, h, w]."""
@@ -97,9 +97,9 @@ class Brightness:
         )
         counts = voxels.counts
         sums = (found.view_as(counts), voxels.drawn, voxels.reconstructed)
-        organs, planes = counts.sum(1)[:, 1:OUTSIDE], counts[..., :OUTSIDE].sum(2)
+        organs, planes = counts.sum(1)[:, :OUTSIDE], counts[..., :OUTSIDE].sum(2)
         return Off(
-            _off(*(s.sum(1)[:, 1:OUTSIDE] / organs.clamp(min=1) for s in sums)),
+            _off(*(s.sum(1)[:, :OUTSIDE] / organs.clamp(min=1) for s in sums)),
             organs >= VOXELS,
             _off(*(s[..., :OUTSIDE].sum(2) / planes.clamp(min=1) for s in sums)),
             planes > 0,

@@ -87,13 +87,13 @@ SCHEDULE = {
 }
 GAMMA = 5.0  # of min-SNR
 FLOOR = 0.5  # least weight of a time
-TEXT = 10.0  # times the rate, for what reads the text
+TEXT = 4.0  # times the rate, for what reads the text
 NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
 PURE = SCHEDULE["num_train_timesteps"] - 1  # the time that is noise alone
 STEPS = 8  # of the sampler
 KINDS = ("noised", "first", "later")  # of steps, in turn: what the loss is of
 WARM = 100  # steps
-MEANS = 0.01  # weight of organs' and slices' means
+MEANS = 0.02  # weight of organs' and slices' means
 SHARE = 0.7  # of the loss that counts a channel by what it means in HU
 DECAY = 0.998  # of the average of weights
 
