@@ -86,6 +86,7 @@ def product(blocks: Blocks, size: int, results: int = 1) -> Needs:
 # spills a few bytes for it.
 SPILLS = {
     "sm_80": {Blocks(128, 128, 32, 8, 2)},
+    "sm_90": {Blocks(128, 32, 16, 8, 2)},
     "sm_120": {
         Blocks(128, 128, 64, 8, 2),
         Blocks(256, 64, 32, 8, 2),
