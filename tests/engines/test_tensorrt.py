@@ -142,7 +142,7 @@ class TestStreams:
         from fvae_deploy.latents import LatentReader
 
         install(monkeypatch)
-        monkeypatch.setattr(devices, "_has_driver", lambda: True)
+        monkeypatch.setattr(devices, "target", lambda: "sm_89")
         bundle = copied(small_bundle, tmp_path)
         halo = Manifest.load(bundle).part("encode_step").halo
         assert halo is not None
