@@ -41,7 +41,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute it by the form of attention that torch chooses, as a yardstick."""
+    """Compute it by the form of attention that torch chooses."""
     queries, keys, values = (t.expand(q.shape[0], -1, -1, -1).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 

@@ -282,12 +282,14 @@ def launch(
     held = x if state is None else state
     added = out if residual is None else residual
 
+    kind = NONE if activation is None else activation.kind
+    lit = activation or Activation(x)  # what is not there is not read, but has a pointer
+
     def once(blocks: Blocks) -> None:
-        slab, kind = x, NONE if activation is None else activation.kind
-        lit = activation or Activation(x)  # what is not there is not read, but has a pointer
-        if activation is not None and not blocks.fused:
+        slab, as_read = x, kind
+        if not blocks.fused:
             how = beside(run, norm_silu.apply_kernel)
-            slab, kind = norm_silu.apply(x, activation, run=how), NONE
+            slab, as_read = norm_silu.apply(x, lit, run=how), NONE
         run[triton.cdiv(rows * columns, blocks.rows), triton.cdiv(outputs, blocks.columns), steps](
             slab,
             held,
@@ -318,7 +320,7 @@ def launch(
             **dict(zip(("ST", "SH", "SW"), window.stride, strict=True)),
             PH=window.top,
             PW=window.left,
-            KIND=kind,
+            KIND=as_read,
             STATE=state is not None,
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
@@ -333,7 +335,6 @@ def launch(
             num_stages=blocks.stages,
         )
 
-    kind = NONE if activation is None else activation.kind
     whole = box == (0, tall, 0, wide)
     apart = kind in (RMS, AFFINE) and kt * kh * kw > 1 and whole and x.is_contiguous()
     alike = f"{channels} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {kind}"

@@ -8,6 +8,7 @@ kernels also run on a CPU, for tests, slowly. On a GPU float32 is float32, also 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -139,13 +140,12 @@ class Kernels:
 def compute_in_float32() -> None:
     """Keep torch from computing float32 in TF32 on a GPU, as it does in convolutions by itself.
 
-    TF32 has float16's ten bits. It is a setting of the whole process: threads share it.
+    TF32 has float16's ten bits. It is a setting of the whole process: threads share it. Set by the
+    newer names, torch.export would refuse: it reads these.
     """
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    if hasattr(convolutions, "conv"):  # torch 2.9 on, which warns of the others
-        convolutions.conv.fp32_precision = products.fp32_precision = "ieee"
-    else:
-        convolutions.allow_tf32 = products.allow_tf32 = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are newer names
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _target(device: str) -> str:
