@@ -26,6 +26,7 @@ from fvae_deploy.server.requests import JobView, Problem
 from fvae_deploy.server.settings import Settings
 from fvae_deploy.server.store import ENDED, Job, Store
 from fvae_deploy.server.supervisor import Supervisor
+from fvae_deploy.server.worker import clear
 
 BODY = {  # the same for every verb; FastAPI itself would read it into memory
     "requestBody": {
@@ -283,7 +284,8 @@ def result(job: TheJob, store: Jobs) -> FileResponse:
 @routes.post("/v1/jobs/{ident}/cancel", tags=["jobs"], responses=refusals(404))
 def cancel(job: TheJob, store: Jobs) -> JobView:
     """Stop a job; one that has ended stays as it is."""
-    store.cancel(job.id)
+    if store.cancel(job.id):
+        clear(store.files / job.id, None)
     return JobView.of(store.get(job.id) or job)
 
 

@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS totals (
 CREATE TABLE IF NOT EXISTS worker (one INTEGER PRIMARY KEY CHECK (one = 1), facts TEXT NOT NULL);
 """
 ENDED = ("done", "failed", "cancelled")
+OPEN = "state IN ('queued', 'running')"
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,19 @@ class Store:
         counts: dict[str, float] = {f"failed:{kind}": 1} if state == "failed" else {}
         self._end(ident, state, counts, error=message, error_kind=kind)
 
-    def _end(self, ident: str, state: str, counts: dict[str, float], **values: Any) -> None:
+    def _end(
+        self, ident: str, state: str, counts: dict[str, float], where: str = OPEN, **values: Any
+    ) -> bool:
         names = "".join(f", {name} = ?" for name in values)
         with self._sql as sql:
             sql.execute("BEGIN IMMEDIATE")
             ended = sql.execute(
-                f"UPDATE jobs SET state = ?, ended = ?{names} WHERE id = ? "
-                "AND state IN ('queued', 'running') RETURNING verb",
+                f"UPDATE jobs SET state = ?, ended = ?{names} "
+                f"WHERE id = ? AND {where} RETURNING verb",
                 (state, time.time(), *values.values(), ident),
             ).fetchone()
             if ended is None:
-                return  # was ended before: an end is counted once
+                return False  # was ended before: an end is counted once
             counts = {**counts, f"{state}_jobs:{ended[0]}": 1}
             for name, count in counts.items():
                 sql.execute(
@@ -179,12 +182,17 @@ class Store:
                     "DO UPDATE SET value = value + excluded.value",
                     (*(f"{name}:".split(":")[:2]), count),
                 )
+        return True
 
-    def cancel(self, ident: str) -> None:
-        """Stop a job: at once where it waits, at its next step where it runs."""
-        running = "WHERE id = ? AND state = 'running'"
-        if not self._rows(f"UPDATE jobs SET cancel = 1 {running} RETURNING id", ident):
-            self.fail(ident, "cancelled", "cancelled before it began", "cancelled")
+    def cancel(self, ident: str) -> bool:
+        """Stop a job: at once where it waits, at its next step where it runs.
+
+        Returns whether it ended here: no worker began it, so none clears its files.
+        """
+        # Asked first: a worker that takes the job between the two stops at its first step.
+        self._rows(f"UPDATE jobs SET cancel = 1 WHERE id = ? AND {OPEN}", ident)
+        why = {"error": "cancelled before it began", "error_kind": "cancelled"}
+        return self._end(ident, "cancelled", {}, where="state = 'queued'", **why)
 
     def recover(self, attempts: int) -> list[Job]:
         """Queue again what a worker that died had begun; returns those jobs as they are now.

@@ -121,12 +121,12 @@ def test_a_job_that_runs_is_cancelled_and_one_that_waits_too(server, long_ct):
     first = server.post("encode", long_ct.read_bytes()).json()["id"]
     second = server.post("encode", long_ct.read_bytes()).json()["id"]
     assert server.get(f"{first}/result").status_code == 409
-    for ident in (second, first):
+    for ident in (second, first):  # the one may be running by now, the other waits
         url = f"{server.url}/v1/jobs/{ident}/cancel"
         answer = requests.post(url, headers=server.headers, timeout=9)
         assert answer.status_code == 200
         assert server.wait(ident)["state"] == "cancelled"
-    emptied(server.store.files / first)
+        emptied(server.store.files / ident)
 
 
 def test_a_deleted_job_is_gone_with_its_files(server, ct):

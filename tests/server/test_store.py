@@ -91,10 +91,21 @@ def test_a_job_that_kills_its_worker_is_tried_again_and_then_given_up(store):
     assert "found the worker dead 3 times" in found.error
 
 
+def test_a_job_that_waits_is_cancelled_at_once_and_once(store):
+    store.add(job("a"))
+    assert store.cancel("a")  # its files are the caller's to clear
+    assert not store.cancel("a")
+    assert store.claim() is None
+    assert (store.get("a").state, store.get("a").error) == (
+        "cancelled",
+        "cancelled before it began",
+    )
+
+
 def test_a_job_cancelled_while_its_worker_died_is_not_tried_again(store):
     store.add(job("a"))
     store.claim()
-    store.cancel("a")
+    assert not store.cancel("a")  # its worker clears its files
     assert store.tick("a", "encode", 1, 9)  # told to stop
     assert [found.state for found in store.recover(3)] == ["cancelled"]
 
