@@ -6,6 +6,9 @@
 
 Noise depends on the seed, the step and what is asked for alone, so a volume does not depend
 on how often its generation was resumed.
+
+diffusers and torch take seconds to import, so they are when a sampler is made: paths and masks
+that are wrong are told of before.
 """
 
 from __future__ import annotations
@@ -14,9 +17,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import UsageError
@@ -41,6 +42,8 @@ class Sampler:
         most = int(schedule["num_train_timesteps"])
         if not 1 <= steps <= most:
             raise UsageError(f"expected 1 to {most} steps, found {steps}")
+        import diffusers
+
         kind = getattr(diffusers, SAMPLERS[name])
         known = inspect.signature(kind.__init__).parameters
         self.scheduler = kind(**{k: v for k, v in schedule.items() if k in known})
@@ -61,6 +64,8 @@ class Sampler:
 
         `noise` of that shape is added where eta is above 0.
         """
+        import torch
+
         options: dict[str, Any] = {}
         if self.eta:
             assert noise is not None

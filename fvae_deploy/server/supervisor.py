@@ -72,8 +72,7 @@ class Supervisor:
             self._audit("worker died", code=worker.returncode)
             for job in self._store.recover(self._settings.limits.attempts):
                 self._audit("job interrupted", job=job.id, state=job.state, attempts=job.attempts)
-                if job.state != "queued":
-                    clear(self._store.files / job.id, job)
+            self._clear_ended()
             wait = 0.5 if time.monotonic() - begun > 30 else min(2 * wait, 30)
             self._stop.wait(wait)
 
@@ -111,8 +110,13 @@ class Supervisor:
     def _sweep_strays(self) -> None:
         """Remove what a killed server left of uploads and of jobs that had ended."""
         for folder in self._store.files.iterdir():
-            job = self._store.get(folder.name)
-            if job is None:
+            if self._store.get(folder.name) is None:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif job.state in ENDED:
+        self._clear_ended()
+
+    def _clear_ended(self) -> None:
+        """Leave nothing but results of jobs whose worker died before it had tidied up."""
+        for folder in self._store.files.iterdir():
+            job = self._store.get(folder.name)
+            if job is not None and job.state in ENDED:
                 clear(folder, job)

@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def work(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
 
 def clear(folder: Path, job: Job | None) -> None:
     """Remove all but the result: a scan is kept no longer than its job runs."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if job is None or path.name != job.result:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with suppress(FileNotFoundError):  # the job is being deleted, or another clears it
+        for path in folder.iterdir():
+            if job is None or path.name != job.result:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _perform(

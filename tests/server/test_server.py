@@ -230,12 +230,17 @@ def test_after_kill_9_results_are_there_and_a_job_goes_on_to_the_same_bytes(
         server.kill()
 
 
-def test_a_worker_that_dies_is_started_again_and_its_job_with_it(server, long_ct):
+def test_a_worker_that_dies_is_started_again_and_its_job_with_it(server, ct, long_ct):
+    before = finished(server, server.post("reconstruct", ct.read_bytes()))["id"]
+    left = server.store.files / before / "input.nii.gz"
+    left.write_bytes(b"a scan that it had no time to remove")
     ident = server.post("encode", long_ct.read_bytes()).json()["id"]
     server.wait(ident, "running")
     os.kill(server.store.worker()["pid"], signal.SIGKILL)
     job = server.wait(ident)
     assert (job["state"], job["attempts"]) == ("done", 2)
+    assert not left.exists()
+    assert server.get(f"{before}/result").status_code == 200
 
 
 def test_two_servers_do_not_share_a_folder(server, serve_fake):
