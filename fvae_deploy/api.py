@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy import __version__, stream
+from fvae_deploy import stream
 from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.errors import UsageError
 from fvae_deploy.latents import LatentReader
@@ -60,7 +60,6 @@ def encode(
             k=k,
             resume=resume,
             any_range=any_range,
-            version=__version__,
             progress=progress,
         )
         return run_report("encode", reader.path, Path(output), codec, outcome, baseline)
@@ -77,11 +76,13 @@ def decode(
     memory: str | int | None = None,
     slices: tuple[int, int] | None = None,
     dtype: str = "int16",
+    resume: bool = False,
     progress: Progress = _nothing,
 ) -> dict[str, Any]:
     """Decode a latent store, or slices [a, b) of it, to a volume in HU; return the report.
 
-    `model` defaults to the built-in of the name that the store gives. Raises FvaeError.
+    `model` defaults to the built-in of the name that the store gives. With `resume` slices are
+    kept in `output.partial` as they come, and those of a stopped run taken up. Raises FvaeError.
     """
     _apart(latents, output)
     store = LatentReader(Path(latents))
@@ -94,6 +95,7 @@ def decode(
             slices=slices,
             memory=_bytes(memory),
             dtype=dtype,
+            resume=resume,
             progress=progress,
         )
         return run_report("decode", Path(latents), Path(output), codec, outcome, baseline)
@@ -112,10 +114,14 @@ def reconstruct(
     k: int | None = None,
     series: str | None = None,
     dtype: str = "int16",
+    resume: bool = False,
     any_range: bool = False,
     progress: Progress = _nothing,
 ) -> dict[str, Any]:
-    """Encode and decode a CT in one stream, HU in and HU out; return the run report."""
+    """Encode and decode a CT in one stream, HU in and HU out; return the run report.
+
+    `resume` is that of `decode`.
+    """
     with (
         contextlib.closing(_opened(ct, series)) as reader,
         _codec(model, engine, precision, device) as codec,
@@ -130,6 +136,7 @@ def reconstruct(
             memory=_bytes(memory),
             k=k,
             dtype=dtype,
+            resume=resume,
             any_range=any_range,
             progress=progress,
         )

@@ -1,7 +1,7 @@
 """Many scans through one engine: the next is opened and its first slices read meanwhile.
 
 A scan that fails is told, noted and passed. What is there already is passed with `resume`, and
-an encode that was stopped goes on where it was.
+one that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -69,12 +69,11 @@ def run_scan(
     if isinstance(reader, FvaeError):
         return facts | {"error": str(reader), "kind": type(reader).__name__}
     tick = progress(scan.output.name, reader.geometry.shape[2])
-    kept: dict[str, Any] = {"resume": resume} if verb == "encode" else {}
     reset_peak()
     try:
         _ready(scan.output.parent)
         run = api.encode if verb == "encode" else api.reconstruct
-        report = run(reader, scan.output, model=codec, progress=tick, **options, **kept)
+        report = run(reader, scan.output, model=codec, resume=resume, progress=tick, **options)
     except FvaeError as error:
         return facts | {"error": str(error), "kind": type(error).__name__}
     return facts | {"report": report}

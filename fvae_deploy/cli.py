@@ -21,6 +21,7 @@ from fvae_deploy.options import (
     Device,
     Dtype,
     Engine,
+    Kept,
     Memory,
     Model,
     NumbersFile,
@@ -121,6 +122,7 @@ def decode(
         str | None, typer.Option("--slices", help="Only slices a:b, as 100:140.")
     ] = None,
     dtype: Dtype = "int16",
+    resume: Kept = False,
     run_report: ReportFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -145,6 +147,7 @@ def decode(
             memory=memory,
             slices=wanted,
             dtype=dtype,
+            resume=resume,
             progress=advance,
         )
     finish(report, run_report, quiet)
@@ -169,9 +172,7 @@ def reconstruct(
     series: Series = None,
     dtype: Dtype = "int16",
     any_range: AnyRange = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Of many: pass those whose result is there.")
-    ] = False,
+    resume: Kept = False,
     ending: Annotated[
         str, typer.Option("--ending", help="Of many: how results are named.")
     ] = ".nii.gz",
@@ -198,15 +199,15 @@ def reconstruct(
     if are_many(ct, output):
         run_many("reconstruct", ct, output, ending, options, resume, ray, run_report, quiet)
         return
-    if ray is not None or resume:
-        raise UsageError("expected many scans with --ray and --resume, found one: leave them out")
+    if ray is not None:
+        raise UsageError("expected many scans with --ray, found one: leave --ray out")
     from fvae_deploy.api import reconstruct as run
 
     with (
         at_hand(ct, output) as (source, target),
         progress_bar(_slices(source, series), "reconstruct", quiet) as advance,
     ):
-        report = run(source, target, series=series, progress=advance, **options)
+        report = run(source, target, series=series, resume=resume, progress=advance, **options)
     report |= {"input": str(ct), "output": str(output)}
     finish(report, run_report, quiet)
 

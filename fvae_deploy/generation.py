@@ -29,6 +29,7 @@ from fvae_deploy.published import as_published
 from fvae_deploy.report import run_report
 from fvae_deploy.request import Progress, Request, Sampling, check_vae, normal, stored
 from fvae_deploy.rss import current_rss
+from fvae_deploy.run import Outcome
 from fvae_deploy.stitch import joint, starts
 from fvae_deploy.stream import Onto
 from fvae_deploy.volume import create_volume, open_volume
@@ -168,7 +169,7 @@ def _opened(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
 
 def _jointly(
     request: Request, journal: Journal, output: Path, memory: int | None, dtype: str
-) -> stream.Outcome:
+) -> Outcome:
     """Denoise all windows together, then decode as one stream."""
     manifest, z = request.denoiser.manifest, request.mask.mask.shape[2]
     store = journal.folder / "mask.zarr"
@@ -182,7 +183,6 @@ def _jointly(
             protocol="causal",
             memory=memory,
             any_range=True,
-            version=__version__,
             progress=tick,
         )
     reader = LatentReader(store)

@@ -1,21 +1,23 @@
-"""What a generation computed, kept beside its output until it is done: `OUT.partial`.
+"""What a run computed, kept beside its output until it is done: `OUT.partial`.
 
-A run that was stopped goes through the same steps again and finds here what the network
-predicted, so it ends in the same bytes, whatever history its scheduler keeps.
+A generation that was stopped goes through the same steps again and finds here what the network
+predicted, so it ends in the same bytes, whatever history its scheduler keeps. A decode or
+reconstruct finds the slabs that are decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.errors import FvaeError, UsageError, VolumeError
 
 Array = NDArray[np.float32]
 
@@ -33,7 +35,7 @@ class Journal:
         if folder.exists():
             if not note.is_file() and any(folder.iterdir()):
                 raise VolumeError(
-                    f"expected what a stopped generation left, found something else at {folder}: "
+                    f"expected what a stopped run left, found something else at {folder}: "
                     "move it away"
                 )
             if resume and note.is_file():
@@ -57,25 +59,61 @@ class Journal:
 
     def kept(self, name: str, compute: Callable[[], Array]) -> Array:
         """Return what was computed under this name, now or by the run that was stopped."""
-        path = self.folder / f"{name}.npy"
-        if path.is_file():
-            kept: Array = np.load(path, allow_pickle=False)
-            return kept
-        found = compute()
+        found = self.found(name)
+        return self.keep(name, compute()) if found is None else found
+
+    def found(self, name: str) -> Array | None:
+        """Return what is kept under this name; nothing where that is damaged."""
+        try:
+            kept: Array = np.load(self._path(name), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return kept
+
+    def keep(self, name: str, computed: Array) -> Array:
+        """Keep an array under this name."""
+        path = self._path(name)
         try:
             with path.with_suffix(".new").open("wb") as file:
-                np.save(file, found)
+                np.save(file, computed)
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise VolumeError(
                 f"expected room for {path}, found {error.strerror}: free some space and continue "
                 "with --resume"
             ) from None
-        return found
+        return computed
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was kept yet."""
+        return not any(self.folder.glob("*.npy"))
 
     def done(self) -> None:
         """Remove it all."""
         shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def journal_of(path: Path, facts: dict[str, Any], wanted: bool) -> Iterator[Journal | None]:
+    """Keep what a run computes for `path` where that is wanted, until it ends well.
+
+    A run that fails before there is anything to keep leaves nothing.
+    """
+    if not wanted:
+        yield None
+        return
+    journal = Journal(path.with_name(f"{path.name}.partial"), facts, resume=True)
+    try:
+        yield journal
+    except FvaeError:
+        if journal.empty:
+            journal.done()
+        raise
+    journal.done()
 
 
 def _read(note: Path) -> dict[str, Any]:

@@ -21,7 +21,10 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            message = "stopped; encode and generate go on where they were with --resume"
+            message = (
+                "stopped; with --resume encode and generate go on where they were, decode and "
+                "reconstruct where they were begun with it"
+            )
             raise StoppedError(message) from None
 
 
@@ -87,6 +90,14 @@ Series = Annotated[
 ]
 AnyRange = Annotated[
     bool, typer.Option("--any-range", help="Accept volumes with no value below 0 HU.")
+]
+Kept = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep slices in OUTPUT.partial as they come, and go on from those of a stopped run; "
+        "of many, pass those that are there.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="int16 (rounded) or float32.")]
 ReportFile = Annotated[

@@ -14,8 +14,8 @@ from fvae_deploy.errors import PlanError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.plan import plan, show_bytes
 from fvae_deploy.request import Request, normal, stored
+from fvae_deploy.run import Outcome
 from fvae_deploy.stitch import Journal, Piece, chained, pieces, replaced
-from fvae_deploy.stream import Outcome
 from fvae_deploy.tiles import Grid
 from fvae_deploy.volume import create_volume
 

@@ -15,7 +15,7 @@ from fvae_deploy.codec import Codec
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.plan import show_bytes
 from fvae_deploy.rss import peak_rss
-from fvae_deploy.stream import Outcome
+from fvae_deploy.run import Outcome
 
 PACKAGES = ("numpy", "nibabel", "pydicom", "zarr", "isal", "openvino", "onnxruntime", "torch")
 

@@ -1,4 +1,4 @@
-"""A killed encode is continued, and the bytes are those of a run that nobody disturbed."""
+"""What was killed is continued, and the bytes are those of a run that nobody disturbed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvae_deploy import api
-from fvae_deploy.errors import LatentError, VolumeError
+from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.latents import partial_path
 
 SHAPE = (96, 96, 330)
@@ -86,7 +88,8 @@ def test_an_interrupted_encode_says_how_to_go_on_and_does(undisturbed, tmp_path)
     flags = [f"--{name}={value}" for name, value in options.items()]
     code, message = stop(start(ct, store, *flags), store, 10, signal.SIGINT)
     assert code == 130
-    assert message == "fvae: stopped; encode and generate go on where they were with --resume\n"
+    assert message.startswith("fvae: stopped; with --resume encode and generate go on where")
+    assert message.count("\n") == 1
     assert not store.exists()
     done = []
     api.encode(ct, store, resume=True, progress=done.append, **options)
@@ -144,6 +147,132 @@ def test_an_interrupted_reconstruct_leaves_nothing(undisturbed, tmp_path):
     assert running.returncode == 130
     assert message.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["ct.nii.gz"]
+
+
+def stopped_after(slices):
+    """A progress that stops the run, as Ctrl-C does, once so many slices are done."""
+    done = []
+
+    def progress(count):
+        done.append(count)
+        if sum(done) >= slices:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@given(
+    st.integers(2, 150),
+    st.sampled_from(["causal", "windows"]),
+    st.integers(1, 4),
+    st.sampled_from([".nii", ".nii.gz", ".zarr"]),
+    st.sampled_from(["int16", "float32"]),
+    st.data(),
+)
+@settings(max_examples=30)
+def test_a_volume_stopped_anywhere_and_twice_is_resumed_to_the_same_bytes(
+    fake_bundle, write_ct, slices, protocol, k, ending, dtype, data
+):
+    with tempfile.TemporaryDirectory() as name:
+        ct, store = Path(name, "ct.nii"), Path(name, "z.zarr")
+        write_ct(ct, (9, 11, slices))
+        fake = {"model": fake_bundle, "engine": "fake"}
+        api.encode(ct, store, protocol=protocol, k=k, **fake)
+        a = data.draw(st.integers(0, slices - 1))
+        b = data.draw(st.integers(a + 1, slices))
+        runs = {
+            "r": (api.reconstruct, ct, slices, {"protocol": protocol, "k": k}),
+            "d": (api.decode, store, b - a, {"slices": (a, b)}),
+        }
+        for verb, (run, source, count, options) in runs.items():
+            options |= {"dtype": dtype, **fake}
+            whole, out = Path(name, f"whole{verb}{ending}"), Path(name, f"out{verb}{ending}")
+            run(source, whole, **options)
+            for _ in range(2):
+                stop = stopped_after(data.draw(st.integers(1, count)))
+                with pytest.raises(KeyboardInterrupt):
+                    run(source, out, resume=True, progress=stop, **options)
+                assert not out.exists()
+            done = []
+            report = run(source, out, resume=True, progress=done.append, **options)
+            assert sum(done) == count
+            assert report["volume"]["slices"] == count - done[0]
+            assert files(out) == files(whole) if out.is_dir() else same(out, whole)
+            assert not partial_path(out).exists()
+
+
+def same(one, other):
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_a_killed_reconstruct_goes_on_to_the_same_bytes(undisturbed, tmp_path):
+    ct, options, _ = undisturbed
+    out, whole = tmp_path / "out.nii.gz", tmp_path / "whole.nii.gz"
+    api.reconstruct(ct, whole, **options)
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-c", MAIN, "reconstruct", str(ct), "-o", str(out), *flags]
+    running = subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True)
+    while len(list(partial_path(out).glob("*.npy"))) < 20:
+        assert running.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    running.kill()
+    running.communicate(timeout=60)
+    assert not out.exists()
+    done = []
+    report = api.reconstruct(ct, out, resume=True, progress=done.append, **options)
+    assert done[0] >= 65  # slices that were not computed again
+    assert report["volume"]["slices"] == SHAPE[2] - done[0]
+    assert same(out, whole)
+    assert not partial_path(out).exists()
+
+
+def test_slices_of_another_input_or_request_are_refused_and_kept(fake_bundle, write_ct, tmp_path):
+    ct, other, out = tmp_path / "ct.nii", tmp_path / "other.nii", tmp_path / "out.nii"
+    write_ct(ct, (9, 11, 80))
+    write_ct(other, (9, 11, 80), seed=1)
+    options = {"model": fake_bundle, "engine": "fake", "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        api.reconstruct(ct, out, progress=stopped_after(41), **options)
+    before = files(partial_path(out))
+    with pytest.raises(VolumeError, match=r"expected .*same input, found slices of another"):
+        api.reconstruct(other, out, **options)
+    with pytest.raises(UsageError, match=r"found protocol 'causal' instead of 'windows'"):
+        api.reconstruct(ct, out, protocol="windows", **options)
+    api.encode(ct, tmp_path / "z.zarr", model=fake_bundle, engine="fake")
+    with pytest.raises(UsageError, match=r"found command 'reconstruct' instead of 'decode'"):
+        api.decode(tmp_path / "z.zarr", out, **options)
+    assert files(partial_path(out)) == before
+    assert not out.exists()
+
+
+def test_a_damaged_slab_and_all_after_it_are_computed_again(fake_bundle, write_ct, tmp_path):
+    ct, out, whole = (tmp_path / name for name in ("ct.nii", "out.nii", "whole.nii"))
+    write_ct(ct, (9, 11, 80))
+    options = {"model": fake_bundle, "engine": "fake"}
+    api.reconstruct(ct, whole, **options)
+    with pytest.raises(KeyboardInterrupt):
+        api.reconstruct(ct, out, resume=True, progress=stopped_after(41), **options)
+    (partial_path(out) / "step3.npy").write_bytes(b"")
+    done = []
+    api.reconstruct(ct, out, resume=True, progress=done.append, **options)
+    assert done[0] == 9  # slices of steps 0, 1 and 2
+    assert same(out, whole)
+
+
+def test_a_reconstruct_that_fails_at_once_leaves_nothing_to_resume(fake_bundle, tmp_path):
+    affine = np.eye(4)
+    nibabel.Nifti1Image(np.full((9, 11, 5), np.nan, np.float32), affine).to_filename(
+        tmp_path / "nan.nii"
+    )
+    with pytest.raises(VolumeError, match="NaN"):
+        api.reconstruct(
+            tmp_path / "nan.nii",
+            tmp_path / "out.nii",
+            model=fake_bundle,
+            engine="fake",
+            resume=True,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.nii"]
 
 
 @pytest.fixture

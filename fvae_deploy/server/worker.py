@@ -3,7 +3,7 @@
     python -m fvae_deploy.server.worker FOLDER SETTINGS
 
 It ends when its standard input does, so it never outlives the server, however that went. What
-it was at is found in the store, and for `encode` and `generate` in the files beside the output.
+it was at is found in the store and in the files beside the output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from fvae_deploy import api
 from fvae_deploy.codec import Codec, open_codec
-from fvae_deploy.errors import FvaeError, VolumeError
+from fvae_deploy.errors import FvaeError, LatentError, UsageError, VolumeError
 from fvae_deploy.options import slice_range
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.rss import current_rss, reset_peak
@@ -88,7 +88,7 @@ def work(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
     folder = store.files / job.id
     reset_peak()
     try:
-        result, report = _perform(store, job, folder, codec, options)
+        result, report = _go_on(store, job, folder, codec, options)
         _to_disk(folder / result)
     except CancelledError as error:
         store.fail(job.id, "cancelled", str(error), "cancelled")
@@ -109,6 +109,21 @@ def clear(folder: Path, job: Job | None) -> None:
         for path in folder.iterdir():
             if job is None or path.name != job.result:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _go_on(
+    store: Store, job: Job, folder: Path, codec: Codec, options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Do the job, from where a worker that died left it; from the start if of another version."""
+    try:
+        return _perform(store, job, folder, codec, options)
+    except (LatentError, UsageError):
+        left = [path for path in folder.glob("*.partial") if path.is_dir()]
+        if not left:
+            raise
+    for path in left:
+        shutil.rmtree(path)
+    return _perform(store, job, folder, codec, options)
 
 
 def _perform(
@@ -132,11 +147,13 @@ def _perform(
         tick = begin("decode", None)
         slices = slice_range(asked.pop("slices")) if "slices" in asked else None
         report = api.decode(
-            source, folder / result, model=codec, slices=slices, progress=tick, **asked
+            source, folder / result, model=codec, slices=slices, resume=True, progress=tick, **asked
         )
     elif job.verb == "reconstruct":
         tick = begin("reconstruct", _slices(source, asked.get("series")))
-        report = api.reconstruct(source, folder / result, model=codec, progress=tick, **asked)
+        report = api.reconstruct(
+            source, folder / result, model=codec, resume=True, progress=tick, **asked
+        )
         if ending == "dcm":
             _pack(folder / result, folder / "result.zip")
             result = "result.zip"

@@ -1,0 +1,74 @@
+"""A worker takes up what one that died left of a job, unless that was of another version."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import fvae_deploy as fvae
+from fvae_deploy.codec import open_codec
+from fvae_deploy.server.store import Job, Store
+from fvae_deploy.server.worker import work
+
+OPTIONS = {"memory": 300 << 20}
+
+
+@pytest.fixture
+def codec(fake_bundle):
+    with open_codec(fake_bundle, engine="fake") as opened:
+        yield opened
+
+
+@pytest.fixture
+def cut(tmp_path, write_ct, codec):
+    """A store, and a reconstruct in it whose first worker died after 41 of 80 slices."""
+    store = Store(tmp_path / "server")
+    folder = store.files / "a"
+    folder.mkdir()
+    write_ct(folder / "input.nii", (9, 11, 80))
+    shutil.copy(folder / "input.nii", tmp_path / "ct.nii")
+    asked = {"format": "nii"}
+    store.add(Job("a", "me", None, "reconstruct", "nii", asked, 1, "queued", 1.0))
+    store.claim()
+    done = []
+
+    def die(slices):
+        done.append(slices)
+        if sum(done) >= 41:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fvae.reconstruct(
+            folder / "input.nii",
+            folder / "result.nii",
+            model=codec,
+            resume=True,
+            progress=die,
+            **OPTIONS,
+        )
+    assert (folder / "result.nii.partial").is_dir()
+    store.recover(3)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("version", "computed"),
+    [
+        pytest.param(None, range(39, 60), id="same"),  # some slabs were still on their way
+        pytest.param("0.0.1", range(80, 81), id="other"),
+    ],
+)
+def test_a_job_goes_on_or_starts_over_after_an_update(cut, codec, tmp_path, version, computed):
+    folder = cut.files / "a"
+    if version:
+        note = folder / "result.nii.partial" / "request.json"
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"fvae": version}))
+    work(cut, cut.claim(), codec, OPTIONS)
+    job = cut.get("a")
+    assert (job.state, job.done, job.error) == ("done", 80, None)
+    assert job.report["volume"]["slices"] in computed
+    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", model=codec, **OPTIONS)
+    assert (folder / "result.nii").read_bytes() == (tmp_path / "whole.nii").read_bytes()
+    assert [path.name for path in folder.iterdir()] == ["result.nii"]
