@@ -93,8 +93,9 @@ class Journal:
         return not any(self.folder.glob("*.npy"))
 
     def done(self) -> None:
-        """Remove it all."""
-        shutil.rmtree(self.folder)
+        """Remove it all, where that has not been done."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
 
 @contextlib.contextmanager

@@ -220,7 +220,12 @@ def reconstruct(
                     sink.put((i, x))
                     progress(out.slices(i))
         if not any_range and not out.kept:
-            run.outcome.tally.check_is_ct()
+            try:
+                run.outcome.tally.check_is_ct()
+            except VolumeError:
+                if journal:
+                    journal.done()  # to go on with it would be to skip the check
+                raise
         run.outcome.seconds["encode"] = encoder.seconds
         run.outcome.seconds["decode"] = decoder.seconds
         run.outcome.seconds["write"] = sink.waited

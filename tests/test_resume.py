@@ -259,20 +259,21 @@ def test_a_damaged_slab_and_all_after_it_are_computed_again(fake_bundle, write_c
     assert same(out, whole)
 
 
-def test_a_reconstruct_that_fails_at_once_leaves_nothing_to_resume(fake_bundle, tmp_path):
-    affine = np.eye(4)
-    nibabel.Nifti1Image(np.full((9, 11, 5), np.nan, np.float32), affine).to_filename(
-        tmp_path / "nan.nii"
-    )
-    with pytest.raises(VolumeError, match="NaN"):
-        api.reconstruct(
-            tmp_path / "nan.nii",
-            tmp_path / "out.nii",
-            model=fake_bundle,
-            engine="fake",
-            resume=True,
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["nan.nii"]
+@pytest.mark.parametrize(
+    ("hu", "words"),
+    [
+        pytest.param(np.nan, "NaN", id="fails at once"),
+        pytest.param(100, "any-range", id="no CT, as the last slice shows"),
+    ],
+)
+def test_a_reconstruct_of_a_bad_volume_leaves_nothing_to_resume(fake_bundle, tmp_path, hu, words):
+    volume = nibabel.Nifti1Image(np.full((9, 11, 30), hu, np.float32), np.eye(4))
+    volume.to_filename(tmp_path / "bad.nii")
+    options = {"model": fake_bundle, "engine": "fake", "resume": True}
+    for _ in range(2):
+        with pytest.raises(VolumeError, match=words):
+            api.reconstruct(tmp_path / "bad.nii", tmp_path / "out.nii", **options)
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.nii"]
 
 
 @pytest.fixture
