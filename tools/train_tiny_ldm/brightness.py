@@ -1,4 +1,4 @@
-"""What predicted latents mean in HU: of organs and what has no label, of slices, of parts of both.
+"""What predicted latents mean in HU: of every organ and what has no label, and of every slice.
 
 The squared error of latents is mostly edges and texture, which no mask tells; that an aorta is
 80 HU too dark hardly shows in it. So predictions are decoded as well, by the frozen decoder of
@@ -21,7 +21,7 @@ from fvae_deploy.patient import ARTERIES
 
 VAE = Path(__file__).parents[1] / "train_tiny" / "tiny.safetensors"
 OUTSIDE = 255  # label of what is not the body
-VOXELS, PART = 1000, 100  # least of an organ in a window, in a latent frame
+VOXELS = 1000  # least of an organ in a window
 REACH = 30.0  # HU: most that a mean is asked to be nearer the phantom's than the VAE's is
 ORGAN, SLICE = 40.0, 15.0  # HU, one unit of the loss
 # Of organs that the arterial phase makes brighter: it makes more of them darker, and neither may
@@ -63,8 +63,6 @@ class Off(NamedTuple):
     several: Tensor
     slices: Tensor  # [B, slices]
     there: Tensor
-    parts: Tensor  # [B, f, labels]: an organ in one latent frame
-    voxels: Tensor  # that many, 0 where too few to have a mean
 
 
 class Brightness:
@@ -100,38 +98,21 @@ class Brightness:
         counts = voxels.counts
         sums = (found.view_as(counts), voxels.drawn, voxels.reconstructed)
         organs, planes = counts.sum(1)[:, :OUTSIDE], counts[..., :OUTSIDE].sum(2)
-        parts = _by_frame(counts)
         return Off(
             _off(*(s.sum(1)[:, :OUTSIDE] / organs.clamp(min=1) for s in sums)),
             organs >= VOXELS,
             _off(*(s[..., :OUTSIDE].sum(2) / planes.clamp(min=1) for s in sums)),
             planes > 0,
-            _off(*(_by_frame(s) / parts.clamp(min=1) for s in sums)),
-            parts * (parts >= PART),
         )
 
     def loss(self, z: Tensor, voxels: Voxels) -> Tensor:
-        """Huber loss of the three, equal shares; of slices, every latent frame has the same weight.
-
-        A slice's mean tells nothing of where in it the error is; an organ's mean nothing of when
-        it is too bright here and too dark there.
-        """
+        """Huber loss of both, equal shares; of slices, every latent frame has the same weight."""
         off = self.off(z, voxels)
         slices = off.there.float()
         slices[:, STRIDE - 1] *= torch.where(voxels.begins, STRIDE, 1)
         organs = off.several * self.weights
-        parts = off.voxels.sqrt() * self.weights
-        shares = (
-            _mean(slices, off.slices / SLICE)
-            + _mean(organs, off.organs / ORGAN)
-            + _mean(parts.flatten(1), off.parts.flatten(1) / ORGAN)
-        )
+        shares = _mean(slices, off.slices / SLICE) + _mean(organs, off.organs / ORGAN)
         return shares.mean()
-
-
-def _by_frame(sums: Tensor) -> Tensor:
-    """Add up slices [B, slices, 256] by latent frame: [B, f, labels]."""
-    return sums[..., :OUTSIDE].unflatten(1, (-1, STRIDE)).sum(2)
 
 
 def _mean(weights: Tensor, off: Tensor) -> Tensor:
