@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
+from onnxscript.rewriter.rules.common import slice_split_rule
 from safetensors.torch import save_file
 from torch import nn
 
@@ -151,7 +152,7 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
     symbols = {name: torch.export.Dim(name, min=least.get(name, 1), max=1 << 16) for name in used}
     dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
     try:
-        with _quiet():
+        with _quiet(), _without_pairs():
             program = torch.onnx.export(
                 network,
                 tuple(example),
@@ -161,8 +162,6 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
                 output_names=[spec.name for spec in part.outputs],
                 # The signature is (data, *state): the state's shapes go as one tuple.
                 dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
-                # Its optimizer takes quadratic time, hours for a network unrolled over a window.
-                optimize=not foreign,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -221,6 +220,20 @@ def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
         if symbol in symbols:
             dynamic[axis] = int(factor) * symbols[symbol] if factor else symbols[symbol]
     return dynamic
+
+
+@contextlib.contextmanager
+def _without_pairs() -> Iterator[None]:
+    """Keep the exporter's optimizer from looking at all pairs of nodes for two slices.
+
+    No network here has such a pair. The search took up to half of an export, and hours where
+    foreign code is unrolled over a window.
+    """
+    slice_split_rule.try_rewrite = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from fvae_deploy import gpu, makers, serving, smithy, workbench
 from fvae_deploy.console import finish, progress_bar, show
-from fvae_deploy.dicomweb import at_hand
+from fvae_deploy.dicomweb import at_hand, is_remote
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.many import are_many, run_many
 from fvae_deploy.options import (
@@ -98,12 +98,12 @@ def encode(
     if ray is not None:
         raise UsageError("expected many scans with --ray, found one: leave --ray out")
     from fvae_deploy.api import encode as run
+    from fvae_deploy.volume import open_volume
 
-    with (
-        at_hand(ct, output) as (source, target),
-        progress_bar(_slices(source, series), "encode", quiet) as advance,
-    ):
-        report = run(source, target, series=series, resume=resume, progress=advance, **options)
+    with at_hand(ct, output) as (source, target):
+        reader = open_volume(source, series)
+        with progress_bar(reader.geometry.shape[2], "encode", quiet) as advance:
+            report = run(reader, target, resume=resume, progress=advance, **options)
     finish(report, run_report, quiet)
 
 
@@ -201,13 +201,15 @@ def reconstruct(
         return
     if ray is not None:
         raise UsageError("expected many scans with --ray, found one: leave --ray out")
+    if resume and is_remote(output):
+        raise UsageError("expected an output on disk with --resume, found a URL: push it later")
     from fvae_deploy.api import reconstruct as run
+    from fvae_deploy.volume import open_volume
 
-    with (
-        at_hand(ct, output) as (source, target),
-        progress_bar(_slices(source, series), "reconstruct", quiet) as advance,
-    ):
-        report = run(source, target, series=series, resume=resume, progress=advance, **options)
+    with at_hand(ct, output) as (source, target):
+        reader = open_volume(source, series)
+        with progress_bar(reader.geometry.shape[2], "reconstruct", quiet) as advance:
+            report = run(reader, target, resume=resume, progress=advance, **options)
     report |= {"input": str(ct), "output": str(output)}
     finish(report, run_report, quiet)
 
@@ -234,8 +236,11 @@ def compare(
     from fvae_deploy.fidelity import compare as run
     from fvae_deploy.fidelity import table
     from fvae_deploy.report import write_json
+    from fvae_deploy.volume import open_volume
 
-    with progress_bar(_slices(original, None), "compare", quiet) as advance:
+    whole = open_volume(original)
+    whole.close()
+    with progress_bar(whole.geometry.shape[2], "compare", quiet) as advance:
         found = run(
             original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
         )
@@ -272,14 +277,6 @@ def _fail(error: BaseException, message: str, code: int) -> None:
         raise error
     print(f"fvae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _slices(ct: Path, series: str | None) -> int:
-    from fvae_deploy.volume import open_volume
-
-    reader = open_volume(ct, series)
-    reader.close()
-    return reader.geometry.shape[2]
 
 
 if __name__ == "__main__":

@@ -119,11 +119,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Tokens x [f, n, C] attend to keys and values [f or 1, heads, m, d]."""
-        queries = self._split(self.to_q(x))
-        shape = (x.shape[0], *keys.shape[1:])
-        y = F.scaled_dot_product_attention(queries, keys.expand(shape), values.expand(shape))
+        frames = x.shape[:2]
+        if keys.shape[0] == 1:  # the same for all frames, so all their tokens are one frame's
+            x = x.flatten(0, 1)[None]
+        y = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values)
         result: Tensor = self.to_out(y.transpose(-3, -2).flatten(-2))
-        return result
+        return result.view(*frames, -1)
 
     def _split(self, tokens: Tensor) -> Tensor:
         split: Tensor = tokens.unflatten(-1, (self.heads, -1))

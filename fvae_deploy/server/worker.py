@@ -139,8 +139,9 @@ def _perform(
     begin = _progress(store, job)
     if job.verb == "encode":
         store_path = folder / "latents.zarr"
-        tick = begin("encode", _slices(source, asked.get("series")))
-        report = api.encode(source, store_path, model=codec, resume=True, progress=tick, **asked)
+        reader = open_volume(source, asked.pop("series", None))
+        tick = begin("encode", reader.geometry.shape[2])
+        report = api.encode(reader, store_path, model=codec, resume=True, progress=tick, **asked)
         result = "result.zip"
         _pack(store_path, folder / result)
     elif job.verb == "decode":
@@ -150,9 +151,10 @@ def _perform(
             source, folder / result, model=codec, slices=slices, resume=True, progress=tick, **asked
         )
     elif job.verb == "reconstruct":
-        tick = begin("reconstruct", _slices(source, asked.get("series")))
+        reader = open_volume(source, asked.pop("series", None))
+        tick = begin("reconstruct", reader.geometry.shape[2])
         report = api.reconstruct(
-            source, folder / result, model=codec, resume=True, progress=tick, **asked
+            reader, folder / result, model=codec, resume=True, progress=tick, **asked
         )
         if ending == "dcm":
             _pack(folder / result, folder / "result.zip")
@@ -199,12 +201,6 @@ def _input(job: Job, folder: Path) -> Path:
     if job.kind == "generation":
         return next((folder / "input").glob("mask.nii*"))
     return folder / "input" / "latents.zarr" if job.kind == "latents" else folder / "input"
-
-
-def _slices(source: Path, series: str | None) -> int:
-    reader = open_volume(source, series)
-    reader.close()
-    return reader.geometry.shape[2]
 
 
 def _progress(store: Store, job: Job) -> Callable[[str, int | None], Callable[[int], None]]:
