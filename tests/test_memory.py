@@ -70,7 +70,7 @@ def test_a_small_budget_is_met_by_tiles(tmp_path):
 
 @pytest.mark.parametrize("verb", ["encode", "decode"])
 def test_the_least_budget_of_one_direction_is_kept_too(verb, tmp_path):
-    source, store = scan(tmp_path / "ct.nii", (512, 512, 10)), tmp_path / "z.zarr"
+    source, store = scan(tmp_path / "ct.nii", (256, 256, 10)), tmp_path / "z.zarr"
     assert fvae("encode", source, "-o", store)[0].returncode == 0
     arguments = [source, "-o", tmp_path / "new.zarr"]
     if verb == "decode":
@@ -84,7 +84,7 @@ def test_the_least_budget_of_one_direction_is_kept_too(verb, tmp_path):
 
 
 def test_an_impossible_budget_is_refused_with_the_least_that_would_do(tmp_path):
-    source = scan(tmp_path / "ct.nii", (512, 512, 6))
+    source = scan(tmp_path / "ct.nii", (256, 256, 6))
     done, _ = reconstruct(source, "--memory", "50MiB")
     assert done.returncode == 6
     least = re.search(r"at least (\d+ MiB|[\d.]+ GiB)", done.stderr).group(1)
