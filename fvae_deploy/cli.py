@@ -21,7 +21,6 @@ from fvae_deploy.options import (
     Device,
     Dtype,
     Engine,
-    Kept,
     Memory,
     Model,
     NumbersFile,
@@ -30,6 +29,7 @@ from fvae_deploy.options import (
     Quiet,
     Ray,
     ReportFile,
+    Resume,
     Series,
     StepFrames,
     Verbs,
@@ -122,7 +122,7 @@ def decode(
         str | None, typer.Option("--slices", help="Only slices a:b, as 100:140.")
     ] = None,
     dtype: Dtype = "int16",
-    resume: Kept = False,
+    resume: Resume = False,
     run_report: ReportFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -172,7 +172,7 @@ def reconstruct(
     series: Series = None,
     dtype: Dtype = "int16",
     any_range: AnyRange = False,
-    resume: Kept = False,
+    resume: Resume = False,
     ending: Annotated[
         str, typer.Option("--ending", help="Of many: how results are named.")
     ] = ".nii.gz",

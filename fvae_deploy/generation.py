@@ -23,7 +23,7 @@ from fvae_deploy.conditions import PaintedMask, read_findings, read_labels
 from fvae_deploy.denoiser import open_denoiser
 from fvae_deploy.errors import UsageError
 from fvae_deploy.journal import Journal
-from fvae_deploy.latents import LatentReader, LatentWriter
+from fvae_deploy.latents import LatentReader, LatentWriter, partial_path
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.published import as_published
 from fvae_deploy.report import run_report
@@ -141,7 +141,7 @@ def generate(
         create_volume(output, request.mask.mask, dtype).abort()
         facts = {"fvae": __version__, **request.facts()}
         baseline = current_rss()
-        journal = Journal(output.with_name(f"{output.name}.partial"), facts, resume)
+        journal = Journal(partial_path(output), facts, resume)
         if stitch == "joint":
             outcome = _jointly(request, journal, output, budget, dtype)
         else:

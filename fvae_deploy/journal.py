@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import FvaeError, UsageError, VolumeError
+from fvae_deploy.latents import partial_path
 
 Array = NDArray[np.float32]
 
@@ -107,7 +108,7 @@ def journal_of(path: Path, facts: dict[str, Any], wanted: bool) -> Iterator[Jour
     if not wanted:
         yield None
         return
-    journal = Journal(path.with_name(f"{path.name}.partial"), facts, resume=True)
+    journal = Journal(partial_path(path), facts, resume=True)
     try:
         yield journal
     except FvaeError:

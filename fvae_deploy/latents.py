@@ -99,7 +99,7 @@ class LatentInfo:
 
 
 def partial_path(path: Path) -> Path:
-    """Name of the store while it is being written."""
+    """Name of what is kept of an output while it is being written."""
     return path.with_name(path.name + ".partial")
 
 

@@ -91,7 +91,7 @@ Series = Annotated[
 AnyRange = Annotated[
     bool, typer.Option("--any-range", help="Accept volumes with no value below 0 HU.")
 ]
-Kept = Annotated[
+Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
