@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "export", "engines", "fvae_deploy"]
 EVERYWHERE = "fvae_deploy.errors"  # the error tree may be imported from anywhere
-HEAVY = ["torch", "onnxruntime", "openvino", "nibabel", "zarr", "skimage"]
+HEAVY = ["torch", "onnxruntime", "openvino", "nibabel", "zarr", "skimage", "numpy"]
 
 
 def sources(layer: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -65,18 +64,6 @@ def test_help_lists_every_verb(fvae):
     assert code == 0
     listed = re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE)
     assert set(listed) == set(VERBS)
-
-
-def test_help_takes_less_than_half_a_second_of_cpu():
-    command = [sys.executable, "-m", "fvae_deploy.cli", "--help"]
-    times = []
-    for _ in range(2):
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(running.pid, 0)
-        running.returncode = os.waitstatus_to_exitcode(status)
-        assert running.returncode == 0
-        times.append(usage.ru_utime)
-    assert min(times) < 0.5
 
 
 def test_the_version_is_that_of_the_package(fvae):
