@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,20 @@ TILTED = np.array(
 )
 
 
+def _built_once(
+    name: str, build: Callable[[Path], object], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a folder that the first of the test's processes to want it builds."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            build(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def small_model() -> LeanVAE:
     """A three-channel LeanVAE of random weights, small enough to export in seconds."""
@@ -55,17 +70,18 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
     from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
     from fvae_deploy.export.to_onnx import export_bundle
 
-    folder = tmp_path_factory.mktemp("bundles") / "small"
-    export_bundle(
-        lean_vae_model(small_model, 1, SMALL_SCALE),
-        folder,
-        name="small",
-        description="random weights",
-        licence="Apache-2.0",
-        source=Source("random", "0", "0" * 64),
-        version="0.1.0",
-    )
-    return folder
+    def build(folder: Path) -> None:
+        export_bundle(
+            lean_vae_model(small_model, 1, SMALL_SCALE),
+            folder,
+            name="small",
+            description="random weights",
+            licence="Apache-2.0",
+            source=Source("random", "0", "0" * 64),
+            version="0.1.0",
+        )
+
+    return _built_once("small", build, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +93,12 @@ def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from fvae_deploy.make_bundle import make_generator_bundle
 
-    folder = tmp_path_factory.mktemp("generators")
-    make_generator_bundle(write_weights(folder / "small.safetensors"), folder / "small")
-    return folder / "small"
+    weights = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    return _built_once(
+        "small_generator",
+        lambda folder: make_generator_bundle(write_weights(weights), folder),
+        tmp_path_factory,
+    )
 
 
 @pytest.fixture(scope="session")
