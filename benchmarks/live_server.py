@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from fvae_deploy.server.store import Store
 
 
 class LiveServer:
-    """A server process on a folder; `options` are those of fvae serve."""
+    """A server process on a folder; `options` are those of fvae serve.
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self._options = folder, options
+    `within` is a command that starts the server's own.
+    """
+
+    def __init__(self, folder: Path, *options: str, within: Sequence[str] = ()) -> None:
+        self.folder, self._options, self._within = folder, options, within
         folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(folder)
         self.token = make_token(self.store, f"user{len(self.store.tokens())}")
@@ -42,7 +46,8 @@ class LiveServer:
         command = [sys.executable, "-m", "fvae_deploy.cli", "serve", "--port", str(self.port)]
         place = ["--folder", str(self.folder), "--log", str(self.folder / "audit.log")]
         with (self.folder / "stderr.log").open("ab") as errors:
-            self.process = subprocess.Popen([*command, *place, *self._options], stderr=errors)
+            whole = [*self._within, *command, *place, *self._options]
+            self.process = subprocess.Popen(whole, stderr=errors)
         self.wait_ready()
 
     def wait_ready(self, seconds: float = 60) -> None:

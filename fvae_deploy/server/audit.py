@@ -24,6 +24,10 @@ class Audit:
     def __call__(self, event: str, **facts: Any) -> None:
         """Write one event."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"at": at, "event": event, **facts}) + "\n"
         with self._lock:
-            self._file.write(json.dumps({"at": at, "event": event, **facts}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError:  # a full disk; what is buffered is written once there is room
+                sys.stderr.write(line)

@@ -28,6 +28,7 @@ ACCEPTED = {  # kinds of upload that a verb takes
     "generate": ("nii", "nii.gz", "generation"),
 }
 _DIRECTORY = 8 << 20  # bytes of a zip's directory: 100,000 slices
+_ZIP64 = 56 + 20  # bytes of the end of a directory of 64 bits, and of what says where it is
 _CHUNK = re.compile(r"zarr\.json|c(/\d{1,9}){4}")
 _CONDITION = re.compile(r"(mask|disease)\.nii(\.gz)?|findings\.txt")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # a DICOM file that is packed as a whole
@@ -124,13 +125,19 @@ def _unpack(upload: Path, folder: Path, verb: str, limits: Limits) -> str:
 def _check_directory(upload: Path) -> None:
     """Refuse a zip whose directory alone would fill the memory; zipfile reads it at once."""
     with upload.open("rb") as file:
-        file.seek(max(upload.stat().st_size - (1 << 16) - 22, 0))
-        tail = file.read()
+        file.seek(max(upload.stat().st_size - (1 << 16) - 22 - _ZIP64, 0))
+        begin, tail = file.tell(), file.read()
     place = tail.rfind(b"PK\x05\x06")
     if place < 0 or len(tail) - place < 22:
         raise RefusedError(415, "expected a whole zip, found its end missing: send it again")
     count, size = struct.unpack_from("<HI", tail, place + 10)
-    if size > _DIRECTORY or count == 0xFFFF:
+    if tail[max(place - 20, 0) : place].startswith(b"PK\x06\x07"):  # then other numbers count
+        place -= _ZIP64
+        where = struct.unpack_from("<Q", tail, place + 64)[0] if place >= 0 else -1
+        if where != begin + place or tail[place : place + 4] != b"PK\x06\x06":
+            raise RefusedError(415, "expected a sound zip, found damage: pack it again")
+        count, size = struct.unpack_from("<QQ", tail, place + 32)
+    if size > _DIRECTORY or count >= 0xFFFF:
         raise RefusedError(413, "expected a zip of at most 65534 files, found more: split it")
 
 

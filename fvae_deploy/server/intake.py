@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -42,19 +43,18 @@ class Intake:
         async with self._place():
             ident = uuid.uuid4().hex
             folder = self._store.files / ident
-            folder.mkdir(mode=0o700)
             job = None
             try:
+                folder.mkdir(mode=0o700)
                 head = await receive(request, verb, folder / "upload", self._limits)
                 job = await run_in_threadpool(
                     self._queue, folder, head, Job(ident, owner, key, verb, "", options, 0, "", 0)
                 )
             except ClientDisconnect:
                 raise RefusedError(400, "expected the whole body, found its end missing") from None
-            except OSError as error:
-                raise RefusedError(
-                    507, f"expected room for the body, found {error.strerror}"
-                ) from None
+            except (OSError, sqlite3.OperationalError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise RefusedError(507, f"expected room for the body, found {reason}") from None
             finally:
                 if job is None or job.id != ident:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from fvae_deploy.server.store import ENDED, Store
 from fvae_deploy.server.worker import clear
 
 LOOK = 0.2  # seconds between looks at the worker
+RETRY = 5  # seconds until another try where the store's disk is full
 SWEEP = 60  # seconds between looks for jobs to forget
 SLACK = 1.5  # of a job's budget: plans are kept within a tenth, a bomb is not
 GENERATING = 2 << 30  # bytes of torch and a generator, beyond the budget of encoding
@@ -48,7 +50,12 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            self._watch()
+            while not self._stop.is_set():
+                try:
+                    self._watch()
+                except sqlite3.OperationalError:  # a full disk; meanwhile results can be fetched
+                    self._audit("store not writable")
+                    self._stop.wait(RETRY)
         except Exception as error:  # a server without a worker would only seem to serve
             self._audit("supervisor died", kind=type(error).__name__)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -59,14 +66,16 @@ class Supervisor:
         while not self._stop.is_set():
             worker = self._begin()
             begun = time.monotonic()
-            while worker.poll() is None and not self._stop.wait(LOOK):
-                self._check_memory(worker)
-                if time.monotonic() - swept > SWEEP:
-                    swept = time.monotonic()
-                    self._forget()
-            if self._stop.is_set():
+            try:
+                while worker.poll() is None and not self._stop.wait(LOOK):
+                    self._check_memory(worker)
+                    if time.monotonic() - swept > SWEEP:
+                        swept = time.monotonic()
+                        self._forget()
+            finally:
                 worker.kill()
                 worker.wait()
+            if self._stop.is_set():
                 return
             self._store.set_worker({})
             self._audit("worker died", code=worker.returncode)
@@ -98,8 +107,8 @@ class Supervisor:
             worker.kill()
             worker.wait()
             message = f"expected to take at most {limit:.0f} bytes, found more: send a sound volume"
+            clear(self._store.files / job.id, None)
             self._store.fail(job.id, "memory", message)
-            clear(self._store.files / job.id, job)
 
     def _forget(self) -> None:
         for job in self._store.expired(time.time() - 3600 * self._settings.keep_hours):

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import sys
 import threading
 import time
@@ -61,21 +62,19 @@ def serve(folder: Path, options: dict[str, Any]) -> None:
             precision=options["precision"],
             device=options["device"],
         ) as codec:
-            store.set_worker(
-                {
-                    "pid": os.getpid(),
-                    "baseline": current_rss(),
-                    "model": codec.manifest.name,
-                    "engine": codec.engine.name,
-                    "precision": codec.engine.precision,
-                }
-            )
+            facts = {
+                "pid": os.getpid(),
+                "model": codec.manifest.name,
+                "engine": codec.engine.name,
+                "precision": codec.engine.precision,
+            }
             while True:
-                job = store.claim()
-                if job is None:
+                reset_peak()
+                # What a job leaves, a generation's libraries for one, is not the next one's.
+                store.set_worker(facts | {"baseline": current_rss()})
+                while (job := store.claim()) is None:
                     time.sleep(IDLE)
-                else:
-                    work(store, job, codec, options)
+                work(store, job, codec, options)
 
 
 def _live_as_long_as_the_server() -> None:
@@ -85,22 +84,25 @@ def _live_as_long_as_the_server() -> None:
 
 def work(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
     """Do one job, and note in the store how it ended."""
-    folder = store.files / job.id
-    reset_peak()
+    folder, state = store.files / job.id, "failed"
     try:
         result, report = _go_on(store, job, folder, codec, options)
         _to_disk(folder / result)
     except CancelledError as error:
-        store.fail(job.id, "cancelled", str(error), "cancelled")
+        kind, message, state = "cancelled", str(error), "cancelled"
     except FvaeError as error:
-        store.fail(job.id, type(error).__name__, str(error).replace(f"{folder}/", ""))
+        kind, message = type(error).__name__, str(error).replace(f"{folder}/", "")
     except MemoryError:
-        store.fail(job.id, "MemoryError", "expected enough memory, found none left: ask for less")
-    except OSError as error:
-        store.fail(job.id, "OSError", f"expected a disk that works, found {error.strerror}")
+        kind, message = "MemoryError", "expected enough memory, found none left: ask for less"
+    except (OSError, sqlite3.OperationalError) as error:
+        reason = getattr(error, "strerror", None) or error
+        kind, message = "OSError", f"expected a disk that works, found {reason}: ask for room on it"
     else:
         store.finish(job.id, result, report)
-    clear(folder, store.get(job.id))
+        clear(folder, store.get(job.id))
+        return
+    clear(folder, None)  # first: a full disk has no room to say so
+    store.fail(job.id, kind, message, state)
 
 
 def clear(folder: Path, job: Job | None) -> None:

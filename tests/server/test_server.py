@@ -275,8 +275,14 @@ def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_ge
         archive.writestr("findings.txt", "/etc/passwd")
     server.start()
     try:
+        before = server.store.worker()["baseline"]
         job = finished(server, server.post("generate", body.getvalue(), steps=1))
         assert job["report"]["generator"]["findings"] == "/etc/passwd"
+        # What it imported is none of the next job's memory.
+        end = time.monotonic() + 20
+        while server.store.worker()["baseline"] < before + (64 << 20):
+            assert time.monotonic() < end
+            time.sleep(0.1)
         path = tmp_path / "made.nii.gz"
         path.write_bytes(server.get(f"{job['id']}/result").content)
         assert np.concatenate([*open_volume(path).slabs(4)]).shape == (9, 64, 64)
