@@ -11,13 +11,12 @@ from typing import Any
 
 from fvae_deploy import stream
 from fvae_deploy.codec import Codec, open_codec
-from fvae_deploy.errors import UsageError
 from fvae_deploy.latents import LatentReader
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.report import run_report
 from fvae_deploy.rss import current_rss
 from fvae_deploy.stream import Progress
-from fvae_deploy.volume import Reader, open_volume
+from fvae_deploy.volume import Reader, keep_input, open_volume
 
 
 def _nothing(slices: int) -> None:
@@ -49,7 +48,7 @@ def encode(
         contextlib.closing(_opened(ct, series)) as reader,
         _codec(model, engine, precision, device) as codec,
     ):
-        _apart(reader.path, output)
+        keep_input(output, reader.path, reader.geometry.dicom_files)
         baseline = current_rss()
         outcome = stream.encode(
             codec,
@@ -84,7 +83,7 @@ def decode(
     `model` defaults to the built-in of the name that the store gives. With `resume` slices are
     kept in `output.partial` as they come, and those of a stopped run taken up. Raises FvaeError.
     """
-    _apart(latents, output)
+    keep_input(output, latents)
     store = LatentReader(Path(latents))
     with _codec(model or store.info.model, engine, precision, device) as codec:
         baseline = current_rss()
@@ -126,7 +125,7 @@ def reconstruct(
         contextlib.closing(_opened(ct, series)) as reader,
         _codec(model, engine, precision, device) as codec,
     ):
-        _apart(reader.path, output)
+        keep_input(output, reader.path, reader.geometry.dicom_files)
         baseline = current_rss()
         outcome = stream.reconstruct(
             codec,
@@ -157,9 +156,3 @@ def _codec(
 
 def _bytes(memory: str | int | None) -> int | None:
     return parse_bytes(memory) if isinstance(memory, str) else memory
-
-
-def _apart(source: str | Path, output: str | Path) -> None:
-    """Refuse to replace the input: an original scan may be the only one."""
-    if Path(source).resolve() == Path(output).resolve():
-        raise UsageError(f"expected an output apart from the input, found {output}: rename it")

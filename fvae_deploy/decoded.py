@@ -3,8 +3,7 @@
     with a journal, stopped    | 0 | 1 | 2 | 3 |          to the writer and to OUT.partial
     gone on with               | 0   1   2   3 | 4 | 5 |  what is there to the writer at once
 
-The last step that is there is decoded once more and compared: it tells another input of the same
-geometry.
+The journal's facts say whether what is there is of this very run: `Run.facts`.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import VolumeError
 from fvae_deploy.journal import Journal
 from fvae_deploy.schedule import Step
 from fvae_deploy.volume.base import Writer
 
 Frames = NDArray[np.floating[Any]]
-ALIKE = 1.0  # HU: mean difference at most of one slab decoded twice; processors round otherwise
 
 
 class Decoded:
@@ -44,7 +41,7 @@ class Decoded:
         target = next(i for i, s in enumerate(steps) if s.slices[1] > wanted[0])
         self.stop = next(i for i, s in enumerate(steps) if s.slices[1] >= wanted[1]) + 1
         self.first = self._take_up(target)
-        self.begin = max(target, self.first - 1)
+        self.begin = min(self.first, self.stop - 1)  # where to decode from: a step at least
         taken = steps[self.first - 1].slices[1] if self.first > target else wanted[0]
         self.kept = min(taken, wanted[1]) - wanted[0]  # slices
 
@@ -64,22 +61,12 @@ class Decoded:
         step, (a, b) = self._steps[index], self._wanted
         start, stop = max(step.slices[0], a), min(step.slices[1], b)
         hu = self._frames(x[:, start - step.slices[0] : stop - step.slices[0]])
-        if index >= self.first:
-            if self._journal:
-                self._journal.keep(_name(index), hu)
-            self._writer.write(hu)
-        elif self._journal:
-            kept = self._journal.found(_name(index))
-            if kept is None or np.abs(kept - hu).mean() > ALIKE:
-                raise VolumeError(
-                    f"expected {self._journal.folder} to be of the same input, found slices of "
-                    "another: remove it, or choose another output"
-                )
+        if self._journal:
+            self._journal.keep(_name(index), hu)
+        self._writer.write(hu)
 
     def slices(self, index: int) -> int:
-        """Count the slices that a step adds; none where they are there already."""
-        if index < self.first:
-            return 0
+        """Count the slices that a step adds."""
         (start, stop), (a, b) = self._steps[index].slices, self._wanted
         return min(stop, b) - max(start, a)
 

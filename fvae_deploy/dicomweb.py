@@ -101,7 +101,9 @@ def _pull(path: Path, folder: Path) -> None:
     count = 0
     with _speaking(path, "fetch"):
         for count, data in enumerate(client.iter_series(study, series), start=1):
-            data.save_as(folder / f"{count:06}.dcm", enforce_file_format=True)
+            file = folder / f"{count:06}.dcm"
+            data.save_as(file, enforce_file_format=True)
+            os.utime(file, (0, 0))  # fetched again it is the same input, which --resume asks for
     if not count:
         raise VolumeError(f"expected slices of {path}, found none: check the UIDs")
 

@@ -32,7 +32,7 @@ from fvae_deploy.rss import current_rss
 from fvae_deploy.run import Outcome
 from fvae_deploy.stitch import joint, starts
 from fvae_deploy.stream import Onto
-from fvae_deploy.volume import create_volume, open_volume
+from fvae_deploy.volume import create_volume, keep_input, open_volume
 from fvae_deploy.volume.base import Reader
 
 STITCHES = ("joint", "reference")
@@ -95,15 +95,14 @@ def generate(
     output = Path(output)
     if stitch not in STITCHES:
         raise UsageError(f"expected --stitch joint or reference, found {stitch!r}")
-    for source in (mask, disease_mask):
-        if source is not None and Path(source).resolve() == output.resolve():
-            raise UsageError(f"expected an output apart from the masks, found {output}: rename it")
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks: a wrong path is told at once.
         organs = _opened(stack, mask)
         disease = None if disease_mask is None else _opened(stack, disease_mask)
+        for source in filter(None, (organs, disease)):
+            keep_input(output, source.path, source.geometry.dicom_files)
         denoiser = stack.enter_context(
             open_denoiser(model, engine=engine, precision=precision, device=device)
         )

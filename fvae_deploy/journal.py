@@ -46,7 +46,7 @@ class Journal:
                         raise UsageError(
                             f"expected {folder} to be of the same request, found {name} "
                             f"{left.get(name)!r} instead of {value!r}: resume with the same "
-                            "options, or start over without --resume"
+                            "input and options, or start over without --resume"
                         )
                 return
             shutil.rmtree(folder)

@@ -137,12 +137,18 @@ class LatentReader:
 class LatentWriter:
     """A store under construction.
 
-    With `resume`, an existing partial store of the same content is continued: `done` counts
-    the leading latent frames that are there and undamaged.
+    With `resume`, an existing partial store of the same content and of the same `source`, as
+    `volume.state_of` tells it, is continued: `done` counts the leading latent frames that are
+    there and undamaged.
     """
 
     def __init__(
-        self, path: Path, info: LatentInfo, shape: tuple[int, int, int, int], resume: bool = False
+        self,
+        path: Path,
+        info: LatentInfo,
+        shape: tuple[int, int, int, int],
+        resume: bool = False,
+        source: str = "",
     ) -> None:
         self.path, self.partial, self.done = path, partial_path(path), 0
         if path.exists() and not _is_latents(path):
@@ -152,7 +158,8 @@ class LatentWriter:
             )
         if not path.absolute().parent.is_dir():
             raise LatentError(f"expected a folder {path.absolute().parent}, found none: create it")
-        attributes = {**info.to_attributes(), "complete": False}
+        self._attributes = info.to_attributes()
+        attributes = {**self._attributes, "complete": False, "input": source}
         if self.partial.exists() and not _is_partial(self.partial):
             raise LatentError(
                 f"expected a new name or what a stopped run left, found something else than a "
@@ -164,9 +171,11 @@ class LatentWriter:
             for stray in self.partial.rglob("*.partial"):  # of a killed write of zarr's
                 stray.unlink()
             self._array, found = _open(self.partial)
-            _check_same(found, attributes, self.partial)
-            self.done = self._undamaged()
-            return
+            if not found.get("complete"):
+                _check_same(found, attributes, self.partial)
+                self.done = self._undamaged()
+                return
+            shutil.rmtree(self.partial)  # killed at its last rename, it no longer says of what
         d, _, h, w = shape
         with _writing(self.partial):
             self._array = zarr.create_array(
@@ -185,16 +194,6 @@ class LatentWriter:
         with _writing(self.partial):
             self._array[:, start : start + z.shape[1]] = z
 
-    def check(self, start: int, z: NDArray[np.float32]) -> None:
-        """Raise LatentError unless the frames stored from `start` on are z, but for rounding."""
-        stored = self._array[:, start : start + z.shape[1]]
-        # Another processor may round otherwise; another volume differs by far more.
-        if np.abs(stored - z).max() > 0.01 * np.abs(z).max():
-            raise LatentError(
-                f"expected {self.partial} to be of the same run, found latents of another volume: "
-                "encode without --resume to start over"
-            )
-
     def commit(self) -> None:
         """Mark the store complete and give it its name, replacing an older one.
 
@@ -202,7 +201,7 @@ class LatentWriter:
         """
         _check_complete(self.partial, self._array.shape[1])
         with _writing(self.partial):
-            self._array.attrs["complete"] = True
+            self._array.attrs.put({**self._attributes, "complete": True})
             if self.path.exists():
                 old = self.path.with_name(f".{self.path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)  # of a run killed at this very place
@@ -271,7 +270,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     for key, value in wanted.items():
-        if found.get(key) != value and key != "complete":  # a run may die before its last rename
+        if found.get(key) != value:
             raise LatentError(
                 f"expected {path} to be of the same run, found {key} {found.get(key)!r} instead "
                 f"of {value!r}: resume with the same options, or start over without --resume"

@@ -108,11 +108,14 @@ class Run:
         """Extents, stage by stage; other ones round differently."""
         return tuple(n for grid in self.outcome.plan.grids.values() for n in grid.extent)
 
-    def facts(self, command: str, geometry: Geometry, a: int, b: int) -> dict[str, Any]:
+    def facts(
+        self, command: str, source: str, geometry: Geometry, a: int, b: int
+    ) -> dict[str, Any]:
         """Say what tells this run from others whose slabs are not its own."""
         return {
             "fvae": __version__,
             "command": command,
+            "input": source,
             "model": self.codec.manifest.identity,
             "engine": self.codec.engine.name,
             "precision": self.codec.engine.precision,

@@ -25,7 +25,7 @@ from fvae_deploy.latents import LatentInfo, LatentReader, LatentWriter
 from fvae_deploy.overlap import Behind, ahead
 from fvae_deploy.run import Frames, Outcome, Run
 from fvae_deploy.schedule import Step
-from fvae_deploy.volume import Geometry, Reader, create_volume
+from fvae_deploy.volume import Geometry, Reader, create_volume, state_of
 
 Progress = Callable[[int], None]  # called with the number of slices just finished
 
@@ -45,8 +45,7 @@ def encode(
     """Encode a volume into a latent store at `path`.
 
     With `resume`, latent frames of an interrupted run are kept and the rest is computed; the
-    bytes are those of an undisturbed run. The last kept frames are computed once more: they
-    tell another volume of the same geometry. A run that is stopped leaves `path.partial`; one
+    bytes are those of an undisturbed run. A run that is stopped leaves `path.partial`; one
     that fails on its input leaves nothing but what an earlier run had left.
     """
     begin = time.perf_counter()
@@ -67,13 +66,11 @@ def encode(
     )
     total = schedule.latent_frames(run.steps)
     shape = (manifest.geometry.latent_channels, total, *run.plane)
-    writer = LatentWriter(path, info, shape, resume)
+    writer = LatentWriter(path, info, shape, resume, _state(reader))
     target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
     try:
         if target is not None:
-            last = max(target - 1, 0)
-            entry = run.entry(last, "encode")
-            kept = run.steps[target].slices[0]
+            entry, kept = run.entry(target, "encode"), run.steps[target].slices[0]
             run.outcome.slices -= kept
             progress(kept)
 
@@ -91,8 +88,6 @@ def encode(
                     if i >= target:
                         sink.put((step, z))
                         progress(step.slices[1] - step.slices[0])
-                    elif i == last:
-                        writer.check(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
             run.outcome.seconds["engine"] = stream.seconds
             run.outcome.seconds["write"] = sink.waited
         if not any_range and target == 0:
@@ -148,8 +143,9 @@ def decode(
     if not 0 <= a < b <= info.slices:
         raise UsageError(f"expected slices within 0:{info.slices}, found {a}:{b}")
     onto = onto or Onto(_cropped(info.geometry, a, b))
+    state = state_of(store.path)
     with (
-        journal_of(path, run.facts("decode", info.geometry, a, b), resume) as journal,
+        journal_of(path, run.facts("decode", state, info.geometry, a, b), resume) as journal,
         create_volume(path, onto.geometry, dtype) as writer,
     ):
         out = run.decoded(writer, (a, b), journal, onto.resample)
@@ -167,7 +163,7 @@ def decode(
         ):
             for i, (step, z) in enumerate(run.timed("read", slabs), start=entry):
                 x = stream.run(z, step.first)
-                if i >= out.begin:
+                if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
         run.outcome.seconds["engine"] = stream.seconds
@@ -196,9 +192,9 @@ def reconstruct(
     begin = time.perf_counter()
     geometry, slices = reader.geometry, reader.geometry.shape[2]
     run = Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k, path.parent)
-    note = f"{codec.manifest.name} {codec.manifest.identity}"
+    note, state = f"{codec.manifest.name} {codec.manifest.identity}", _state(reader)
     with (
-        journal_of(path, run.facts("reconstruct", geometry, 0, slices), resume) as journal,
+        journal_of(path, run.facts("reconstruct", state, geometry, 0, slices), resume) as journal,
         create_volume(path, geometry, dtype, note) as writer,
     ):
         out = run.decoded(writer, (0, slices), journal)
@@ -216,7 +212,7 @@ def reconstruct(
                 if i < begins:
                     continue
                 x = decoder.run(z, step.first)
-                if i >= out.begin:
+                if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
         if not any_range and not out.kept:
@@ -239,6 +235,10 @@ class Onto:
 
     geometry: Geometry
     resample: Callable[[Frames], Frames] = lambda hu: hu
+
+
+def _state(reader: Reader) -> str:
+    return state_of(reader.path, reader.geometry.dicom_files)
 
 
 def _cropped(geometry: Geometry, a: int, b: int) -> Geometry:

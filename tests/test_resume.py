@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from fvae_deploy import api
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.latents import partial_path
+from fvae_deploy.volume import state_of
 
 SHAPE = (96, 96, 330)
 FRAMES = 1 + -(-(SHAPE[2] - 1) // 4)
@@ -33,6 +35,15 @@ def files(folder):
 
 def chunk(store, t):
     return store / "c" / "0" / str(t) / "0" / "0"
+
+
+def stopped(whole, store, ct):
+    """Leave at a store's place what a run on this CT leaves that was killed at its end."""
+    left = shutil.copytree(whole, partial_path(store))
+    content = json.loads((left / "zarr.json").read_text())
+    content["attributes"] |= {"complete": False, "input": state_of(ct)}
+    (left / "zarr.json").write_text(json.dumps(content))
+    return left
 
 
 def start(ct, store, *options):
@@ -102,7 +113,7 @@ def test_an_interrupted_encode_says_how_to_go_on_and_does(undisturbed, tmp_path)
 def test_a_damaged_frame_and_all_after_it_are_computed_again(undisturbed, tmp_path, t):
     ct, options, whole = undisturbed
     store = tmp_path / "z.zarr"
-    left = shutil.copytree(whole, partial_path(store))
+    left = stopped(whole, store, ct)
     chunk(left, FRAMES - 1).unlink()
     data = bytearray(chunk(left, t).read_bytes())
     data[20] ^= 1
@@ -124,7 +135,7 @@ def test_any_number_of_frames_is_resumed_to_the_same_bytes(
         write_ct(ct, (9, 11, slices))
         options = {"model": fake_bundle, "engine": "fake", "protocol": protocol, "k": k}
         api.encode(ct, whole, **options)
-        left = shutil.copytree(whole, partial_path(store))
+        left = stopped(whole, store, ct)
         frames = len(list((left / "c" / "0").iterdir()))
         for t in range(data.draw(st.integers(0, frames)), frames):
             chunk(left, t).unlink()
@@ -234,7 +245,7 @@ def test_slices_of_another_input_or_request_are_refused_and_kept(fake_bundle, wr
     with pytest.raises(KeyboardInterrupt):
         api.reconstruct(ct, out, progress=stopped_after(41), **options)
     before = files(partial_path(out))
-    with pytest.raises(VolumeError, match=r"expected .*same input, found slices of another"):
+    with pytest.raises(UsageError, match=r"found input '\d+ bytes in 1 files, .*' instead of"):
         api.reconstruct(other, out, **options)
     with pytest.raises(UsageError, match=r"found protocol 'causal' instead of 'windows'"):
         api.reconstruct(ct, out, protocol="windows", **options)
@@ -279,9 +290,9 @@ def test_a_reconstruct_of_a_bad_volume_leaves_nothing_to_resume(fake_bundle, tmp
 @pytest.fixture
 def left(undisturbed, tmp_path):
     """What a stopped run left: the first half of the frames."""
-    _, _, whole = undisturbed
+    ct, _, whole = undisturbed
     store = tmp_path / "z.zarr"
-    shutil.copytree(whole, partial_path(store))
+    stopped(whole, store, ct)
     for t in range(FRAMES // 2, FRAMES):
         chunk(partial_path(store), t).unlink()
     return store
@@ -326,7 +337,7 @@ def test_what_another_scan_of_the_same_geometry_left_is_refused_and_kept(
     _, options, _ = undisturbed
     write_ct(tmp_path / "other.nii.gz", SHAPE, seed=1)
     before = files(partial_path(left))
-    with pytest.raises(LatentError, match=r"latents of another volume.*without --resume"):
+    with pytest.raises(LatentError, match=r"found input .* instead of .*without --resume"):
         api.encode(tmp_path / "other.nii.gz", left, resume=True, **options)
     assert files(partial_path(left)) == before
     assert not left.exists()
@@ -337,7 +348,7 @@ def test_a_damaged_ct_does_not_cost_what_an_earlier_run_left(undisturbed, left, 
     ct, options, whole = undisturbed
     data = ct.read_bytes()
     (tmp_path / "cut.nii.gz").write_bytes(data[: 3 * len(data) // 4])
-    with pytest.raises(VolumeError, match="ends before"):
+    with pytest.raises(LatentError, match="found input"):
         api.encode(tmp_path / "cut.nii.gz", left, resume=True, **options)
     api.encode(ct, left, resume=True, **options)
     assert files(left) == files(whole)

@@ -12,6 +12,24 @@ Nothing here knows about tiles, engines or models.
 
 from __future__ import annotations
 
-from fvae_deploy.volume.base import Geometry, Primed, Reader, Writer, create_volume, open_volume
+from fvae_deploy.volume.base import (
+    Geometry,
+    Primed,
+    Reader,
+    Writer,
+    create_volume,
+    keep_input,
+    open_volume,
+    state_of,
+)
 
-__all__ = ["Geometry", "Primed", "Reader", "Writer", "create_volume", "open_volume"]
+__all__ = [
+    "Geometry",
+    "Primed",
+    "Reader",
+    "Writer",
+    "create_volume",
+    "keep_input",
+    "open_volume",
+    "state_of",
+]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
 from itertools import chain, islice, repeat
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import UsageError, VolumeError
 
 Frames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
@@ -286,6 +288,31 @@ def publish_folder(partial: Path, path: Path) -> None:
             aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def keep_input(output: Path | str, source: Path | str, files: Iterable[Path] = ()) -> None:
+    """Refuse an output that would replace its input, or a folder that holds some of it.
+
+    An original scan may be the only one. Raises UsageError.
+    """
+    target = Path(output).resolve()
+    for place in {Path(source).resolve(), *(file.resolve() for file in files)}:
+        if target == place or target in place.parents:
+            raise UsageError(f"expected an output apart from the input, found {output}: rename it")
+
+
+def state_of(path: Path, files: Iterable[Path] = ()) -> str:
+    """Say what tells that files changed: their sizes and times; of all in a folder by default."""
+    if not files:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest, count, total, last = sha256(), 0, 0, 0.0
+    for file in files:
+        if file.is_file():
+            found, name = file.stat(), file.relative_to(path).as_posix()
+            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+            count, total, last = count + 1, total + found.st_size, max(last, found.st_mtime)
+    changed = datetime.fromtimestamp(last, UTC).isoformat(" ", "seconds")
+    return f"{total} bytes in {count} files, changed {changed} ({digest.hexdigest()[:8]})"
 
 
 def open_volume(path: Path | str, series: str | None = None) -> Reader:
