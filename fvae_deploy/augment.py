@@ -106,7 +106,18 @@ def augment(
     if source.resolve() == target.resolve():
         raise UsageError(f"expected an output apart from the dataset, found {target}: rename it")
     dataset = Dataset.read(source)
-    kept = {"instead": instead, "options": {k: str(v) for k, v in sorted(options.items())}}
+    taken = {case.name for case in dataset.cases}
+    twice = sorted(name for name in taken if not instead and name + SUFFIX in taken)
+    if twice:
+        raise UsageError(
+            f"expected no case named {twice[0]}{SUFFIX}, as the reconstruction of {twice[0]} is, "
+            f"found one in {source}: augment the dataset that it was made of"
+        )
+    kept = {
+        "dataset": str(source.resolve()),
+        "instead": instead,
+        "options": {k: str(v) for k, v in sorted(options.items())},
+    }
     _check_same_request(target, kept)
     for name in ("imagesTr", "labelsTr"):
         (target / name).mkdir(parents=True, exist_ok=True)
@@ -205,5 +216,6 @@ def _check_same_request(target: Path, wanted: dict[str, Any]) -> None:
         ) from None
     if found != wanted:
         raise UsageError(
-            f"expected {target} to be of the same options, found {found}: choose another folder"
+            f"expected {target} to be of the same dataset and options, found {found}: choose "
+            "another folder"
         )

@@ -20,6 +20,7 @@ from fvae_deploy.rss import reset_peak
 from fvae_deploy.scans import Scan
 from fvae_deploy.volume import Primed, open_volume
 
+ONES_OWN = (FvaeError, OSError, MemoryError)  # what fails with one scan and not with the next
 Begin = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
 ENGINE = ("model", "engine", "precision", "device")
 Outcome = dict[str, Any]  # of a scan: ct, output and its report, or an error, or that it was passed
@@ -56,7 +57,7 @@ def run_scans(
 def run_scan(
     verb: str,
     scan: Scan,
-    reader: Primed | FvaeError | None,
+    reader: Primed | Exception | None,
     codec: Codec,
     options: dict[str, Any],
     resume: bool,
@@ -66,7 +67,7 @@ def run_scan(
     facts: Outcome = {"ct": str(scan.ct), "output": str(scan.output)}
     if reader is None:
         return facts | {"passed": True}
-    if isinstance(reader, FvaeError):
+    if isinstance(reader, Exception):
         return facts | {"error": str(reader), "kind": type(reader).__name__}
     tick = progress(scan.output.name, reader.geometry.shape[2])
     reset_peak()
@@ -74,24 +75,24 @@ def run_scan(
         _ready(scan.output.parent)
         run = api.encode if verb == "encode" else api.reconstruct
         report = run(reader, scan.output, model=codec, resume=resume, progress=tick, **options)
-    except FvaeError as error:
+    except ONES_OWN as error:
         return facts | {"error": str(error), "kind": type(error).__name__}
     return facts | {"report": report}
 
 
-def open_scan(scan: Scan, resume: bool) -> Primed | FvaeError | None:
+def open_scan(scan: Scan, resume: bool) -> Primed | Exception | None:
     """Open a scan and read its first slices; None where its result is there already."""
     if resume and scan.output.exists():
         return None
     try:
         return Primed(open_volume(scan.ct, scan.series))
-    except FvaeError as error:
+    except ONES_OWN as error:
         return error
 
 
 def _opened(
     scans: Iterable[Scan], resume: bool
-) -> Iterator[tuple[Scan, Primed | FvaeError | None]]:
+) -> Iterator[tuple[Scan, Primed | Exception | None]]:
     for scan in scans:
         yield scan, open_scan(scan, resume)
 

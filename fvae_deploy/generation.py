@@ -27,7 +27,7 @@ from fvae_deploy.latents import LatentReader, LatentWriter, partial_path
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.published import as_published
 from fvae_deploy.report import run_report
-from fvae_deploy.request import Progress, Request, Sampling, check_vae, normal, stored
+from fvae_deploy.request import KIND, Progress, Request, Sampling, check_vae, normal, stored
 from fvae_deploy.rss import current_rss
 from fvae_deploy.run import Outcome
 from fvae_deploy.stitch import joint, starts
@@ -206,7 +206,7 @@ def _jointly(
         memory=memory,
         dtype=dtype,
         progress=request.progress("decode", z),
-        onto=Onto(request.mask.mask, request.mask.fit.volume),
+        onto=Onto(request.mask.mask, request.mask.fit.volume, request.note, KIND),
     )
     outcome.shape = request.mask.mask.shape
     outcome.seconds |= {"mask": encoded - begin, "denoise": sampled - encoded}

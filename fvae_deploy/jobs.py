@@ -10,6 +10,7 @@ is there already is passed by with --resume; a job that fails is told and passed
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -51,11 +52,11 @@ def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]
     Raises UsageError for what is no such list.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         rows: list[Any] = (
-            list(csv.DictReader(text.splitlines()))
+            list(csv.DictReader(io.StringIO(text, newline="")))
             if path.suffix == ".csv"
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None

@@ -103,12 +103,16 @@ class Journal:
 def journal_of(path: Path, facts: dict[str, Any], wanted: bool) -> Iterator[Journal | None]:
     """Keep what a run computes for `path` where that is wanted, until it ends well.
 
-    A run that fails before there is anything to keep leaves nothing.
+    A run that fails before there is anything to keep leaves nothing. One that ends well removes
+    what an earlier run kept of its output.
     """
+    folder = partial_path(path)
     if not wanted:
         yield None
+        if (folder / "request.json").is_file():
+            shutil.rmtree(folder)
         return
-    journal = Journal(partial_path(path), facts, resume=True)
+    journal = Journal(folder, facts, resume=True)
     try:
         yield journal
     except FvaeError:

@@ -74,6 +74,8 @@ class LatentInfo:
             if header is not None and len(header) not in (348, 540):
                 raise ValueError(f"a NIfTI header of {len(header)} bytes")
             x, y, z = (int(n) for n in attributes["shape"])
+            if min(x, y, z) < 1 or int(attributes["slices"]) != z:
+                raise ValueError(f"{attributes['slices']} slices of a volume {x}x{y}x{z}")
             low, high = (float(n) for n in attributes["hu_window"])
             tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)

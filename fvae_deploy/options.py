@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +15,34 @@ from fvae_deploy import __version__
 from fvae_deploy.errors import EngineError, StoppedError, UsageError
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: from `kill`, `timeout`, a batch system or `docker stop`."""
+
+
 class Verbs(TyperGroup):
-    """The verbs; typer by itself would end in silence on Ctrl-C."""
+    """The verbs; by itself typer ends in silence on Ctrl-C, Python at once on SIGTERM."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb."""
+
+        def end(number: int, frame: object) -> None:
+            raise TerminatedError
+
+        listens = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, end) if listens else None
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            message = (
+        except KeyboardInterrupt as stop:
+            error = StoppedError(
                 "stopped; with --resume encode and generate go on where they were, decode and "
                 "reconstruct where they were begun with it"
             )
-            raise StoppedError(message) from None
+            if isinstance(stop, TerminatedError):
+                error.exit_code = 128 + signal.SIGTERM
+            raise error from None
+        finally:
+            if listens:
+                signal.signal(signal.SIGTERM, before)
 
 
 def show_version(asked: bool) -> None:

@@ -34,6 +34,7 @@ Box = tuple[slice, slice]
 
 FIELD_OF_VIEW = (360.0, 360.0, 450.0)  # mm, unless the spacing is given
 HALF_BODY = (165.0, 112.0)  # mm, x and y
+NOTE = "a drawn torso, no patient's scan"
 BATCH = 8  # slices handed to the writer at once
 EVERYWHERE: Box = (slice(None), slice(None))
 
@@ -373,10 +374,13 @@ def write_phantom(
     sx, sy, sz = default if spacing is None else map(float, spacing)
     if min(sx, sy, sz) <= 0:
         raise UsageError(f"expected a spacing above 0 mm, found {sx} x {sy} x {sz}: correct it")
+    places = [Path(file).resolve() for file in (path, labels, findings) if file is not None]
+    if len(set(places)) < len(places):
+        raise UsageError(f"expected a file for each of CT and labels, found {path}: rename one")
     torso = Torso((nx, ny, nz), (sx, sy, sz), seed, patient)
     geometry = Geometry(torso.shape, _affine(torso.shape, torso.spacing))
     with ExitStack() as stack:
-        volume = stack.enter_context(create_volume(path, geometry))
+        volume = stack.enter_context(create_volume(path, geometry, note=NOTE, kind="phantom"))
         maps: dict[str, Writer] = {
             name: stack.enter_context(create_volume(file, geometry))
             for name, file in (("organs", labels), ("findings", findings))

@@ -29,6 +29,7 @@ HEADROOM = 1.1  # allocators round up and keep some of what they freed
 LEAN = 1.05  # a lean run's time: it compiles first parts anew in every window and allocates anew
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds and bytes, on a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
+CGROUP = Path("/sys/fs/cgroup")  # of a container, where the second version is in use
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -80,9 +81,11 @@ def available_bytes() -> int:
     except (OSError, AttributeError):
         pass
     try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        told = (CGROUP / "memory.stat").read_text(encoding="ascii")
+        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", told, re.MULTILINE)))
+        free = min(free, limit - max(used - cached, 0))
     except (OSError, ValueError):
         pass
     return max(free, 0)

@@ -13,7 +13,7 @@ from fvae_deploy.codec import pad_frames
 from fvae_deploy.errors import PlanError
 from fvae_deploy.intensity import Tally, to_hu, to_model
 from fvae_deploy.plan import plan, show_bytes
-from fvae_deploy.request import Request, normal, stored
+from fvae_deploy.request import KIND, Request, normal, stored
 from fvae_deploy.run import Outcome
 from fvae_deploy.stitch import Journal, Piece, chained, pieces, replaced
 from fvae_deploy.tiles import Grid
@@ -60,7 +60,7 @@ def as_published(
     z = request.mask.mask.shape[2]
     begin = time.perf_counter()
     outcome = Outcome(made, z, request.mask.mask.shape)
-    with create_volume(output, request.mask.mask, dtype) as writer:
+    with create_volume(output, request.mask.mask, dtype, request.note, KIND) as writer:
         for index in range(z):
             source = passes[1] if any(index in cut for cut in over) else passes[0]
             _, frame = next(each for each in source if each[0] == index)

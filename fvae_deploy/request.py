@@ -19,6 +19,7 @@ from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.sampler import Sampler, unit_noise
 from fvae_deploy.stitch import Noise, Predict
 
+KIND = "synthetic CT"
 Array = NDArray[np.float32]
 Progress = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
 
@@ -57,6 +58,12 @@ class Request:
         """Make the noise of the volume, or of a pass over it: [T, D, h, w] for any use."""
         of = self.sampling
         return partial(unit_noise, shape, of.seed, number, centred=of.centred_noise)
+
+    @property
+    def note(self) -> str:
+        """How the volume is made: for who finds it alone."""
+        manifest = self.denoiser.manifest
+        return f"drawn by {manifest.name} {manifest.identity} from an organ mask: no patient's scan"
 
     @property
     def window_slices(self) -> int:

@@ -62,6 +62,8 @@ def _volumes(folder: Path, apart: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         path = Path(entry.path)
+        if entry.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            continue  # back to where it comes from
         if entry.is_dir():
             if path.suffix == ".zarr":
                 yield path
@@ -96,6 +98,7 @@ def _scan(row: dict[str, Any], path: Path, output: Path, ending: str) -> Scan:
     place = (
         output / str(row["output"]) if row.get("output") else _beside(Path(ct.name), output, ending)
     )
-    if not place.name.endswith(VOLUMES):
-        raise UsageError(f"expected outputs ending in {', '.join(VOLUMES)}, found {place.name}")
+    endings = (ending,) if ending == ".zarr" else VOLUMES  # latents are in one format alone
+    if not place.name.endswith(endings):
+        raise UsageError(f"expected outputs ending in {', '.join(endings)}, found {place.name}")
     return Scan(path.parent / ct, place, str(row["series"]) if row.get("series") else None)

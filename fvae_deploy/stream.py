@@ -20,6 +20,7 @@ from pathlib import Path
 from fvae_deploy import __version__, schedule
 from fvae_deploy.codec import Codec, pad_frames
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.journal import journal_of
 from fvae_deploy.latents import LatentInfo, LatentReader, LatentWriter
 from fvae_deploy.overlap import Behind, ahead
@@ -27,6 +28,7 @@ from fvae_deploy.run import Frames, Outcome, Run
 from fvae_deploy.schedule import Step
 from fvae_deploy.volume import Geometry, Reader, create_volume, state_of
 
+KIND = "reconstruction"
 Progress = Callable[[int], None]  # called with the number of slices just finished
 
 
@@ -142,11 +144,11 @@ def decode(
     a, b = slices or (0, info.slices)
     if not 0 <= a < b <= info.slices:
         raise UsageError(f"expected slices within 0:{info.slices}, found {a}:{b}")
-    onto = onto or Onto(_cropped(info.geometry, a, b))
+    onto = onto or Onto(_cropped(info.geometry, a, b), note=_note(manifest))
     state = state_of(store.path)
     with (
         journal_of(path, run.facts("decode", state, info.geometry, a, b), resume) as journal,
-        create_volume(path, onto.geometry, dtype) as writer,
+        create_volume(path, onto.geometry, dtype, onto.note, onto.kind) as writer,
     ):
         out = run.decoded(writer, (a, b), journal, onto.resample)
         progress(out.kept)
@@ -192,10 +194,10 @@ def reconstruct(
     begin = time.perf_counter()
     geometry, slices = reader.geometry, reader.geometry.shape[2]
     run = Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k, path.parent)
-    note, state = f"{codec.manifest.name} {codec.manifest.identity}", _state(reader)
+    state = _state(reader)
     with (
         journal_of(path, run.facts("reconstruct", state, geometry, 0, slices), resume) as journal,
-        create_volume(path, geometry, dtype, note) as writer,
+        create_volume(path, geometry, dtype, _note(codec.manifest), KIND) as writer,
     ):
         out = run.decoded(writer, (0, slices), journal)
         progress(out.kept)
@@ -231,10 +233,16 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class Onto:
-    """The grid that a decoded volume is written on, and how HU [t, x, y] come onto it."""
+    """The grid that a decoded volume is written on, how HU [t, x, y] come onto it, what it is."""
 
     geometry: Geometry
     resample: Callable[[Frames], Frames] = lambda hu: hu
+    note: str = ""
+    kind: str = KIND
+
+
+def _note(manifest: Manifest) -> str:
+    return f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
 
 
 def _state(reader: Reader) -> str:

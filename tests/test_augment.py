@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_stopped_run_goes_on_and_is_no_dataset_until_then(dataset, fake, tmp_p
         augment(dataset, out, **fake)
     assert not (out / "dataset.json").exists()
     monkeypatch.setattr(module, "reconstruct", reconstruct)
-    with pytest.raises(UsageError, match="same options"):
+    with pytest.raises(UsageError, match="same dataset and options"):
         augment(dataset, out, instead=True, **fake)
     assert augment(dataset, out, **fake)["reconstructed"] == 1
     whole = tmp_path / "Dataset104_L"
@@ -136,6 +137,19 @@ def test_what_is_no_dataset_is_refused_and_leaves_nothing(dataset, fake, tmp_pat
     with pytest.raises(VolumeError, match=words):
         augment(dataset, tmp_path / "Dataset106_L", **fake)
     assert not (tmp_path / "Dataset106_L").exists()
+
+
+def test_another_dataset_is_not_mixed_in(dataset, fake, tmp_path):
+    out = tmp_path / "Dataset101_LiverFvae"
+    augment(dataset, out, **fake)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = shutil.copytree(dataset, tmp_path / "Dataset002_Other")
+    with pytest.raises(UsageError, match="the same dataset and options"):
+        augment(other, out, **fake)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    with pytest.raises(UsageError, match="expected no case named liver_1_fvae"):
+        augment(out, tmp_path / "Dataset102_Twice", **fake)
+    assert not (tmp_path / "Dataset102_Twice").exists()
 
 
 def test_names_and_places_that_do_not_do(dataset, fake, tmp_path):

@@ -196,7 +196,7 @@ def test_outputs_are_checked_before_the_work(mask, options, tmp_path):
     for output, words in (
         (tmp_path / "g.mha", "named .nii"),
         (tmp_path / "absent" / "g.nii", "found none: create it"),
-        (mask, "apart from the masks"),
+        (mask, "apart from the input"),
     ):
         with pytest.raises(FvaeError, match=words):
             fvae.generate(mask, output, **options)
@@ -242,6 +242,13 @@ def test_a_list_of_jobs_is_worked_through_and_taken_up_again(
         False,
         True,
     ]
+
+
+def test_line_breaks_within_a_cell_stay(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'mask,findings\r\nx.nii,"nodule in the right\nlung"\r\n')
+    (tmp_path / "a.jsonl").write_text('{"mask": "x.nii", "findings": "a\u2028b"}\n')
+    (csv,), (jsonl,) = (read_jobs(tmp_path / f"a.{end}", tmp_path) for end in ("csv", "jsonl"))
+    assert (csv.findings, jsonl.findings) == ("nodule in the right\nlung", "a\u2028b")
 
 
 @pytest.mark.parametrize(

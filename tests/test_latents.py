@@ -69,7 +69,7 @@ def path(tmp_path):
 )
 def test_what_a_store_says_survives_json_bit_for_bit(numbers, header, k):
     affine = np.vstack([np.array(numbers).reshape(3, 4), [0, 0, 0, 1]])
-    known = info(geometry=Geometry((5, 6, 7), affine, header), k=k)
+    known = info(geometry=Geometry((5, 6, 7), affine, header), slices=7, k=k)
     found = LatentInfo.from_attributes(json.loads(json.dumps(known.to_attributes())), "z.zarr")
     assert found.geometry.affine.tobytes() == affine.tobytes()
     assert found.geometry.nifti_header == header
@@ -247,6 +247,8 @@ def rewrite(text):
         pytest.param(lambda s: (s / "zarr.json").unlink(), "latent store", id="no metadata"),
         pytest.param(change("fvae_latents", 2), "format 2", id="another format"),
         pytest.param(change("shape", [1, 2]), "whole attributes", id="a shape of two numbers"),
+        pytest.param(change("shape", [0, 0, 21]), "whole attributes", id="a shape of nothing"),
+        pytest.param(change("slices", 90), "90 slices of a volume", id="too many slices"),
         pytest.param(change("affine", None), "whole attributes", id="no affine"),
         pytest.param(change("affine", [[1, 2], [3, 4]]), "whole attributes", id="a 2x2 affine"),
         pytest.param(change("nifti_header", "!"), "whole attributes", id="a header not base64"),

@@ -139,6 +139,12 @@ def test_a_shape_too_small_is_refused(tmp_path: Path, shape: tuple[int, int, int
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_in_the_place_of_the_ct_are_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="a file for each"):
+        write_phantom(tmp_path / "a.nii", (8, 8, 2), labels=tmp_path / "." / "a.nii")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_spacing_of_zero_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="above 0 mm"):
         write_phantom(tmp_path / "ct.nii", (8, 8, 1), spacing=(1, 0, 1))

@@ -131,6 +131,18 @@ def test_without_a_budget_the_free_memory_is_shared(monkeypatch):
     assert planned(None).budget_bytes == 6 * 2**30
 
 
+def test_what_a_container_holds_of_files_gives_way(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("300000000\n")
+    (tmp_path / "memory.current").write_text("280000000\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 50000000\nfile 220000000\ninactive_file 200000000\nactive_file 20000000\n"
+    )
+    monkeypatch.setattr("fvae_deploy.plan.CGROUP", tmp_path)
+    assert available_bytes() == 300000000 - 60000000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() > 300000000
+
+
 def test_the_free_memory_is_known():
     assert 2**20 < available_bytes() < 2**50
 

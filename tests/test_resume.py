@@ -172,6 +172,30 @@ def stopped_after(slices):
     return progress
 
 
+def test_a_terminated_run_leaves_nothing_and_says_so(tmp_path):
+    command = [sys.executable, "-m", "fvae_deploy.cli", "phantom", "-o", str(tmp_path / "ct.nii")]
+    running = subprocess.Popen([*command, "--shape", "512,512,300"], stderr=subprocess.PIPE)
+    while not list(tmp_path.glob(".ct.nii.*")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert message.startswith(b"fvae: stopped")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_well_removes_what_an_earlier_one_kept(fake_bundle, write_ct, tmp_path):
+    ct, out = tmp_path / "ct.nii", tmp_path / "out.nii"
+    write_ct(ct, (9, 11, 80))
+    options = {"model": fake_bundle, "engine": "fake"}
+    with pytest.raises(KeyboardInterrupt):
+        api.reconstruct(ct, out, resume=True, progress=stopped_after(41), **options)
+    assert partial_path(out).is_dir()
+    api.reconstruct(ct, out, **options)
+    assert not partial_path(out).exists()
+
+
 @given(
     st.integers(2, 150),
     st.sampled_from(["causal", "windows"]),

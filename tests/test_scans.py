@@ -121,6 +121,26 @@ def test_one_that_fails_is_told_and_passed_and_the_rest_resumed(scans, fake_bund
     assert content(out) == first
 
 
+def test_a_full_disk_within_one_is_that_ones_failure(scans, fake, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        if calls.append(1) or len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    calls, real = [], fvae.api.encode
+    monkeypatch.setattr(fvae.api, "encode", full)
+    found = run_scans("encode", find_scans(scans, tmp_path / "out", ".zarr"), fake)
+    assert ["error" in one for one in found] == [False, True, False, False]
+    assert (found[1]["kind"], "No space left" in found[1]["error"]) == ("OSError", True)
+
+
+def test_a_link_back_is_not_followed(scans, tmp_path):
+    before = find_scans(scans, tmp_path / "out", ".zarr")
+    (scans / "sub-01" / "back").symlink_to(scans)
+    (scans / "here").symlink_to(".")
+    assert find_scans(scans, tmp_path / "out", ".zarr") == before
+
+
 def test_a_list_names_outputs_and_series(scans, fake_bundle, tmp_path):
     (scans / "list.csv").write_text("ct,output\nsub-02/ct/sub-02_ct.nii,a/b.zarr\npatient3,\n")
     line = ["encode", scans / "list.csv", "-o", tmp_path / "out", "-m", fake_bundle, "-e", "fake"]

@@ -343,12 +343,12 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
 
 
 def create_volume(
-    path: Path | str, geometry: Geometry, dtype: str = "int16", note: str = ""
+    path: Path | str, geometry: Geometry, dtype: str = "int16", note: str = "", kind: str = ""
 ) -> Writer:
     """Create a .nii, .nii.gz, .zarr or .dcm volume of this geometry, stored as int16 or float32.
 
     float32 frames written to an int16 volume are rounded to the nearest and clipped. `.dcm` is a
-    folder of DICOM slices, in which `note` says what made them.
+    folder of DICOM slices, in which `note` says how they were made and `kind` what they are.
     Raises VolumeError when the suffix is unknown or the place cannot be written.
     """
     path = Path(path)
@@ -365,5 +365,5 @@ def create_volume(
     if path.name.endswith(".dcm"):
         from fvae_deploy.volume.dicom_writer import DicomWriter
 
-        return DicomWriter(path, geometry, dtype, note)
+        return DicomWriter(path, geometry, dtype, note, kind)
     raise VolumeError(f"expected an output named .nii, .nii.gz, .zarr or .dcm, found {path.name}")

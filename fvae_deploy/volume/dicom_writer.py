@@ -59,12 +59,18 @@ class DicomWriter(FrameWriter):
     """Writes a folder of slices that appears under its name only when whole.
 
     Stored as int16 in HU, or where the dtype is float32 as uint16 with a slope and an intercept a
-    slice, so that each uses all 16 bits. `note` says what made the voxels. Raises VolumeError
-    when the place cannot be written, or holds anything but such a folder.
+    slice, so that each uses all 16 bits. `kind` says in a word or two what they are, `note` how
+    they were made. Raises VolumeError when the place cannot be written, or holds anything but such
+    a folder.
     """
 
     def __init__(
-        self, path: Path | str, geometry: Geometry, dtype: str = "int16", note: str = ""
+        self,
+        path: Path | str,
+        geometry: Geometry,
+        dtype: str = "int16",
+        note: str = "",
+        kind: str = "",
     ) -> None:
         super().__init__(Path(path), geometry, dtype)
         if self.path.exists() and not _is_series(self.path):
@@ -72,7 +78,7 @@ class DicomWriter(FrameWriter):
                 f"expected a new name or a folder of .dcm to replace, found something else at "
                 f"{self.path}: choose another name"
             )
-        self._note = " ".join(filter(None, ["fvae", __version__, note]))
+        self._kind, self._note = kind, ": ".join(filter(None, [f"fvae {__version__}", note]))
         self._now = datetime.now()
         self._series = generate_uid()
         self._alone = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
@@ -137,11 +143,11 @@ class DicomWriter(FrameWriter):
         data.Modality = "CT"
         data.SeriesNumber = int(source.get("SeriesNumber") or 0) + 1000
         about = str(source.get("SeriesDescription", ""))
-        data.SeriesDescription = f"{about[:44]} fvae reconstruction".strip()
+        data.SeriesDescription = f"{about[:44]} fvae {self._kind}".strip()
         data.InstanceNumber = self._count + 1
         kinds = list(source.get("ImageType", []))
         data.ImageType = ["DERIVED", "SECONDARY", *(kinds[2:3] or ["AXIAL"])]
-        data.DerivationDescription = f"Encoded and decoded by a frozen VAE: {self._note}"[:1024]
+        data.DerivationDescription = self._note[:1024]
         data.SeriesDate = data.ContentDate = data.InstanceCreationDate = self._now.strftime(
             "%Y%m%d"
         )

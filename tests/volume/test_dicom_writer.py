@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fvae_deploy as fvae
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.volume import Geometry, create_volume, open_volume
 
 AFFINE = np.diag([-0.7, -0.8, 2.5, 1.0])
@@ -66,9 +66,20 @@ def test_every_slice_says_what_it_is_and_of_what(derived):
         assert reference.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
         scanner, maker = data.ContributingEquipmentSequence
         assert (scanner.Manufacturer, maker.Manufacturer) == ("Scanners", "fvae")
-        assert "fake" in data.DerivationDescription
+        assert "encoded and decoded by a frozen VAE, fake" in data.DerivationDescription
+        assert data.SeriesDescription == "thorax fvae reconstruction"
         assert (data.WindowCenter, data.WindowWidth) == (40, 400)
         assert (data.RescaleSlope, data.RescaleIntercept, data.RescaleType) == (1, 0, "HU")
+
+
+def test_an_output_never_replaces_the_originals(fake_bundle, tmp_path):
+    parent = tmp_path / "study"
+    write_series(parent / "scan.dcm", (16, 24, 5))
+    before = {path: path.read_bytes() for path in parent.rglob("*.dcm") if path.is_file()}
+    for place in (parent / "scan.dcm", parent, tmp_path):
+        with pytest.raises(UsageError, match="apart from the input"):
+            fvae.reconstruct(parent, place, model=fake_bundle, engine="fake")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_nothing_of_the_source_goes_in_but_what_is_listed(derived, tmp_path, fake_bundle):
