@@ -16,6 +16,7 @@ from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import LatentNormalisation
 
 TOKENIZER = "tokenizer.json"
+OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "I": "S", "S": "I"}  # ends of an axis
 PERIOD = 10_000  # of the slowest wave
 
 
@@ -34,10 +35,12 @@ class Masks:
     """How a mask becomes what the network sees: labels painted in HU, encoded as a CT is.
 
     Findings of a disease mask replace the organ below; their label is the class plus `offset`.
+    `orientation` is that of the axes in training, as "LPS"; "" where they were as files had them.
     """
 
     palette: dict[str, float]  # HU of every label; JSON's keys are text
     offset: int
+    orientation: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class GeneratorManifest(Bundle):
             "a window of at least 2 frames": self.window >= 2,
             "a plane, steps and an eta of at least 1, 1 and 0": min(*self.plane, self.steps) >= 1
             and self.eta >= 0,
+            "an orientation of three axes, or none": self.masks.orientation == ""
+            or sorted(min(axis, OPPOSITE.get(axis, "")) for axis in self.masks.orientation)
+            == ["A", "I", "L"],
             "labels that are whole numbers": all(
                 label.isascii() and label.isdecimal() for label in self.masks.palette
             ),

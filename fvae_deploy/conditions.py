@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import ConditionError
-from fvae_deploy.export.generator import Masks
+from fvae_deploy.export.generator import OPPOSITE, Masks
 from fvae_deploy.organs import FINDINGS, ORGANS, organ_label
 from fvae_deploy.volume import Geometry, Reader
 from fvae_deploy.volume.base import Frames, slab_ranges
@@ -36,6 +36,7 @@ class Fit:
     mask: tuple[int, int]  # voxels
     spacing: tuple[float, float]  # mm
     plane: tuple[int, int]  # the model's pixels
+    mirrored: tuple[int, ...] = ()  # axes that the model sees the other way round
 
     def _places(self, axis: int) -> NDArray[np.float64]:
         """Where the model's pixels lie, in voxels of the mask."""
@@ -52,12 +53,14 @@ class Fit:
         inside = [(f >= 0) & (f < n) for f, n in zip(found, self.mask, strict=True)]
         rows, columns = (f.clip(0, n - 1) for f, n in zip(found, self.mask, strict=True))
         taken = mask[np.ix_(rows, columns)]
-        return np.where(inside[0][:, None] & inside[1][None, :], taken, 0)
+        seen: Labels = np.where(inside[0][:, None] & inside[1][None, :], taken, 0)
+        return np.flip(seen, self.mirrored)
 
     def volume(self, frames: Frames) -> Frames:
         """Sample model frames [t, X, Y] at the mask's voxels, linearly: [t, x, y]."""
         rows, columns = (self._weights(axis) for axis in (0, 1))
-        made: Frames = np.matmul(np.matmul(rows, frames), columns.T)
+        seen = np.flip(frames, tuple(1 + axis for axis in self.mirrored))
+        made: Frames = np.matmul(np.matmul(rows, seen), columns.T)
         return made
 
     def _weights(self, axis: int) -> NDArray[np.float32]:
@@ -76,9 +79,11 @@ class Fit:
 class PaintedMask:
     """A mask as a volume in HU on the model's plane; see `fvae_deploy.volume.Reader`.
 
-    Organs and findings of a disease mask are painted by the palette. A mask of fewer slices
-    than `least` goes on with its last one. `labels` turns other label numbers into those of
-    `organs.ORGANS`. Raises ConditionError where masks do not fit each other or the palette.
+    Organs and findings of a disease mask are painted by the palette. A plane whose axes run
+    against those of training is turned for the network, and what it makes turned back. A mask of
+    fewer slices than `least` goes on with its last one. `labels` turns other label numbers into
+    those of `organs.ORGANS`. Raises ConditionError where masks do not fit each other, the palette
+    or the orientation.
     """
 
     def __init__(
@@ -97,7 +102,8 @@ class PaintedMask:
             _check_same_grid(organs, disease)
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
-        self.fit = Fit((x, y), (across, down), plane)
+        mirrored = _mirrored(self.mask.orientation, masks.orientation, self.path)
+        self.fit = Fit((x, y), (across, down), plane, mirrored)
         self.geometry = Geometry((*plane, max(z, least)), self.mask.affine)
         self._labels = dict(labels) if labels is not None else None
         self._hu = {int(label): hu for label, hu in masks.palette.items()}
@@ -252,6 +258,20 @@ def _whole(frame: Frames, index: int, path: Path) -> Labels:
             "is this a CT? Give its label map"
         )
     return labels
+
+
+def _mirrored(found: str, wanted: str, path: Path) -> tuple[int, ...]:
+    """Axes of the plane that run against those of training; none where training had no order."""
+    if not wanted:
+        return ()
+    against = [f != w for f, w in zip(found, wanted, strict=True)]
+    known = all(f in (w, OPPOSITE[w]) for f, w in zip(found, wanted, strict=True))
+    if not known or against[2]:
+        raise ConditionError(
+            f"expected a mask with axes {wanted}, be it mirrored in the plane, found {found} in "
+            f"{path}: reorient it, for example with nibabel.as_closest_canonical"
+        )
+    return tuple(axis for axis in (0, 1) if against[axis])
 
 
 def _check_same_grid(organs: Reader, disease: Reader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,32 @@ def test_other_numbers_are_mapped(tmp_path):
 def test_what_is_no_label_map_is_refused(tmp_path, array, words):
     with pytest.raises(ConditionError, match=words):
         shown(painted(tmp_path, array))
+
+
+@pytest.mark.parametrize(("axes", "signs"), [("RAS", (1, 1)), ("LAS", (-1, 1)), ("LPS", (-1, -1))])
+def test_a_plane_that_runs_the_other_way_is_turned_there_and_back(tmp_path, axes, signs):
+    masks = dataclasses.replace(MASKS, orientation="LPS")
+    organs = labels(9, 7, 3)
+    x, y = (slice(None, None, sign) for sign in signs)
+    affine = np.diag([2.0 * signs[0], 2.0 * signs[1], 5, 1])
+    nibabel.save(nibabel.Nifti1Image(organs[x, y], affine), tmp_path / "o.nii")
+    nibabel.save(nibabel.Nifti1Image(organs, np.diag([2, 2, 5, 1])), tmp_path / "ras.nii")
+    given, ras = (open_volume(tmp_path / name) for name in ("o.nii", "ras.nii"))
+    assert given.geometry.orientation == axes
+    mask, same = (PaintedMask(reader, None, masks, (18, 18)) for reader in (given, ras))
+    np.testing.assert_array_equal(shown(mask), shown(same))  # whatever way the file had it
+    frames = np.random.default_rng(0).standard_normal((2, 18, 18)).astype(np.float32)
+    made, of_ras = mask.fit.volume(frames), same.fit.volume(frames)
+    np.testing.assert_allclose(made, of_ras[:, x, y], atol=1e-5)
+
+
+@pytest.mark.parametrize("diagonal", [(2, 2, -5), None])
+def test_a_mask_that_lies_otherwise_is_refused(tmp_path, diagonal):
+    affine = np.eye(4)[[2, 0, 1, 3]] if diagonal is None else np.diag([*diagonal, 1])
+    nibabel.save(nibabel.Nifti1Image(labels(4, 4, 3), affine), tmp_path / "o.nii")
+    masks = dataclasses.replace(MASKS, orientation="LPS")
+    with pytest.raises(ConditionError, match=r"axes LPS.*found (RAI|ASR).*reorient it"):
+        PaintedMask(open_volume(tmp_path / "o.nii"), None, masks, (4, 4))
 
 
 def test_nan_in_a_mask_is_an_error_of_the_volume(tmp_path):

@@ -23,6 +23,7 @@ FACTS = {
     "vae": "tiny",
     "plane": [128, 128],
     "window": 17,
+    "orientation": "LPS",  # of phantoms
     "sampler": "ddim",
     "steps": 8,  # more change nothing for the better: benchmarks/generation.py
     "eta": 0.0,
