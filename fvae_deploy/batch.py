@@ -139,7 +139,8 @@ def summary(verb: str, results: list[Outcome], begin: float) -> dict[str, Any]:
 def check_all_done(found: dict[str, Any]) -> None:
     """Raise VolumeError where a scan failed."""
     if found["failed"]:
+        first = next(scan for scan in found["scans"] if "error" in scan)
         raise VolumeError(
-            f"expected {len(found['scans'])} results, found {found['failed']} failed: see "
-            "above, correct them and go on with --resume"
+            f"expected {len(found['scans'])} results, found {found['failed']} failed, at first "
+            f"{first['ct']} ({first['error']}): correct them and go on with --resume"
         )

@@ -8,7 +8,7 @@
     ├── BundleError           4   weights or a bundle that do not fit, or are damaged
     ├── EngineError           5   an engine that cannot run here
     ├── PlanError             6   a memory budget that cannot be met
-    └── StoppedError        130   Ctrl-C; 143 for SIGTERM
+    └── StoppedError        130   Ctrl-C; 143 SIGTERM, 129 SIGHUP
 
 Every message is one line: what was expected, what was found, and the remedy.
 Only the command line turns errors into exit codes.

@@ -93,6 +93,8 @@ def generate(
     Raises ConditionError for masks and texts that do not fit, and FvaeError as `encode` does.
     """
     output = Path(output)
+    if seed < 0:
+        raise UsageError(f"expected a seed from 0 on, found {seed}")
     if stitch not in STITCHES:
         raise UsageError(f"expected --stitch joint or reference, found {stitch!r}")
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
@@ -141,6 +143,7 @@ def generate(
         facts = {"fvae": __version__, **request.facts()}
         baseline = current_rss()
         journal = Journal(partial_path(output), facts, resume)
+        stack.callback(journal.close)
         if stitch == "joint":
             outcome = _jointly(request, journal, output, budget, dtype)
         else:

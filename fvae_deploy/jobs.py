@@ -62,7 +62,11 @@ def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]
         raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not row.get(needed):
-            raise UsageError(f"expected a {needed} in row {number} of {path}, found none: name one")
+            columns = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
+            raise UsageError(
+                f"expected a {needed} in row {number} of {path}, found none in {columns}: columns "
+                f"are {', '.join(sorted(fields))}, and a CSV's are parted by commas"
+            )
         strange = sorted(str(name) for name in row if name not in fields)
         if strange:
             raise UsageError(
@@ -124,11 +128,11 @@ def run_jobs(
 
 def check_all_made(results: list[dict[str, Any]]) -> None:
     """Raise ConditionError where a job failed."""
-    failed = sum("error" in result for result in results)
+    failed = [result for result in results if "error" in result]
     if failed:
         raise ConditionError(
-            f"expected {len(results)} volumes, found {failed} failed: see above, correct them and "
-            "go on with --resume"
+            f"expected {len(results)} volumes, found {len(failed)} failed, at first "
+            f"{failed[0]['output']} ({failed[0]['error']}): correct them and go on with --resume"
         )
 
 
@@ -139,9 +143,12 @@ def _job(row: dict[str, Any], number: int, path: Path, folder: Path, seed: int) 
     mask = beside("mask")
     try:
         chosen = int(row.get("seed") or seed)
+        if chosen < 0:
+            raise ValueError
     except (TypeError, ValueError):
         raise UsageError(
-            f"expected a whole number as seed in row {number} of {path}, found {row['seed']!r}"
+            f"expected a whole number from 0 on as seed in row {number} of {path}, found "
+            f"{row['seed']!r}"
         ) from None
     return Job(
         mask=mask,

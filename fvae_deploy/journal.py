@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import FvaeError, UsageError, VolumeError
-from fvae_deploy.latents import partial_path
+from fvae_deploy.hold import Hold, empty
+from fvae_deploy.latents import partial_path, told
 
 Array = NDArray[np.float32]
 
@@ -31,32 +32,39 @@ class Journal:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
-        note = folder / "request.json"
-        if folder.exists():
-            if not note.is_file() and any(folder.iterdir()):
-                raise VolumeError(
-                    f"expected what a stopped run left, found something else at {folder}: "
-                    "move it away"
-                )
-            if resume and note.is_file():
-                left = _read(note)
-                for name, value in facts.items():
-                    if left.get(name) != value:
-                        raise UsageError(
-                            f"expected {folder} to be of the same request, found {name} "
-                            f"{left.get(name)!r} instead of {value!r}: resume with the same "
-                            "input and options, or start over without --resume"
-                        )
-                return
-            shutil.rmtree(folder)
-        try:
-            folder.mkdir()
-            note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
+        self.folder, self._note = folder, folder / "request.json"
+        self._hold: Hold | None = None
+        if folder.exists() and not self._note.is_file() and any(folder.iterdir()):
             raise VolumeError(
-                f"expected to write {folder}, found {error.strerror}: choose another place"
+                f"expected what a stopped run left, found something else at {folder}: move it away"
+            )
+        try:
+            folder.mkdir(exist_ok=True)
+            self._hold = Hold(folder)
+            self._begin(facts, resume)
+        except OSError as error:
+            self.close()
+            raise VolumeError(
+                f"expected to write {folder}, found {error.strerror or error}: choose another place"
             ) from None
+        except FvaeError:
+            self.close()
+            raise
+
+    def _begin(self, facts: dict[str, Any], resume: bool) -> None:
+        """Go on with what is there, or begin."""
+        if not (resume and self._note.is_file()):
+            empty(self.folder)
+            self._note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            return
+        left = _read(self._note)
+        for name, value in facts.items():
+            if left.get(name) != value:
+                raise UsageError(
+                    f"expected {self.folder} to be of the same request, found "
+                    f"{told(name, left.get(name), value)}: resume with the same, or start "
+                    "over without --resume"
+                )
 
     def kept(self, name: str, compute: Callable[[], Array]) -> Array:
         """Return what was computed under this name, now or by the run that was stopped."""
@@ -80,8 +88,8 @@ class Journal:
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise VolumeError(
-                f"expected room for {path}, found {error.strerror}: free some space and continue "
-                "with --resume"
+                f"expected room for {path}, found {error.strerror or error}: free some space and "
+                "continue with --resume"
             ) from None
         return computed
 
@@ -97,6 +105,12 @@ class Journal:
         """Remove it all, where that has not been done."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
+        self.close()
+
+    def close(self) -> None:
+        """Leave it as it is; another run may go on with it."""
+        if self._hold is not None:
+            self._hold.close()
 
 
 @contextlib.contextmanager
@@ -115,11 +129,13 @@ def journal_of(path: Path, facts: dict[str, Any], wanted: bool) -> Iterator[Jour
     journal = Journal(folder, facts, resume=True)
     try:
         yield journal
+        journal.done()
     except FvaeError:
         if journal.empty:
             journal.done()
         raise
-    journal.done()
+    finally:
+        journal.close()
 
 
 def _read(note: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from fvae_deploy.errors import LatentError
+from fvae_deploy.hold import Hold, empty
 from fvae_deploy.volume import Geometry
 
 FORMAT = 1
@@ -152,6 +154,7 @@ class LatentWriter:
         resume: bool = False,
         source: str = "",
     ) -> None:
+        path = Path(os.path.realpath(path))  # through a link: what it points at is replaced
         self.path, self.partial, self.done = path, partial_path(path), 0
         if path.exists() and not _is_latents(path):
             raise LatentError(
@@ -167,19 +170,30 @@ class LatentWriter:
                 f"expected a new name or what a stopped run left, found something else than a "
                 f"latent store at {self.partial}: move it away"
             )
-        if self.partial.exists() and not (resume and (self.partial / "zarr.json").exists()):
-            shutil.rmtree(self.partial)
-        if self.partial.exists():
+        with _writing(self.partial):
+            self.partial.mkdir(exist_ok=True)
+            self._hold = Hold(self.partial)
+        try:
+            self._begin(attributes, shape, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(
+        self, attributes: dict[str, Any], shape: tuple[int, int, int, int], resume: bool
+    ) -> None:
+        """Go on with what is there, or begin."""
+        if resume and (self.partial / "zarr.json").exists():
             for stray in self.partial.rglob("*.partial"):  # of a killed write of zarr's
                 stray.unlink()
             self._array, found = _open(self.partial)
-            if not found.get("complete"):
+            if not found.get("complete"):  # else killed at its last rename: it says no more of what
                 _check_same(found, attributes, self.partial)
                 self.done = self._undamaged()
                 return
-            shutil.rmtree(self.partial)  # killed at its last rename, it no longer says of what
         d, _, h, w = shape
         with _writing(self.partial):
+            empty(self.partial)
             self._array = zarr.create_array(
                 store=str(self.partial),
                 shape=shape,
@@ -212,10 +226,16 @@ class LatentWriter:
                 shutil.rmtree(old)
             else:
                 self.partial.rename(self.path)
+        self.close()
 
     def discard(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave what was written as it is; another run may go on with it."""
+        self._hold.close()
 
     def _undamaged(self) -> int:
         for t in range(self._array.shape[1]):
@@ -274,9 +294,16 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     for key, value in wanted.items():
         if found.get(key) != value:
             raise LatentError(
-                f"expected {path} to be of the same run, found {key} {found.get(key)!r} instead "
-                f"of {value!r}: resume with the same options, or start over without --resume"
+                f"expected {path} to be of the same run, found {told(key, found.get(key), value)}: "
+                "resume with the same, or start over without --resume"
             )
+
+
+def told(name: str, found: object, wanted: object) -> str:
+    """Tell what a stopped run was of, and what is asked for now."""
+    if name == "input":
+        return f"an input that changed since or another one ({found}, now {wanted})"
+    return f"{'--step' if name == 'k' else name} {found!r} instead of {wanted!r}"
 
 
 @contextlib.contextmanager

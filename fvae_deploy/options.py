@@ -16,7 +16,7 @@ from fvae_deploy.errors import EngineError, StoppedError, UsageError
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM: from `kill`, `timeout`, a batch system or `docker stop`."""
+    """SIGTERM or SIGHUP: from `kill`, a batch system, `docker stop`, a terminal that closes."""
 
 
 class Verbs(TyperGroup):
@@ -26,10 +26,13 @@ class Verbs(TyperGroup):
         """Run a verb."""
 
         def end(number: int, frame: object) -> None:
-            raise TerminatedError
+            raise TerminatedError(number)
 
-        listens = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, end) if listens else None
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+                    before[number] = signal.signal(number, end)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -38,11 +41,11 @@ class Verbs(TyperGroup):
                 "reconstruct where they were begun with it"
             )
             if isinstance(stop, TerminatedError):
-                error.exit_code = 128 + signal.SIGTERM
+                error.exit_code = 128 + stop.args[0]
             raise error from None
         finally:
-            if listens:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def show_version(asked: bool) -> None:
@@ -53,7 +56,9 @@ def show_version(asked: bool) -> None:
 
 
 def writable(path: Path | None) -> Path | None:
-    """Refuse a report that could not be written before the work is done, not after."""
+    """Refuse a report that could not be written, or over a scan, before the work and not after."""
+    if path and path.suffix != ".json":  # so it is neither input nor output
+        raise UsageError(f"expected a report named .json, found {path}: rename it")
     if path and not path.absolute().parent.is_dir():
         raise UsageError(f"expected a folder for {path}, found none: create it")
     return path

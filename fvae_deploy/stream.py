@@ -100,6 +100,8 @@ def encode(
         if not isinstance(error, LatentError) and not writer.done:
             writer.discard()
         raise
+    finally:
+        writer.close()
     run.outcome.seconds["total"] = time.perf_counter() - begin
     return run.outcome
 

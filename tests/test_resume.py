@@ -185,6 +185,27 @@ def test_a_terminated_run_leaves_nothing_and_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["encode", "reconstruct"])
+def test_of_two_runs_to_one_output_the_later_is_refused(verb, fake_bundle, write_ct, tmp_path):
+    run = getattr(api, verb)
+    ct, other, out = tmp_path / "ct.nii", tmp_path / "other.nii", tmp_path / "out.zarr"
+    write_ct(ct, (9, 11, 80))
+    write_ct(other, (9, 11, 80), seed=1)
+    options = {"model": fake_bundle, "engine": "fake", "resume": True}
+    refused = []
+
+    def progress(slices):
+        with pytest.raises(VolumeError, match="for this run alone, found another") as found:
+            run(other, out, **(options | {"resume": bool(len(refused) % 2 or verb != "encode")}))
+        refused.append(found)
+
+    run(ct, out, progress=progress, **options)
+    assert len(refused) > 10
+    run(ct, tmp_path / "whole.zarr", **options)
+    assert files(out) == files(tmp_path / "whole.zarr")
+    run(other, out, **options)  # afterwards it may be replaced
+
+
 def test_a_run_that_ends_well_removes_what_an_earlier_one_kept(fake_bundle, write_ct, tmp_path):
     ct, out = tmp_path / "ct.nii", tmp_path / "out.nii"
     write_ct(ct, (9, 11, 80))
@@ -269,7 +290,7 @@ def test_slices_of_another_input_or_request_are_refused_and_kept(fake_bundle, wr
     with pytest.raises(KeyboardInterrupt):
         api.reconstruct(ct, out, progress=stopped_after(41), **options)
     before = files(partial_path(out))
-    with pytest.raises(UsageError, match=r"found input '\d+ bytes in 1 files, .*' instead of"):
+    with pytest.raises(UsageError, match=r"changed since .*\(\d+ bytes in 1 files, .*, now \d+ bytes"):
         api.reconstruct(other, out, **options)
     with pytest.raises(UsageError, match=r"found protocol 'causal' instead of 'windows'"):
         api.reconstruct(ct, out, protocol="windows", **options)
@@ -326,7 +347,7 @@ def left(undisturbed, tmp_path):
     ("other", "words"),
     [
         pytest.param({"protocol": "windows"}, "protocol 'causal' instead of", id="protocol"),
-        pytest.param({"k": 2}, "k 1 instead of 2", id="step"),
+        pytest.param({"k": 2}, "--step 1 instead of 2", id="step"),
         pytest.param({"engine": "torch"}, "engine 'openvino' instead of", id="engine"),
         pytest.param({"engine": "torch", "precision": "bf16"}, "engine", id="precision"),
         pytest.param({"engine": "fake", "model": "fake"}, "model 'tiny' instead of", id="model"),
@@ -361,7 +382,7 @@ def test_what_another_scan_of_the_same_geometry_left_is_refused_and_kept(
     _, options, _ = undisturbed
     write_ct(tmp_path / "other.nii.gz", SHAPE, seed=1)
     before = files(partial_path(left))
-    with pytest.raises(LatentError, match=r"found input .* instead of .*without --resume"):
+    with pytest.raises(LatentError, match=r"found an input that changed since.*without --resume"):
         api.encode(tmp_path / "other.nii.gz", left, resume=True, **options)
     assert files(partial_path(left)) == before
     assert not left.exists()
@@ -372,7 +393,7 @@ def test_a_damaged_ct_does_not_cost_what_an_earlier_run_left(undisturbed, left, 
     ct, options, whole = undisturbed
     data = ct.read_bytes()
     (tmp_path / "cut.nii.gz").write_bytes(data[: 3 * len(data) // 4])
-    with pytest.raises(LatentError, match="found input"):
+    with pytest.raises(LatentError, match="found an input that changed since"):
         api.encode(tmp_path / "cut.nii.gz", left, resume=True, **options)
     api.encode(ct, left, resume=True, **options)
     assert files(left) == files(whole)

@@ -205,6 +205,7 @@ class FrameWriter(ABC):
             )
         if frames.dtype not in (np.int16, np.float32):
             raise VolumeError(f"expected int16 or float32 frames, found {frames.dtype}: convert it")
+        failed: OSError | None = None
         try:
             # One frame at a time: temporaries stay small, and the bytes of a compressed file
             # do not depend on how its frames were grouped.
@@ -212,8 +213,8 @@ class FrameWriter(ABC):
                 self._append(self._stored(frame))
                 self._count += 1
         except OSError as error:
-            self.abort()
-            raise self._refused(error) from error
+            failed = error
+        self._end(failed)
 
     def commit(self) -> None:
         """Finish, check that every frame came, and give the output its final name."""
@@ -225,12 +226,23 @@ class FrameWriter(ABC):
                 f"expected {self.geometry.shape[2]} slices for {self.path}, found {self._count}: "
                 "nothing was written"
             )
+        failed: OSError | None = None
         try:
             self._publish()
         except OSError as error:
-            self.abort()
-            raise self._refused(error) from error
+            failed = error
+        self._end(failed)
         self._open = False
+
+    def _end(self, failed: OSError | None) -> None:
+        """Abort after an error, and say so.
+
+        Not while it is being handled: a compressor with a thread raises the same error once more
+        as it closes, which would then be its own context, and contextlib never sees the end.
+        """
+        if failed is not None:
+            self.abort()
+            raise self._refused(failed) from failed
 
     def abort(self) -> None:
         """Remove what was written; nothing is left under the final or a temporary name."""

@@ -94,15 +94,15 @@ class ZarrReader:
 class ZarrWriter(FrameWriter):
     """Writes a Zarr v3 array that appears under its name only when whole.
 
-    An existing store is replaced at the end; a folder that is no Zarr store is never touched.
+    A volume that was written so is replaced at the end; anything else is never touched.
     Raises VolumeError when the place cannot be written.
     """
 
     def __init__(self, path: Path | str, geometry: Geometry, dtype: str = "int16") -> None:
         super().__init__(Path(path), geometry, dtype)
-        if os.path.lexists(self.path) and not _is_store(self.path):
+        if os.path.lexists(self.path) and not _is_volume(self.path):
             raise VolumeError(
-                f"expected a new name or a Zarr store to replace, found something else at "
+                f"expected a new name or a volume of fvae's to replace, found something else at "
                 f"{self.path}: choose another name"
             )
         nx, ny, nz = geometry.shape
@@ -141,6 +141,14 @@ class ZarrWriter(FrameWriter):
 
 def _is_store(path: Path) -> bool:
     return path.is_dir() and any((path / mark).is_file() for mark in _MARKS)
+
+
+def _is_volume(path: Path) -> bool:
+    """Whether what lies here is what ZarrWriter writes."""
+    try:
+        return _is_store(path) and "fvae_volume" in zarr.open_array(str(path), mode="r").attrs
+    except Exception:  # zarr raises many kinds for what is none
+        return False
 
 
 @contextmanager

@@ -265,6 +265,8 @@ for limit in (100, 50_000, 500_000):  # within the header, the first slices, the
                 writer.write(frames)
     except VolumeError as error:
         print(error)
+        while error is not None:  # contextlib goes along here, and never ends in a circle
+            error = error.__context__
 """
         done = subprocess.run(
             [sys.executable, "-X", "dev", "-c", code, tmp_path / name],
