@@ -7,8 +7,9 @@
                                              labelsTr/case.nii.gz, case_fvae.nii.gz   linked
 
 With `instead` the reconstructions alone are there, under the cases' own names. What is linked
-is a hard link where the file system allows it, else a copy. What is there already is kept, so a
-stopped run goes on; `dataset.json` comes last: without it nnU-Net takes no dataset for whole.
+is a hard link where the file system allows it, else a copy. What is there already is kept unless
+its source is newer, so a stopped run goes on; `dataset.json` comes last: without it nnU-Net takes
+no dataset for whole. `splits_final.json` keeps a scan and its reconstruction in one fold.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fvae_deploy.api import reconstruct
 from fvae_deploy.errors import UsageError, VolumeError
 
+FOLDS = 5  # of nnU-Net's cross-validation
 SUFFIX = "_fvae"  # of a reconstructed case's name
 ENDINGS = (".nii.gz", ".nii")
 
@@ -133,7 +137,7 @@ def augment(
             if not instead:
                 _link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
             output = target / "imagesTr" / f"{name}_{channel:04}{dataset.ending}"
-            if not output.exists():
+            if _is_older(output, image):
                 say(f"{output.name}")
                 seconds += reconstruct(image, output, **options)["seconds"]["total"]
                 made += 1
@@ -144,10 +148,38 @@ def augment(
             for file in sorted((source / folder).iterdir()):
                 _link(file, target / folder / file.name)
     content = _content(dataset, target.name, instead)
-    temporary = target / ".dataset.json.partial"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(target / "dataset.json")
+    if not instead and len(dataset.cases) >= FOLDS:
+        _write(target / "splits_final.json", splits([case.name for case in dataset.cases]))
+    _write(target / "dataset.json", content)
     return {"cases": content["numTraining"], "reconstructed": made, "seconds": round(seconds, 2)}
+
+
+def splits(names: list[str]) -> list[dict[str, list[str]]]:
+    """Divide cases into nnU-Net's own folds, each reconstruction trained on with its original.
+
+    Fold for fold the validation cases are those of the dataset without reconstructions, so results
+    compare; none is reconstructed. nnU-Net by itself would validate on views of what it trained on.
+    """
+    names = sorted(names)
+    order = np.arange(len(names))
+    np.random.RandomState(12345).shuffle(order)  # nnU-Net's seed and generator
+    folds = []
+    for held in np.array_split(order, FOLDS):
+        train = [name for n, name in enumerate(names) if n not in held]
+        validated = [name for n, name in enumerate(names) if n in held]
+        folds.append({"train": train + [name + SUFFIX for name in train], "val": validated})
+    return folds
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_older(made: Path, source: Path) -> bool:
+    """Whether something is to be made (again): it is not there, or its source changed since."""
+    return not made.exists() or made.stat().st_mtime_ns < source.stat().st_mtime_ns
 
 
 def _content(dataset: Dataset, name: str, instead: bool) -> dict[str, Any]:
@@ -191,7 +223,7 @@ def _found(folder: Path, ending: str, channels: int) -> list[Case]:
 
 def _link(source: Path, target: Path) -> None:
     """Link a file under another name, or copy it where links do not reach."""
-    if target.exists():
+    if not _is_older(target, source):
         return
     temporary = target.with_name(f".{target.name}.partial")
     temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 from fvae_deploy import api
 from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.errors import FvaeError, VolumeError
+from fvae_deploy.latents import LatentReader, told
 from fvae_deploy.overlap import ahead
 from fvae_deploy.rss import reset_peak
 from fvae_deploy.scans import Scan
@@ -66,7 +67,8 @@ def run_scan(
     """Run one scan that `open_scan` opened; what is wrong with it alone goes into the outcome."""
     facts: Outcome = {"ct": str(scan.ct), "output": str(scan.output)}
     if reader is None:
-        return facts | {"passed": True}
+        problem = _differs(scan.output, codec, options) if verb == "encode" else None
+        return facts | ({"error": problem, "kind": "LatentError"} if problem else {"passed": True})
     if isinstance(reader, Exception):
         return facts | {"error": str(reader), "kind": type(reader).__name__}
     tick = progress(scan.output.name, reader.geometry.shape[2])
@@ -78,6 +80,29 @@ def run_scan(
     except ONES_OWN as error:
         return facts | {"error": str(error), "kind": type(error).__name__}
     return facts | {"report": report}
+
+
+def _differs(output: Path, codec: Codec, options: dict[str, Any]) -> str | None:
+    """Tell how latents that are there differ from what is asked for."""
+    try:
+        found = LatentReader(output).info
+    except FvaeError as error:
+        return str(error)
+    of = codec.manifest
+    wanted = {
+        "identity": of.identity,
+        "engine": codec.engine.name,
+        "precision": codec.engine.precision,
+        "protocol": options.get("protocol") or of.geometry.protocols[0],
+        "k": of.check_step(options.get("k")),
+    }
+    for name, value in wanted.items():
+        if (there := getattr(found, name)) != value:
+            return (
+                f"expected {output} to be of the same run, found {told(name, there, value)}: "
+                "remove it, or choose another folder"
+            )
+    return None
 
 
 def open_scan(scan: Scan, resume: bool) -> Primed | Exception | None:

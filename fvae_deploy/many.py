@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,23 @@ def run_many(
         with progress_bars(quiet) as bars:
             results = run_scans(verb, scans, options, resume=resume, say=say(quiet), progress=bars)
     found = summary(verb, results, begin)
-    for path in {run_report, output / f"fvae-{verb}.json"} - {None}:
+    noted = output / f"fvae-{verb}.json"
+    _keep_reports(results, noted)
+    for path in {run_report, noted} - {None}:
         assert path is not None
         write_json(found, path)
     if not quiet:
         show(scans_table(found))
     check_all_done(found)
+
+
+def _keep_reports(results: list[dict[str, Any]], noted: Path) -> None:
+    """Carry over what an earlier run noted of scans that this one passed."""
+    try:
+        earlier = {scan["output"]: scan for scan in json.loads(noted.read_bytes())["scans"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for found in results:
+        before = earlier.get(found["output"], {})
+        if "passed" in found and (report := before.get("report") or before.get("earlier")):
+            found["earlier"] = report

@@ -56,7 +56,7 @@ def run_report(
             "predicted_bytes": plan.predicted_bytes,
             "budget_bytes": plan.budget_bytes,
         },
-        "volume": {"shape": list(outcome.shape), "slices": outcome.slices},
+        "volume": {"shape": list(outcome.shape), "slices": outcome.slices, "resumed": outcome.kept},
         "clipped": {
             "voxels": clipped,
             "share": clipped / tally.voxels if tally.voxels else 0.0,
@@ -100,8 +100,10 @@ def summary(report: dict[str, Any]) -> str:
     """Two lines for people, from the same facts."""
     x, y, _ = report["volume"]["shape"]
     clipped, memory = report["clipped"], report["memory"]
+    slices, resumed = report["volume"]["slices"], report["volume"]["resumed"]
+    before = f" after {resumed} of a stopped run" if resumed else ""
     lines = [
-        f"{report['volume']['slices']} slices of {x}x{y} in {report['seconds']['total']:.1f} s, "
+        f"{slices} slices{before} of {x}x{y} in {report['seconds']['total']:.1f} s, "
         f"{report['slices_per_second']:.1f} slices/s with {report['engine']} "
         f"{report['precision']}; peak {show_bytes(memory['beyond_baseline_bytes'])} beyond "
         f"{show_bytes(memory['baseline_bytes'])} of libraries"

@@ -38,6 +38,7 @@ class Outcome:
 
     plan: Plan
     slices: int  # that this run computed
+    kept: int = field(default=0, kw_only=True)  # that a stopped one had left
     shape: tuple[int, int, int]
     tally: Tally = field(default_factory=Tally)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -170,6 +171,7 @@ class Run:
             return resample(to_hu(x, intensity, x_size, y_size))
 
         out = Decoded(writer, self.steps, wanted, frames, journal)
+        self.outcome.kept = out.kept
         self.outcome.slices = wanted[1] - wanted[0] - out.kept
         return out
 

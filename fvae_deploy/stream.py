@@ -70,11 +70,12 @@ def encode(
     shape = (manifest.geometry.latent_channels, total, *run.plane)
     writer = LatentWriter(path, info, shape, resume, _state(reader))
     target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
+    kept = run.steps[target].slices[0] if target is not None else run.outcome.slices
+    run.outcome.kept, run.outcome.slices = kept, run.outcome.slices - kept
+    progress(kept)
     try:
         if target is not None:
-            entry, kept = run.entry(target, "encode"), run.steps[target].slices[0]
-            run.outcome.slices -= kept
-            progress(kept)
+            entry = run.entry(target, "encode")
 
             def store(item: tuple[Step, Frames]) -> None:
                 step, z = item

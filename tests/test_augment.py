@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 import fvae_deploy as fvae
 from fvae_deploy import augment as module
-from fvae_deploy.augment import augment
+from fvae_deploy.augment import augment, splits
 from fvae_deploy.errors import UsageError, VolumeError
 
 CASES = ("liver_1", "liver_2")
@@ -71,6 +72,30 @@ def test_reconstructions_lie_beside_the_originals_with_their_labels(dataset, fak
         for suffix in ("", "_fvae"):
             label = out / f"labelsTr/{case}{suffix}.nii.gz"
             assert label.samefile(dataset / f"labelsTr/{case}.nii.gz")
+
+
+def test_a_scan_and_its_reconstruction_lie_in_one_fold():
+    names = [f"c{n:02}" for n in range(13)]
+    folds = splits(names)
+    # What scikit-learn's KFold(5, shuffle=True, random_state=12345) holds out, as nnU-Net does.
+    held = [[0, 7, 9], [3, 6, 10], [8, 11, 12], [1, 4], [2, 5]]
+    assert [fold["val"] for fold in folds] == [[names[n] for n in fold] for fold in held]
+    for fold in folds:
+        originals = sorted(set(names) - set(fold["val"]))
+        assert fold["train"] == originals + [name + "_fvae" for name in originals]
+
+
+def test_what_changed_since_is_made_anew(dataset, fake, tmp_path):
+    out = tmp_path / "Dataset101_LiverFvae"
+    augment(dataset, out, **fake)
+    image = dataset / "imagesTr/liver_1_0000.nii.gz"
+    shutil.copy(dataset / "imagesTr/liver_2_0000.nii.gz", tmp_path / "new.nii.gz")
+    os.utime(tmp_path / "new.nii.gz")
+    (tmp_path / "new.nii.gz").replace(image)
+    assert augment(dataset, out, **fake)["reconstructed"] == 1
+    for view in ("", "_fvae"):
+        one, two = (out / f"imagesTr/liver_{n}{view}_0000.nii.gz" for n in (1, 2))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_reconstructions_may_stand_alone(dataset, fake, tmp_path):

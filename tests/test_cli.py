@@ -187,7 +187,7 @@ REPORT = {  # field -> fields in it
         "predicted_bytes",
         "budget_bytes",
     },
-    "volume": {"shape", "slices"},
+    "volume": {"shape", "slices", "resumed"},
     "clipped": {
         "voxels",
         "share",

@@ -134,6 +134,21 @@ def test_a_full_disk_within_one_is_that_ones_failure(scans, fake, tmp_path, monk
     assert (found[1]["kind"], "No space left" in found[1]["error"]) == ("OSError", True)
 
 
+def test_latents_of_another_run_are_not_passed_and_earlier_reports_stay(
+    scans, fake_bundle, tmp_path
+):
+    line = ["encode", scans, "-o", tmp_path / "out", "-m", fake_bundle, "-e", "fake", "-q"]
+    assert command(*line).returncode == 0
+    noted = json.loads((tmp_path / "out" / "fvae-encode.json").read_text())
+    assert command(*line, "--resume").returncode == 0
+    again = json.loads((tmp_path / "out" / "fvae-encode.json").read_text())
+    assert [one["earlier"] for one in again["scans"]] == [one["report"] for one in noted["scans"]]
+    other = command(*line, "--resume", "--protocol", "windows")
+    assert other.returncode == 3
+    assert "protocol 'causal' instead of 'windows'" in other.stderr
+    assert command(*line, "--resume").returncode == 0
+
+
 def test_a_link_back_is_not_followed(scans, tmp_path):
     before = find_scans(scans, tmp_path / "out", ".zarr")
     (scans / "sub-01" / "back").symlink_to(scans)
