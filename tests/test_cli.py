@@ -222,7 +222,7 @@ def test_a_run_report_has_the_promised_fields(fvae, fake, ct, tmp_path, verb):
     assert report["command"] == verb
     assert (report["input"], report["output"]) == (str(source), str(target))
     assert (report["engine"], report["precision"], report["device"]) == ("fake", "fp32", "cpu")
-    assert report["volume"] == {"shape": [20, 13, 30], "slices": 30}
+    assert report["volume"] == {"shape": [20, 13, 30], "slices": 30, "resumed": 0}
     assert report["plan"]["budget_bytes"] == 3 * 2**29
     assert report["slices_per_second"] == pytest.approx(30 / report["seconds"]["total"], rel=0.05)
     memory = report["memory"]
