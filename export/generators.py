@@ -12,7 +12,6 @@ Loaded without running code of the files: tensors and numbers alone.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import SCHEMA, Source, sha256
+from fvae_deploy.export.checkpoint import load_checkpoint
 from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, Masks
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.manifest import LatentNormalisation
@@ -32,15 +32,7 @@ from fvae_deploy.export.models.denoiser_parts import bert, network_of, parts_of,
 
 UNET, TEXT = "model.diffusion_model.", "text_transformer."
 UNKNOWN = "see the source of the weights"
-LOAD_ERRORS = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-)
+LOAD_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 # The published generator, where its configuration does not say otherwise.
 SCALE = 1.52
 SCHEDULE = {
@@ -86,9 +78,9 @@ def is_generator(path: Path) -> bool:
             with safe_open(path, "pt") as file:
                 return any(name.startswith(UNET) for name in file.keys())  # noqa: SIM118
         if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth"):
-            content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            content = load_checkpoint(path, "meta", mmap=True)
             return any(str(name).startswith(UNET) for name in content["state_dict"])
-    except (*LOAD_ERRORS, TypeError):  # damaged or foreign: whoever loads it says what is wrong
+    except (*LOAD_ERRORS, BundleError):  # damaged or foreign: whoever loads it says what is wrong
         return False
     return False
 
@@ -167,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"
                 }
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checkpoint(path)
         state = {k: v.float() for k, v in content["state_dict"].items() if torch.is_tensor(v)}
     except LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -240,7 +232,7 @@ def _pretrained(folder: Path) -> dict[str, Tensor]:
         with safe_open(folder / "model.safetensors", "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     else:
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        state = load_checkpoint(folder / "pytorch_model.bin")
     return _under(state, "bert.") or state
 
 

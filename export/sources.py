@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.bundle import Source, sha256
+from fvae_deploy.export.checkpoint import load_checkpoint
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.known import known
 from fvae_deploy.export.models.family import Model
@@ -168,13 +168,7 @@ def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise BundleError(
-            f"expected a checkpoint of tensors and numbers alone, found {path}: "
-            f"{(str(error) or 'an early end').splitlines()[0]}; save it again as safetensors"
-        ) from None
+    content = load_checkpoint(path)
     if not isinstance(content, dict) or not {"args", "state_dict"} <= content.keys():
         raise BundleError(
             f'expected a LeanVAE checkpoint with "args" and "state_dict", found {path} without'

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export.checkpoint import load_checkpoint
 
 DIRECTIONS = ("encode", "decode")
 
@@ -125,23 +124,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of tensors, unwrapping "state_dict" and "model"; runs nothing in it."""
     if not path.is_file():
         raise BundleError(f"expected weights at {path}, found nothing: check the path")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
-        raise BundleError(
-            f"expected a file of tensors alone, found {path}: "
-            f"{(str(error) or 'an early end').splitlines()[0]}; save it again as safetensors"
-        ) from None
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+    content = load_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

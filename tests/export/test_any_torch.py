@@ -521,7 +521,7 @@ def test_a_damaged_or_missing_file_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(BundleError, match=r"found nothing|a file of tensors alone"):
+    with pytest.raises(BundleError, match=r"nothing|of tensors alone|a safetensors file"):
         load("their_vae:local", tmp_path / name, window=5)
 
 

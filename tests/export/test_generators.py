@@ -190,7 +190,7 @@ def test_a_file_that_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
     assert not is_generator(tmp_path / "a.ckpt")
     assert not is_generator(tmp_path / "absent.safetensors")
-    with pytest.raises(BundleError, match="expected a generator's checkpoint"):
+    with pytest.raises(BundleError, match="expected a file of tensors alone"):
         load(tmp_path / "a.ckpt")
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert not is_generator(tmp_path / "a.safetensors")

@@ -1,0 +1,43 @@
+"""Files of pickled tensors, read without running what is in them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fvae_deploy.errors import BundleError
+
+_NAME = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)")
+
+
+def load_checkpoint(path: Path, device: str = "cpu", *, mmap: bool = False) -> Any:
+    """Load what `torch.save` wrote: tensors, numbers, texts and containers of them, and no more.
+
+    Raises BundleError for anything else, a damaged file too, and FileNotFoundError.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle raises almost any kind
+        raise BundleError(
+            f"expected a file of tensors alone, found {path}: {_reason(error)}; save it again as "
+            "safetensors"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Tell what is wrong without torch's advice, which is to run it all the same."""
+    text = str(error)
+    named = _NAME.search(text)
+    if named:
+        return f"it holds a {named.group(1)}, which would have to be run"
+    if "weights_only" in text or "Weights only" in text:
+        return "no checkpoint of torch's"
+    lines = text.splitlines()
+    return lines[0] if lines else f"an early end ({type(error).__name__})"

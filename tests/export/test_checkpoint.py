@@ -1,0 +1,42 @@
+"""A pickle is read without being run, and what is wrong with one is said in a line."""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from fvae_deploy.errors import BundleError  # noqa: E402
+from fvae_deploy.export.checkpoint import load_checkpoint  # noqa: E402
+
+
+@given(
+    st.one_of(st.binary(max_size=99), st.binary(max_size=99).map(lambda rest: b"\x80\x02" + rest))
+)
+@example(b"junk")
+@example(pickle.dumps({"a": datetime.datetime(2020, 1, 1)}))
+def test_any_bytes_are_tensors_or_one_line_without_bad_advice(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "w.ckpt")
+        path.write_bytes(content)
+        message = ""
+        try:
+            load_checkpoint(path)
+        except BundleError as error:
+            message = str(error)
+    assert message == "" or message.endswith("; save it again as safetensors")
+    assert "weights_only" not in message
+    assert "trust" not in message
+
+
+def test_what_would_have_to_be_run_is_named(tmp_path):
+    torch.save({"state_dict": {}, "when": datetime.datetime(2020, 1, 1)}, tmp_path / "w.ckpt")
+    with pytest.raises(BundleError, match=r"it holds a datetime\.datetime, which would have to"):
+        load_checkpoint(tmp_path / "w.ckpt")
