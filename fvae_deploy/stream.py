@@ -72,8 +72,8 @@ def encode(
     target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
     kept = run.steps[target].slices[0] if target is not None else run.outcome.slices
     run.outcome.kept, run.outcome.slices = kept, run.outcome.slices - kept
-    progress(kept)
     try:
+        progress(kept)
         if target is not None:
             entry = run.entry(target, "encode")
 
