@@ -69,7 +69,7 @@ def _volumes(folder: Path, apart: Path) -> Iterator[Path]:
                 yield path
             elif path.suffix != ".partial":
                 yield from _volumes(path, apart)
-        elif path.name.endswith((".nii", ".nii.gz")):
+        elif path.name.lower().endswith((".nii", ".nii.gz")):
             yield path
         elif not slices and entry.name != "DICOMDIR":
             slices = _is_dicom(path)
@@ -89,7 +89,8 @@ def _beside(path: Path, output: Path, ending: str) -> Path:
     """Name a result as its scan is named, below the folder of results."""
     name = path.name
     for known in VOLUMES:
-        name = name.removesuffix(known)
+        if name.lower().endswith(known):
+            name = name[: -len(known)]
     return output / path.parent / f"{name or 'scan'}{ending}"
 
 

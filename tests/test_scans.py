@@ -149,6 +149,15 @@ def test_latents_of_another_run_are_not_passed_and_earlier_reports_stay(
     assert command(*line, "--resume").returncode == 0
 
 
+def test_capital_endings_are_endings(write_ct, fake, tmp_path):
+    write_ct(tmp_path / "a.nii.gz", (9, 11, 5))
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "a.nii.gz").rename(tmp_path / "scans" / "A.NII.GZ")
+    (found,) = run_scans("encode", find_scans(tmp_path / "scans", tmp_path / "out", ".zarr"), fake)
+    assert found["report"]["volume"]["slices"] == 5
+    assert (tmp_path / "out" / "A.zarr").is_dir()
+
+
 def test_a_link_back_is_not_followed(scans, tmp_path):
     before = find_scans(scans, tmp_path / "out", ".zarr")
     (scans / "sub-01" / "back").symlink_to(scans)

@@ -6,6 +6,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -336,7 +337,7 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
     path = Path(path)
     if not path.exists():
         raise VolumeError(f"expected a volume at {path}, found nothing: check the path")
-    if path.name.endswith((".nii", ".nii.gz")):
+    if path.name.lower().endswith((".nii", ".nii.gz")):
         from fvae_deploy.volume.nifti import NiftiReader
 
         return NiftiReader(path)
@@ -348,6 +349,11 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
         from fvae_deploy.volume.dicom import DicomReader
 
         return DicomReader(path, series)
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(132)[128:] == b"DICM":
+            raise VolumeError(
+                f"expected a folder of DICOM slices, found {path.name}, one slice: give its folder"
+            )
     raise VolumeError(
         f"expected .nii, .nii.gz, .zarr or a folder of DICOM slices, found {path.name}: "
         "convert it first, for example with dcm2niix"

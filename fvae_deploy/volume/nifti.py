@@ -92,7 +92,7 @@ class NiftiReader:
 
     @property
     def _is_gzip(self) -> bool:
-        return self.path.name.endswith(".gz")
+        return self.path.name.lower().endswith(".gz")
 
     def _read_layout(self, size: int) -> _Layout:
         with self.path.open("rb", buffering=0) as file:
