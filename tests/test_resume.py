@@ -26,6 +26,7 @@ SHAPE = (96, 96, 330)
 FRAMES = 1 + -(-(SHAPE[2] - 1) // 4)
 # Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+LISTEN += "; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # so does nohup with this one
 MAIN = f"{LISTEN}; from fvae_deploy.cli import main; main()"
 
 
@@ -172,15 +173,16 @@ def stopped_after(slices):
     return progress
 
 
-def test_a_terminated_run_leaves_nothing_and_says_so(tmp_path):
-    command = [sys.executable, "-m", "fvae_deploy.cli", "phantom", "-o", str(tmp_path / "ct.nii")]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_run_leaves_nothing_and_says_so(tmp_path, number):
+    command = [sys.executable, "-c", MAIN, "phantom", "-o", str(tmp_path / "ct.nii")]
     running = subprocess.Popen([*command, "--shape", "512,512,300"], stderr=subprocess.PIPE)
     while not list(tmp_path.glob(".ct.nii.*")):
         assert running.poll() is None
         time.sleep(0.01)
-    running.terminate()
+    running.send_signal(number)
     _, message = running.communicate(timeout=60)
-    assert running.returncode == 128 + signal.SIGTERM
+    assert running.returncode == 128 + number
     assert message.startswith(b"fvae: stopped")
     assert not list(tmp_path.iterdir())
 
