@@ -28,6 +28,7 @@ import numpy as np
 
 from fvae_deploy.api import reconstruct
 from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.report import write_json
 
 FOLDS = 5  # of nnU-Net's cross-validation
 SUFFIX = "_fvae"  # of a reconstructed case's name
@@ -125,7 +126,7 @@ def augment(
     _check_same_request(target, kept)
     for name in ("imagesTr", "labelsTr"):
         (target / name).mkdir(parents=True, exist_ok=True)
-    (target / "fvae.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write_json(kept, target / "fvae.json")
     tick = progress("augment", sum(len(case.images) for case in dataset.cases))
     made, seconds = 0, 0.0
     for case in dataset.cases:
@@ -149,8 +150,8 @@ def augment(
                 _link(file, target / folder / file.name)
     content = _content(dataset, target.name, instead)
     if not instead and len(dataset.cases) >= FOLDS:
-        _write(target / "splits_final.json", splits([case.name for case in dataset.cases]))
-    _write(target / "dataset.json", content)
+        write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
+    write_json(content, target / "dataset.json")
     return {"cases": content["numTraining"], "reconstructed": made, "seconds": round(seconds, 2)}
 
 
@@ -169,12 +170,6 @@ def splits(names: list[str]) -> list[dict[str, list[str]]]:
         validated = [name for n, name in enumerate(names) if n in held]
         folds.append({"train": train + [name + SUFFIX for name in train], "val": validated})
     return folds
-
-
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _is_older(made: Path, source: Path) -> bool:
