@@ -27,7 +27,7 @@ class Engine(Protocol):
 
         The data input is a C-contiguous array of the part's type; the data output is a float32
         array, valid until the next run of the same part. State inputs are what this engine
-        returned (or float32 arrays). Where the part returns state they are used up: the engine
+        returned, or arrays. Where the part returns state they are used up: the engine
         may write the next state into them.
 
         Raises EngineError when the inputs do not fit the part or the runtime fails.
@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def host(self, state: Array) -> Any:
-        """Return a state as a float32 numpy array: a view where the runtime has one."""
+        """Return a state as a numpy array that `run` takes back to the bit: a view if possible."""
         ...
 
     def release(self, part: str, compiled: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 # Importing OpenVINO reports to its maker over the network, and writes an identity into the
@@ -28,6 +29,7 @@ from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
 
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
+ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -79,15 +81,10 @@ def _state(value: Any, element: ov.Type) -> ov.Tensor:
     """Take a state as it is, or an array as one, rounded to the element type."""
     if isinstance(value, ov.Tensor):
         return value
-    if element == ov.Type.f32:
-        return _data(value)
-    array = np.ascontiguousarray(value, dtype=np.float32)
-    tensor = ov.Tensor(element, list(array.shape))
-    if element == ov.Type.bf16:  # the upper half of a float32; numpy has no such type
-        tensor.data.view(np.uint16)[...] = (array.view(np.uint32) + 0x8000) >> 16
-    else:
-        tensor.data[...] = array
-    return tensor
+    array = np.ascontiguousarray(value, dtype=ARRAYS[element])
+    if element == ov.Type.bf16:  # which OpenVINO does not know in numpy: the bits
+        return ov.Tensor(array.view(np.uint16), list(array.shape), element)
+    return ov.Tensor(array, shared_memory=True)
 
 
 class OpenVINOEngine:
@@ -127,12 +124,10 @@ class OpenVINOEngine:
             raise EngineError(f"OpenVINO failed in {part} on {shapes[0]}: {reason}") from error
 
     def host(self, state: Any) -> Any:
-        """Return a state as a float32 numpy array, in place where it is one."""
+        """Return a view of a state, in its own type."""
         if not isinstance(state, ov.Tensor):
             return state
-        if state.element_type == ov.Type.bf16:
-            return (state.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return state.data.astype(np.float32, copy=False)
+        return state.data.view(ARRAYS[state.element_type])
 
     def release(self, part: str, compiled: bool) -> None:
         """Give back intermediate buffers and spare states, or all that was compiled."""

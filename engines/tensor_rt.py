@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # numpy knows bfloat16 by its name then
 import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.engines.cuda import Gpu
-from fvae_deploy.engines.rounding import STORED, narrow, widen
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.built import ANY, Built, Shape, find, read_engine
 from fvae_deploy.export.bundle import Bundle, Part
@@ -128,7 +128,7 @@ class _Loaded:
     def _state(self, value: Any) -> DeviceArray:
         if isinstance(value, DeviceArray) and value.kind == self._built.state and not value.used:
             return value
-        array = narrow(_host(value), self._built.state)
+        array = np.ascontiguousarray(_host(value), dtype=self._built.state)
         state = DeviceArray.new(self._gpu, array.shape, self._built.state)
         self._gpu.upload(state.address, array)
         return state
@@ -191,7 +191,7 @@ class TensorRTEngine:
         return tuple((s["h"], s["w"]) for s in (sizes_of(spec, each) for each in shapes))
 
     def host(self, state: Any) -> Any:
-        """Return a state as a float32 numpy array."""
+        """Return a copy of a state, in its own type."""
         return _host(state)
 
     def release(self, part: str, compiled: bool) -> None:
@@ -266,14 +266,14 @@ def sizes_of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, int]:
 
 
 def _host(value: Any) -> Any:
-    """Return a state as float32, an array as it is."""
+    """Return a copy of a state, an array as it is."""
     if not isinstance(value, DeviceArray):
         return value
-    return widen(value.gpu.read(value.address, value.shape, STORED[value.kind]), value.kind)
+    return value.gpu.read(value.address, value.shape, value.kind).copy()
 
 
 def _bytes(shape: Shape, kind: str) -> int:
-    return int(np.prod(shape)) * np.dtype(STORED[kind]).itemsize
+    return int(np.prod(shape)) * np.dtype(kind).itemsize
 
 
 def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> TensorRTEngine:

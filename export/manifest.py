@@ -69,10 +69,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a stage adds in one engine, measured at export: fixed + per_cell * cells.
+    """Bytes that a stage adds in one engine, measured at export.
 
-    Cells are the stage's own, k * h * w of the tile that the engine computes. Of these bytes
-    a heavy part keeps `kept` between runs, its states apart.
+    They are fixed + per_cell * cells, of the stage's own cells, k * h * w of the tile that the
+    engine computes, and at least `compiling`, what it takes to make the stage ready whatever the
+    tile. A heavy part keeps `kept` of them between runs, its states apart.
     """
 
     engine: str
@@ -81,6 +82,11 @@ class Memory:
     fixed: int
     per_cell: int
     kept: int = 0
+    compiling: int = 0
+
+    def bytes(self, cells: int) -> int:
+        """Of a tile of so many cells, in all latent frames of a step."""
+        return max(self.compiling, self.fixed + self.per_cell * cells)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fvae_deploy import schedule
 from fvae_deploy.codec import pad_frames
 from fvae_deploy.engines.base import load, open_engine
+from fvae_deploy.engines.pages import trim
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.check import clip
 from fvae_deploy.export.manifest import Manifest
@@ -56,6 +57,7 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
         job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
     )
     x = _data(manifest, job["direction"], job["side"], planned)
+    reset_peak()  # of making the clip
     run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
     first, result = _timed(run)
     if job["repeats"]:
@@ -167,24 +169,30 @@ def _data(
 
 
 def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Bytes that each stage of a direction adds and keeps, one after the other, some steps each."""
+    """Bytes that each stage of a direction adds and keeps, one after the other, some steps each.
+
+    `most` is the peak, compiling included, `last` that of the last step, compiled before.
+    """
     bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
     manifest = Manifest.load(bundle, verify=False)
     opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
     causal = manifest.geometry.first_slices == 1
     random, found = np.random.default_rng(0), {}
     for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
-        reset_peak()
+        trim()
         before = current_rss()
         stream = StageStream(opened, manifest, name, grid, lean=True)
+        peaks = []
         for first in (True, False, False) if causal else (True, True):
+            reset_peak()
             shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
             stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)
-        most = max(0, peak_rss() - before)
+            peaks.append(max(0, peak_rss() - before))
         stream.close()
         del stream
         reset_peak()
-        found[name] = {"most": most, "kept": max(0, current_rss() - before)}
+        kept = max(0, current_rss() - before)
+        found[name] = {"most": max(peaks), "last": peaks[-1], "kept": kept}
     return found
 
 

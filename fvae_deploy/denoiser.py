@@ -77,7 +77,7 @@ class Denoiser(Opened[GeneratorManifest]):
                 return found
         made = self.engine.run("context", {"context": context})
         # On the host: they are read at every step, and a heavy step may drop what it was given.
-        found = {name: np.array(self.engine.host(value)) for name, value in made.items()}
+        found = {n: np.array(self.engine.host(value), np.float32) for n, value in made.items()}
         self._texts = (*self._texts[-1:], (context, found))
         return found
 

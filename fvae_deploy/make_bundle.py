@@ -154,7 +154,10 @@ def _memory_lines(
     direction: str,
     sides: tuple[int, int],
 ) -> list[Memory]:
-    """Fit peak = fixed + per_cell * cells of every stage through two sizes."""
+    """Bound every stage's peak from two sizes: a line through its steps, and what compiling takes.
+
+    On small planes compiling takes more than the steps, and would hide how those grow.
+    """
     small, large = (
         in_process(
             task="stages",
@@ -171,8 +174,10 @@ def _memory_lines(
         scale = manifest.stage_part(stage, first=False).scale
         least, most = ((side * scale) ** 2 for side in sides)
         low = small[stage]
-        per_cell = max(1, -(-(high["most"] - low["most"]) // (most - least)))
-        fixed = max(0, low["most"] - per_cell * least)
-        kept = max(low["kept"], high["kept"])
-        lines.append(Memory(engine, precision, stage, fixed, per_cell, kept))
+        per_cell = max(1, -(-(high["last"] - low["last"]) // (most - least)))
+        fixed = max(0, low["last"] - per_cell * least)
+        kept, compiling = max(low["kept"], high["kept"]), low["most"]
+        line = Memory(engine, precision, stage, fixed, per_cell, kept, compiling)
+        short = max(0, high["most"] - line.bytes(most))  # a first step may take more than others
+        lines.append(dataclasses.replace(line, fixed=fixed + short))
     return lines

@@ -276,17 +276,18 @@ class Stage:
             if spill and not self.state_bytes:
                 continue
             states = self.state_bytes * grid.cells
-            # One tile's states are in the measured line, going in and coming out.
-            working = self.memory.per_cell * self.k * grid.cells
-            kept = self.memory.fixed + (0 if spill else states * (grid.count - 1))
+            # One tile's states are in what was measured, going in and coming out; where they wait
+            # in a file, the next tile's are read beside them.
+            working = self.memory.bytes(self.k * grid.cells) + states * spill
+            kept = 0 if spill else states * (grid.count - 1)
             if self.part.heavy and lean:
                 between = min(self.memory.kept or self.memory.fixed, self.memory.fixed)
-                working += self.memory.fixed - between + 2 * states * spill
-                kept += between - self.memory.fixed + states * (not spill)
+                working -= between
+                kept += between + states * (not spill)
             else:
-                working, kept = 0, kept + working + 2 * states * spill
+                working, kept = 0, kept + working
                 if self.part.heavy:  # was measured lean, so without its first part
-                    kept += self.memory.fixed + self.memory.per_cell * grid.cells
+                    kept += self.memory.bytes(grid.cells)
             found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
         return found
 

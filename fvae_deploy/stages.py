@@ -54,19 +54,19 @@ class States:
         self._shapes = {spec.name: spec.sized(1, *extent) for spec in specs}
         # Without a name, it is gone with the process however that ends.
         self._file = tempfile.TemporaryFile(dir=spill) if spill and specs else None  # noqa: SIM115
-        self._bytes = sum(4 * int(np.prod(shape)) for shape in self._shapes.values())
-        self._written: set[int] = set()
+        self._bytes = sum(4 * int(np.prod(shape)) for shape in self._shapes.values())  # at most
+        self._types: dict[int, list[np.dtype[Any]]] = {}  # of the tiles in the file
 
     def take(self, tile: int) -> dict[str, Any]:
         """Hand over a tile's state; zeros where none was put, exact after enough steps."""
-        if self._file is None:
+        if self._file is None or tile not in self._types:
             state = self._kept.pop(tile, None)
             return state if state is not None else self._zeros()
-        state = self._zeros()
-        if tile in self._written:
-            self._file.seek(tile * self._bytes)
-            for array in state.values():
-                self._file.readinto(array.data.cast("B"))
+        self._file.seek(tile * self._bytes)
+        state = {}
+        for (name, shape), kind in zip(self._shapes.items(), self._types[tile], strict=True):
+            state[name] = np.empty(shape, kind)
+            self._file.readinto(state[name].view(np.uint8))
         return state
 
     def put(self, tile: int, values: Sequence[Any]) -> None:
@@ -76,9 +76,11 @@ class States:
             self._kept[tile] = dict(zip(names, values, strict=True))
             return
         self._file.seek(tile * self._bytes)
+        self._types[tile] = []
         for value in values:
-            self._file.write(np.ascontiguousarray(self._engine.host(value)).data.cast("B"))
-        self._written.add(tile)
+            array = np.ascontiguousarray(self._engine.host(value))
+            self._types[tile].append(array.dtype)
+            self._file.write(array.view(np.uint8).data)
 
     def close(self) -> None:
         """Forget all states, and remove the file if there is one."""
@@ -128,7 +130,7 @@ class StageStream:
             piece = x[None, :, :, _times(a, rows.read), _times(a, columns.read)]
             state = {} if fresh else self._states.take(i)
             outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
-            self._states.put(i, [outputs[spec.name] for spec in part.state_outputs])
+            self._states.put(i, [outputs.pop(spec.name) for spec in part.state_outputs])
             y: Frames = outputs[result.name][0]
             if len(self._tiles) == 1:
                 whole = y
