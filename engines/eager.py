@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -104,7 +105,7 @@ class EagerEngine:
 
     def _tensor(self, value: Any, kind: str) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
-            value = torch.from_numpy(value)
+            value = torch.from_numpy(np.require(value, requirements="W"))
         tensor: torch.Tensor = value.to(
             self._device, self._dtype if kind == "float32" else torch.int64
         )

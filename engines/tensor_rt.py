@@ -67,6 +67,7 @@ class _Loaded:
         self._fixed: dict[tuple[str, Shape], DeviceArray] = {}
         self._results: dict[Shape, list[NDArray[np.float32]]] = {}
         self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._settled = False  # launched since its shapes changed
 
     def run(self, inputs: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """Compute on the device: data come back as numpy, states stay."""
@@ -109,17 +110,25 @@ class _Loaded:
             if name in self._built.profile and self._shapes.get(name) != array.shape:
                 self._check(self._context.set_input_shape(name, array.shape), "set_input_shape")
                 self._shapes[name] = array.shape
+                self._settled = False
             self._check(self._context.set_tensor_address(name, array.address), "set_tensor_address")
-        if key in self._graphs:  # the second time: what it needed once, it has done
+        # The second time: what it needed once for these arrays and shapes, it has done.
+        if key in self._graphs and self._settled and self._capturable():
             graph = self._graphs[key] = self._gpu.capture(self._enqueue)
             self._gpu.launch(graph)
             return
         self._enqueue()
+        self._settled = True
         if len(self._graphs) < GRAPHS:
             self._graphs[key] = None
 
     def _enqueue(self) -> None:
         self._check(self._context.execute_async_v3(self._gpu.stream), "execute_async_v3")
+
+    def _capturable(self) -> bool:
+        """Whether it needs no memory that it takes as it runs; TensorRT for RTX tells."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._gpu.stream))
 
     def _check(self, succeeded: bool, call: str) -> None:
         if not succeeded:

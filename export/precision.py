@@ -3,9 +3,9 @@
     data float32 --cast--> half ... half --cast--> data float32
     states half ---------> half ... half ---------> states half
 
-What must not be halved stays in float32: softmax, layer norms, and norms that a graph spells
-out. Those are found by their reductions: a *statistic* is what a reduction gives, and what
-follows from statistics and constants alone, sums over channels by a convolution among it; an
+What must not be halved stays in float32: softmax, norms, also those that a graph spells out.
+Those are found by their reductions: a *statistic* is what a reduction gives, and what follows
+from statistics and constants alone, sums over channels by a convolution among it; an
 element-wise operation that computes one, feeds a reduction, or joins a statistic to something
 else is computed in float32. So squares do not overflow in float16 and an epsilon of 1e-12 does
 not vanish.
@@ -27,7 +27,8 @@ from fvae_deploy.export.bundle import Part
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "ReduceL1"}
-WIDE = REDUCTIONS | {"Softmax", "LayerNormalization", "GroupNormalization"}
+NORMS = {f"{kind}Normalization" for kind in ("Layer", "Group", "Instance", "RMS")}
+WIDE = REDUCTIONS | NORMS | {"Softmax", "LogSoftmax"}
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Abs", "Neg", "Exp", "Log"),
     *("Max", "Min", "Clip"),

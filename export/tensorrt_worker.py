@@ -44,6 +44,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     if not parser.parse_from_file(request["graph"]):
         raise Refused("; ".join(_told(parser.get_error(i)) for i in range(parser.num_errors)))
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32, in every engine
     if request["package"] == "tensorrt_rtx":  # it builds for GPUs that are not here
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, request["target"].upper().replace("_", ""))

@@ -170,6 +170,13 @@ def needs(blocks: Blocks, size: int, chip: Chip) -> Needs:
     )
 
 
+def fits(width: int) -> bool:
+    """Whether the kernel takes heads of this width: 16, 32, ... 256, or the sum of two such."""
+    main = min(256, 1 << (width.bit_length() - 1))
+    rest = width - main
+    return width >= 16 and not rest & (rest - 1) and not 0 < rest < 16 and rest <= main
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -183,17 +190,16 @@ def launch(
 ) -> Tensor:
     """Compute it by the kernel, arguments and result as in `reference`; `out` is written in place.
 
-    Heads are 16, 32, ... 256 wide, or the sum of two such. Raises ValueError for other heads and
-    layouts.
+    Raises ValueError for heads that do not fit and other layouts.
     """
     batch, tokens, heads, width = q.shape
-    main = min(256, 1 << (width.bit_length() - 1))
-    rest = width - main
-    if rest & (rest - 1) or width < 16 or 0 < rest < 16:
+    if not fits(width):
         raise ValueError(
             f"expected a head of 16, 32, … 256 or the sum of two such, found {width}: "
             "use the reference"
         )
+    main = min(256, 1 << (width.bit_length() - 1))
+    rest = width - main
     y = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", y)):
         if tensor.stride(-1) != 1:

@@ -122,11 +122,13 @@ class Kernels:
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `attention.reference`.
 
-        Wide heads in float32 are torch's, but where kernels are asked for by name: on an H100 it
-        is nine times as fast at them (docs/kernels.md).
+        Heads that do not fit are torch's, as Wan2.2's of 640 and 1024; and wide ones in float32,
+        but where kernels are asked for by name: on an H100 it is nine times as fast at them
+        (docs/kernels.md).
         """
-        wide = q.dtype == torch.float32 and q.shape[-1] > 128
-        if self.triton and (self.asked or not wide):
+        width = q.shape[-1]
+        wide = q.dtype == torch.float32 and width > 128 and not self.asked
+        if self.triton and attention.fits(width) and not wide:
             return attention.launch(q, k, v, **self._how)
         return attention.eager(q, k, v) if self.triton else attention.reference(q, k, v)
 

@@ -203,12 +203,14 @@ class EngineContract:
         last = stream.results[-1]
         assert error(last, expected[:, :, -last.shape[2] :]) < self.tolerance
 
-    def test_the_data_given_is_left_as_it_was(
+    def test_the_data_given_is_left_as_it_was_and_may_be_read_only(
         self, engine: Engine, manifest: Manifest, direction: str
     ) -> None:
         data = sample(manifest, direction, 1, 2, 2)
         given = pieces(data, (1,), 4 if direction == "encode" else 1)
         kept = [piece.copy() for piece in given]
+        for piece in given:
+            piece.flags.writeable = False
         stream = Stream(engine, manifest, direction)
         stream.push(given[0], first=True)
         stream.push(given[1])

@@ -113,9 +113,14 @@ class Context:
         self.cuda, self.session = cuda, session
         self.shapes = {i.name: tuple(i.shape) for i in session.get_inputs()}
         self.addresses: dict[str, int] = {}
+        self.settled = False
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
+        self.settled = False
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -124,6 +129,8 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.settled or self.cuda.captured is None, "captured right after new shapes"
+        self.settled = True
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         kinds = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(int64)": "i8"}
 

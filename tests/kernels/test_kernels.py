@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="kernels' references are torch's")
 pytest.importorskip("triton", reason="kernels need triton: pip install 'fvae-deploy[kernels]'")
 
 from fvae_deploy.errors import EngineError  # noqa: E402
-from fvae_deploy.kernels import causal_conv3d, depthwise_conv3d, trials  # noqa: E402
+from fvae_deploy.kernels import attention, causal_conv3d, depthwise_conv3d, trials  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.causal_conv3d import SAME, Window  # noqa: E402
 from fvae_deploy.kernels.dispatch import KERNELS, Kernels  # noqa: E402
@@ -182,6 +182,17 @@ def test_the_reference_computes_where_there_is_no_gpu():
     y, state = kernels.causal_conv3d(x, weight, window=SAME)
     assert y.shape == (2, 5, 6, 8)
     assert torch.equal(state, x)
+
+
+@pytest.mark.parametrize("width", [8, 24, 224, 640, 1024])
+def test_heads_that_the_kernel_does_not_take_are_torchs(width):
+    kernels = Kernels("cpu")
+    kernels.triton = True  # a launch would be refused here
+    q, k, v = torch.randn(3, 1, 5, 2, width)
+    expected = attention.reference(q, k, v)
+    torch.testing.assert_close(kernels.attention(q, k, v), expected)
+    with pytest.raises(ValueError, match=f"sum of two such, found {width}"):
+        attention.launch(q, k, v)
 
 
 def test_kernels_are_not_run_on_a_cpu():

@@ -1,0 +1,35 @@
+"""Half precision: what is computed in float32 all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from fvae_deploy.codec import bundle_path
+from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.precision import halve
+
+
+def test_statistics_inside_an_operator_are_taken_in_float32(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["": 18]>
+        graph (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] z)
+        <float[2] scale = {1, 1}, float[2] shift = {0, 0}>
+        { z = InstanceNormalization(x, scale, shift) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "graph.onnx")
+    part = dataclasses.replace(
+        Manifest.load(bundle_path("tiny")).part("encode_first"),
+        inputs=(TensorSpec("x", (1, 2, 4, 4)),),
+        outputs=(TensorSpec("z", (1, 2, 4, 4)),),
+    )
+    x = np.random.default_rng(0).normal(0, 1, (1, 2, 4, 4)).astype(np.float32) * 1000
+    half, whole = halve(tmp_path / "graph.onnx", part, "fp16"), onnx.load(tmp_path / "graph.onnx")
+    # The reference evaluator computes in the types that are written, step by step.
+    (a,), (b,) = (ReferenceEvaluator(model).run(None, {"x": x}) for model in (half, whole))
+    assert np.abs(a - b).max() < 2e-3 * np.abs(b).max()
