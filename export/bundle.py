@@ -167,7 +167,7 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """Short hash of the weights: latents of one identity decode with it alone."""
+        """Short hash of the file of weights: latents of one identity decode with it alone."""
         return self.files["weights.safetensors"][:16]
 
     def rules(self) -> dict[str, bool]:
@@ -175,9 +175,10 @@ class Bundle:
         names = {part.file for part in self.parts if part.file}
         tensors = [t for part in self.parts for t in (*part.inputs, *part.outputs)]
         return {
+            "a plain name": is_plain(self.name),
             "a sha256 of weights.safetensors": "weights.safetensors" in self.files,
             "a sha256 of every part's file": names <= self.files.keys(),
-            "plain file names": all(_is_plain(name) for name in self.files),
+            "plain file names": all(is_plain(name) for name in self.files),
             "sizes above 0 or like 8*h": all(
                 re.fullmatch(SIZE, str(size)) for tensor in tensors for size in tensor.shape
             ),
@@ -189,9 +190,11 @@ class Bundle:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the manifest into the bundle's folder."""
+        """Write the manifest into the bundle's folder: the whole of it, or what was there stays."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        (folder / FILENAME).write_text(text + "\n", encoding="utf-8")
+        temporary = folder / f".{FILENAME}"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(folder / FILENAME)
 
     @classmethod
     def load(cls, folder: Path, verify: bool = True) -> Self:
@@ -253,7 +256,7 @@ def kind_of(folder: Path) -> str:
     """Kind of a bundle as its manifest names it, "" where there is none; nothing is checked."""
     try:
         return str(json.loads((folder / FILENAME).read_bytes())["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
@@ -311,6 +314,6 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     return value
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a file of this name lies in the bundle's folder itself."""
+def is_plain(name: str) -> bool:
+    """Whether a file of this name lies in a folder itself, not elsewhere."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")

@@ -1,13 +1,15 @@
-"""Files of pickled tensors, read without running what is in them."""
+"""Files of tensors, pickled or not, read without running what is in them."""
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError
 
@@ -31,6 +33,27 @@ def load_checkpoint(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
         ) from None
 
 
+def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Load a safetensors file: its tensors, and its metadata, each value as JSON where it is that.
+
+    Raises BundleError for anything else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+    return state, {name: _json(text) for name, text in said.items() if name != "format"}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _reason(error: Exception) -> str:
     """Tell what is wrong without torch's advice, which is to run it all the same."""
     text = str(error)
@@ -40,4 +63,5 @@ def _reason(error: Exception) -> str:
     if "weights_only" in text or "Weights only" in text:
         return "no checkpoint of torch's"
     lines = text.splitlines()
-    return lines[0] if lines else f"an early end ({type(error).__name__})"
+    name = type(error).__name__
+    return f"{name}: {lines[0]}" if lines else f"an early end ({name})"

@@ -23,16 +23,23 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import SCHEMA, Source, sha256
-from fvae_deploy.export.checkpoint import load_checkpoint
+from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, Masks
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
-from fvae_deploy.export.models.denoiser_parts import bert, network_of, parts_of, stages_of
+from fvae_deploy.export.models.denoiser_parts import PAD, bert, network_of, parts_of, stages_of
 
 UNET, TEXT = "model.diffusion_model.", "text_transformer."
 UNKNOWN = "see the source of the weights"
 LOAD_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
 # The published generator, where its configuration does not say otherwise.
 SCALE = 1.52
 SCHEDULE = {
@@ -108,7 +115,6 @@ def load_generator(
             f"expected a unet_config in {path}, found none: give the reference's YAML with "
             "--config FILE"
         )
-    given = PUBLISHED | facts
     network = UNet(DenoiserConfig.read(unet_config))
     _fill(network, _under(state, UNET), f"{UNET}*", path)
     channels, width = network.config.out_channels, network.config.context_dim
@@ -120,17 +126,36 @@ def load_generator(
         )
     described = network_of(network, encoder)
     stages = stages_of(network, encoder)
-    manifest = GeneratorManifest(
+    parts = parts_of(stages, network.config)
+    try:
+        manifest = _manifest(
+            PUBLISHED | facts,
+            channels,
+            name=name or path.stem,
+            fvae_version=version,
+            source=Source(path.name, "", sha256(path)),
+            network=described,
+            parts=parts,
+            tokens=0 if tokenizer is None else _length(tokenizer),
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise BundleError(
+            f"expected a generator's facts in {path}, found {type(error).__name__}: {error}; save "
+            "them with the weights"
+        ) from None
+    return FoundGenerator(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
+
+
+def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> GeneratorManifest:
+    """Make a manifest without files; raises almost any error for facts that are no facts."""
+    palette = {str(label): float(hu) for label, hu in given["palette"].items()}
+    return GeneratorManifest(
+        **fields,
         schema=SCHEMA,
         kind=GeneratorManifest.KIND,
-        fvae_version=version,
-        name=name or path.stem,
         description=str(given.get("description", "pseudo-3-D latent diffusion model")),
         licence=str(given.get("licence", UNKNOWN)),
-        source=Source(path.name, "", sha256(path)),
-        network=described,
         precision="fp32",
-        parts=parts_of(stages, network.config),
         files={},
         vae=str(given["vae"]),
         vae_identity=str(given.get("vae_identity", "")),
@@ -138,29 +163,24 @@ def load_generator(
         plane=(int(given["plane"][0]), int(given["plane"][1])),
         latent=_normalisation(given, "latent", channels),
         mask=_normalisation(given, "mask", channels),
-        masks=Masks(given["palette"], int(given["finding_offset"]), str(given["orientation"])),
-        schedule=given["schedule"],
+        masks=Masks(palette, int(given["finding_offset"]), str(given["orientation"])),
+        schedule=dict(given["schedule"]),
         sampler=str(given["sampler"]),
         steps=int(given["steps"]),
         eta=float(given["eta"]),
-        tokens=0 if tokenizer is None else _length(tokenizer),
         findings=str(given["findings"]),
         centred_noise=bool(given["centred_noise"]),
     )
-    return FoundGenerator(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a checkpoint, and what else it says."""
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                facts = {
-                    k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"
-                }
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
         content = load_checkpoint(path)
-        state = {k: v.float() for k, v in content["state_dict"].items() if torch.is_tensor(v)}
+        tensors = content["state_dict"].items()
+        state = {str(k): v.float() for k, v in tensors if torch.is_tensor(v)}
     except LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(f"expected a generator's checkpoint, found {path}: {reason}") from None
@@ -204,20 +224,32 @@ def _text(
         encoder = bert(facts["text_config"])
         _fill(encoder, weights, f"{TEXT}*", Path("the checkpoint"))
         return encoder, json.dumps(facts["tokenizer"])
-    from transformers import AutoTokenizer, BertConfig
+    from transformers import AutoTokenizer
 
-    folder = fetch(place, progress)[0] if is_hub_id(place) else Path(place)
+    if is_hub_id(place):
+        wanted = ("config.json",) if weights else ("config.json", "model.safetensors")
+        folder, _ = fetch(place, progress, wanted, TOKENIZER_FILES)
+    else:
+        folder = Path(place)
+    if not folder.is_dir():
+        raise BundleError(
+            f"expected the folder of a text encoder or hf:OWNER/NAME, found {place}: check --text"
+        )
     try:
-        encoder = bert(BertConfig.from_pretrained(folder).to_dict())
+        encoder = bert(json.loads((folder / "config.json").read_bytes()))
         found = weights or _pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         backend = tokenizer.backend_tokenizer
         length = min(int(encoder.config.max_position_embeddings), 512)
         backend.enable_padding(
             pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token, length=length
         )
         backend.enable_truncation(length)
-    except (OSError, ValueError, AttributeError, SafetensorError, TypeError) as error:
+    except BundleError:
+        raise
+    except Exception as error:  # damaged files of tokenizers raise just that
         raise BundleError(
             f"expected a BERT-class encoder with its tokenizer in {place}, found "
             f"{(str(error) or type(error).__name__).splitlines()[0]}: give its folder as --text"
@@ -229,8 +261,7 @@ def _text(
 def _pretrained(folder: Path) -> dict[str, Tensor]:
     """Weights of a folder in transformers' format, without the name of the whole in front."""
     if (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state, _ = load_safetensors(folder / "model.safetensors")
     else:
         state = load_checkpoint(folder / "pytorch_model.bin")
     return _under(state, "bert.") or state
@@ -261,10 +292,17 @@ def _normalisation(given: Mapping[str, Any], kind: str, channels: int) -> Latent
     """Shift and scale by channel, or the one factor of the published model."""
     shift = given.get(f"{kind}_shift", [0.0] * channels)
     scale = given.get(f"{kind}_scale", [float(given.get("scale", SCALE))] * channels)
+    if not len(shift) == len(scale) == channels:
+        raise ValueError(f"{len(shift)} and {len(scale)} numbers of {kind} for {channels} channels")
     return LatentNormalisation(tuple(map(float, shift)), tuple(map(float, scale)))
 
 
 def _length(tokenizer: str) -> int:
     """Read how many tokens a text is filled up to."""
-    strategy = json.loads(tokenizer)["padding"]["strategy"]
-    return int(strategy["Fixed"])
+    padding = json.loads(tokenizer)["padding"]
+    if padding["pad_id"] != PAD:
+        raise BundleError(
+            f"expected a tokenizer that fills up with token {PAD}, found {padding['pad_id']}: "
+            "number its tokens as BERT does"
+        )
+    return int(padding["strategy"]["Fixed"])

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face hub: one file or one diffusers folder, of one commit, verified.
+"""Weights from a Hugging Face hub: one file or the files of a folder, of one commit, verified.
 
 `hf:OWNER/NAME[/path][@REVISION]` names them. The library `huggingface_hub` asks, downloads,
 resumes and caches, and reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Here its answers
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,18 @@ from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Source, sha256
 
 FILES = (".ckpt", ".pt", ".pth", ".safetensors")
-MODEL = "diffusion_pytorch_model"  # what diffusers calls weights
+VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # as diffusers saves one
+PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 
-# The library reports versions and draws bars, unless told not to before its first import.
+# The library reports versions and draws bars, unless told not to before its first import. That
+# may be transformers', so it is told here, and this module is imported before transformers.
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
 }
+for _name, _value in QUIET.items():  # the user's environment may want it otherwise
+    os.environ.setdefault(_name, _value)
 
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 PART = r"(?!\.\.?(?:[/@]|\Z))[^/@\\]+"  # a folder or file, neither . nor ..
@@ -71,34 +75,37 @@ def parse(text: str) -> Place:
     return Place(match[1], match[2].removeprefix("/"), match[3] or "main")
 
 
-def fetch(text: str, progress: Callable[[str], None] = lambda message: None) -> tuple[Path, Source]:
+def fetch(
+    text: str,
+    progress: Callable[[str], None] = lambda message: None,
+    wanted: Sequence[str] = VAE,
+    also: Sequence[str] = (),
+) -> tuple[Path, Source]:
     """Download weights, unless they are cached, and verify them.
 
-    Returns the file, or for a folder in diffusers format (config.json and safetensors) that
-    folder in the cache; and the source, whose revision is the commit that all files are of.
-    Where weights come in shards, its sha256 is that of the shards' sha256s. Raises BundleError.
+    Of a folder the files `wanted` are fetched, config.json first, and those of `also` that are
+    there. Returns the file, or that folder in the cache; and the source, whose revision is the
+    commit that all files are of, and whose sha256 that of the file or of the last one wanted.
+    Raises BundleError.
     """
     place = parse(text)
     hub = _library()
     offline = hub.constants.HF_HUB_OFFLINE
     with _one_line(hub, place):
         commit, listing = (_look_in_cache if offline else _look_on_hub)(hub, place)
-        names = _choose(place, listing, offline)
-        paths = {name: _download(hub, place, commit, name, progress) for name in names}
+        names = _choose(place, listing, wanted, offline)
+        more = [name for name in _inside(place, also) if name in listing]
+        paths = {name: _download(hub, place, commit, name, progress) for name in [*names, *more]}
         digests = {name: _verify(path, listing[name], place) for name, path in paths.items()}
         if place.revision != commit and not offline:
             # The cache then knows which commit the branch was, for use offline.
             hub.hf_hub_download(place.repo, names[0], revision=place.revision)
-    first, weights = paths[names[0]], [digests[name] for name in names if name.endswith(FILES)]
-    if len(weights) > 1:
-        weights = [hashlib.sha256("".join(weights).encode()).hexdigest()]
-    return first if place.is_file else first.parent, Source(place.id, commit, weights[0])
+    first = paths[names[0]]
+    return first if place.is_file else first.parent, Source(place.id, commit, digests[names[-1]])
 
 
 def _library() -> ModuleType:
-    """Import the hub's library, quiet unless the user's environment wants it otherwise."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    """Import the hub's library."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -138,34 +145,35 @@ def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
     return commit.name, {path.relative_to(commit).as_posix(): "" for path in files}
 
 
-def _choose(place: Place, listing: dict[str, str], offline: bool) -> list[str]:
-    """Return the files to fetch: the one named, or config.json and the weights beside it."""
-    folder = f"{place.path}/" if place.path and not place.is_file else ""
-    model = folder + MODEL
-    names = [f"{folder}config.json", f"{model}.safetensors"]
-    shard = re.compile(re.escape(model) + r"-\d{5}-of-(\d{5})\.safetensors")
-    counts = {int(match[1]) for name in listing if (match := shard.fullmatch(name))}
-    if place.is_file:
-        names = [place.path]
-    elif counts and names[1] not in listing:
-        count = max(counts)
-        names[1:] = [f"{model}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        names.append(f"{model}.safetensors.index.json")
+def _choose(
+    place: Place, listing: dict[str, str], wanted: Sequence[str], offline: bool
+) -> list[str]:
+    """Return the files to fetch: the one named, or those wanted of the folder."""
+    names = [place.path] if place.is_file else _inside(place, wanted)
     missing = next((name for name in names if name not in listing), None)
     if missing is None:
         return names
-    if missing == f"{model}.safetensors" and f"{model}.bin" in listing:
+    pickle = next((name for name in _inside(place, PICKLES) if name in listing), None)
+    if missing.endswith(".safetensors") and pickle and not place.is_file:
         raise BundleError(
-            f"expected {missing} in hf:{place.repo}, found {MODEL}.bin, a pickle that may run "
+            f"expected {missing} in hf:{place.repo}, found {pickle}, a pickle that may run "
             "code: save it again as safetensors, or name a @REVISION that has them"
         )
+    folder = f"{place.path}/" if place.path and not place.is_file else ""
     found = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
     found.sort(key=lambda name: ("vae" not in name.lower(), name))
     remedy = "unset HF_HUB_OFFLINE" if offline else "name a file or folder that is there"
+    if f"{missing}.index.json" in listing:
+        remedy = "weights in shards are not taken, save them again as one file"
     raise BundleError(
         f"expected {missing} in hf:{place.repo} at {place.revision}, found "
         f"{', '.join(found[:4]) or 'no weights'}: {remedy}"
     )
+
+
+def _inside(place: Place, names: Sequence[str]) -> list[str]:
+    """Names of files of the folder as the repository has them."""
+    return [f"{place.path}/{name}".removeprefix("/") for name in names]
 
 
 def _download(

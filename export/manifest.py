@@ -139,6 +139,8 @@ class Manifest(Bundle):
         return super().rules() | {
             "a geometry of at least 1": min(dataclasses.astuple(g)) >= 1,
             "a shift and a scale for every latent channel": len(channels) == 1,
+            "finite shifts, and finite scales other than 0": all(self.latent.scale)
+            and all(map(math.isfinite, (*self.latent.shift, *self.latent.scale))),
             "HU and model ranges that ascend": all(
                 a < b and math.isfinite(b - a) for a, b in (window, model)
             ),

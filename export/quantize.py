@@ -117,9 +117,3 @@ def _to_float8(path: Path, plain: Path) -> None:
         if not opset.domain:
             opset.version = max(opset.version, 19)  # the first with this type
     onnx.save(model, str(path))
-
-
-def qdq_count(path: Path) -> int:
-    """How many tensors of a graph are quantised."""
-    graph = onnx.load(path, load_external_data=False).graph
-    return int(np.sum([node.op_type == "DequantizeLinear" for node in graph.node]))

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.bundle import Source, sha256
-from fvae_deploy.export.checkpoint import load_checkpoint
+from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.known import known
 from fvae_deploy.export.models.family import Model
@@ -109,20 +109,38 @@ def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
             f"expected weights (.ckpt or .safetensors) at {path}, found nothing: check the path"
         )
     if path.suffix == ".safetensors":
-        state, metadata = _safetensors(path)
+        state, metadata = load_safetensors(path)
+        if not isinstance(metadata.get("args"), dict):
+            raise BundleError(
+                f'expected LeanVAE\'s configuration as JSON under "args" in the metadata of '
+                f"{path}, found none: save it with the weights"
+            )
     elif path.suffix in (".ckpt", ".pt", ".pth"):
         state, metadata = _checkpoint(path)
     else:
         raise BundleError(f"expected weights in .ckpt or .safetensors, found {path.name}")
-    model = LeanVAE(LeanVAEConfig.from_args(_channels(metadata.pop("args"), state))).eval()
-    model.load(state)
+    try:
+        model = LeanVAE(LeanVAEConfig.from_args(_channels(metadata.pop("args"), state))).eval()
+        model.load(state)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BundleError(
+            f"expected LeanVAE's configuration and weights in {path}, found {reason:.200}; save "
+            "both again"
+        ) from None
     return model, metadata
 
 
 def _lean_vae(path: Path, gray: bool) -> Found:
     model, metadata = load_lean_vae(path)
+    scale = metadata.get("latent_scale")
+    if scale is not None and not _is_scale(scale, model.config.latent_dim):
+        raise BundleError(
+            f"expected {model.config.latent_dim} numbers other than 0 as latent_scale in {path}, "
+            f"found {scale!r:.40}: save them with the weights"
+        )
     return Found(
-        lean_vae_model(model.float(), 1 if gray else None, metadata.get("latent_scale")),
+        lean_vae_model(model.float(), 1 if gray else None, scale),
         Source(path.name, "", sha256(path)),
         path.stem,
         str(metadata.get("description", "LeanVAE")),
@@ -133,8 +151,8 @@ def _lean_vae(path: Path, gray: bool) -> Found:
 def _diffusers(folder: Path, gray: bool) -> Found:
     """Load a folder in diffusers' format by the class that its config.json names."""
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kind = str(json.loads((folder / "config.json").read_bytes())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(
             f"expected a folder in diffusers' format, found no config.json with a _class_name in "
             f"{folder}: give the folder of the VAE itself, often called vae"
@@ -142,29 +160,14 @@ def _diffusers(folder: Path, gray: bool) -> Found:
     from fvae_deploy.export.models import diffusers_family
 
     model, weights = diffusers_family.load(folder, kind)
+    name = folder.absolute().name  # "." has none
     return Found(
         diffusers_family.cut(model, 1 if gray else None),
-        Source(folder.name, "", sha256(weights)),
-        folder.name,
+        Source(name, "", sha256(weights)),
+        name,
         kind,
         UNKNOWN,
     )
-
-
-def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = {key: json.loads(value) for key, value in found.items() if key != "format"}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
-    if not isinstance(metadata.get("args"), dict):
-        raise BundleError(
-            f'expected LeanVAE\'s configuration as JSON under "args" in the metadata of {path}, '
-            "found none: save it with the weights"
-        )
-    return state, metadata
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -178,6 +181,14 @@ def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             found = type(content[name]).__name__
             raise BundleError(f'expected a dictionary "{name}" in {path}, found a {found}')
     return content["state_dict"], {"args": content["args"]}
+
+
+def _is_scale(found: Any, channels: int) -> bool:
+    """Whether this is a factor for every latent channel."""
+    numbers = found if isinstance(found, list) else []
+    return len(numbers) == channels and all(
+        type(n) in (int, float) and 0 < abs(n) < math.inf for n in numbers
+    )
 
 
 def _channels(args: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import SCHEMA, Bundle, Part, Source, TensorSpec, sha256
+from fvae_deploy.export.bundle import SCHEMA, Bundle, Part, Source, TensorSpec, is_plain, sha256
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.probe import parts_of
@@ -53,13 +53,15 @@ def export_bundle(
     version: str,
     opset: int = 18,
     progress: Callable[[str], None] = lambda message: None,
+    measure: Callable[[Path, Manifest], Manifest] = lambda folder, manifest: manifest,
 ) -> Manifest:
     """Write a VAE's bundle to `folder`, which appears only when it is whole.
 
-    `opset` is the ONNX operator set, 18 or later. Raises BundleError when the folder exists
-    or cannot be written, or the network cannot be cut into parts.
+    `opset` is the ONNX operator set, 18 or later; `measure` is `write_bundle`'s. Raises
+    BundleError when the folder exists or cannot be written, or the network cannot be cut into
+    parts.
     """
-    _check_new(folder)
+    _check_new(folder, name)
     progress("measuring how far each stage reaches")
     manifest = Manifest(
         schema=SCHEMA,
@@ -77,7 +79,15 @@ def export_bundle(
         intensity=model.intensity,
         latent=model.latent,
     )
-    return write_bundle(manifest, model.stages, folder, opset, progress, foreign=model.foreign)
+    return write_bundle(
+        manifest,
+        model.stages,
+        folder,
+        opset,
+        progress,
+        foreign=model.foreign,
+        measure=measure,
+    )
 
 
 def write_bundle(
@@ -89,15 +99,18 @@ def write_bundle(
     *,
     foreign: bool = False,
     texts: Mapping[str, str] = MappingProxyType({}),
+    measure: Callable[[Path, Kind], Kind] = lambda folder, manifest: manifest,
 ) -> Kind:
     """Write weights, a graph for each part, further files of text, and the manifest.
 
-    Returns the manifest with the files' hashes. Raises BundleError as `export_bundle` does.
+    `measure` is given the folder before it has its name, and returns the manifest with what it
+    found. Returns the manifest with the files' hashes. Raises BundleError as `export_bundle` does.
     """
-    _check_new(folder)
+    _check_new(folder, manifest.name)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(_weights(stages), temporary / WEIGHTS)
+        said = _said(manifest) if foreign else None
+        save_file(_weights(stages), temporary / WEIGHTS, said)
         (temporary / WEIGHTS).chmod(0o644)
         offsets = _offsets(temporary / WEIGHTS)
         for number, part in enumerate(manifest.parts):
@@ -111,7 +124,11 @@ def write_bundle(
         files = {name: sha256(temporary / name) for name in names}
         manifest = dataclasses.replace(manifest, files=files)
         manifest.save(temporary)
+        type(manifest).load(temporary)  # what could not be opened again is refused
+        manifest = measure(temporary, manifest)
+        manifest.save(temporary)
         temporary.chmod(0o755)
+        _check_new(folder, manifest.name)  # another export may have come before
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -119,11 +136,21 @@ def write_bundle(
     return manifest
 
 
-def _check_new(folder: Path) -> None:
+def _check_new(folder: Path, name: str) -> None:
+    if not is_plain(name):
+        raise BundleError(
+            f"expected a plain name of the bundle, found {name!r}: give one as --name"
+        )
     if folder.exists():
         raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
     if not folder.parent.is_dir():
         raise BundleError(f"expected a folder {folder.parent}, found none: create it")
+
+
+def _said(manifest: Bundle) -> dict[str, str]:
+    """Say what latents depend on beside the weights of foreign code: the identity then has it."""
+    facts = dataclasses.asdict(manifest)
+    return {"fvae": json.dumps({name: facts[name] for name in ("geometry", "intensity", "latent")})}
 
 
 def _weights(stages: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

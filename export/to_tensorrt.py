@@ -10,7 +10,9 @@ a target and precision are built.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,9 +88,10 @@ def check_request(package: str, target: str, precision: str) -> None:
             f"expected targets among {', '.join(TARGETS)}, found {target!r}: TensorRT for RTX has "
             "no other, use --package tensorrt on a machine with that GPU"
         )
-    number = target.removeprefix("sm_")
+    if re.fullmatch(r"sm_\d+", target, re.ASCII) is None:
+        raise UsageError(f"expected a target like sm_90, found {target!r}: name a GPU architecture")
     least = LEAST.get(precision, 0)
-    if number.isdecimal() and int(number) < least:
+    if int(target.removeprefix("sm_")) < least:
         raise UsageError(f"expected sm_{least} or later for {precision}, found {target}: use fp16")
     if find_spec(package) is None:
         raise EngineError(f"expected the package {package}, found none: {PACKAGES[package]}")
@@ -195,6 +198,8 @@ def _in_worker(part: Part, request: Mapping[str, Any]) -> dict[str, Any]:
     if "version" in answer:
         return answer
     ended = run.stderr.strip().splitlines()[-1:] or [f"the builder ended with {run.returncode}"]
+    if run.returncode < 0:  # what it wrote before was no reason
+        ended = [f"the builder killed by {signal.Signals(-run.returncode).name}"]
     raise EngineError(
         f"expected {part.name} to build for {request['target']} with {request['package']}, found "
         f"{answer.get('refused', ended[0])}; run it in another engine, or change that part"

@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from fvae_deploy.errors import BundleError, EngineError
-from fvae_deploy.export.built import ANY, Built, find, folder_of
+from fvae_deploy.export.built import ANY, Built, find, folder_of, read_engine
 from fvae_deploy.export.bundle import Bundle, Part, TensorSpec
 
 WEIGHTS = "weights.safetensors"
@@ -99,6 +99,7 @@ def _plans(
         name = f"{manifest.name}-{part_name}"
         version = folder / name / "1"
         version.mkdir(parents=True)
+        read_engine(bundle, built)  # a damaged one is refused
         source = folder_of(bundle, target, precision) / f"{built.file}.engine"
         _link(source, version / "model.plan")
         config = _config(name, "tensorrt", manifest.part(part_name), built=built)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,14 +34,14 @@ def make_bundle(
     """Export weights to a new bundle and measure it in every engine that runs here.
 
     `model` and `foreign` are what `export.sources.load` takes. Raises BundleError for weights
-    or a folder that do not fit; on failure no folder is left.
+    or a folder that do not fit. The folder appears when all is measured.
     """
     if channels not in ("gray", "rgb"):
         raise BundleError(f"expected channels gray or rgb, found {channels!r}")
     progress("loading weights")
     gray = channels == "gray"
     found = load(str(model), gray=gray, foreign=foreign, progress=progress)
-    manifest = export_bundle(
+    return export_bundle(
         found.model,
         folder,
         name=name or found.name,
@@ -52,12 +51,8 @@ def make_bundle(
         version=__version__,
         opset=opset,
         progress=progress,
+        measure=lambda where, manifest: measure_bundle(where, manifest, progress),
     )
-    try:
-        return measure_bundle(folder, manifest, progress)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def make_generator_bundle(
@@ -73,46 +68,52 @@ def make_generator_bundle(
     """Export a generator to a new bundle and measure one step in every engine that runs here.
 
     `config` and `text` are what `export.generators.load_generator` takes. Raises BundleError
-    for files or a folder that do not fit; on failure no folder is left.
+    for files or a folder that do not fit. The folder appears when all is measured.
     """
     progress("loading weights")
     found = load_generator(
         weights, name=name, config=config, text=text, version=__version__, progress=progress
     )
-    manifest = write_bundle(
-        found.manifest, found.stages, folder, opset, progress, texts=found.texts
+    return write_bundle(
+        found.manifest,
+        found.stages,
+        folder,
+        opset,
+        progress,
+        texts=found.texts,
+        measure=lambda where, manifest: measure_generator(where, manifest, progress),
     )
-    try:
-        rows: list[NoiseParity] = []
-        reference = open_engine(folder, manifest, "torch")
-        heavy = manifest.part("denoise").heavy
-        for engine in (name for name in MEASURED if missing(name) is None):
-            for precision in precisions(engine):
-                if heavy and engine == "torch" and precision != "fp32":
-                    progress(f"{engine} {precision} is not measured: a CPU would take hours")
-                    continue
-                progress(f"parity of {engine} {precision}")
-                opened = open_engine(folder, manifest, engine, "cpu", precision)
-                try:
-                    rows.append(noise_parity(reference, opened, manifest))
-                except EngineError as error:
-                    if precision == "fp32":
-                        raise
-                    progress(f"left out: {error}")
-                finally:
-                    opened.close()
-        measured = dataclasses.replace(manifest, parity=tuple(rows))
-        measured.save(folder)
-        return measured
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+
+
+def measure_generator(
+    folder: Path, manifest: GeneratorManifest, progress: Callable[[str], None]
+) -> GeneratorManifest:
+    """Measure parity of one step with float32 torch; returns the manifest with it."""
+    rows: list[NoiseParity] = []
+    reference = open_engine(folder, manifest, "torch")
+    heavy = manifest.part("denoise").heavy
+    for engine in (name for name in MEASURED if missing(name) is None):
+        for precision in precisions(engine):
+            if heavy and engine == "torch" and precision != "fp32":
+                progress(f"{engine} {precision} is not measured: a CPU would take hours")
+                continue
+            progress(f"parity of {engine} {precision}")
+            opened = open_engine(folder, manifest, engine, "cpu", precision)
+            try:
+                rows.append(noise_parity(reference, opened, manifest))
+            except EngineError as error:
+                if precision == "fp32":
+                    raise
+                progress(f"left out: {error}")
+            finally:
+                opened.close()
+    return dataclasses.replace(manifest, parity=tuple(rows))
 
 
 def measure_bundle(
     folder: Path, manifest: Manifest, progress: Callable[[str], None] = lambda message: None
 ) -> Manifest:
-    """Measure parity with float32 torch and the memory lines, and write them to the manifest."""
+    """Measure parity with float32 torch and the memory lines; returns the manifest with them."""
     errors: list[Parity] = []
     lines: list[Memory] = []
     # Measured on small planes: half precision on a CPU without it would take hours otherwise.
@@ -140,13 +141,11 @@ def measure_bundle(
         progress(f"memory of {engine} {precision}")
         for direction in DIRECTIONS:
             sides = (8, 16) if heavy else (32, 64)
-            lines += _memory_lines(folder, manifest, engine, precision, direction, sides)
-    measured = dataclasses.replace(manifest, parity=tuple(errors), memory=tuple(lines))
-    measured.save(folder)
-    return measured
+            lines += memory_lines(folder, manifest, engine, precision, direction, sides)
+    return dataclasses.replace(manifest, parity=tuple(errors), memory=tuple(lines))
 
 
-def _memory_lines(
+def memory_lines(
     folder: Path,
     manifest: Manifest,
     engine: str,

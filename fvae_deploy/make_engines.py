@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.codec import bundle_path
+from fvae_deploy.engines import devices
 from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.built import ANY
@@ -52,6 +53,8 @@ def make_engines(
     """
     if not targets:
         raise UsageError("expected --target as sm_89,sm_120, found none: name a GPU architecture")
+    if package == "tensorrt":
+        _check_here(targets)
     for target in targets:
         for precision in precisions:
             check_request(package, target, precision)
@@ -75,6 +78,17 @@ def make_engines(
                     rows.append(row)
                     advance(1)
     return rows
+
+
+def _check_here(targets: Sequence[str]) -> None:
+    """TensorRT builds for the GPU that is here, whatever it is asked for."""
+    here = devices.target()
+    for target in targets:
+        if target != here:
+            raise UsageError(
+                f"expected {here or 'a GPU here'} for --package tensorrt, found {target!r}: build "
+                "on a machine with that GPU"
+            )
 
 
 def variants(

@@ -44,21 +44,10 @@ class Stage(nn.Module):
     Gray: encode replicates one channel to `channels`, decode takes their mean.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        direction: str,
-        channels: int,
-        gray: bool,
-        latent: tuple[Tensor, ...],
-    ) -> None:
+    def __init__(self, network: nn.Module, direction: str, channels: int, gray: bool) -> None:
         super().__init__()
         self.network, self.direction = network, direction
         self.channels, self.gray = channels, gray
-        self.shift: Tensor | None
-        self.scale: Tensor | None
-        for name, value in zip(("shift", "scale"), latent or (None, None), strict=True):
-            self.register_buffer(name, value, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Frames x [1, C, T, H, W] -> (latents [1, D, t, h, w],), or back."""
@@ -66,18 +55,13 @@ class Stage(nn.Module):
             return (self.encode(x) if self.direction == "encode" else self.decode(x),)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Replicate, encode, normalise."""
+        """Replicate and encode."""
         if self.gray:
             x = x.repeat(1, self.channels, 1, 1, 1)
-        z = call(self.network, "encode", x)
-        if self.scale is not None and self.shift is not None:
-            z = (z - self.shift) * self.scale
-        return z
+        return call(self.network, "encode", x)
 
     def decode(self, z: Tensor) -> Tensor:
         """Undo it."""
-        if self.scale is not None and self.shift is not None:
-            z = z / self.scale + self.shift
         x = call(self.network, "decode", z)
         return x.mean(1, keepdim=True) if self.gray else x
 
@@ -102,8 +86,6 @@ def load(
     window: int = 65,
     intensity: tuple[float, float] = (-1.0, 1.0),
     channels: int | None = None,
-    latent_shift: Sequence[float] = (),
-    latent_scale: Sequence[float] = (),
 ) -> tuple[Model, Source]:
     """Import a factory, build its network, load its weights and find its geometry.
 
@@ -119,9 +101,6 @@ def load(
         What -1000 and 1000 HU become.
     channels
         1 for gray; None for the network's own number.
-    latent_shift, latent_scale
-        Stored latents are (latent - shift) * scale: one number for all channels or one for
-        each; none for 0 and 1.
 
     Raises
     ------
@@ -138,15 +117,16 @@ def load(
         source = Source(weights.name, "", sha256(weights))
     decoder.load_state_dict(encoder.state_dict())
     inside, geometry = _geometry(encoder, window, intensity, channels)
-    latent = _normalisation(geometry.latent_channels, latent_shift, latent_scale)
-    stages = _stages((encoder, decoder), inside, geometry, latent)
+    stages = _stages((encoder, decoder), inside, geometry)
     without = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
     _keep_needed(stages, without, values=True)
     return Model(
         network=Network("any_torch", {"factory": factory, "channels": inside, "without": without}),
         geometry=geometry,
         intensity=Intensity(-1000.0, 1000.0, *intensity),
-        latent=latent,
+        latent=LatentNormalisation(
+            (0.0,) * geometry.latent_channels, (1.0,) * geometry.latent_channels
+        ),
         stages=stages,
         kinds=("first",),
         foreign=True,
@@ -163,7 +143,7 @@ def rebuild(
     try:
         with torch.device("cpu"):  # what is no weight must have its values
             networks = _twice(str(config["factory"]))
-            stages = _stages(networks, config["channels"], geometry, latent)
+            stages = _stages(networks, config["channels"], geometry)
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs that code: --engine openvino and onnxruntime "
@@ -260,41 +240,12 @@ def _temporal(slices: int, frames: int) -> int | None:
     return min(found, key=lambda n: n & (n - 1) != 0, default=None)
 
 
-def _normalisation(
-    channels: int, shift: Sequence[float], scale: Sequence[float]
-) -> LatentNormalisation:
-    latent = LatentNormalisation(
-        _each(shift, 0.0, channels, "shift"), _each(scale, 1.0, channels, "scale")
-    )
-    if not all(latent.scale):
-        raise UsageError("expected latent scales other than 0, found 0")
-    return latent
-
-
-def _each(values: Sequence[float], default: float, count: int, name: str) -> tuple[float, ...]:
-    found = tuple(map(float, values)) or (default,)
-    if len(found) not in (1, count) or not all(map(math.isfinite, found)):
-        raise UsageError(
-            f"expected one finite latent {name}, or one for each of {count} channels, found "
-            f"{', '.join(f'{value:g}' for value in found)}"
-        )
-    return found * count if len(found) == 1 else found
-
-
 def _stages(
-    networks: tuple[nn.Module, nn.Module],
-    channels: int,
-    geometry: Geometry,
-    latent: LatentNormalisation,
+    networks: tuple[nn.Module, nn.Module], channels: int, geometry: Geometry
 ) -> dict[str, Stage]:
     gray = geometry.channels < channels
-    normalisation: tuple[Tensor, ...] = ()
-    if any(latent.shift) or set(latent.scale) != {1.0}:
-        normalisation = tuple(
-            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (latent.shift, latent.scale)
-        )
     return {
-        name: Stage(one, name, channels, gray, normalisation).eval().requires_grad_(False)
+        name: Stage(one, name, channels, gray).eval().requires_grad_(False)
         for name, one in zip(DIRECTIONS, networks, strict=True)
     }
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Network, Part, TensorSpec
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 
@@ -102,10 +103,20 @@ def rebuild(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def bert(config: Mapping[str, Any]) -> BertModel:
-    """Build a text encoder, its attention in plain operations."""
-    made: BertModel = BertModel(
-        BertConfig(**{**config, "attn_implementation": "eager"}), add_pooling_layer=False
-    )
+    """Build a text encoder, its attention in plain operations.
+
+    Raises BundleError for a configuration that is not BERT's.
+    """
+    try:
+        made: BertModel = BertModel(
+            BertConfig(**{**config, "attn_implementation": "eager"}), add_pooling_layer=False
+        )
+    except Exception as error:  # what checks the configuration raises many kinds
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"expected a configuration of a BERT-class encoder, found: {reason:.200}; take that "
+            "of its weights"
+        ) from None
     # Constants, given at every call instead: no checkpoint and no bundle holds them.
     del made.embeddings.position_ids, made.embeddings.token_type_ids
     return made

@@ -52,8 +52,17 @@ def load(folder: Path, kind: str) -> tuple[Any, Path]:
 
 
 def cut(model: Any, channels: int | None) -> Model:
-    """Cut a network of any of the classes into stages; `channels` is 1 for gray."""
-    return _cutters()[type(model).__name__](model, channels)
+    """Cut a network of any of the classes into stages; `channels` is 1 for gray.
+
+    Raises BundleError for a configuration whose numbers are none.
+    """
+    kind = type(model).__name__
+    try:
+        return _cutters()[kind](model, channels)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BundleError(
+            f"expected a configuration of {kind}, found: {str(error).strip()[:200]}"
+        ) from error
 
 
 def _classes() -> dict[str, Any]:

@@ -36,6 +36,12 @@ def test_any_bytes_are_tensors_or_one_line_without_bad_advice(content):
     assert "trust" not in message
 
 
+def test_a_reason_of_one_number_has_its_kind(tmp_path):
+    (tmp_path / "w.ckpt").write_bytes(b"\x80\x02h\xad.")  # asks for a memo that is not there
+    with pytest.raises(BundleError, match="KeyError: 173; save"):
+        load_checkpoint(tmp_path / "w.ckpt")
+
+
 def test_what_would_have_to_be_run_is_named(tmp_path):
     torch.save({"state_dict": {}, "when": datetime.datetime(2020, 1, 1)}, tmp_path / "w.ckpt")
     with pytest.raises(BundleError, match=r"it holds a datetime\.datetime, which would have to"):

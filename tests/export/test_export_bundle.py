@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ from fvae_deploy import make_bundle  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
-from fvae_deploy.export.manifest import Manifest  # noqa: E402
+from fvae_deploy.export.manifest import LatentNormalisation, Manifest, Parity  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
 
 PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
+TEXTS = {"name": "n", "description": "d", "licence": "l", "version": "0"}
+TINY = Path(__file__).parents[2] / "tools" / "train_tiny" / "tiny.safetensors"
 
 
-def export(model: LeanVAE, folder: Path) -> Manifest:
-    texts = {"name": "n", "description": "d", "licence": "l", "version": "0"}
+def export(model: LeanVAE, folder: Path, **options: Any) -> Manifest:
     cut = lean_vae_model(model, 1, SMALL_SCALE)
-    return export_bundle(cut, folder, source=Source("s", "r", "0"), **texts)
+    return export_bundle(cut, folder, source=Source("s", "r", "0"), **{**TEXTS, **options})
 
 
 def test_the_folder_holds_the_manifest_one_weights_file_and_four_graphs(
@@ -144,6 +146,83 @@ def test_what_cannot_be_written_is_refused_before_anything_is_made(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture
+def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs take seconds, and nothing here opens one."""
+    monkeypatch.setattr(to_onnx, "trace", lambda *_: onnx.ModelProto())
+
+
+def test_the_folder_appears_when_all_is_measured(
+    small_model: LeanVAE, tmp_path: Path, without_graphs: None
+) -> None:
+    row = Parity("torch", "fp32", 0.0, 0.0, 0.0)
+
+    def measure(folder: Path, manifest: Manifest) -> Manifest:
+        assert Manifest.load(folder) == manifest
+        assert not (tmp_path / "bundle").exists()  # what a kill leaves is no bundle
+        return dataclasses.replace(manifest, parity=(row,))
+
+    manifest = export(small_model, tmp_path / "bundle", measure=measure)
+    assert Manifest.load(tmp_path / "bundle").parity == manifest.parity == (row,)
+
+
+def test_a_verb_measures_before_the_folder_appears(
+    tmp_path: Path, without_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, manifest: Manifest, progress: object) -> Manifest:
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        assert folder.name.startswith(".bundle.")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_bundle, "measure_bundle", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make_bundle.make_bundle(TINY, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_second_of_two_exports_to_one_folder_is_refused(
+    small_model: LeanVAE, tmp_path: Path, without_graphs: None
+) -> None:
+    def measure(folder: Path, manifest: Manifest) -> Manifest:
+        export(small_model, tmp_path / "bundle")
+        return manifest
+
+    with pytest.raises(BundleError, match=r"expected a new folder, found .*: remove"):
+        export(small_model, tmp_path / "bundle", measure=measure)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("name", ["../../escaped/evil", "a/b", "..", ""])
+def test_a_name_that_is_a_path_is_refused(small_model: LeanVAE, tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="expected a plain name"):
+        export(small_model, tmp_path / "bundle", name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_opened_again_is_refused(
+    small_model: LeanVAE, tmp_path: Path, without_graphs: None
+) -> None:
+    cut = lean_vae_model(small_model, 1, SMALL_SCALE)
+    wrong = dataclasses.replace(cut, latent=LatentNormalisation((0.0,), (1.0,)))
+    with pytest.raises(BundleError, match="a scale for every latent channel"):
+        export_bundle(wrong, tmp_path / "bundle", source=Source("s", "r", "0"), **TEXTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_is_written_whole_or_not_at_all(
+    fake_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    manifest = Manifest.load(fake_bundle)
+    manifest.save(tmp_path)
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(manifest, description="another").save(tmp_path)
+    assert Manifest.load(tmp_path, verify=False) == manifest
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_an_export_that_fails_leaves_nothing(
     small_model: LeanVAE,
@@ -168,7 +247,7 @@ def test_a_precision_that_overflows_is_left_out_and_told(
     small_model: LeanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make_bundle, "MEASURED", ("torch",))
-    monkeypatch.setattr(make_bundle, "_memory_lines", lambda *arguments: [])
+    monkeypatch.setattr(make_bundle, "memory_lines", lambda *arguments: [])
     model = copy.deepcopy(small_model)
     for name in ("image_low", "video_low", "image_high", "video_high"):
         model.encoder.projection(name).weight.data *= 1e6  # float16 ends at 65504
@@ -180,4 +259,3 @@ def test_a_precision_that_overflows_is_left_out_and_told(
     assert any(
         "left out: expected finite values from encode in torch fp16" in line for line in said
     )
-    assert Manifest.load(tmp_path / "b").parity == manifest.parity

@@ -150,6 +150,11 @@ def test_the_text_encoder_may_be_a_folder_of_transformers(tmp_path):
     assert [part.name for part in found.manifest.parts] == ["text", "context", "denoise"]
     with pytest.raises(BundleError, match=r"BERT-class encoder.*--text"):
         load(tmp_path / "a.ckpt", text=str(tmp_path))
+    (tmp_path / "text" / "tokenizer.json").rename(tmp_path / "whole.json")
+    (tmp_path / "text" / "tokenizer.json").write_text("{")
+    with pytest.raises(BundleError, match=r"BERT-class encoder.*--text"):
+        load(tmp_path / "a.ckpt", text=str(tmp_path / "text"))
+    (tmp_path / "whole.json").rename(tmp_path / "text" / "tokenizer.json")
     BertModel(BertConfig(**{**TEXT_CONFIG, "hidden_size": 32})).save_pretrained(tmp_path / "text")
     with pytest.raises(BundleError, match="width 24, found 32"):
         load(tmp_path / "a.ckpt", text=str(tmp_path / "text"))
@@ -167,6 +172,48 @@ def test_what_only_a_vae_takes_is_refused(tmp_path, option):
     assert isinstance(done.exception, UsageError)
     assert str(done.exception).startswith(f"expected no {option[0]} with a generator")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_text_encoder_that_is_nowhere_is_not_looked_for_on_the_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": state(), "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
+    with pytest.raises(BundleError, match=r"folder .* or hf:OWNER/NAME, found some/bert: check"):
+        load(tmp_path / "a.ckpt", text="some/bert")
+
+
+def test_a_tokenizer_that_fills_up_with_another_token_is_refused(tmp_path):
+    path = write_weights(tmp_path / "a.safetensors")
+    other = tokenizer()
+    other.enable_padding(pad_id=1, pad_token="[UNK]", length=10)
+    other = json.loads(other.to_str())
+    write_weights(tmp_path / "b.safetensors", tokenizer=other)
+    assert load(path).manifest.tokens == 10
+    with pytest.raises(BundleError, match="fills up with token 0, found 1"):
+        load(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window": "x"}, "ValueError: .*'x'"),
+        ({"plane": [512]}, "IndexError"),
+        ({"palette": [1]}, "AttributeError"),
+        ({"palette": {"1": None}}, "TypeError"),
+        ({"tokenizer": {}}, "KeyError: 'padding'"),
+        ({"steps": None}, "TypeError"),
+        ({"latent_shift": [1, 2]}, "2 and 16 numbers of latent for 16 channels"),
+        ({"mask_scale": 1.0}, "TypeError"),
+        ({"schedule": 5}, "TypeError"),
+        ({"text_config": {"hidden_size": "a"}}, "a configuration of a BERT-class encoder"),
+        ({"text_config": 5}, "a configuration of a BERT-class encoder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_facts_that_are_none_are_refused_in_one_line(tmp_path, changes, words):
+    path = write_weights(tmp_path / "a.safetensors", **changes)
+    with pytest.raises(BundleError, match=words) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_of_another_network_are_named(tmp_path):

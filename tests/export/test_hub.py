@@ -92,7 +92,7 @@ def fetch_each(hub: Hub, tmp_path: Path) -> FetchEach:
 @pytest.fixture
 def fetch(fetch_each: FetchEach) -> Fetch:
     """Return the same for one text."""
-    return lambda text, **changes: fetch_each(text, **changes)[0]
+    return lambda *texts, **changes: fetch_each(*texts, **changes)[0]
 
 
 def cached(tmp_path: Path) -> dict[str, bytes]:
@@ -129,16 +129,54 @@ def test_a_folder_may_be_the_whole_repository(hub: Hub, fetch: Fetch) -> None:
     assert found.id == "hf:owner/vae"
 
 
-def test_weights_in_shards_come_with_their_index(hub: Hub, fetch: Fetch) -> None:
+def test_weights_in_shards_are_refused_before_the_download(hub: Hub, fetch: Fetch) -> None:
     parts = {f"{MODEL}-0000{i}-of-00002.safetensors": bytes([i]) * 99 for i in (1, 2)}
     index = {f"{MODEL}.safetensors.index.json": b"{}"}
     hub.publish("owner/vae", {"config.json": CONFIG, **parts, **index})
-    found = fetch("hf:owner/vae")
-    assert {path.name for path in Path(found.path).iterdir()} == {"config.json", *parts, *index}
-    digests = "".join(hashlib.sha256(part).hexdigest() for part in parts.values())
-    assert found.sha256 == hashlib.sha256(digests.encode()).hexdigest()
-    hub.publish("owner/vae", {"config.json": CONFIG, f"{MODEL}-00001-of-00002.safetensors": b"1"})
-    assert f"expected {MODEL}-00002-of-00002.safetensors" in fetch("hf:owner/vae").error
+    error = fetch("hf:owner/vae").error
+    assert error.startswith(f"expected {MODEL}.safetensors in hf:owner/vae at main, found {MODEL}-")
+    assert error.endswith("weights in shards are not taken, save them again as one file")
+    assert hub.downloads == []
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> dict[str, bytes]:
+    """Files of a text encoder as transformers saves it, and a picture beside them."""
+    pytest.importorskip("transformers", reason="needs the export extra")
+    from small_generator import TEXT_CONFIG, tokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    BertModel(BertConfig(**TEXT_CONFIG)).save_pretrained(tmp_path / "bert")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "bert")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir()}
+    return {**files, "picture.png": b"no weights"}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["weights in the checkpoint", "on the hub"])
+def test_a_text_encoder_is_fetched_with_its_tokenizer(
+    hub: Hub, fetch: Fetch, tmp_path: Path, bert: dict[str, bytes], inside: bool
+) -> None:
+    import torch
+    from small_generator import UNET_CONFIG, state
+
+    kept = {name: tensor for name, tensor in state().items() if inside or "diffusion" in name}
+    torch.save({"state_dict": kept, "unet_config": UNET_CONFIG}, tmp_path / "unet.ckpt")
+    hub.publish("owner/bert", bert)
+    code = """
+import json, sys
+from pathlib import Path
+from fvae_deploy.export.generators import load_generator
+found = load_generator(Path(sys.argv[2]), text=sys.argv[1], version="0")
+print(json.dumps({"error": "", "tokens": found.manifest.tokens}))
+"""
+    found = fetch("hf:owner/bert", str(tmp_path / "unet.ckpt"), code=code)
+    assert found.tokens == 10
+    small = {Path(path).name for path in hub.downloads if "/resolve/" in path}
+    assert small == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    weights = f"/cdn/{hashlib.sha256(bert['model.safetensors']).hexdigest()}"
+    assert [path for path in hub.downloads if "/cdn/" in path] == ([] if inside else [weights])
 
 
 def test_what_is_cached_is_not_downloaded_again(hub: Hub, fetch_each: FetchEach) -> None:
@@ -365,6 +403,25 @@ def test_the_token_goes_to_the_hub_alone_and_nothing_is_reported(hub: Hub, fetch
         sent = headers.get("authorization", "")
         assert sent == ("" if "/cdn/" in path else "Bearer hf_secret")
         assert "torch" not in headers["user-agent"]
+
+
+def test_an_export_reports_nothing_either(hub: Hub, tmp_path: Path) -> None:
+    # It imports transformers, and so the library, before it fetches.
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "fvae_deploy", "export", "-q", "-m", FILE]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "bundle")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "expected a file of tensors alone" in done.stderr
+    assert hub.downloads
+    assert [h["user-agent"] for h in hub.headers if "torch" in h["user-agent"]] == []
 
 
 def test_without_the_library_the_line_to_install_it_is_named(fetch: Fetch) -> None:

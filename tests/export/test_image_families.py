@@ -354,6 +354,13 @@ def configured(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
             id="statistics of other channels",
         ),
         pytest.param(
+            "AutoencoderKL",
+            TWO,
+            configured(scaling_factor=None),
+            "expected a configuration of AutoencoderKL, found: unsupported operand",
+            id="no factor",
+        ),
+        pytest.param(
             "AutoencoderTiny",
             TAESD,
             configured(upsample_fn="bilinear"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import SMALL, random_lean_vae  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig  # noqa: E402
@@ -125,6 +127,67 @@ def test_other_checkpoints_are_refused_in_one_line(
         load_lean_vae(path)
     assert "\n" not in str(caught.value)
     assert "ran" not in capsys.readouterr().out
+
+
+def put(name: Any, value: Any) -> Callable[[dict[Any, Any]], None]:
+    return lambda content: content.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        pytest.param("args", put("latent_dim", -4), id="a negative width"),
+        pytest.param("args", put("latent_dim", 10**12), id="a huge width"),
+        pytest.param(
+            "args", lambda a: a.update(embedding_dim=0, l_dim=0, h_dim=0), id="widths of 0"
+        ),
+        pytest.param("state", put("encoder.image_low_proj.1.weight", 3), id="a number"),
+        pytest.param(
+            "state", put("encoder.image_low_proj.1.weight", torch.tensor(1.0)), id="a scalar"
+        ),
+        pytest.param("state", put("encoder.video_low_proj.1.weight", [1, 2]), id="a list"),
+        pytest.param("state", put(5, torch.zeros(1)), id="a number for a name"),
+    ],
+)
+def test_numbers_and_weights_that_make_no_network_are_refused_in_one_line(
+    tmp_path: Path, state: dict[str, torch.Tensor], part: str, change: Callable[[Any], None]
+) -> None:
+    content = {"args": {**ARGS}, "state": {**state}}
+    change(content[part])
+    torch.save({"args": content["args"], "state_dict": content["state"]}, tmp_path / "w.ckpt")
+    with pytest.raises(BundleError) as caught:
+        load_lean_vae(tmp_path / "w.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def save(model: LeanVAE, path: Path, **said: str) -> None:
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, said)
+
+
+@pytest.mark.parametrize(
+    "scale", ["[1.0, 2.0]", '"abc"', "abc", "[0, 0, 0, 0]", "[1, 1, 1, NaN]", "2.0"]
+)
+def test_a_latent_scale_that_is_no_factor_for_every_channel_is_refused(
+    tmp_path: Path, model: LeanVAE, scale: str
+) -> None:
+    save(model, tmp_path / "w.safetensors", args=json.dumps(ARGS), latent_scale=scale)
+    with pytest.raises(BundleError, match="expected 4 numbers other than 0 as latent_scale"):
+        load(str(tmp_path / "w.safetensors"))
+
+
+def test_metadata_of_others_need_not_be_json(tmp_path: Path, model: LeanVAE) -> None:
+    save(model, tmp_path / "w.safetensors", args=json.dumps(ARGS), description="of mine")
+    assert load(str(tmp_path / "w.safetensors")).description == "of mine"
+    save(model, tmp_path / "w.safetensors", args="{")
+    with pytest.raises(BundleError, match='configuration as JSON under "args"'):
+        load(str(tmp_path / "w.safetensors"))
+
+
+def test_a_class_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": ["AutoencoderKL"]}')
+    with pytest.raises(BundleError, match=r"expected a VAE of class .*found \['AutoencoderKL'\]"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["cut.ckpt", "cut.safetensors", "empty.ckpt", "weights.bin"])

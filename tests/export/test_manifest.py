@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import FILENAME, TensorSpec, sha256
+from fvae_deploy.export.bundle import FILENAME, TensorSpec, kind_of, sha256
 from fvae_deploy.export.manifest import Manifest, Memory, Parity
 
 
@@ -121,6 +121,14 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
         pytest.param(
             edited(lambda c: c["latent"]["scale"].pop()), "every latent channel", id="short scale"
         ),
+        *(
+            pytest.param(
+                edited(lambda c, n=number: c["latent"]["scale"].__setitem__(0, n)),
+                "scales other than 0",
+                id=f"scale {number}",
+            )
+            for number in (0.0, float("nan"), float("inf"))
+        ),
         pytest.param(
             edited(lambda c: c["parts"][0]["inputs"][0].update(shape=["8*q"])),
             r"like 8\*h",
@@ -140,6 +148,12 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
             edited(lambda c: c["files"].update({"../../key": "0"})),
             "plain file names",
             id="file outside the bundle",
+        ),
+        *(
+            pytest.param(
+                edited(lambda c, n=name: c.update(name=n)), "a plain name", id=f"named {name}"
+            )
+            for name in ("../../escaped/evil", "a/b", "..", "")
         ),
         pytest.param(
             lambda b: (b / "weights.safetensors").write_bytes(b"other"),
@@ -161,6 +175,13 @@ def test_a_damaged_bundle_is_refused_with_the_remedy(
         Manifest.load(bundle)
     assert "\n" not in str(caught.value)
     assert "export" in str(caught.value)
+
+
+def test_the_kind_of_what_is_no_json_is_none(bundle: Path) -> None:
+    assert kind_of(bundle) == "vae"
+    for content in (b"[" * 99999, b"{", b"[]", b"\xff"):
+        (bundle / FILENAME).write_bytes(content)
+        assert kind_of(bundle) == ""
 
 
 def test_a_path_that_is_no_folder_is_refused(bundle: Path) -> None:

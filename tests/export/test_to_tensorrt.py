@@ -13,12 +13,15 @@ import pytest
 
 from fvae_deploy.calibration import record
 from fvae_deploy.codec import bundle_path
+from fvae_deploy.engines import devices
 from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy.export import tensorrt_worker
 from fvae_deploy.export.built import ANY, find, folder_of, read_engine
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.precision import halve
-from fvae_deploy.export.quantize import qdq_count, quantize
+from fvae_deploy.export.quantize import quantize
+from fvae_deploy.export.to_tensorrt import _in_worker, check_request
 from fvae_deploy.make_engines import make_engines
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
@@ -101,11 +104,43 @@ def test_quantised_graphs_keep_close_on_the_ct_that_they_saw(
     seen = record(bundle, [tmp_path / "ct.nii"])
     graphs = quantize(bundle, manifest, seen, tmp_path, precision)
     for part in manifest.parts:
-        assert qdq_count(graphs[part.name]) > 5
+        nodes = onnx.load(graphs[part.name], load_external_data=False).graph.node
+        assert sum(node.op_type == "DequantizeLinear" for node in nodes) > 5
         given = seen[part.name][0]
         a = session(graphs[part.name]).run(None, given)[0]
         b = session(bundle / part.file).run(None, given)[0]
         assert 0 < np.abs(a - b).mean() < 0.2 * np.abs(b).mean(), part.name
+
+
+@pytest.mark.parametrize("target", ["banana", "../../outside", "sm_", "sm_9x", "sm_90/../x", ""])
+@pytest.mark.parametrize("package", ["tensorrt", "tensorrt_rtx"])
+def test_a_target_is_the_name_of_an_architecture(package: str, target: str) -> None:
+    with pytest.raises(UsageError, match=f"found '{target}'"):
+        check_request(package, target, "fp32")
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for here, found in ((None, "expected a GPU here for"), ("sm_90", "expected sm_90 for")):
+        monkeypatch.setattr(devices, "target", lambda here=here: here)
+        with pytest.raises(UsageError, match=f"{found} --package tensorrt, found 'sm_89'"):
+            make_engines(bundle, ["sm_89"], ["fp32"], package="tensorrt")
+    assert not (bundle / "engines").exists()
+
+
+def test_a_builder_that_was_killed_says_so_rather_than_what_it_wrote(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(tensorrt_worker, "__file__", str(worker))
+    request = {"target": "sm_89", "package": "tensorrt_rtx"}
+    part = Manifest.load(bundle).parts[0]
+    ends = {"os.kill(os.getpid(), 9)": "the builder killed by SIGKILL;", "os._exit(3)": "a word;"}
+    for end, found in ends.items():
+        worker.write_text(f"import os, sys\nprint('a word', file=sys.stderr, flush=True)\n{end}\n")
+        with pytest.raises(EngineError, match=f"found {found}"):
+            _in_worker(part, request)
 
 
 class TestBuilt:

@@ -163,6 +163,20 @@ def test_plans_are_configured_for_tensorrt_with_their_states(
     assert (tmp_path / "models/small-encode_step/1/model.plan").stat().st_size > 1000
 
 
+def test_a_plan_that_is_damaged_is_refused(small_bundle: Path, tmp_path: Path) -> None:
+    from stand_in_gpu import change, write_engines
+
+    bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    manifest = Manifest.load(bundle)
+    write_engines(bundle, manifest, "fp16")
+    for path in (bundle / "engines/sm_89/fp16").glob("*.json"):
+        change(path, package="tensorrt")
+    (bundle / "engines/sm_89/fp16/decode_step.any.engine").write_bytes(b"damaged")
+    with pytest.raises(EngineError, match=r"decode_step.any.engine.*it is damaged, fvae build"):
+        write_repository(bundle, manifest, tmp_path / "models", target="sm_89", precision="fp16")
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     from fvae_deploy.make_engines import open_bundle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.family import fill, rebuild  # noqa: E402
 from fvae_deploy.export.models.wan import wan_model  # noqa: E402
+from fvae_deploy.export.sources import load  # noqa: E402
 from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
 from fvae_deploy.tiles import Grid, smallest  # noqa: E402
 
@@ -216,3 +218,12 @@ def test_latent_statistics_of_another_length_are_refused() -> None:
     network.register_to_config(latents_mean=[0.0] * 5)
     with pytest.raises(BundleError, match="expected 3 latents_mean and latents_std"):
         wan_model(network)
+
+
+def test_the_folder_that_one_is_in_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_wan(WAN21).save_pretrained(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path / "vae")
+    found = load(".")
+    assert found.name == found.source.id == "vae"
