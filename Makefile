@@ -89,5 +89,5 @@ clean: # build/ stays: trained weights may lie there
 	@echo "== installing $(TORCH)"
 	@$(PIP) '$(TORCH)'
 	@echo "== installing fvae, the engines and the checks"
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[cpu,dev]'
 	@touch .venv/installed-cpu $@

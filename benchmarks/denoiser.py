@@ -176,7 +176,8 @@ def main() -> None:
             f"{error.mean():.1e}, {error.max():.1e}",
         )
     Console(width=100).print(table)
-    print(f"ceiling {ceiling() / 1e9:.0f} GFLOP/s in float32; {machine()['processor']}, ", end="")
+    tops = (f"{ceiling(precision=p) / 1e9:.0f} GFLOP/s in {p}" for p in precisions("openvino"))
+    print(f"ceiling {', '.join(tops)}; {machine()['processor']}, ", end="")
     print(f"{machine()['cores']} cores")
 
 

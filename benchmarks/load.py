@@ -42,6 +42,7 @@ BAD = {  # uploads, and the statuses that they may be answered with
     "zip bomb": (packed({"a.dcm": bytes(30 << 20)}), (413,)),
     "half a zip": (packed({"a.dcm": os.urandom(5000)})[:-100], (415,)),
 }
+GRACE = 300  # seconds that clients may take to end what they began
 SIZES = ((64, 64, 21), (96, 80, 40), (128, 128, 60))
 
 
@@ -174,7 +175,8 @@ def user(load: Load) -> str:
 def run(load: Load, clients: int, seconds: float) -> dict[str, Any]:
     """Load the server for so long; returns the figures."""
     load.server.start()
-    threads = [threading.Thread(target=client, args=(load, n)) for n in range(clients)]
+    # Daemons: where the server does not come back, they would wait for ever.
+    threads = [threading.Thread(target=client, args=(load, n), daemon=True) for n in range(clients)]
     peak: collections.Counter[str] = collections.Counter()
     begin, killed = time.monotonic(), None
     for thread in threads:
@@ -186,8 +188,11 @@ def run(load: Load, clients: int, seconds: float) -> dict[str, Any]:
             killed = kill_and_start(load)
         time.sleep(0.1)
     load.stop.set()
+    end = time.monotonic() + GRACE
     for thread in threads:
-        thread.join()
+        thread.join(max(0, end - time.monotonic()))
+    if waiting := sum(thread.is_alive() for thread in threads):
+        load.problem(f"{waiting} clients still waited after {GRACE} s")
     jobs = load.server.store.owned(user(load), 10**6)
     lost = set(load.keys.values()) - {job.id for job in jobs}
     twice = len(jobs) - len({job.key for job in jobs})

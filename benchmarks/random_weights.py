@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "unet43")
 WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -43,6 +44,7 @@ UNET = {  # the form that the paper publishes, at a width of 64 instead of 224
 
 def write(name: str, target: Path) -> None:
     """Write the network `name` to a folder in diffusers' format, or to a checkpoint."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     if name == "unet43":
         from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
@@ -67,6 +69,6 @@ def write(name: str, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: random_weights.py wan2.1|wan2.2|leanvae4|leanvae16|unet43 TARGET")
+    if len(sys.argv) != 3 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: random_weights.py {'|'.join(NAMES)} TARGET")
     write(sys.argv[1], Path(sys.argv[2]))

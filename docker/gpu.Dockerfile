@@ -1,4 +1,5 @@
-# fvae on NVIDIA GPUs: TensorRT for RTX and ONNX Runtime with CUDA, and all that builds engines.
+# fvae on NVIDIA GPUs: TensorRT for RTX and ONNX Runtime with CUDA, all that builds engines, and the
+# server.
 #
 #   docker build -f docker/gpu.Dockerfile -t fvae:gpu .
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:gpu \
@@ -10,11 +11,13 @@ FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 COPY . .
 # onnxruntime and onnxruntime-gpu are one module: the GPU's package alone.
-RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[gpu]'
+RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[gpu,serve]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fvae /opt/fvae
-RUN useradd --uid 10001 --create-home fvae
+# A volume that is new takes the owner of what the image has there.
+RUN useradd --uid 10001 --create-home fvae && \
+    install -d -m 0700 -o fvae -g fvae /var/lib/fvae
 # The root is read-only at run time: what must be written goes to /data and /tmp.
 ENV PATH=/opt/fvae/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

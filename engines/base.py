@@ -84,11 +84,39 @@ QUANTISED = ("int8", "fp8")  # states in float32; only where engines are built a
 
 
 def missing(name: str) -> str | None:
-    """Say what keeps an engine from running here, with the remedy; None when nothing does."""
+    """Say which package an engine lacks, with the remedy; nothing is imported."""
     entry = ENGINES[name]
-    if all(importlib.util.find_spec(package) is None for package in entry.requires):
+    if not _installed(entry):
         return f"needs the package {' or '.join(entry.requires)}: {entry.remedy}"
     return None
+
+
+def obstacle(name: str) -> str | None:
+    """Say what keeps an engine from running here, with the remedy; None when nothing does.
+
+    What is installed is imported: that may fail where a library of the system is missing, or
+    two packages have overwritten each other.
+    """
+    problem = missing(name)
+    if problem is not None:
+        return problem
+    entry = ENGINES[name]
+    package = _installed(entry)[0]
+    try:
+        _module(entry)
+        importlib.import_module(package).__version__  # noqa: B018  # a folder left over has none
+    except (ImportError, OSError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        return (
+            f"needs {package} to import, found {reason}: pip uninstall -y {package} && "
+            f"{entry.remedy}"
+        )
+    return None
+
+
+def offered(name: str) -> tuple[str, ...]:
+    """Precisions that an engine may be asked for, on one device or another."""
+    return (*PRECISIONS, *QUANTISED) if name == "tensorrt" else PRECISIONS
 
 
 def precisions(name: str) -> list[str]:
@@ -98,11 +126,22 @@ def precisions(name: str) -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """Import an engine's module, and its runtime with it."""
-    return importlib.import_module(f"fvae_deploy.engines.{ENGINES[name].module}")
+    """Import an engine's module, and its runtime with it; raises EngineError with the remedy."""
+    problem = obstacle(name)
+    if problem is not None:
+        raise EngineError(f"engine {name} cannot run here: it {problem}")
+    return _module(ENGINES[name])
 
 
-def choose(device: str = "cpu", unfit: Callable[[str], str | None] = missing) -> tuple[str, str]:
+def _installed(entry: Entry) -> list[str]:
+    return [name for name in entry.requires if importlib.util.find_spec(name) is not None]
+
+
+def _module(entry: Entry) -> ModuleType:
+    return importlib.import_module(f"fvae_deploy.engines.{entry.module}")
+
+
+def choose(device: str = "cpu", unfit: Callable[[str], str | None] = obstacle) -> tuple[str, str]:
     """Return the engine that `auto` takes here for a device, and why.
 
     `unfit` says what keeps an engine from running; None when nothing does.
@@ -140,13 +179,10 @@ def open_engine(
     """Open a bundle in an engine of this name; raises EngineError with the remedy."""
     if name not in ENGINES:
         raise EngineError(f"expected one of {', '.join(ENGINES)}, found engine {name!r}")
-    able = (*PRECISIONS, *QUANTISED) if name == "tensorrt" else PRECISIONS
+    able = offered(name)
     if precision not in able:
         raise EngineError(
             f"expected one of {', '.join(able)}, found precision {precision!r} for {name}"
         )
-    problem = missing(name)
-    if problem is not None:
-        raise EngineError(f"engine {name} cannot run here: it {problem}")
     engine: Engine = load(name).open(bundle, manifest, device, precision)
     return engine

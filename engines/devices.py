@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from fvae_deploy.engines.base import missing
+from fvae_deploy.engines.base import load, obstacle
 
 DRIVER = (
     "an NVIDIA GPU with its driver (nvidia-smi shows them): install the driver of NVIDIA's site"
@@ -17,7 +17,7 @@ CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu1
 
 def problems(name: str) -> list[str]:
     """Name all that an engine lacks on this machine to run on a GPU; empty when nothing is."""
-    first = missing(name)
+    first = obstacle(name)
     found = [] if first is None else [first]
     if name != "openvino" and target() is None:
         found.append(f"needs {DRIVER}")
@@ -31,24 +31,28 @@ def unfit(name: str) -> str | None:
     return "; ".join(problems(name)) or None
 
 
+def remarks(name: str) -> list[str]:
+    """Name what an engine runs without on a GPU, though it would be faster with it."""
+    if name == "torch" and importlib.util.find_spec("triton") is None:
+        return [
+            "runs on torch's operations; for kernels needs the package triton: "
+            "pip install 'fvae-deploy[kernels]'"
+        ]
+    return []
+
+
 def _tensorrt() -> Iterator[str]:
     if importlib.util.find_spec("cuda") is None:
         yield "needs the package cuda-bindings: pip install 'fvae-deploy[tensorrt]'"
 
 
 def _onnxruntime() -> Iterator[str]:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        yield (
-            "needs ONNX Runtime with CUDA: pip uninstall onnxruntime, then "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        )
+    engine = load("onnxruntime")
+    if "CUDAExecutionProvider" not in engine.ort.get_available_providers():
+        yield f"needs ONNX Runtime with CUDA: {engine.REMEDY}"
 
 
 def _openvino() -> Iterator[str]:
-    from fvae_deploy.engines.base import load
-
     if "GPU" not in load("openvino").ov.Core().available_devices:
         yield "needs an Intel GPU with its OpenCL runtime: apt install intel-opencl-icd"
 
@@ -58,8 +62,6 @@ def _torch() -> Iterator[str]:
 
     if torch.version.cuda is None:
         yield f"needs a CUDA build of torch, found {torch.__version__}: {CUDA_TORCH}"
-    elif importlib.util.find_spec("triton") is None:
-        yield "needs the package triton for its kernels: pip install 'fvae-deploy[kernels]'"
 
 
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {

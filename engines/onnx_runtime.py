@@ -27,7 +27,7 @@ PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "cuda": [CUDA],
     "tensorrt": [("TensorrtExecutionProvider", {}), CUDA],
 }
-REMEDY = "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
+REMEDY = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 class OnnxRuntimeEngine:
@@ -74,7 +74,7 @@ class OnnxRuntimeEngine:
         except EngineError:
             raise
         except Exception as error:  # the binding raises many classes, all RuntimeError-like
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise EngineError(f"ONNX Runtime failed in {part}: {reason}") from error
         outputs: dict[str, Any] = {
             tensor.name: value for tensor, value in zip(spec.outputs, values, strict=True)

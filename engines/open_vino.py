@@ -30,7 +30,6 @@ from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
 
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
-WRITEABLE = ["C_CONTIGUOUS", "WRITEABLE"]  # what OpenVINO takes in place
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -75,14 +74,14 @@ class _Compiled:
 
 
 def _data(value: Any, kind: str = "float32") -> ov.Tensor:
-    return ov.Tensor(np.require(value, kind, WRITEABLE), shared_memory=True)
+    return ov.Tensor(np.require(value, kind, ["C", "W"]), shared_memory=True)
 
 
 def _state(value: Any, element: ov.Type) -> ov.Tensor:
     """Take a state as it is, or an array as one, rounded to the element type."""
     if isinstance(value, ov.Tensor):
         return value
-    array = np.require(value, ARRAYS[element], WRITEABLE)
+    array = np.require(value, ARRAYS[element], ["C", "W"])
     if element == ov.Type.bf16:  # which OpenVINO does not know in numpy: the bits
         return ov.Tensor(array.view(np.uint16), list(array.shape), element)
     return ov.Tensor(array, shared_memory=True)
@@ -121,7 +120,7 @@ class OpenVINOEngine:
                 compiled = self._compiled[(part, *shapes)] = self._compile(spec, shapes)
             return compiled.run(inputs)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise EngineError(f"OpenVINO failed in {part} on {shapes[0]}: {reason}") from error
 
     def host(self, state: Any) -> Any:

@@ -22,16 +22,42 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.bundle import sha256
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.models.diffusers_family import WEIGHTS
 from fvae_deploy.export.models.lean_vae import CausalDepthwise, CausalState, LeanVAE
-from fvae_deploy.export.sources import load_lean_vae
+from fvae_deploy.export.sources import load, load_lean_vae
 from fvae_deploy.kernels.dispatch import compute_in_float32
 
 REFERENCE, DIFFUSERS, TILING = "reference", "diffusers", "diffusers tiling"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def peers(weights: Path) -> tuple[str, ...]:
     """Names of the peers that run these weights."""
     return (DIFFUSERS, TILING) if weights.is_dir() else (REFERENCE,)
+
+
+def check_peer(weights: Path, manifest: Manifest) -> None:
+    """Raise BundleError for weights that are not a bundle's: by hash, else by geometry."""
+    file = weights / WEIGHTS if weights.is_dir() else weights
+    if not file.is_file():
+        raise BundleError(f"expected a peer's weights at {file}, found nothing: check --peer")
+    source = manifest.source
+    if source.sha256:
+        if sha256(file) != source.sha256:
+            raise BundleError(
+                f"expected the weights that {manifest.name} was exported from ({source.id}, sha256 "
+                f"{source.sha256[:12]}…) as its peer, found others in {file}: give those"
+            )
+        return
+    found = load(str(weights), gray=manifest.geometry.channels == 1).model.geometry
+    if found != manifest.geometry:
+        raise BundleError(
+            f"expected a peer of {manifest.geometry}, found {found} in {weights}: give the weights "
+            f"of {manifest.name}"
+        )
 
 
 def peer_window(
@@ -41,17 +67,19 @@ def peer_window(
     x: NDArray[np.float32],
     precision: str,
     device: str = "cpu",
+    *,
+    gray: bool = True,
 ) -> Callable[[], NDArray[np.float32]]:
     """Make a function that passes one clip or latent through a peer.
 
     x [C, T, H, W] is in the model's range, a gray one is replicated to the network's
     channels as the published scripts do; or [D, t, h, w] latents, normalised where the
-    bundle's are. Returns what a gray bundle gives: latents [D, t, h, w], or the mean over
-    channels [1, T, H, W].
+    bundle's are. Returns what the bundle gives: latents [D, t, h, w], or pictures [C, T, H, W],
+    of a `gray` one the mean over channels.
     """
     if device != "cpu":
         compute_in_float32()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = DTYPES[precision]
     made = _published(weights) if peer == REFERENCE else _diffusers(weights, peer == TILING)
     network, channels, encode, decode = made
     network.to(device, dtype)
@@ -63,7 +91,8 @@ def peer_window(
     def run() -> NDArray[np.float32]:
         given = window.to(device, dtype)
         y: Tensor = encode(given) if direction == "encode" else decode(given)
-        y = y if direction == "encode" else y.mean(1, keepdim=True)
+        if gray and direction == "decode":
+            y = y.mean(1, keepdim=True)
         return y[0].float().cpu().numpy()
 
     return run

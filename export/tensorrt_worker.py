@@ -50,8 +50,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         capability = getattr(trt.ComputeCapability, request["target"].upper().replace("_", ""))
         config.set_compute_capability(capability, 0)
     cache = Path(request["timing_cache"])
-    timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-    config.set_timing_cache(timings, ignore_mismatch=False)
+    if request["package"] == "tensorrt":  # timings of kernels: TensorRT for RTX has none
+        timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
     profile = builder.create_optimization_profile()
     for name, (least, best, most) in request["profile"].items():
         profile.set_shape(name, least, best, most)
@@ -61,7 +62,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     if engine is None:
         raise Refused("; ".join(said) or "no engine, and no word why")
     Path(request["output"]).write_bytes(memoryview(engine))
-    if request["package"] == "tensorrt":  # timings of kernels: TensorRT for RTX has none
+    if request["package"] == "tensorrt":
         cache.write_bytes(memoryview(timings.serialize()))
     return {
         "version": trt.__version__,

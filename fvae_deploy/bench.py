@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.bench_worker import in_process
+from fvae_deploy.engines.base import QUANTISED
+from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.plan import plan
 
@@ -38,14 +40,9 @@ class Case:
     device: str = "cpu"
 
     @property
-    def label(self) -> str:
-        """Its name in the table."""
-        return f"{self.engine} tiled" if self.memory else self.engine
-
-    @property
     def ceiling(self) -> tuple[str, str]:
         """Device and precision of the ceiling that it is held against."""
-        return self.device, "fp32" if self.device == "cpu" else self.precision
+        return self.device, "fp16" if self.precision in QUANTISED else self.precision
 
 
 @dataclass(frozen=True)
@@ -73,16 +70,19 @@ def bench(
     `weights` are a peer's; the first peer among the cases is the yardstick. The size is
     rounded up to whole latent cells. The rows hold slices and voxels per second through
     encode and decode together, GFLOP/s (two per multiply-add, counted from the network), the
-    share of the machine's `ceiling`, peak MiB beyond the libraries (weights included), peak MiB
-    that torch took of a GPU, the speed relative to the yardstick, in the same precision where
-    that was measured, and mean and largest error against it in deviations of its result. Raises
-    PlanError for a budget that cannot be met and EngineError for a case that fails.
+    share of the machine's `ceiling` (None where that cannot be measured), how they ran (tiles of
+    every stage, stages spilled to a file, directions that were lean), peak MiB beyond the libraries
+    (weights included), peak MiB that torch took of a GPU, the speed relative to the yardstick, in
+    the same precision where that was measured, and mean and largest error against it in
+    deviations of its result. Raises PlanError for a budget that cannot be met and EngineError for
+    a case that fails.
     """
     side = -(-work.size // manifest.geometry.spatial)
     jobs = {
         case: {d: _job(bundle, manifest, case, work, d, side, weights) for d in DIRECTIONS}
         for case in cases
     }
+    labels = {case: _label(case, jobs[case]) for case in cases}
     tops = {of: ceiling(*of) for of in {case.ceiling for case in cases}}
     found: dict[Case, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="fvae-bench-") as folder:
@@ -90,7 +90,7 @@ def bench(
             for i, case in enumerate(cases):
                 for direction in DIRECTIONS:
                     progress(
-                        f"round {number + 1} of {work.rounds}: {case.label} {case.precision} "
+                        f"round {number + 1} of {work.rounds}: {labels[case]} {case.precision} "
                         f"{direction}"
                     )
                     job = jobs[case][direction] | {"result": f"{folder}/{i}.{direction}.npy"}
@@ -99,8 +99,8 @@ def bench(
         truth = next((i for i, case in enumerate(cases) if _is_peer(case)), None)
         table = []
         for i, case in enumerate(cases):
-            row: dict[str, Any] = {"engine": case.label, "precision": case.precision}
-            row |= {"device": case.device}
+            row: dict[str, Any] = {"engine": labels[case], "precision": case.precision}
+            row |= {"device": case.device, "memory": case.memory} | _how(jobs[case])
             row |= _row(manifest, found[case], work, side, tops[case.ceiling])
             for direction in DIRECTIONS:
                 mean, most = _errors(folder, direction, i, truth)
@@ -116,14 +116,19 @@ def bench(
     return table
 
 
-def ceiling(device: str = "cpu", precision: str = "fp32") -> float:
+def ceiling(device: str = "cpu", precision: str = "fp32") -> float | None:
     """Measure a ceiling in FLOP/s: the best of several large matrix products.
 
-    On a CPU numpy's in float32, whatever the precision; on a GPU torch's in this precision.
+    On a CPU OpenVINO's in this precision, numpy's in float32 where it is not there or does not
+    compute in it; on a GPU torch's, None where torch is not there or does not know the device.
     """
-    if device != "cpu":
-        job = {"engine": "torch", "precision": precision, "device": device}
+    engine = "openvino" if device == "cpu" else "torch"
+    try:
+        job = {"engine": engine, "precision": precision, "device": device}
         return float(in_process(task="ceiling", **job)["flops"])
+    except EngineError:
+        if device != "cpu":
+            return None
     a = np.random.default_rng(0).random((2048, 2048), dtype=np.float32)
     a @ a
     return float(max(2 * 2048**3 / _timed(lambda: a @ a) for _ in range(5)))
@@ -157,6 +162,7 @@ def _job(
         "k": work.k,
         "repeats": work.repeats,
         "weights": str(weights) if _is_peer(case) else None,
+        "tiles": {},
         "grids": {},
         "spilled": [],
         "lean": False,
@@ -174,10 +180,29 @@ def _job(
     )
     whole = all(grid.count == 1 for grid in made.grids.values())
     job["lean"] = made.lean if case.memory else made.lean or not whole
+    job["tiles"] = dict.fromkeys(made.grids, 1)
     if case.memory:  # else on the whole plane, whatever is free
+        job["tiles"] = {name: grid.count for name, grid in made.grids.items()}
         job["grids"] = {name: dataclasses.astuple(grid) for name, grid in made.grids.items()}
         job["spilled"] = sorted(made.spilled)
     return job
+
+
+def _how(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Say how a case runs: tiles of every stage, stages spilled, directions that are lean."""
+    return {
+        "tiles": {stage: n for job in jobs.values() for stage, n in job["tiles"].items()},
+        "spilled": [stage for job in jobs.values() for stage in job["spilled"]],
+        "lean": [direction for direction, job in jobs.items() if job["lean"]],
+    }
+
+
+def _label(case: Case, jobs: dict[str, dict[str, Any]]) -> str:
+    """Name a case in the table; one with a budget by what the plan made of it."""
+    if not case.memory:
+        return case.engine
+    tiled = any(n > 1 for n in _how(jobs)["tiles"].values())
+    return f"{case.engine} {'tiled' if tiled else 'whole'}"
 
 
 def _is_peer(case: Case) -> bool:
@@ -189,7 +214,7 @@ def _row(
     directions: dict[str, list[dict[str, Any]]],
     work: Work,
     side: int,
-    top: float,
+    top: float | None,
 ) -> dict[str, Any]:
     """Medians over the rounds of one case."""
     seconds = {d: statistics.median(r["seconds"] for r in rows) for d, rows in directions.items()}
@@ -211,8 +236,8 @@ def _row(
         "slices_per_second": work.slices / total,
         "voxels_per_second": work.slices * pixels**2 / total,
         "gflop_per_second": flops / 1e9,
-        "share_of_ceiling": flops / top,
-        "ceiling_gflop_per_second": top / 1e9,
+        "share_of_ceiling": flops / top if top else None,
+        "ceiling_gflop_per_second": top / 1e9 if top else None,
         "peak_mib": max(row["peak_bytes"] for row in rows) / 2**20,
         "peak_gpu_mib": max(row["peak_gpu_bytes"] for row in rows) / 2**20,
         "spread": max(row["spread"] for row in rows),
@@ -226,6 +251,7 @@ def _errors(
     if truth is None:
         return None, None
     found, expected = (np.load(f"{folder}/{i}.{direction}.npy") for i in (case, truth))
+    assert found.shape == expected.shape
     apart: NDArray[np.float32] = np.abs(found - expected)
     return float(apart.mean() / expected.std()), float(apart.max() / expected.std())
 

@@ -155,7 +155,7 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     for column in (*memory, "× peer", "error z mean, max", "error x mean, max"):
         table.add_column(column)
     for row in rows:
-        times = row["times_reference"]
+        times, share = row["times_reference"], row["share_of_ceiling"]
         errors = [
             "-"
             if row[f"{direction}_error_max"] is None
@@ -167,7 +167,7 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
             row["precision"],
             f"{row['slices_per_second']:.3g}",
             f"{row['gflop_per_second']:.0f}",
-            f"{100 * row['share_of_ceiling']:.0f} %",
+            "-" if share is None else f"{100 * share:.0f} %",
             *(f"{row[key]:.0f}" for key in ("peak_mib", "peak_gpu_mib")[: len(memory)]),
             f"{times:.2f}" if times else "-",
             *errors,

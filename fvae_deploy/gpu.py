@@ -30,7 +30,10 @@ def build(
     ] = "fp16",
     size: Annotated[
         list[str] | None,
-        typer.Option("--size", help="Slices, as 512,512; may be repeated [default: the model's]."),
+        typer.Option(
+            "--size",
+            help="Slices, as 512,512; may be repeated [default: 512,512; a generator's windows].",
+        ),
     ] = None,
     any_size: Annotated[
         bool, typer.Option("--any-size", help="Engines for all smaller slices, too; slower.")
@@ -60,7 +63,11 @@ def build(
     from fvae_deploy.report import machine, write_json
 
     planes = [_plane(text) for text in size or ()]
-    targets, precisions = ([n.strip() for n in t.split(",") if n] for t in (target, precision))
+    targets, precisions = (
+        [n.strip() for n in t.split(",") if n.strip()] for t in (target, precision)
+    )
+    if not precisions:
+        raise UsageError(f"expected --precision as fp16,bf16, found {precision!r}: name one")
     with progress_bars(quiet, dict.fromkeys(precisions, "parts")) as begin:
         rows = make_engines(
             model,

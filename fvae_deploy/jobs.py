@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import ConditionError, FvaeError, UsageError
+from fvae_deploy.errors import ConditionError, UsageError
 
 FIELDS = {"mask", "output", "findings", "disease_mask", "seed"}
 
@@ -98,6 +98,7 @@ def run_jobs(
 
     `options` go to every `generate`.
     """
+    from fvae_deploy.batch import ONES_OWN
     from fvae_deploy.generation import generate
 
     results: list[dict[str, Any]] = []
@@ -120,7 +121,7 @@ def run_jobs(
             )
             say(f"{head} in {report['seconds']['total']:.1f} s")
             results.append(report)
-        except FvaeError as error:
+        except ONES_OWN as error:
             say(f"{head} failed: {error}")
             results.append({"output": str(job.output), "error": str(error)})
     return results

@@ -74,7 +74,11 @@ def show_bytes(count: int) -> str:
 
 def available_bytes() -> int:
     """Memory that this process may still take: the system's, or its container's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+    except ValueError:  # macOS tells how much there is, not how much is free
+        pages = os.sysconf("SC_PHYS_PAGES")
+    free = pages * os.sysconf("SC_PAGE_SIZE")
     try:  # the page cache gives way too
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         free = int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1)) * 1024  # type: ignore[union-attr]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -65,7 +65,8 @@ def check(
     from fvae_deploy.kernels.dispatch import KERNELS
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: Triton warns else
-    kernels, targets = _names(kernel) or list(KERNELS), _names(target)
+    kernels = _known(kernel, KERNELS, "kernels") or list(KERNELS)
+    targets = _known(target, CHIPS, "chips")
     if not targets:
         raise UsageError(f"expected chips among {', '.join(CHIPS)}, found none: name one")
     work = planned(kernels, targets, every)
@@ -103,17 +104,18 @@ def try_all(
     import torch
     from rich.console import Console
 
-    from fvae_deploy.kernels.dispatch import Kernels
+    from fvae_deploy.kernels.dispatch import KERNELS, Kernels
     from fvae_deploy.kernels.optional import INTERPRETED
     from fvae_deploy.kernels.timing import require_gpu
     from fvae_deploy.kernels.trials import tried
 
+    kernels = _known(kernel, KERNELS, "kernels")
     if not INTERPRETED:
         require_gpu()
     device = "cpu" if INTERPRETED else "cuda"
     where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
     target = Kernels(device, "triton").target
-    found, lost = _gathered(tried(_names(kernel), device, target, every))
+    found, lost = _gathered(tried(kernels, device, target, every))
     _write(json_file, found)
     Console().print(_trials_table(found, where))
     if lost:
@@ -141,10 +143,12 @@ def bench(kernel: Chosen = None, json_file: NumbersFile = None, debug: Debug = F
     import torch
     from rich.console import Console
 
+    from fvae_deploy.kernels.dispatch import KERNELS
     from fvae_deploy.kernels.timing import require_gpu, timed
 
+    kernels = _known(kernel, KERNELS, "kernels")
     require_gpu()
-    found, lost = _gathered(timed(_names(kernel)))
+    found, lost = _gathered(timed(kernels))
     _write(json_file, found)
     Console().print(_timed_table(found, torch.cuda.get_device_name()))
     if lost:
@@ -169,8 +173,13 @@ def _gathered(rows: Iterator[Row]) -> tuple[list[Row], EngineError | None]:
     return found, None
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+def _known(text: str | None, among: Collection[str], kind: str) -> list[str]:
+    """Read names with commas between; raises UsageError for one that is not known."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in among:
+            raise UsageError(f"expected {kind} among {', '.join(among)}, found {name!r}")
+    return names
 
 
 def _write(path: Path | None, rows: list[Any]) -> None:

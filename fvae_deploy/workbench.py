@@ -148,8 +148,8 @@ def doctor(debug: Debug = False) -> None:
 
     Example: `fvae doctor`
     """
-    from fvae_deploy.engines.base import AUTO, ENGINES, choose, missing, precisions
-    from fvae_deploy.engines.devices import problems
+    from fvae_deploy.engines.base import AUTO, ENGINES, choose, obstacle, precisions
+    from fvae_deploy.engines.devices import problems, remarks
     from fvae_deploy.report import machine
 
     facts = machine()
@@ -157,14 +157,14 @@ def doctor(debug: Debug = False) -> None:
     print(f"{facts['cores']} cores, {facts['processor']}")
     print("on the CPU:")
     for name in AUTO["cpu"]:
-        problem = missing(name)
+        problem = obstacle(name)
         verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
         print(f"  {name:12} {verdict}")
     print("on a GPU (the authors ran torch alone on one, an H100):")
     for name in (name for name in ENGINES if name != "fake"):
         device = "gpu" if name == "openvino" else "cuda"
         lacking = problems(name) or ["nothing is missing: fvae selftest --gpu tries it"]
-        for i, line in enumerate(lacking):
+        for i, line in enumerate([*lacking, *remarks(name)]):
             print(f"  {name + ' --device ' + device if not i else '':26} {line}")
     print("auto takes {}, since {}".format(*choose()))
 
@@ -206,30 +206,64 @@ def bench(
     from fvae_deploy.bench import Case, Work
     from fvae_deploy.bench import bench as run
     from fvae_deploy.codec import bundle_path
+    from fvae_deploy.engines.base import PRECISIONS
     from fvae_deploy.export.manifest import Manifest
     from fvae_deploy.plan import parse_bytes
     from fvae_deploy.report import machine
-    from fvae_deploy.selftest import cases as all_cases
 
     path = bundle_path(model)
-    pairs = [*all_cases(device)]
-    if engines:
-        asked = (item.strip().partition(":") for item in engines.split(","))
-        pairs = [(e, p or "fp32") for e, _, p in asked]
-    if not pairs:
-        raise EngineError(f"expected an engine for {device}, found none: see fvae doctor")
+    manifest = Manifest.load(path)
+    manifest.check_step(step)
+    pairs = _asked(engines, device)
     cases = [Case(e, p, device=device) for e, p in pairs]
     if memory:
         cases += [replace(case, memory=parse_bytes(memory)) for case in cases]
     if peer:
         require("torch", "safetensors")
-        from fvae_deploy.export.peer import peers
+        from fvae_deploy.export.peer import check_peer, peers
 
-        alike = () if device == "cpu" else (p for _, p in pairs)
+        check_peer(peer, manifest)
+        alike = () if device == "cpu" else (p for _, p in pairs if p in PRECISIONS)
         wanted = dict.fromkeys(["fp32", *alike])  # the first is what errors are against
         cases += [Case(name, p, device=device) for p in wanted for name in peers(peer)]
     work = Work(size, slices, step, rounds, repeats)
-    rows = run(path, Manifest.load(path), cases, work, weights=peer, progress=say(quiet))
+    rows = run(path, manifest, cases, work, weights=peer, progress=say(quiet))
     if not quiet:
         show(bench_table(rows))
     print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
+
+
+def _asked(engines: str, device: str) -> list[tuple[str, str]]:
+    """Read "openvino:fp32,torch"; where it is empty, take all that are installed for the device.
+
+    Raises UsageError for what is no engine or precision, EngineError where none is installed.
+    """
+    from fvae_deploy.engines.base import AUTO, ENGINES, offered
+    from fvae_deploy.selftest import cases
+
+    if not engines:
+        kind = "cuda" if device.startswith("cuda") else device
+        if kind not in AUTO:
+            raise UsageError(
+                f"expected --engines with --device {device}, found none: name them, as "
+                "openvino:fp32"
+            )
+        found = list(cases(kind))
+        if not found:
+            raise EngineError(f"expected an engine for {device}, found none: see fvae doctor")
+        return found
+    pairs = []
+    for item in engines.split(","):
+        engine, _, precision = item.strip().partition(":")
+        if engine not in ENGINES:
+            raise UsageError(
+                f"expected --engines among {', '.join(ENGINES)}, found {engine!r}: name them, as "
+                "openvino:fp32"
+            )
+        if (precision or "fp32") not in offered(engine):
+            raise UsageError(
+                f"expected a precision of {engine} among {', '.join(offered(engine))}, found "
+                f"{precision!r}"
+            )
+        pairs.append((engine, precision or "fp32"))
+    return pairs

@@ -8,12 +8,12 @@
 
 Statistics and application are apart: statistics of tiles can be merged (Chan, Golub and LeVeque,
 1983), so that a tiled group norm is exact, and `causal_conv3d` applies either as it reads.
-`apply` is for what is no input of a convolution.
+`apply` is for what is no input of a convolution, and for slabs that are faster activated before.
 
 Layout: x, y [T, H, W, C] channels last and dense; statistics float32 and merged in float64.
 
 Why by hand: the plain graph reads a map three times and writes it twice for norm and SiLU;
-here it is read once for statistics, and the rest is part of the convolution.
+here it is read once for statistics, and the rest is part of the convolution, or one pass more.
 """
 
 from __future__ import annotations

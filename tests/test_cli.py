@@ -259,3 +259,28 @@ def test_a_closed_pipe_is_no_traceback():
     found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert found.stdout.startswith("tiny: ")
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("precision", ["", " , "])
+def test_engines_in_no_precision_are_not_built(fvae, precision):
+    pytest.importorskip("onnx", reason="needs the tensorrt extra")
+    code, _, err = fvae("build", "tiny", "-t", "sm_89", "-p", precision)
+    assert code == 2
+    assert re.fullmatch(r"fvae: expected --precision as fp16,bf16, found .*: name one\n", err)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["check", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+        (["check", "-t", "sm_11"], "chips among sm_80, .*, found 'sm_11'"),
+        (["check", "-t", ""], "chips among sm_80, .*, found none: name one"),
+        (["test", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+        (["bench", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+    ],
+)
+def test_kernels_and_chips_that_are_not_known_are_refused(fvae, options, said):
+    pytest.importorskip("triton", reason="needs the kernels extra")
+    code, _, err = fvae("kernels", *options)
+    assert code == 2
+    assert re.fullmatch(f"fvae: expected {said}\n", err)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parents[1] / "docker").glob("*.Dockerfile"))
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -26,3 +29,56 @@ def test_containers_pass_the_linter() -> None:
     assert len(FILES) == 2
     run = subprocess.run([hadolint, *map(str, FILES)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_composed_server_finds_its_verb_its_packages_and_its_folder(path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="needs the export extra")
+    service = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["fvae"]
+    image = path.read_text(encoding="utf-8")
+    assert 'ENTRYPOINT ["fvae"]' in image
+    verb, *options = service["command"].split()
+    help_of = [sys.executable, "-m", "fvae_deploy.cli", verb, "--help"]
+    known = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+    assert verb == "serve"
+    assert [option for option in options if option.startswith("-") and option not in known] == []
+    assert re.search(r"pip install .*'\.\[\w+,serve\]'", image)
+    # A new volume takes its owner from the image.
+    volume = service["volumes"][0].partition(":")[2]
+    assert options[options.index("--folder") + 1] == volume
+    assert service["user"] == "10001:10001"
+    assert "useradd --uid 10001" in image
+    assert f"-o fvae -g fvae {volume}" in image
+
+
+def needed(*extras: str) -> set[str]:
+    """Packages that extras bring, those of the extras that they name included."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    of = content["project"]["optional-dependencies"]
+    found: set[str] = set()
+    for line in (line for extra in extras for line in of[extra]):
+        name, *more = re.findall(r"[\w-]+", line.partition(">")[0].partition(";")[0])
+        found |= needed(*more) if name == "fvae-deploy" else {name}
+    return found
+
+
+INSTALLS = [
+    *FILES,
+    ROOT / "Makefile",
+    ROOT / "docs" / "gpu.md",
+    ROOT / ".github" / "ISSUE_TEMPLATE" / "gpu.yml",
+]
+
+
+@pytest.mark.parametrize("path", INSTALLS, ids=lambda path: path.name)
+def test_one_onnx_runtime_is_installed_and_never_both(path: Path) -> None:
+    # onnxruntime and onnxruntime-gpu are one module: together they break each other.
+    lines = re.findall(r"'\.\[([\w,]+)\]'", path.read_text(encoding="utf-8"))
+    assert lines
+    for extras in lines:
+        found = needed(*extras.split(",")) & {"onnxruntime", "onnxruntime-gpu"}
+        assert len(found) == 1, extras
+
+
+def test_what_the_torch_engine_imports_comes_with_the_kernels() -> None:
+    assert {"torch", "safetensors"} <= needed("kernels") <= needed("gpu")

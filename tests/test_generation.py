@@ -26,7 +26,7 @@ from fvae_deploy.errors import (  # noqa: E402
     VolumeError,
 )
 from fvae_deploy.export.generator import GeneratorManifest  # noqa: E402
-from fvae_deploy.jobs import read_jobs  # noqa: E402
+from fvae_deploy.jobs import read_jobs, run_jobs  # noqa: E402
 
 TILTED = np.array([[-3, 0, 0.2, 5], [0, -2.5, 0, 7], [0.1, 0, 4, -9], [0, 0, 0, 1.0]])
 SHAPE = (20, 26, 27)
@@ -242,6 +242,15 @@ def test_a_list_of_jobs_is_worked_through_and_taken_up_again(
         False,
         True,
     ]
+
+
+def test_a_job_whose_disk_fails_does_not_end_the_list(tmp_path):
+    (tmp_path / "jobs.csv").write_text("mask,output\na.nii,taken/a.nii\nb.nii,b.nii\n")
+    (tmp_path / "taken").write_text("no folder")
+    jobs = read_jobs(tmp_path / "jobs.csv", tmp_path)
+    first, second = run_jobs(jobs, {}, lambda line: None, lambda stage, length: lambda done: None)
+    assert "taken" in first["error"]
+    assert "found nothing" in second["error"]
 
 
 def test_line_breaks_within_a_cell_stay(tmp_path):

@@ -8,6 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from fvae_deploy.bench_worker import in_process
+from fvae_deploy.codec import bundle_path
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.make_bundle import memory_lines
 from fvae_deploy.plan import parse_bytes
 from fvae_deploy.volume import Geometry, create_volume
 
@@ -66,6 +70,17 @@ def test_a_small_budget_is_met_by_tiles(tmp_path):
     done, report = reconstruct(scan(tmp_path / "ct.nii", (512, 512, 6)), "--memory", "450MiB")
     assert done.returncode == 0, done.stderr
     assert max(report["plan"]["tiles"].values()) > 1
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_what_small_planes_tell_of_a_stage_holds_on_large_ones(direction):
+    # On the small ones compiling takes more than the steps: it must not hide how those grow.
+    bundle = bundle_path("tiny")
+    manifest = Manifest.load(bundle)
+    (line,) = memory_lines(bundle, manifest, "openvino", "fp32", direction, (8, 16))
+    job = {"task": "stages", "bundle": str(bundle), "engine": "openvino", "precision": "fp32"}
+    found = in_process(**job, direction=direction, side=64)[direction]["most"]
+    assert found / 1.1 < line.bytes(64 * 64) < 1.3 * found
 
 
 @pytest.mark.parametrize("verb", ["encode", "decode"])

@@ -1,6 +1,7 @@
 """A plan fits its budget, or says the least budget that would do; and that one does."""
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -144,6 +145,18 @@ def test_what_a_container_holds_of_files_gives_way(monkeypatch, tmp_path):
 
 
 def test_the_free_memory_is_known():
+    assert 2**20 < available_bytes() < 2**50
+
+
+def test_where_the_system_does_not_tell_what_is_free_all_memory_is_taken(monkeypatch):
+    real = os.sysconf
+
+    def as_on_macos(name):
+        if name == "SC_AVPHYS_PAGES":
+            raise ValueError("unrecognized configuration name")
+        return real(name)
+
+    monkeypatch.setattr("os.sysconf", as_on_macos)
     assert 2**20 < available_bytes() < 2**50
 
 

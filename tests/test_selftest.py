@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from fvae_deploy import selftest
+from fvae_deploy.engines import devices
 from fvae_deploy.engines.devices import target
 from fvae_deploy.errors import EngineError
 
@@ -77,7 +79,54 @@ def test_what_is_not_installed_is_left_out_with_the_reason_and_fails_nothing(
     assert found["gpu"]["target"] == "sm_90"
 
 
+def test_a_wheel_has_no_suites_and_nothing_fails_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "ROOT", tmp_path)
+    monkeypatch.setattr(selftest, "cases", lambda device: [])
+    found = selftest.selftest(gpu=False)
+    assert found["passed"]
+    assert "in a checkout" in found["checks"][-1]["left_out"]
+
+
+def test_without_what_runs_the_suites_they_are_left_out_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selftest, "RUNNERS", ("pytest", "no_such_runner"))
+    found = selftest.tests()
+    assert found["passed"] is None
+    assert found["left_out"] == "need no_such_runner: pip install 'fvae-deploy[dev]'"
+
+
+def test_what_the_suites_say_on_stderr_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "ROOT", tmp_path)
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    broken = "raise RuntimeError('a library is missing')"
+    (tmp_path / "tests" / "kernels" / "conftest.py").write_text(broken, encoding="utf-8")
+    found = selftest.tests()
+    assert found["passed"] is False
+    assert "a library is missing" in found["output"]
+
+
+def test_torch_without_triton_runs_on_a_gpu_and_its_kernels_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "triton" else real(name)
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "target", lambda: "sm_89")
+    assert devices.unfit("torch") is None
+    (remark,) = devices.remarks("torch")
+    assert selftest.kernels("test", tmp_path) == {"passed": None, "left_out": remark}
+
+
 def test_a_report_of_a_kernel_that_fails_has_the_rows_of_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs the kernels extra")
     if target() is not None:
         pytest.skip("this machine has a GPU")
     found = selftest.kernels("test", tmp_path)

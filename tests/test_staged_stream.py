@@ -353,8 +353,8 @@ def test_the_benchmark_compares_with_diffusers_on_the_same_weights(
     command += ["--size", "40", "--slices", "5", "--rounds", "1", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = {row["engine"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
-    assert list(rows) == ["openvino", "openvino tiled", "diffusers", "diffusers tiling"]
-    for name in ("openvino", "openvino tiled"):
+    assert list(rows) == ["openvino", "openvino whole", "diffusers", "diffusers tiling"]
+    for name in ("openvino", "openvino whole"):
         assert rows[name]["encode_error_max"] < 1e-5
         assert rows[name]["decode_error_max"] < 3e-5
         assert rows[name]["times_reference"] > 0

@@ -2,8 +2,9 @@
 
 Replacements take and give [1, C, T, H, W] and the cache as diffusers' layers do, so that its
 blocks around them stay as they are; in memory, channels come last throughout. A residual block
-is four launches: 1 / RMS of its input, convolution, 1 / RMS, convolution with the residual; norms
-and SiLU are applied as the convolutions read, and states are written by them.
+is four launches: 1 / RMS of its input, convolution, 1 / RMS, convolution with the residual. Norms
+and SiLU are applied as a convolution reads, or by a launch before it where that is faster, and
+states are written with it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -73,6 +76,38 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
     absent(package)
     with pytest.raises(EngineError, match=rf"engine {engine} .* package {package}: {remedy}$"):
         open_engine(tmp_path, manifest, engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "content", "reason"),
+    [
+        ("openvino", "raise ImportError('libtbb.so.12: cannot open')", "libtbb.so.12: cannot open"),
+        ("torch", "raise OSError('libc10.so: wrong ELF class')", "libc10.so: wrong ELF class"),
+        ("onnxruntime", "", "module 'onnxruntime' has no attribute"),  # two packages, one removed
+    ],
+)
+def test_a_runtime_that_does_not_import_is_told_with_its_remedy_and_passed_over(
+    tmp_path: Path, engine: str, content: str, reason: str
+) -> None:
+    (tmp_path / engine).mkdir()
+    (tmp_path / engine / "__init__.py").write_text(content, encoding="utf-8")
+    code = (
+        "from fvae_deploy.engines.base import load, obstacle\n"
+        "from fvae_deploy.engines.devices import problems\n"
+        f"assert obstacle({engine!r}) in problems({engine!r})\n"
+        f"try:\n    load({engine!r})\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(f"EngineError engine {engine} cannot run here: it needs {engine} ")
+    assert f"found {reason}" in run.stdout
+    assert f": pip uninstall -y {engine} && pip install 'fvae-deploy[" in run.stdout
 
 
 @pytest.mark.usefixtures("present")
