@@ -155,6 +155,23 @@ def test_engines_that_are_named_may_be_on_any_device_and_peers_are_not_quantised
     assert seen[-1] == Case("openvino", device="gpu")
 
 
+def test_torch_in_half_precision_on_a_cpu_must_be_asked_for(
+    fvae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="needs the export extra")
+    seen: list[Case] = []
+
+    def measure(path: Path, manifest: Manifest, cases: list[Case], *more: Any, **said: Any) -> Any:
+        seen.extend(cases)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(bench, "bench", measure)
+    assert fvae()[0] == 5
+    assert [case.precision for case in seen if case.engine == "torch"] == ["fp32"]
+    assert fvae("--engines", "torch:bf16")[0] == 5
+    assert seen[-1] == Case("torch", "bf16")
+
+
 def least(manifest: Manifest) -> int:
     """Bytes of the least budget that encodes and decodes."""
 
