@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy import schedule
-from fvae_deploy.engines.base import choose, open_engine
+from fvae_deploy.engines.base import choose, obstacle, open_engine
 from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
@@ -66,13 +66,13 @@ class Opened(Generic[Kind]):
 
 
 def _choose(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
-    """Choose for a device; on a GPU TensorRT is taken where engines are built for it."""
-    if device == "cpu":
-        return choose()
+    """Choose for a device and precision; TensorRT is taken where engines are built for the GPU."""
     from fvae_deploy.engines.devices import unfit
 
     def problem(name: str) -> str | None:
-        lacks = unfit(name)
+        lacks = obstacle(name) if device == "cpu" else unfit(name)
+        if lacks is None and name == "onnxruntime" and (precision != "fp32" or ":" in device):
+            return "runs in fp32 alone, and on no GPU but the first"
         if lacks is not None or name != "tensorrt":
             return lacks
         try:

@@ -250,6 +250,18 @@ def test_auto_says_which_engine_it_took_and_why():
         assert codec.engine.name in codec.why
 
 
+def test_auto_passes_over_onnx_runtime_in_half_precision(monkeypatch):
+    pytest.importorskip("torch", reason="needs the export extra")
+    pytest.importorskip("onnxruntime", reason="needs the cpu extra")
+    absent = {"openvino": "is left out here"}.get
+    monkeypatch.setattr("fvae_deploy.codec.obstacle", absent)
+    with open_codec("tiny") as codec:
+        assert codec.engine.name == "onnxruntime"
+    with open_codec("tiny", precision="bf16") as codec:
+        assert codec.engine.name == "torch"
+        assert "openvino is left out here; onnxruntime runs in fp32 alone" in codec.why
+
+
 def test_an_unknown_model_is_refused_with_those_there_are():
     with pytest.raises(BundleError, match=r"built-in model \(.*tiny.*\).*found nosuch"):
         bundle_path("nosuch")
