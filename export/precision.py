@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_model
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Part
+from fvae_deploy.export.graphs import read_graph
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "ReduceL1"}
@@ -46,13 +46,12 @@ def halve(path: Path, part: Part, precision: str) -> onnx.ModelProto:
 
     Raises BundleError for a graph with subgraphs, whose types are not followed.
     """
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     if any(a.type == onnx.AttributeProto.GRAPH for n in model.graph.node for a in n.attribute):
         raise BundleError(
             f"expected {part.name} without branches or loops to build it in {precision}, found "
             "some: build it with --precision fp32"
         )
-    load_external_data_for_model(model, str(path.parent))
     states = (*part.state_inputs, *part.state_outputs) if part.state_outputs else ()
     _Rewriter(model, HALF[precision], {spec.name for spec in states}).rewrite()
     return model

@@ -25,6 +25,7 @@ from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Bundle
+from fvae_deploy.export.graphs import read_graph
 
 Inputs = Mapping[str, NDArray[Any]]
 LARGEST = 448.0  # of E4M3
@@ -63,7 +64,7 @@ def quantize(
                 f"expected {part.name} to run on the CTs given, found that it never did: give "
                 "CTs of more slices"
             )
-        model = onnx.load(bundle / part.file)
+        model = read_graph(bundle / part.file)
         for number, node in enumerate(model.graph.node):  # the quantiser goes by names
             node.name = node.name or f"{node.op_type}_{number}"
         found[part.name] = folder / part.file
@@ -95,7 +96,7 @@ def quantize(
 def _to_float8(path: Path, plain: Path) -> None:
     """Rewrite an int8 graph to E4M3; `plain` has the weights before they were quantised."""
     model = onnx.load(path)
-    whole = {tensor.name: tensor for tensor in onnx.load(plain).graph.initializer}
+    whole = {tensor.name: tensor for tensor in read_graph(plain).graph.initializer}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     changed: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:

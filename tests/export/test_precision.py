@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx.reference import ReferenceEvaluator
 
 from fvae_deploy.codec import bundle_path
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.precision import halve
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard links", "symbolic links"])
+def test_bundles_of_links_are_halved_as_others_are(tmp_path: Path, link: Any) -> None:
+    original = Path(shutil.copytree(bundle_path("tiny"), tmp_path / "original"))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in original.iterdir():  # as some installers lay packages out
+        link(file, linked / file.name)
+    part = Manifest.load(original).part("encode_first")
+    expected = halve(original / part.file, part, "fp16")
+    assert halve(linked / part.file, part, "fp16") == expected
+    assert len(expected.graph.initializer) > 10
 
 
 def test_statistics_inside_an_operator_are_taken_in_float32(tmp_path: Path) -> None:
