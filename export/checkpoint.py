@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     except (SafetensorError, OSError) as error:
         raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
     return state, {name: _json(text) for name, text in said.items() if name != "format"}
+
+
+def misfits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
+    """Name tensors that do not fit, both given as shapes by key; "" where all do."""
+    other = [key for key in wanted.keys() & found.keys() if tuple(found[key]) != tuple(wanted[key])]
+    return "; ".join(
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("keys missing", wanted.keys() - found.keys()),
+            ("keys of another network", found.keys() - wanted.keys()),
+            ("keys of other shapes", other),
+        )
+        if keys
+    )
+
+
+def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors by key."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def _json(text: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export.checkpoint import misfits, shapes
 from fvae_deploy.export.models.family import Model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -93,8 +94,11 @@ def _load_weights(model: Any, path: Path, kind: str) -> None:
         with safe_open(path, "pt") as file:
             names = {_today(name): name for name in file.keys()}  # noqa: SIM118
             found = {name: file.get_slice(old).get_shape() for name, old in names.items()}
-            wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
-            _compare(found, wanted, path, kind)
+            if reason := misfits(found, shapes(model.state_dict())):
+                raise BundleError(
+                    f"expected the weights of this {kind}, found {reason} in {path}: take "
+                    "config.json and weights from the same place"
+                )
             model.load_state_dict({n: file.get_tensor(o) for n, o in names.items()}, assign=True)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
@@ -106,25 +110,3 @@ def _today(name: str) -> str:
     if "attentions" in place[-4:-3]:
         place[-2] = OLD.get(place[-2], place[-2])
     return ".".join(place)
-
-
-def _compare(
-    found: dict[str, list[int]], wanted: dict[str, list[int]], path: Path, kind: str
-) -> None:
-    """Raise BundleError that names the keys which do not fit."""
-    absent, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    other = sorted(n for n in wanted.keys() & found.keys() if list(found[n]) != wanted[n])
-    reasons = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (
-            ("keys missing", absent),
-            ("keys of another network", foreign),
-            ("keys of other shapes", other),
-        )
-        if names
-    ]
-    if reasons:
-        raise BundleError(
-            f"expected the weights of this {kind}, found {'; '.join(reasons)} in {path}: take "
-            "config.json and weights from the same place"
-        )

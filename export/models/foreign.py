@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.checkpoint import load_checkpoint
+from fvae_deploy.export.checkpoint import load_checkpoint, misfits, shapes
 
 DIRECTIONS = ("encode", "decode")
 
@@ -74,20 +74,10 @@ def load_weights(network: nn.Module, path: Path, factory: str) -> None:
     wanted = network.state_dict()
     tops = {name.partition(".")[0] for name in wanted}
     found = {k: v for k, v in _tensors(path).items() if k.partition(".")[0] in tops}
-    other = [k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape]
-    reasons = [
-        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (
-            ("keys missing", wanted.keys() - found.keys()),
-            ("keys of another network", found.keys() - wanted.keys()),
-            ("keys of other shapes", other),
-        )
-        if names
-    ]
-    if reasons:
+    if reason := misfits(shapes(found), shapes(wanted)):
         raise BundleError(
-            f"expected the weights of {factory}, found {'; '.join(reasons)} in {path}: check the "
-            "factory's configuration"
+            f"expected the weights of {factory}, found {reason} in {path}: check the factory's "
+            "configuration"
         )
     network.load_state_dict(found)
 

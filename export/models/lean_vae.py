@@ -17,7 +17,6 @@ Parameter names are those of the published checkpoints (`{"args", "state_dict"}`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export.checkpoint import misfits, shapes
 
 PATCH = 8  # pixels along H and W per token
 STRIDE = 4  # frames per token frame, after the first
@@ -373,8 +373,9 @@ class LeanVAE(nn.Module):
         Raises BundleError when names or shapes do not fit this configuration.
         """
         wanted = {k: v for k, v in state_dict.items() if not k.startswith("std_layer.")}
-        try:
-            self.load_state_dict(wanted)
-        except RuntimeError as error:
-            first = next(itertools.islice(str(error).splitlines(), 1, None), str(error)).strip()
-            raise BundleError(f"weights do not fit this LeanVAE: {first}") from error
+        if reason := misfits(shapes(wanted), shapes(self.state_dict())):
+            raise BundleError(
+                f"expected the weights of this LeanVAE, found {reason}: take the args and weights "
+                "of one checkpoint"
+            )
+        self.load_state_dict(wanted)
