@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fvae_deploy.bench import ceiling
-from fvae_deploy.denoiser import open_denoiser
+from fvae_deploy.bench.run import ceiling
 from fvae_deploy.engines.base import missing, precisions
 from fvae_deploy.export.generator import waves
 from fvae_deploy.export.generators import load_generator
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 from fvae_deploy.export.models.denoiser_layers import AlongFrames, Attention, FrameNorm, InFrame
 from fvae_deploy.export.to_onnx import write_bundle
-from fvae_deploy.report import machine
+from fvae_deploy.generation.denoiser import open_denoiser
+from fvae_deploy.stream.report import machine
 
 FRAMES, TOKENS = 17, 512
 

@@ -14,8 +14,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from fvae_deploy.make_engines import make_engines, row_facts
-from fvae_deploy.report import machine
+from fvae_deploy.make.engines import make_engines, row_facts
+from fvae_deploy.stream.report import machine
 
 
 def together(hashes: list[str]) -> str:

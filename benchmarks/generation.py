@@ -34,9 +34,9 @@ from scipy.ndimage import binary_fill_holes, binary_opening
 
 import fvae_deploy as fvae
 from fvae_deploy.organs import organ_name
-from fvae_deploy.patient import varied
-from fvae_deploy.phantom import write_phantom
-from fvae_deploy.report import machine
+from fvae_deploy.phantom.patient import varied
+from fvae_deploy.phantom.torso import write_phantom
+from fvae_deploy.stream.report import machine
 
 WINDOW = 65  # slices
 FRAME = 4  # slices of a latent frame

@@ -43,7 +43,7 @@ class LiveServer:
 
     def start(self) -> None:
         """Start it, and wait until its engine is open."""
-        command = [sys.executable, "-m", "fvae_deploy.cli", "serve", "--port", str(self.port)]
+        command = [sys.executable, "-m", "fvae_deploy", "serve", "--port", str(self.port)]
         place = ["--folder", str(self.folder), "--log", str(self.folder / "audit.log")]
         with (self.folder / "stderr.log").open("ab") as errors:
             whole = [*self._within, *command, *place, *self._options]

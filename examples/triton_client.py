@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.codec import bundle_path, pad_frames
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.intensity import Tally, to_model
-from fvae_deploy.volume import open_volume
+from fvae_deploy.stream.codec import bundle_path, pad_frames
+from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.volume.open import open_volume
 
 
 def slabs(manifest: Manifest, ct: Path) -> Iterator[tuple[NDArray[np.float32], bool]]:

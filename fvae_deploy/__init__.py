@@ -16,21 +16,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fvae_deploy.version import __version__
 
 _HOMES = {
-    "Codec": "codec",
-    "open_codec": "codec",
+    "Codec": "stream.codec",
+    "open_codec": "stream.codec",
     "encode": "api",
     "decode": "api",
     "reconstruct": "api",
-    "compare": "fidelity",
-    "generate": "generation",
-    "Denoiser": "denoiser",
-    "open_denoiser": "denoiser",
-    "open_volume": "volume",
-    "create_volume": "volume",
-    "write_phantom": "phantom",
+    "compare": "quality.fidelity",
+    "generate": "generation.pipeline",
+    "Denoiser": "generation.denoiser",
+    "open_denoiser": "generation.denoiser",
+    "open_volume": "volume.open",
+    "create_volume": "volume.open",
+    "write_phantom": "phantom.torso",
     "FvaeError": "errors",
 }
 __all__ = ["__version__", *_HOMES]
@@ -39,16 +39,16 @@ if TYPE_CHECKING:
     from fvae_deploy.api import decode as decode
     from fvae_deploy.api import encode as encode
     from fvae_deploy.api import reconstruct as reconstruct
-    from fvae_deploy.codec import Codec as Codec
-    from fvae_deploy.codec import open_codec as open_codec
-    from fvae_deploy.denoiser import Denoiser as Denoiser
-    from fvae_deploy.denoiser import open_denoiser as open_denoiser
     from fvae_deploy.errors import FvaeError as FvaeError
-    from fvae_deploy.fidelity import compare as compare
-    from fvae_deploy.generation import generate as generate
-    from fvae_deploy.phantom import write_phantom as write_phantom
-    from fvae_deploy.volume import create_volume as create_volume
-    from fvae_deploy.volume import open_volume as open_volume
+    from fvae_deploy.generation.denoiser import Denoiser as Denoiser
+    from fvae_deploy.generation.denoiser import open_denoiser as open_denoiser
+    from fvae_deploy.generation.pipeline import generate as generate
+    from fvae_deploy.phantom.torso import write_phantom as write_phantom
+    from fvae_deploy.quality.fidelity import compare as compare
+    from fvae_deploy.stream.codec import Codec as Codec
+    from fvae_deploy.stream.codec import open_codec as open_codec
+    from fvae_deploy.volume.open import create_volume as create_volume
+    from fvae_deploy.volume.open import open_volume as open_volume
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """`python -m fvae_deploy`: the command line."""
 
-from fvae_deploy.cli import main
+from fvae_deploy.cli.main import main
 
 main()

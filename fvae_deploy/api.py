@@ -9,14 +9,15 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy import stream
-from fvae_deploy.codec import Codec, open_codec
-from fvae_deploy.latents import LatentReader
-from fvae_deploy.plan import parse_bytes
-from fvae_deploy.report import run_report
-from fvae_deploy.rss import current_rss
-from fvae_deploy.stream import Progress
-from fvae_deploy.volume import Reader, keep_input, open_volume
+from fvae_deploy.parse import parse_bytes
+from fvae_deploy.storage.latents import LatentReader
+from fvae_deploy.stream import pipeline as stream
+from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.pipeline import Progress
+from fvae_deploy.stream.report import run_report
+from fvae_deploy.stream.rss import current_rss
+from fvae_deploy.volume.base import Reader
+from fvae_deploy.volume.open import open_volume, protect_input
 
 
 def _nothing(slices: int) -> None:
@@ -48,7 +49,7 @@ def encode(
         contextlib.closing(_opened(ct, series)) as reader,
         _codec(model, engine, precision, device) as codec,
     ):
-        keep_input(output, reader.path, reader.geometry.dicom_files)
+        protect_input(output, reader.path, reader.geometry.dicom_files)
         baseline = current_rss()
         outcome = stream.encode(
             codec,
@@ -83,7 +84,7 @@ def decode(
     `model` defaults to the built-in of the name that the store gives. With `resume` slices are
     kept in `output.partial` as they come, and those of a stopped run taken up. Raises FvaeError.
     """
-    keep_input(output, latents)
+    protect_input(output, latents)
     store = LatentReader(Path(latents))
     with _codec(model or store.info.model, engine, precision, device) as codec:
         baseline = current_rss()
@@ -125,7 +126,7 @@ def reconstruct(
         contextlib.closing(_opened(ct, series)) as reader,
         _codec(model, engine, precision, device) as codec,
     ):
-        keep_input(output, reader.path, reader.geometry.dicom_files)
+        protect_input(output, reader.path, reader.geometry.dicom_files)
         baseline = current_rss()
         outcome = stream.reconstruct(
             codec,

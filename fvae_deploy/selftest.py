@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from fvae_deploy import __version__
-from fvae_deploy.codec import BUILT_IN, Codec, open_codec
 from fvae_deploy.engines.base import AUTO, PRECISIONS, obstacle, open_engine, precisions
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.check import clip, parity
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.kernels.chips import CHIPS
-from fvae_deploy.report import machine
-from fvae_deploy.tiles import Grid
+from fvae_deploy.stream.codec import BUILT_IN, Codec, open_codec
+from fvae_deploy.stream.report import machine
+from fvae_deploy.stream.tiles import Grid
+from fvae_deploy.version import __version__
 
 ROOT = Path(__file__).parents[1]
 HU = {"fp32": 1.0, "fp16": 40.0, "bf16": 250.0}  # largest error of tiny that passes
@@ -112,7 +112,7 @@ def lacking(name: str, device: str) -> str | None:
 def built(bundle: Path, target: str) -> dict[str, Any]:
     """Build tiny's engines for the GPU that is here."""
     from fvae_deploy.export.to_tensorrt import TARGETS
-    from fvae_deploy.make_engines import make_engines, row_facts
+    from fvae_deploy.make.engines import make_engines, row_facts
 
     package = "tensorrt_rtx" if target in TARGETS else "tensorrt"
     options: dict[str, Any] = {"planes": [(SIDE, SIDE)], "any_size": True, "package": package}
@@ -177,7 +177,7 @@ def kernels(verb: str, folder: Path) -> dict[str, Any]:
     if lacks := remarks("torch"):
         return {"passed": None, "left_out": lacks[0]}
     file = folder / f"{verb}.json"
-    run = _run("-m", "fvae_deploy.cli", "kernels", verb, "--json", str(file))
+    run = _run("-m", "fvae_deploy", "kernels", verb, "--json", str(file))
     rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     output = (run.stdout + run.stderr).strip()[-2000:]
     return {"passed": run.returncode == 0, "rows": rows, "output": output}

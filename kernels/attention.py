@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, Needs, first, fitting, magnitude
 from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
+from fvae_deploy.kernels.record import Spec, traffic
 
 LOG2E = math.log2(math.e)
 

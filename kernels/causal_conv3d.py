@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels import norm_silu
-from fvae_deploy.kernels.aot import Spec, as_torch_reads, beside, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
 from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.norm_silu import AFFINE, NONE, RMS, Activation, check_layout
 from fvae_deploy.kernels.optional import INTERPRETED, jit, tl, triton, upcast
+from fvae_deploy.kernels.record import Spec, as_torch_reads, beside, traffic
 
 Box = tuple[int, int, int, int]  # rows and columns of the output: top, bottom, left, right
 

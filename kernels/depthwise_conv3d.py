@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.causal_conv3d import Box
 from fvae_deploy.kernels.norm_silu import check_layout
 from fvae_deploy.kernels.optional import jit, tl, triton
+from fvae_deploy.kernels.record import Spec, traffic
 
 KEPT = 2  # frames of the state
 

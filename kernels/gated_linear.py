@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
 from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
+from fvae_deploy.kernels.record import Spec, traffic
 
 
 def reference(

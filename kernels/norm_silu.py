@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvae_deploy.kernels.aot import Spec, traffic
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.optional import jit, tl, triton
+from fvae_deploy.kernels.record import Spec, traffic
 
 TINY = 1e-12
 # Kinds of activation in kernels.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.kernels.aot import Spec, choices, nth, record
 from fvae_deploy.kernels.blocks import Blocks
 from fvae_deploy.kernels.chips import CHIPS
 from fvae_deploy.kernels.dispatch import Kernels, named
+from fvae_deploy.kernels.record import Spec, choices, nth, record
 
 
 @dataclass(frozen=True)

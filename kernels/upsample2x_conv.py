@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fvae_deploy.kernels import causal_conv3d
-from fvae_deploy.kernels.aot import Spec, as_torch_reads, traffic
 from fvae_deploy.kernels.blocks import Choose, first
 from fvae_deploy.kernels.causal_conv3d import Box, Window
+from fvae_deploy.kernels.record import Spec, as_torch_reads, traffic
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.engines.fake import write_fake_bundle
-from fvae_deploy.volume import Geometry, create_volume
+from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume
 
 # Tests that import OpenVINO by themselves must not report to its maker either.
 sys.modules.setdefault("openvino_telemetry", None)
@@ -91,7 +92,7 @@ def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package, reason="needs the export and generate extras")
     from small_generator import write_weights
 
-    from fvae_deploy.make_bundle import make_generator_bundle
+    from fvae_deploy.make.bundle import make_generator_bundle
 
     weights = tmp_path_factory.mktemp("weights") / "small.safetensors"
     return _built_once(

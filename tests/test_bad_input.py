@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from fvae_deploy import cli
+from fvae_deploy.cli import main as cli
 
 SHAPE = (20, 12, 11)
 

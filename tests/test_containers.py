@@ -38,7 +38,7 @@ def test_the_composed_server_finds_its_verb_its_packages_and_its_folder(path: Pa
     image = path.read_text(encoding="utf-8")
     assert 'ENTRYPOINT ["fvae"]' in image
     verb, *options = service["command"].split()
-    help_of = [sys.executable, "-m", "fvae_deploy.cli", verb, "--help"]
+    help_of = [sys.executable, "-m", "fvae_deploy", verb, "--help"]
     known = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
     assert verb == "serve"
     assert [option for option in options if option.startswith("-") and option not in known] == []

@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from fvae_deploy.bench_worker import in_process
-from fvae_deploy.codec import bundle_path
+from fvae_deploy.bench.worker import in_process
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.make_bundle import memory_lines
-from fvae_deploy.plan import parse_bytes
-from fvae_deploy.volume import Geometry, create_volume
+from fvae_deploy.make.bundle import memory_lines
+from fvae_deploy.parse import parse_bytes
+from fvae_deploy.stream.codec import bundle_path
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume
 
 MIB = 1 << 20
 
@@ -31,7 +32,7 @@ def scan(path, shape):
 def fvae(verb, source, *options):
     """The run report of one verb in a process of its own, and what it said."""
     report = source.parent / "report.json"
-    command = [sys.executable, "-m", "fvae_deploy.cli", verb, source, "-q"]
+    command = [sys.executable, "-m", "fvae_deploy", verb, source, "-q"]
     command += ["--run-report", report, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(report.read_text()) if done.returncode == 0 else None

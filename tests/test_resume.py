@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 
 from fvae_deploy import api
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
-from fvae_deploy.latents import partial_path
-from fvae_deploy.volume import state_of
+from fvae_deploy.storage.fingerprint import fingerprint_of
+from fvae_deploy.storage.latents import partial_path
 
 SHAPE = (96, 96, 330)
 FRAMES = 1 + -(-(SHAPE[2] - 1) // 4)
 # Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 LISTEN += "; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # so does nohup with this one
-MAIN = f"{LISTEN}; from fvae_deploy.cli import main; main()"
+MAIN = f"{LISTEN}; from fvae_deploy.cli.main import main; main()"
 
 
 def files(folder):
@@ -42,7 +42,7 @@ def stopped(whole, store, ct):
     """Leave at a store's place what a run on this CT leaves that was killed at its end."""
     left = shutil.copytree(whole, partial_path(store))
     content = json.loads((left / "zarr.json").read_text())
-    content["attributes"] |= {"complete": False, "input": state_of(ct)}
+    content["attributes"] |= {"complete": False, "input": fingerprint_of(ct)}
     (left / "zarr.json").write_text(json.dumps(content))
     return left
 

@@ -20,7 +20,7 @@ class InFrame(nn.Conv2d):
     """A 2-D convolution of every frame."""
 
     def fold(self) -> None:
-        """Hold the weights in the shape in which `forward` takes them."""
+        """Lock the weights in the shape in which `forward` takes them."""
         self.weight = nn.Parameter(self.weight[:, :, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class AlongFrames(nn.Module):
         self.temporal_conv = nn.Conv1d(width, width, 3)
 
     def fold(self) -> None:
-        """Hold the weights in the shape in which `forward` takes them."""
+        """Lock the weights in the shape in which `forward` takes them."""
         self.temporal_conv.weight = nn.Parameter(self.temporal_conv.weight[..., None, None])
 
     def forward(self, x: Tensor) -> Tensor:

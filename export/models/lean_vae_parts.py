@@ -31,13 +31,7 @@ from torch import Tensor, nn
 from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.models.lean_vae import (
-    PATCH,
-    STRIDE,
-    Layers,
-    LeanVAE,
-    LeanVAEConfig,
-)
+from fvae_deploy.export.models.lean_vae import PATCH, STRIDE, Layers, LeanVAE, LeanVAEConfig
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-0.5, model_max=0.5)
 VECTOR = 16  # floats in the widest CPU vector register

@@ -13,7 +13,6 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from fvae_deploy import __version__
 from fvae_deploy.server import pages
 from fvae_deploy.server import requests as asked
 from fvae_deploy.server.audit import Audit
@@ -27,6 +26,7 @@ from fvae_deploy.server.settings import Settings
 from fvae_deploy.server.store import ENDED, Job, Store
 from fvae_deploy.server.supervisor import Supervisor
 from fvae_deploy.server.worker import clear
+from fvae_deploy.version import __version__
 
 BODY = {  # the same for every verb; FastAPI itself would read it into memory
     "requestBody": {

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fvae_deploy.errors import UsageError
-from fvae_deploy.options import slice_range
-from fvae_deploy.plan import parse_bytes
+from fvae_deploy.parse import parse_bytes, slice_range
 from fvae_deploy.server.store import Job
 
 

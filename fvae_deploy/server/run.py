@@ -7,13 +7,13 @@ from pathlib import Path
 
 import uvicorn
 
-from fvae_deploy.codec import bundle_path
 from fvae_deploy.engines.base import ENGINES, missing
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.server.app import create_app
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.settings import Settings
+from fvae_deploy.stream.codec import bundle_path
 
 
 def run(

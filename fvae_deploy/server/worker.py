@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy import api
-from fvae_deploy.codec import Codec, open_codec
 from fvae_deploy.errors import FvaeError, LatentError, UsageError, VolumeError
-from fvae_deploy.options import slice_range
-from fvae_deploy.plan import parse_bytes
-from fvae_deploy.rss import current_rss, reset_peak
+from fvae_deploy.parse import parse_bytes, slice_range
 from fvae_deploy.server.store import Job, Store
-from fvae_deploy.volume import open_volume
+from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.rss import current_rss, reset_peak
+from fvae_deploy.volume.open import open_volume
 
 TICK = 0.2  # seconds between notes of how far a job is, at least
 IDLE = 0.05  # seconds between looks for a job
@@ -176,7 +175,7 @@ def _generate(
     asked: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    from fvae_deploy.generation import generate
+    from fvae_deploy.generation.pipeline import generate
 
     disease = next((folder / "input").glob("disease.nii*"), None)
     words = folder / "input" / "findings.txt"

@@ -19,8 +19,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
-from fvae_deploy import __version__
 from fvae_deploy.errors import VolumeError
+from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, publish_folder
 
 _PATIENT = "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge"

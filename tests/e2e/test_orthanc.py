@@ -17,7 +17,7 @@ import requests
 from dicom_series import write_series
 
 import fvae_deploy as fvae
-from fvae_deploy.volume import open_volume
+from fvae_deploy.volume.open import open_volume
 
 pytestmark = pytest.mark.e2e
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -78,7 +78,7 @@ def send(url, folder):
 
 
 def fvae_run(*arguments, secret="Basic ZnZhZTpzZWNyZXQ="):
-    line = [sys.executable, "-m", "fvae_deploy.cli", *map(str, arguments)]
+    line = [sys.executable, "-m", "fvae_deploy", *map(str, arguments)]
     import os
 
     environment = {**os.environ, "FVAE_DICOMWEB_AUTHORIZATION": secret}

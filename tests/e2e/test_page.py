@@ -10,7 +10,7 @@ import pytest
 from live_server import LiveServer
 
 import fvae_deploy as fvae
-from fvae_deploy.phantom import write_phantom
+from fvae_deploy.phantom.torso import write_phantom
 
 pytestmark = pytest.mark.e2e
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the dev extra")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fvae_deploy.engines.pages import unmap
-from fvae_deploy.rss import current_rss
+from fvae_deploy.stream.rss import current_rss
 
 SIZE = 32 << 20
 

@@ -41,7 +41,7 @@ class TestTensorRT(EngineContract):
     @classmethod
     def bundle(cls, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         from fvae_deploy.engines.cuda import Gpu
-        from fvae_deploy.make_engines import make_engines
+        from fvae_deploy.make.engines import make_engines
 
         bundle = copied(small_bundle, tmp_path_factory.mktemp("tensorrt"))
         options: dict[str, Any] = {"planes": [(64, 64)], "any_size": True, "step": 3}
@@ -150,7 +150,7 @@ class TestStreams:
 
         from fvae_deploy.api import encode
         from fvae_deploy.engines import devices
-        from fvae_deploy.latents import LatentReader
+        from fvae_deploy.storage.latents import LatentReader
 
         install(monkeypatch)
         monkeypatch.setattr(devices, "target", lambda: "sm_89")

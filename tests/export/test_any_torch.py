@@ -19,21 +19,15 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 from safetensors.torch import save_file  # noqa: E402
 
 import fvae_deploy as fvae  # noqa: E402
-from fvae_deploy.codec import open_codec  # noqa: E402
-from fvae_deploy.errors import (  # noqa: E402
-    BundleError,
-    EngineError,
-    LatentError,
-    PlanError,
-    UsageError,
-)
+from fvae_deploy.errors import BundleError, EngineError, LatentError, PlanError, UsageError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.any_torch import load  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
-from fvae_deploy.plan import plan  # noqa: E402
-from fvae_deploy.tiles import Grid  # noqa: E402
+from fvae_deploy.stream.codec import open_codec  # noqa: E402
+from fvae_deploy.stream.plan import plan  # noqa: E402
+from fvae_deploy.stream.tiles import Grid  # noqa: E402
 
 ENGINES = ("torch", "onnxruntime", "openvino")
 

@@ -15,7 +15,6 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import SMALL_SCALE  # noqa: E402
 
-from fvae_deploy import make_bundle  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
@@ -24,6 +23,7 @@ from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
+from fvae_deploy.make import bundle as make_bundle  # noqa: E402
 
 PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
 TEXTS = {"name": "n", "description": "d", "licence": "l", "version": "0"}

@@ -19,14 +19,14 @@ from small_generator import TEXT_CONFIG, UNET_CONFIG, facts, state, tokenizer, w
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from fvae_deploy.cli import app  # noqa: E402
-from fvae_deploy.denoiser import open_denoiser  # noqa: E402
+from fvae_deploy.cli.main import app  # noqa: E402
 from fvae_deploy.errors import BundleError, ConditionError, UsageError  # noqa: E402
 from fvae_deploy.export.generator import GeneratorManifest, waves  # noqa: E402
 from fvae_deploy.export.generators import is_generator, load_generator  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
 from fvae_deploy.export.to_onnx import write_bundle  # noqa: E402
+from fvae_deploy.generation.denoiser import open_denoiser  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 ENGINES = ["openvino", "onnxruntime", "torch"]

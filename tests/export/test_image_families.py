@@ -29,9 +29,9 @@ from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.sources import load  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
-from fvae_deploy.plan import plan  # noqa: E402
-from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
-from fvae_deploy.tiles import Grid, smallest  # noqa: E402
+from fvae_deploy.stream.plan import plan  # noqa: E402
+from fvae_deploy.stream.stages import CausalStream, whole_grids  # noqa: E402
+from fvae_deploy.stream.tiles import Grid, smallest  # noqa: E402
 
 
 def encoded(network: Any, x: Any) -> Any:

@@ -13,10 +13,10 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from fvae_deploy.codec import bundle_path
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.precision import halve
+from fvae_deploy.stream.codec import bundle_path
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard links", "symbolic links"])

@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 import pytest
 
-from fvae_deploy.calibration import record
-from fvae_deploy.codec import bundle_path
 from fvae_deploy.engines import devices
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.export import tensorrt_worker
@@ -22,7 +20,9 @@ from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.precision import halve
 from fvae_deploy.export.quantize import quantize
 from fvae_deploy.export.to_tensorrt import _in_worker, check_request
-from fvae_deploy.make_engines import make_engines
+from fvae_deploy.make.calibration import record
+from fvae_deploy.make.engines import make_engines
+from fvae_deploy.stream.codec import bundle_path
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 ARRAYS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
@@ -211,7 +211,7 @@ class TestBuilt:
 
     def test_a_build_that_stops_leaves_what_was_there(self, bundle: Path) -> None:
         from fvae_deploy.export.to_tensorrt import build
-        from fvae_deploy.make_engines import variants
+        from fvae_deploy.make.engines import variants
 
         manifest = Manifest.load(bundle)
         make_engines(bundle, ["sm_89"], ["fp16"], planes=[(16, 16)])

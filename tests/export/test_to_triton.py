@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import pytest
 
-from fvae_deploy.codec import bundle_path, open_codec
 from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.to_triton import write_repository
-from fvae_deploy.intensity import Tally, to_model
-from fvae_deploy.volume import open_volume
+from fvae_deploy.stream.codec import bundle_path, open_codec
+from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.volume.open import open_volume
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="needs tritonclient")
@@ -120,7 +120,7 @@ def test_the_example_streams_a_ct_to_the_latents_that_fvae_makes(
 
 def test_configurations_keep_to_the_schema_and_to_the_graphs(tmp_path: Path) -> None:
     for model in ("tiny", "tiny-ldm"):
-        from fvae_deploy.make_engines import open_bundle
+        from fvae_deploy.make.engines import open_bundle
 
         path, manifest = open_bundle(model)
         for name in write_repository(path, manifest, tmp_path / model):
@@ -178,7 +178,7 @@ def test_a_plan_that_is_damaged_is_refused(small_bundle: Path, tmp_path: Path) -
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    from fvae_deploy.make_engines import open_bundle
+    from fvae_deploy.make.engines import open_bundle
 
     with pytest.raises(BundleError, match="expected a new folder"):
         write_repository(*open_bundle("tiny"), tmp_path)

@@ -17,14 +17,14 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from random_wan import CONFIGS, WAN21, random_wan  # noqa: E402
 
-from fvae_deploy import schedule  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.family import fill, rebuild  # noqa: E402
 from fvae_deploy.export.models.wan import wan_model  # noqa: E402
 from fvae_deploy.export.sources import load  # noqa: E402
-from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
-from fvae_deploy.tiles import Grid, smallest  # noqa: E402
+from fvae_deploy.stream import schedule  # noqa: E402
+from fvae_deploy.stream.stages import CausalStream, whole_grids  # noqa: E402
+from fvae_deploy.stream.tiles import Grid, smallest  # noqa: E402
 
 NAMES = list(CONFIGS)
 

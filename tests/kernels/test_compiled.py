@@ -13,13 +13,14 @@ torch = pytest.importorskip("torch", reason="specifications are tensors of torch
 pytest.importorskip("triton", reason="kernels need triton: pip install 'fvae-deploy[kernels]'")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-from fvae_deploy.cli import app  # noqa: E402
+from fvae_deploy.cli.main import app  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.kernels import attention, causal_conv3d, timing  # noqa: E402
-from fvae_deploy.kernels.aot import Recorder, Spec, compile_for, planned, record  # noqa: E402
+from fvae_deploy.kernels.aot import compile_for, planned  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS  # noqa: E402
 from fvae_deploy.kernels.dispatch import KERNELS  # noqa: E402
+from fvae_deploy.kernels.record import Recorder, Spec, record  # noqa: E402
 
 
 @pytest.mark.parametrize("target", CHIPS)

@@ -22,8 +22,8 @@ from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.wan import wan_model  # noqa: E402
 from fvae_deploy.export.models.wan_kernels import on_kernels  # noqa: E402
 from fvae_deploy.kernels.dispatch import Kernels  # noqa: E402
-from fvae_deploy.stages import CausalStream, whole_grids  # noqa: E402
-from fvae_deploy.tiles import Grid  # noqa: E402
+from fvae_deploy.stream.stages import CausalStream, whole_grids  # noqa: E402
+from fvae_deploy.stream.tiles import Grid  # noqa: E402
 
 # Heads of 16 channels at least.
 CONFIGS = {

@@ -15,10 +15,11 @@ from hypothesis import strategies as st  # noqa: E402
 
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.kernels import attention, causal_conv3d, gated_linear  # noqa: E402
-from fvae_deploy.kernels.aot import choices, compile_for, record  # noqa: E402
+from fvae_deploy.kernels.aot import compile_for  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks, Needs, fitting, product  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS, known, like  # noqa: E402
 from fvae_deploy.kernels.norm_silu import NONE  # noqa: E402
+from fvae_deploy.kernels.record import choices, record  # noqa: E402
 from fvae_deploy.kernels.tuning import Tuner  # noqa: E402
 
 OFFERED = [Blocks(128, 64, 64, 8, 2), Blocks(64, 64, 64, 4, 3), Blocks(256, 64, 32, 8, 2)]

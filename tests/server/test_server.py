@@ -20,9 +20,9 @@ from dicom_series import write_series
 from live_server import LiveServer
 
 import fvae_deploy as fvae
-from fvae_deploy import cli
+from fvae_deploy.cli import main as cli
 from fvae_deploy.server.auth import make_token
-from fvae_deploy.volume import open_volume
+from fvae_deploy.volume.open import open_volume
 
 LONG = 3000  # slices that take the fake engine seconds on fast processors, too
 
@@ -265,7 +265,7 @@ def test_a_network_without_tls_or_tokens_is_refused(capsys, monkeypatch):
 
 @pytest.mark.e2e  # exports a generator first
 def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_generator):
-    from fvae_deploy.phantom import write_phantom
+    from fvae_deploy.phantom.torso import write_phantom
 
     options = ["--generator", str(small_generator), "-e", "openvino", "--memory", "1GiB"]
     server = LiveServer(tmp_path / "server", *options)

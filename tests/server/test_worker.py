@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 import fvae_deploy as fvae
-from fvae_deploy.codec import open_codec
 from fvae_deploy.server.store import Job, Store
 from fvae_deploy.server.worker import work
+from fvae_deploy.stream.codec import open_codec
 
 OPTIONS = {"memory": 300 << 20}
 

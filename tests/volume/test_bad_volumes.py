@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Geometry, create_volume, open_volume
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume, open_volume
 
 
 def header(kind=nibabel.Nifti1Header, **fields):

@@ -8,7 +8,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import open_volume
+from fvae_deploy.volume.open import open_volume
 
 ROWS, COLUMNS = 4, 6
 ABSENT = object()

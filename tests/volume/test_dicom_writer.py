@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import fvae_deploy as fvae
 from fvae_deploy.errors import UsageError, VolumeError
-from fvae_deploy.volume import Geometry, create_volume, open_volume
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume, open_volume
 
 AFFINE = np.diag([-0.7, -0.8, 2.5, 1.0])
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Geometry, create_volume, open_volume
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume, open_volume
 
 REAL = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
 HEADERS = [nibabel.Nifti1Header, nibabel.Nifti2Header]

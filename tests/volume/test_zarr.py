@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Geometry, create_volume, open_volume
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume, open_volume
 
 VOLUME = np.random.default_rng(0).integers(-1024, 3000, (7, 6, 10), np.int16)
 AFFINE = np.array([[-0.7, 0.1, 0, 5], [0, 0.8, 0, -6], [0, 0, 2.5, 7], [0, 0, 0, 1]])

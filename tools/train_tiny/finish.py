@@ -27,7 +27,7 @@ from photographs import load
 from train import CONFIG, psnr_and_mae, start_from_principal_components
 
 from fvae_deploy.export.models.lean_vae import LeanVAE
-from fvae_deploy.volume import open_volume
+from fvae_deploy.volume.open import open_volume
 
 DESCRIPTION = "small LeanVAE trained on natural photographs alone, 4x8x8, 16 latent channels"
 

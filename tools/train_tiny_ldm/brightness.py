@@ -17,7 +17,7 @@ from torch import Tensor
 from fvae_deploy.export.models.lean_vae import STRIDE, CausalState
 from fvae_deploy.export.sources import load_lean_vae
 from fvae_deploy.organs import ORGANS
-from fvae_deploy.patient import ARTERIES
+from fvae_deploy.phantom.patient import ARTERIES
 
 VAE = Path(__file__).parents[1] / "train_tiny" / "tiny.safetensors"
 OUTSIDE = 255  # label of what is not the body

@@ -28,9 +28,9 @@ from brightness import OUTSIDE
 from generation import body_of
 from palette import BACKGROUND, OFFSET, palette
 
-from fvae_deploy.codec import Codec, open_codec
-from fvae_deploy.patient import Patient, varied
-from fvae_deploy.phantom import FIELD_OF_VIEW, Torso
+from fvae_deploy.phantom.patient import Patient, varied
+from fvae_deploy.phantom.torso import FIELD_OF_VIEW, Torso
+from fvae_deploy.stream.codec import Codec, open_codec
 
 HELD_OUT = 10_000
 SIDE = 128

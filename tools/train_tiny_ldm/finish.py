@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fvae_deploy.codec import BUILT_IN
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream.codec import BUILT_IN
 
 FACTS = {
     "description": "working miniature of a CT generator, trained on phantoms; no medical model",

@@ -57,11 +57,11 @@ from brightness import OUTSIDE, Brightness, Voxels
 from palette import OFFSET, palette
 from words import TOKENS, tokenizer
 
-from fvae_deploy.codec import open_codec
 from fvae_deploy.export.generator import waves
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 from fvae_deploy.export.models.lean_vae import STRIDE
-from fvae_deploy.patient import PHASES
+from fvae_deploy.phantom.patient import PHASES
+from fvae_deploy.stream.codec import open_codec
 
 WINDOW = 17  # latent frames: 65 slices
 UNET = {

@@ -1,0 +1,1 @@
+"""Many scans or generations, through one engine or on Ray."""

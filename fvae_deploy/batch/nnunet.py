@@ -1,0 +1,248 @@
+"""`fvae augment`: an nnU-Net dataset with reconstructions as a further training view.
+
+    Dataset001_Liver/                      Dataset101_LiverFvae/
+      dataset.json                           dataset.json        numTraining, name
+      imagesTr/case_0000.nii.gz     -->      imagesTr/case_0000.nii.gz          linked
+      labelsTr/case.nii.gz                   imagesTr/case_fvae_0000.nii.gz     D(E(x))
+                                             labelsTr/case.nii.gz, case_fvae.nii.gz   linked
+
+With `instead` the reconstructions alone are there, under the cases' own names. What is linked
+is a hard link where the file system allows it, else a copy. What is there already is kept unless
+its source is newer, so a stopped run goes on; `dataset.json` comes last: without it nnU-Net takes
+no dataset for whole. `splits_final.json` keeps a scan and its reconstruction in one fold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fvae_deploy.api import reconstruct
+from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.stream.report import write_json
+
+FOLDS = 5  # of nnU-Net's cross-validation
+SUFFIX = "_fvae"  # of a reconstructed case's name
+ENDINGS = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training case: its images by channel, and its label."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in nnU-Net's format, version 2."""
+
+    folder: Path
+    content: dict[str, Any]  # of dataset.json
+    cases: tuple[Case, ...]
+
+    @property
+    def ending(self) -> str:
+        """Ending of its files' names."""
+        return str(self.content["file_ending"])
+
+    @classmethod
+    def read(cls, folder: Path) -> Dataset:
+        """Read a dataset; raises VolumeError for a folder that is none, or lacks files."""
+        path = folder / "dataset.json"
+        try:
+            content = json.loads(path.read_bytes())
+            channels, ending = content["channel_names"], content["file_ending"]
+            count = len(channels)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VolumeError(
+                f"expected nnU-Net's dataset.json, version 2, in {folder}, found "
+                f"{type(error).__name__} {error}: give a folder DatasetXXX_NAME"
+            ) from None
+        if ending not in ENDINGS:
+            raise VolumeError(f"expected files {' or '.join(ENDINGS)} in {path}, found {ending!r}")
+        others = [str(name) for name in channels.values() if str(name).upper() != "CT"]
+        if others:
+            raise VolumeError(
+                f"expected CT as every channel in {path}, found {others[0]}: augment CT alone"
+            )
+        cases = tuple(_listed(folder, content) or _found(folder, str(ending), count))
+        if not cases:
+            raise VolumeError(f"expected training cases in {folder}/imagesTr, found none")
+        for case in cases:
+            for file in (*case.images, case.label):
+                if not file.is_file():
+                    raise VolumeError(f"expected {file} of case {case.name}, found none: add it")
+        if len(cases) != content.get("numTraining"):
+            raise VolumeError(
+                f"expected {content.get('numTraining')} cases as numTraining in {path} says, found "
+                f"{len(cases)}: correct it"
+            )
+        return cls(folder, content, cases)
+
+
+def augment(
+    source: Path,
+    target: Path,
+    *,
+    instead: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str, int], Callable[[int], None]] = lambda stage, length: lambda n: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a dataset with reconstructions beside the originals, or `instead` of them.
+
+    `options` go to `reconstruct`. Returns counts and seconds. Raises UsageError for names that
+    are none of nnU-Net's, VolumeError for datasets and files that do not fit.
+    """
+    if not re.fullmatch(r"Dataset\d{3}_\S+", target.name):
+        raise UsageError(f"expected an output named DatasetXXX_NAME, found {target.name}")
+    if source.resolve() == target.resolve():
+        raise UsageError(f"expected an output apart from the dataset, found {target}: rename it")
+    dataset = Dataset.read(source)
+    taken = {case.name for case in dataset.cases}
+    twice = sorted(name for name in taken if not instead and name + SUFFIX in taken)
+    if twice:
+        raise UsageError(
+            f"expected no case named {twice[0]}{SUFFIX}, as the reconstruction of {twice[0]} is, "
+            f"found one in {source}: augment the dataset that it was made of"
+        )
+    kept = {
+        "dataset": str(source.resolve()),
+        "instead": instead,
+        "options": {k: str(v) for k, v in sorted(options.items())},
+    }
+    _check_same_request(target, kept)
+    for name in ("imagesTr", "labelsTr"):
+        (target / name).mkdir(parents=True, exist_ok=True)
+    write_json(kept, target / "fvae.json")
+    tick = progress("augment", sum(len(case.images) for case in dataset.cases))
+    made, seconds = 0, 0.0
+    for case in dataset.cases:
+        name = case.name if instead else case.name + SUFFIX
+        _link(case.label, target / "labelsTr" / (name + dataset.ending))
+        if not instead:
+            _link(case.label, target / "labelsTr" / (case.name + dataset.ending))
+        for channel, image in enumerate(case.images):
+            if not instead:
+                _link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
+            output = target / "imagesTr" / f"{name}_{channel:04}{dataset.ending}"
+            if _is_older(output, image):
+                say(f"{output.name}")
+                seconds += reconstruct(image, output, **options)["seconds"]["total"]
+                made += 1
+            tick(1)
+    for folder in ("imagesTs", "labelsTs"):
+        if (source / folder).is_dir():
+            (target / folder).mkdir(exist_ok=True)
+            for file in sorted((source / folder).iterdir()):
+                _link(file, target / folder / file.name)
+    content = _content(dataset, target.name, instead)
+    if not instead and len(dataset.cases) >= FOLDS:
+        write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
+    write_json(content, target / "dataset.json")
+    return {"cases": content["numTraining"], "reconstructed": made, "seconds": round(seconds, 2)}
+
+
+def splits(names: list[str]) -> list[dict[str, list[str]]]:
+    """Divide cases into nnU-Net's own folds, each reconstruction trained on with its original.
+
+    Fold for fold the validation cases are those of the dataset without reconstructions, so results
+    compare; none is reconstructed. nnU-Net by itself would validate on views of what it trained on.
+    """
+    names = sorted(names)
+    order = np.arange(len(names))
+    np.random.RandomState(12345).shuffle(order)  # nnU-Net's seed and generator
+    folds = []
+    for held in np.array_split(order, FOLDS):
+        train = [name for n, name in enumerate(names) if n not in held]
+        validated = [name for n, name in enumerate(names) if n in held]
+        folds.append({"train": train + [name + SUFFIX for name in train], "val": validated})
+    return folds
+
+
+def _is_older(made: Path, source: Path) -> bool:
+    """Whether something is to be made (again): it is not there, or its source changed since."""
+    return not made.exists() or made.stat().st_mtime_ns < source.stat().st_mtime_ns
+
+
+def _content(dataset: Dataset, name: str, instead: bool) -> dict[str, Any]:
+    """Write up the new dataset.json; cases are found by their names, never listed."""
+    factor = 1 if instead else 2
+    content = {key: value for key, value in dataset.content.items() if key != "dataset"}
+    note = "reconstructions of fvae " + ("alone" if instead else "beside the originals")
+    description = "; ".join(filter(None, [str(content.get("description", "")), note]))
+    return content | {
+        "name": name.partition("_")[2],
+        "numTraining": factor * len(dataset.cases),
+        "description": description,
+    }
+
+
+def _listed(folder: Path, content: dict[str, Any]) -> list[Case]:
+    """Cases that dataset.json lists by itself, with paths relative to it."""
+    listed = content.get("dataset") or {}
+    return [
+        Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
+        for name, entry in listed.items()
+    ]
+
+
+def _found(folder: Path, ending: str, channels: int) -> list[Case]:
+    """Cases by the names of their labels."""
+    names = sorted(
+        path.name.removesuffix(ending)
+        for path in (folder / "labelsTr").glob(f"*{ending}")
+        if not path.name.startswith(".")
+    )
+    return [
+        Case(
+            name,
+            tuple(folder / "imagesTr" / f"{name}_{n:04}{ending}" for n in range(channels)),
+            folder / "labelsTr" / (name + ending),
+        )
+        for name in names
+    ]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file under another name, or copy it where links do not reach."""
+    if not _is_older(target, source):
+        return
+    temporary = target.with_name(f".{target.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+    with contextlib.suppress(FileNotFoundError):  # a link to the same file is left by replace
+        temporary.unlink()
+
+
+def _check_same_request(target: Path, wanted: dict[str, Any]) -> None:
+    """Raise UsageError where the folder holds something else, or another request's work."""
+    if not target.exists() or not any(target.iterdir()):
+        return
+    try:
+        found = json.loads((target / "fvae.json").read_bytes())
+    except (OSError, ValueError):
+        raise UsageError(
+            f"expected a new folder or what fvae augment left, found {target}: choose another"
+        ) from None
+    if found != wanted:
+        raise UsageError(
+            f"expected {target} to be of the same dataset and options, found {found}: choose "
+            "another folder"
+        )

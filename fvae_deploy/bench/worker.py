@@ -1,0 +1,237 @@
+"""Measurements in a process of their own: its peak memory is theirs alone.
+
+`python -m fvae_deploy.bench.worker JOB`, with a JSON object as JOB; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.engines.base import load, open_engine
+from fvae_deploy.engines.pages import trim
+from fvae_deploy.errors import EngineError, FvaeError
+from fvae_deploy.export.check import clip
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream import schedule
+from fvae_deploy.stream.codec import pad_frames
+from fvae_deploy.stream.rss import current_rss, peak_rss, reset_peak
+from fvae_deploy.stream.stages import CausalStream, StageStream, whole_grids
+from fvae_deploy.stream.tiles import Grid
+
+
+def in_process(**job: Any) -> dict[str, Any]:
+    """Run a job in a fresh process; raises EngineError with its last line when it fails.
+
+    The task `window` passes one clip through one direction and returns `seconds` (of the
+    median pass), `spread` (max / min), `first_seconds` (compiling included), `peak_bytes`
+    beyond the libraries, `peak_gpu_bytes` that torch took of a GPU, and `frames`, the latent
+    frames of first and of later steps. The task `ceiling` returns `flops` a second. The task
+    `stages` returns the bytes that each stage adds at its peak on a plane of side x side latent
+    cells, and keeps without states.
+    """
+    command = [sys.executable, "-m", "fvae_deploy.bench.worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]
+        name = f"{job['engine']} {job['precision']}"
+        raise EngineError(f"engine {name} failed in its own process: {lines[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def window(job: dict[str, Any]) -> dict[str, Any]:
+    """Pass one clip, or its latents, through one direction; the result goes to a file."""
+    manifest = Manifest.load(Path(job["bundle"]), verify=False)
+    planned = schedule.steps(
+        job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
+    )
+    x = _data(manifest, job["direction"], job["side"], planned)
+    reset_peak()  # of making the clip
+    run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
+    first, result = _timed(run)
+    if job["repeats"]:
+        _forget_peak()  # of what chose among kernels
+    seconds = [_timed(run)[0] for _ in range(job["repeats"])] or [first]
+    if job["direction"] == "decode":
+        result = result.clip(manifest.intensity.model_min, manifest.intensity.model_max)
+    np.save(job["result"], result)
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": max(seconds) / min(seconds),
+        "first_seconds": first,
+        "frames": [sum(s.frames for s in planned if s.first == first) for first in (True, False)],
+        "peak_bytes": peak_rss() - baseline,
+        "peak_gpu_bytes": _peak_gpu(),
+    }
+
+
+def ceiling(job: dict[str, Any]) -> dict[str, Any]:
+    """Multiply large matrices, several times; the best counts."""
+    n, run = (_openvino_product if job["device"] == "cpu" else _torch_product)(job)
+    run()
+    return {"flops": 2 * n**3 / min(_timed(run)[0] for _ in range(10))}
+
+
+def _openvino_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
+    """Multiply by a constant, as networks do, which may be laid out as it likes."""
+    engine, n = load("openvino"), 2048
+    if job["precision"] not in engine.precisions():
+        raise EngineError(f"expected {job['precision']} on this CPU, found none")
+    from openvino import opset13
+
+    a = np.random.default_rng(0).random((n, n), dtype=np.float32)
+    given = opset13.parameter([n, n], np.float32)
+    product = opset13.matmul(given, opset13.constant(a), False, False)
+    compiled = engine.ov.Core().compile_model(
+        engine.ov.Model([product], [given]),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": engine.TYPES[job["precision"]], "NUM_STREAMS": 1},
+    )
+    request = compiled.create_infer_request()
+    return n, lambda: request.infer([a], share_inputs=True, share_outputs=True)
+
+
+def _torch_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
+    """Multiply on a GPU."""
+    import torch
+
+    from fvae_deploy.engines.eager import DTYPES
+    from fvae_deploy.kernels.dispatch import compute_in_float32
+
+    compute_in_float32()
+    n = 8192
+    a = torch.randn(n, n, dtype=DTYPES[job["precision"]], device=job["device"])
+
+    def run() -> Any:
+        a @ a
+        torch.cuda.synchronize()
+
+    return n, run
+
+
+def _forget_peak() -> None:
+    """Let the peak of torch's memory on a GPU begin anew."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gpu() -> int:
+    """Most bytes of a GPU that torch's tensors took; 0 where it took none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.max_memory_allocated())
+
+
+Run = Callable[[], NDArray[np.float32]]
+
+
+def _engine(
+    job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
+) -> tuple[Run, int]:
+    """Return a pass through an engine, and the memory before it was opened."""
+    direction = job["direction"]
+    load(job["engine"])
+    baseline = current_rss()
+    opened = open_engine(
+        Path(job["bundle"]), manifest, job["engine"], job["device"], job["precision"]
+    )
+    grids = whole_grids(manifest, (direction,), (job["side"], job["side"]))
+    grids |= {name: Grid(h, w, tuple(e), halo) for name, (h, w, e, halo) in job["grids"].items()}
+
+    def run() -> NDArray[np.float32]:
+        spill = Path(tempfile.gettempdir())
+        stream = CausalStream(
+            opened, manifest, direction, grids, job["spilled"], spill, lean=job["lean"]
+        )
+        results = []
+        for step in planned:
+            taken, size = (
+                (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
+            )
+            results.append(stream.run(pad_frames(x[:, slice(*taken)], size), step.first))
+        stream.close()
+        return np.concatenate(results, axis=1)
+
+    return run, baseline
+
+
+def _peer(
+    job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
+) -> tuple[Run, int]:
+    """Return a pass through a peer, and the memory before it was loaded."""
+    from fvae_deploy.export.peer import peer_window
+
+    baseline = current_rss()
+    how = (job["direction"], x, job["precision"], job["device"])
+    gray = manifest.geometry.channels == 1
+    return peer_window(Path(job["weights"]), job["engine"], *how, gray=gray), baseline
+
+
+def _data(
+    manifest: Manifest, direction: str, side: int, planned: list[schedule.Step]
+) -> NDArray[np.float32]:
+    """Make a clip like CT, or unit noise as latents, with whole steps: [C, T, H, W]."""
+    g = manifest.geometry
+    if direction == "encode":
+        slices = sum(step.depth for step in planned)
+        shape = (slices, side * g.spatial, side * g.spatial)
+        return clip(shape, manifest.intensity, 0)[None].repeat(g.channels, axis=0)
+    frames = sum(step.frames for step in planned)
+    shape4 = (g.latent_channels, frames, side, side)
+    return np.random.default_rng(0).standard_normal(shape4, dtype=np.float32)
+
+
+def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Bytes that each stage of a direction adds and keeps, one after the other, some steps each.
+
+    `most` is the peak, compiling included, `last` that of the last step, compiled before.
+    """
+    bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
+    manifest = Manifest.load(bundle, verify=False)
+    opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
+    causal = manifest.geometry.first_slices == 1
+    random, found = np.random.default_rng(0), {}
+    for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
+        trim()
+        before = current_rss()
+        stream = StageStream(opened, manifest, name, grid, lean=True)
+        peaks = []
+        for first in (True, False, False) if causal else (True, True):
+            reset_peak()
+            shape = manifest.stage_part(name, first).inputs[0].sized(1, grid.height, grid.width)
+            stream.run(random.standard_normal(shape[1:], dtype=np.float32), first)
+            peaks.append(max(0, peak_rss() - before))
+        stream.close()
+        del stream
+        reset_peak()
+        kept = max(0, current_rss() - before)
+        found[name] = {"most": max(peaks), "last": peaks[-1], "kept": kept}
+    return found
+
+
+def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    tasks = {"window": window, "stages": stages, "ceiling": ceiling}
+    try:
+        print(json.dumps(tasks[job["task"]](job)))
+    except FvaeError as error:
+        sys.exit(str(error))

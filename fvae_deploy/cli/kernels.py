@@ -1,0 +1,277 @@
+"""The verbs about Triton kernels: check, test, bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from fvae_deploy.cli.options import Debug, NumbersFile, Verbs
+from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy.kernels.chips import CHIPS
+from fvae_deploy.optional import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fvae_deploy.kernels.aot import Compiled
+    from fvae_deploy.kernels.timing import Timed
+    from fvae_deploy.kernels.trials import Found
+
+Row = TypeVar("Row")
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    help="Check, test or time the Triton kernels.\n\nExample: fvae kernels check",
+)
+
+Chosen = Annotated[
+    str | None, typer.Option("--kernel", "-k", help="Only these kernels, with commas between.")
+]
+Every = Annotated[
+    bool, typer.Option("--all", help="All blocks that a launch may take, not the default alone.")
+]
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Chips, with commas between.")
+    ] = ",".join(CHIPS),
+    kernel: Chosen = None,
+    every: Every = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="[default: one for every core]")
+    ] = None,
+    json_file: NumbersFile = None,
+    debug: Debug = False,
+) -> None:
+    """Compile all kernels ahead of time, and read registers and instructions. Needs no GPU.
+
+    Exit code 5 where a kernel spills, takes too much shared memory, or lacks the matrix
+    instructions or wide loads of a chip. Bytes, operations and rooflines are counted.
+
+    Example: fvae kernels check --target sm_89 --kernel attention --json kernels.json
+    """
+    require("torch", "triton", extra="kernels")
+    from rich.console import Console
+    from rich.progress import track
+
+    from fvae_deploy.kernels.aot import check, planned
+    from fvae_deploy.kernels.dispatch import KERNELS
+
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: Triton warns else
+    kernels = _known(kernel, KERNELS, "kernels") or list(KERNELS)
+    targets = _known(target, CHIPS, "chips")
+    if not targets:
+        raise UsageError(f"expected chips among {', '.join(CHIPS)}, found none: name one")
+    work = planned(kernels, targets, every)
+    compiling = check(work, jobs or os.cpu_count() or 1)
+    screen = Console(stderr=True)
+    shown = track(
+        compiling, "compile", total=len(work), console=screen, disable=not screen.is_terminal
+    )
+    found = list(shown)
+    _write(json_file, found)
+    Console().print(_compiled_table(found))
+    wrong = [c for c in found if c.wrong]
+    if wrong:
+        first = wrong[0]
+        raise EngineError(
+            f"expected {len(found)} sound kernels, found {len(wrong)} that are not: "
+            f"{first.kernel} ({first.spec}) for {first.target} {', '.join(first.wrong)}"
+        )
+
+
+@app.command("test")
+def try_all(
+    kernel: Chosen = None,
+    every: Every = False,
+    json_file: NumbersFile = None,
+    debug: Debug = False,
+) -> None:
+    """Run all kernels on the GPU that is here against their references.
+
+    Exit code 5 where one does not equal its reference, or does not run; the others are tried.
+
+    Example: fvae kernels test
+    """
+    require("torch", "triton", extra="kernels")
+    import torch
+    from rich.console import Console
+
+    from fvae_deploy.kernels.dispatch import KERNELS, Kernels
+    from fvae_deploy.kernels.optional import INTERPRETED
+    from fvae_deploy.kernels.timing import require_gpu
+    from fvae_deploy.kernels.trials import tried
+
+    kernels = _known(kernel, KERNELS, "kernels")
+    if not INTERPRETED:
+        require_gpu()
+    device = "cpu" if INTERPRETED else "cuda"
+    where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
+    target = Kernels(device, "triton").target
+    found, lost = _gathered(tried(kernels, device, target, every))
+    _write(json_file, found)
+    Console().print(_trials_table(found, where))
+    if lost:
+        raise lost
+    failed = [f for f in found if not f.passed]
+    if failed:
+        first = failed[0]
+        raise EngineError(
+            f"expected {len(found)} trials to equal their references, found {len(failed)} that do "
+            f"not: {first.trial} in {first.type}{first.failure and ', '}{first.failure}"
+        )
+
+
+@app.command()
+def bench(kernel: Chosen = None, json_file: NumbersFile = None, debug: Debug = False) -> None:
+    """Time all kernels on the GPU that is here, with all blocks, beside torch and the roofline.
+
+    Exit code 5 where one does not run; the others are timed. "x torch" is the time of the same
+    by torch's operations on the same tensors, as cuDNN, cuBLAS and scaled_dot_product_attention
+    choose, over that of the fastest blocks. The JSON has every block.
+
+    Example: fvae kernels bench --json speeds.json
+    """
+    require("torch", "triton", extra="kernels")
+    import torch
+    from rich.console import Console
+
+    from fvae_deploy.kernels.dispatch import KERNELS
+    from fvae_deploy.kernels.timing import require_gpu, timed
+
+    kernels = _known(kernel, KERNELS, "kernels")
+    require_gpu()
+    found, lost = _gathered(timed(kernels))
+    _write(json_file, found)
+    Console().print(_timed_table(found, torch.cuda.get_device_name()))
+    if lost:
+        raise lost
+    failed = [(row, row.failures[0]) for row in found if row.failures]
+    if failed:
+        row, failure = failed[0]
+        raise EngineError(
+            f"expected {len(found)} launches to run with all blocks, found {len(failed)} that do "
+            f"not: {row.kernel} ({row.spec}) with {failure}"
+        )
+
+
+def _gathered(rows: Iterator[Row]) -> tuple[list[Row], EngineError | None]:
+    """Take rows until they end, or an error ends them."""
+    found = []
+    try:
+        for row in rows:
+            found.append(row)
+    except EngineError as error:
+        return found, error
+    return found, None
+
+
+def _known(text: str | None, among: Collection[str], kind: str) -> list[str]:
+    """Read names with commas between; raises UsageError for one that is not known."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in among:
+            raise UsageError(f"expected {kind} among {', '.join(among)}, found {name!r}")
+    return names
+
+
+def _write(path: Path | None, rows: list[Any]) -> None:
+    if path is not None:
+        rows = [dataclasses.asdict(row) for row in rows]
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _compiled_table(found: list[Compiled]) -> Table:
+    """Draw what was compiled; counted columns say so."""
+    from rich.table import Table
+
+    table = Table(title="compiled ahead of time, work and bytes counted; nothing was run")
+    for column in ("kernel", "launch", "target"):
+        table.add_column(column)
+    for column in ("blocks", "registers", "spills", "shared KiB", "matrix", "128 bit"):
+        table.add_column(column, justify="right")
+    for column in ("GFLOP", "MB", "plain graph MB", "roofline ms"):
+        table.add_column(column, justify="right")
+    for c in found:
+        table.add_row(
+            c.kernel,
+            c.spec,
+            c.target,
+            str(c.choice),
+            str(c.registers),
+            str(c.spills),
+            f"{c.shared / 1024:.0f}/{c.limit >> 10}",
+            " ".join(f"{name} {n}" for name, n in c.matrix.items()) or "-",
+            str(c.vector_loads),
+            f"{c.flops / 1e9:.1f}",
+            f"{c.moved / 1e6:.1f}",
+            f"{c.plain / 1e6:.1f}",
+            f"{c.roofline * 1e3:.3f}",
+            style="red" if c.wrong else None,
+        )
+    return table
+
+
+def _trials_table(found: list[Found], where: str) -> Table:
+    """Draw the largest errors, a trial a row and a type a column."""
+    from rich.table import Table
+
+    table = Table(title=f"largest error, {where}")
+    table.add_column("")
+    rows: dict[str, dict[str, Found]] = {}
+    for f in found:
+        rows.setdefault(f.trial, {})[f.type] = f
+    types = list(dict.fromkeys(f.type for f in found))
+    for name in types:
+        table.add_column(name, overflow="fold")
+    for trial, row in rows.items():
+        cells = (row.get(name) for name in types)
+        texts = ("-" if f is None else f.failure or f"{f.error:.1e}" for f in cells)
+        style = None if all(f.passed for f in row.values()) else "red"
+        table.add_row(trial, *texts, style=style)
+    return table
+
+
+def _timed_table(found: list[Timed], card: str) -> Table:
+    """Draw the fastest blocks of every launch beside its default and torch."""
+    from rich.table import Table
+
+    table = Table(title=f"{card}: fastest of the blocks, beside the default and torch's operations")
+    for column in ("kernel", "launch"):
+        table.add_column(column)
+    for column in ("ms", "default ms", "torch ms", "x torch"):
+        table.add_column(column, justify="right")
+    for column in ("TFLOP/s", "GB/s", "of the roofline", "blocks"):
+        table.add_column(column, justify="right")
+    table.add_column("failed", overflow="fold")
+    for t in found:
+        best, default = t.best, t.tried[0].seconds
+        if best is None or best.seconds is None:
+            table.add_row(t.kernel, t.spec, *"-" * 8, "; ".join(t.failures), style="red")
+            continue
+        failed = "; ".join(
+            [*t.failures, *([f"torch: {t.torch.failure}"] if t.torch.failure else [])]
+        )
+        table.add_row(
+            t.kernel,
+            t.spec,
+            f"{best.seconds * 1e3:.3f}",
+            f"{default * 1e3:.3f}" if default else "-",
+            f"{t.torch.seconds * 1e3:.3f}" if t.torch.seconds else "-",
+            f"{t.torch.seconds / best.seconds:.2f}" if t.torch.seconds else "-",
+            f"{t.flops / best.seconds / 1e12:.1f}",
+            f"{t.moved / best.seconds / 1e9:.0f}",
+            f"{t.roofline / best.seconds:.0%}" if t.roofline else "-",
+            str(best.blocks) if best.blocks else "-",
+            failed,
+            style="red" if t.failures else None,
+        )
+    return table

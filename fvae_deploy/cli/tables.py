@@ -1,0 +1,164 @@
+"""Tables that the command line prints. rich is imported on use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from fvae_deploy.export.generator import GeneratorManifest
+    from fvae_deploy.export.known import KnownModel
+    from fvae_deploy.export.manifest import Manifest
+    from fvae_deploy.quality.fidelity import Comparison
+
+
+def parity_table(manifest: Manifest) -> Table:
+    """Lay out the parity that the export measured."""
+    from rich.table import Table
+
+    table = Table(title=f"parity of {manifest.name} with float32 torch, measured at export")
+    for column in ("engine", "precision", "latent max (deviations)", "mean HU", "max HU"):
+        table.add_column(column)
+    for row in manifest.parity:
+        numbers = (f"{row.latent_max:.1e}", f"{row.hu_mean:.2g}", f"{row.hu_max:.2g}")
+        table.add_row(row.engine, row.precision, *numbers)
+    return table
+
+
+def noise_table(manifest: GeneratorManifest) -> Table:
+    """Lay out a generator's parity that the export measured."""
+    from rich.table import Table
+
+    table = Table(title=f"one step of {manifest.name} against float32 torch, measured at export")
+    for column in ("engine", "precision", "mean error (deviations)", "max error"):
+        table.add_column(column)
+    for row in manifest.parity:
+        table.add_row(row.engine, row.precision, f"{row.mean:.1e}", f"{row.max:.1e}")
+    return table
+
+
+def models_table(known: Iterable[KnownModel]) -> Table:
+    """Lay out the published models that fvae knows."""
+    from rich.table import Table
+
+    table = Table(
+        title="published models (hub ids as their authors give them, not downloaded here)"
+    )
+    for column in ("name", "weights", "voxels a cell", "channels", "HU as", "window", "licence"):
+        table.add_column(column, overflow="fold")
+    for model in known:
+        low, high = model.model_range
+        table.add_row(
+            model.name,
+            model.hub or "their own checkout: docs/any-vae.md",
+            f"{model.temporal}x{model.spatial}x{model.spatial}",
+            str(model.latent_channels),
+            f"{low:g} to {high:g}",
+            str(model.window or "-"),
+            model.licence.partition(":")[0],
+        )
+    return table
+
+
+def bench_table(rows: list[dict[str, Any]]) -> Table:
+    """Lay out the rows of a benchmark."""
+    from rich.table import Table
+
+    table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
+    for column in ("engine", "precision", "slices/s", "GFLOP/s", "ceiling"):
+        table.add_column(column)
+    memory = ["peak MiB", "GPU MiB"] if any(row["peak_gpu_mib"] for row in rows) else ["peak MiB"]
+    for column in (*memory, "× peer", "error z mean, max", "error x mean, max"):
+        table.add_column(column)
+    for row in rows:
+        times, share = row["times_reference"], row["share_of_ceiling"]
+        errors = [
+            "-"
+            if row[f"{direction}_error_max"] is None
+            else f"{row[f'{direction}_error_mean']:.1e}, {row[f'{direction}_error_max']:.1e}"
+            for direction in ("encode", "decode")
+        ]
+        table.add_row(
+            row["engine"],
+            row["precision"],
+            f"{row['slices_per_second']:.3g}",
+            f"{row['gflop_per_second']:.0f}",
+            "-" if share is None else f"{100 * share:.0f} %",
+            *(f"{row[key]:.0f}" for key in ("peak_mib", "peak_gpu_mib")[: len(memory)]),
+            f"{times:.2f}" if times else "-",
+            *errors,
+        )
+    return table
+
+
+def scans_table(found: dict[str, Any]) -> Table:
+    """Lay out what became of many scans."""
+    from rich.table import Table
+
+    counts = f"{found['done']} done, {found['passed']} there before, {found['failed']} failed"
+    table = Table(title=f"{found['command']}: {counts} in {found['seconds']:.1f} s")
+    for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", ""):
+        table.add_column(column, overflow="fold")
+    for scan in found["scans"]:
+        name = Path(scan["ct"]).name
+        if "report" in scan:
+            of = scan["report"]
+            peak = of["memory"]["beyond_baseline_bytes"] >> 20
+            numbers = (
+                of["volume"]["slices"],
+                of["seconds"]["total"],
+                of["slices_per_second"],
+                peak,
+            )
+            table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
+        else:
+            table.add_row(name, *4 * ["-"], scan.get("error", "there before"))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """Tables for the terminal: the whole volume, then organ by organ if there are any."""
+    from rich.box import SIMPLE
+    from rich.console import Group
+    from rich.table import Table
+
+    title = "Reconstruction - original, clipped to [-1000, 1000] HU"
+    whole = Table(title=title, box=SIMPLE, show_header=False)
+    whole.add_column(style="bold")
+    whole.add_column()
+    size = " x ".join(map(str, comparison.shape))
+    spacing = " x ".join(f"{mm:.3g}" for mm in comparison.spacing)
+    similarity = "not measured" if comparison.ssim is None else f"{comparison.ssim:.5f}"
+    for name, value in (
+        ("volume", f"{size} voxels of {spacing} mm"),
+        ("PSNR", f"{comparison.psnr:.2f} dB"),
+        ("SSIM", similarity),
+        ("MAE", f"{comparison.mae:.3f} HU"),
+        ("RMSE", f"{comparison.rmse:.3f} HU"),
+        ("99 % within", f"{comparison.p99} HU"),
+        ("largest", f"{comparison.max:g} HU"),
+        ("bias", f"{comparison.bias:+.3f} HU"),
+        ("clipped", f"{comparison.clipped:.3%} of the original's voxels"),
+    ):
+        whole.add_row(name, value)
+    if not comparison.organs:
+        return Group(whole)
+    organs = Table(title="By organ, in HU; PSNR in dB", box=SIMPLE)
+    organs.add_column("organ", no_wrap=True)
+    for name in ("voxels", "PSNR", "MAE", "99 %", "max", "bias"):
+        organs.add_column(name, justify="right")
+    for organ in comparison.organs:
+        organs.add_row(
+            organ.name.replace("_", " "),
+            f"{organ.voxels:,}",
+            f"{organ.psnr:.2f}",
+            f"{organ.mae:.2f}",
+            f"{organ.p99}",
+            f"{organ.max:.0f}",
+            f"{organ.bias:+.2f}",
+        )
+    return Group(whole, organs)

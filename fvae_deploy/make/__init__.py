@@ -1,0 +1,1 @@
+"""Bundles and TensorRT engines, made from weights and measured."""

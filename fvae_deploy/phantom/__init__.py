@@ -1,0 +1,1 @@
+"""A synthetic torso, drawn slab by slab, and other patients of it."""

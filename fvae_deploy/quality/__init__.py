@@ -1,0 +1,1 @@
+"""Reconstruction errors in HU, as numbers and as a picture."""

@@ -1,0 +1,202 @@
+"""A frozen VAE opened for use: a bundle in an engine, on clips in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.engines.base import choose, obstacle, open_engine
+from fvae_deploy.errors import BundleError, EngineError, VolumeError
+from fvae_deploy.export.bundle import Bundle
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream import schedule
+from fvae_deploy.stream.stages import CausalStream, whole_grids
+from fvae_deploy.stream.tiles import Grid
+
+Kind = TypeVar("Kind", bound=Bundle)
+
+BUILT_IN = Path(__file__).parents[1] / "bundles"
+
+
+def bundle_path(model: str | Path) -> Path:
+    """Folder of a built-in model or of a bundle; raises BundleError when there is none."""
+    if isinstance(model, str) and (BUILT_IN / model / "manifest.json").is_file():
+        return BUILT_IN / model
+    path = Path(model)
+    if not path.is_dir():
+        names = ", ".join(sorted(p.parent.name for p in BUILT_IN.glob("*/manifest.json")))
+        raise BundleError(
+            f"expected a built-in model ({names}) or the folder of a bundle, found {model}: "
+            "see fvae models, or make one with fvae export"
+        )
+    return path
+
+
+class Opened(Generic[Kind]):
+    """A bundle opened in an engine. A context manager."""
+
+    def __init__(
+        self, bundle: Path, manifest: Kind, engine: str, precision: str, device: str
+    ) -> None:
+        self.bundle, self.manifest, self.device = bundle, manifest, device
+        self.why = "asked for"
+        if engine == "auto":
+            engine, self.why = _choose(bundle, manifest, precision, device)
+        self.engine = open_engine(bundle, manifest, engine, device, precision)
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _choose(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
+    """Choose for a device and precision; TensorRT is taken where engines are built for the GPU."""
+    from fvae_deploy.engines.devices import unfit
+
+    def problem(name: str) -> str | None:
+        lacks = obstacle(name) if device == "cpu" else unfit(name)
+        if lacks is None and name == "onnxruntime" and (precision != "fp32" or ":" in device):
+            return "runs in fp32 alone, and on no GPU but the first"
+        if lacks is not None or name != "tensorrt":
+            return lacks
+        try:
+            open_engine(bundle, manifest, name, device, precision).close()
+        except EngineError as error:
+            return f"cannot serve: {error}"
+        return None
+
+    return choose(device, problem)
+
+
+class Codec(Opened[Manifest]):
+    """A VAE opened in an engine; see `open_codec`."""
+
+    _settled: tuple[dict[str, Grid], int] | None = None
+
+    def settle(self, grids: Mapping[str, Grid], k: int) -> None:
+        """Prepare for a volume in these tiles: what was compiled for others is released.
+
+        So a codec that stays open takes no more memory than its last volume needs.
+        """
+        wanted = dict(grids), k
+        if self._settled not in (None, wanted):
+            for part in self.manifest.parts:
+                self.engine.release(part.name, compiled=True)
+        self._settled = wanted
+
+    def encode(
+        self,
+        frames: NDArray[np.float32],
+        *,
+        k: int | None = None,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> Any:
+        """Encode a clip [C, T, H, W] in the model's range to latents [D, t, h, w].
+
+        C is the bundle's channels, H and W multiples of its spatial factor; T may be any
+        length: the tail is padded by repeating the last frame. `k` is the number of latent
+        frames a step, `grids` cuts stages into tiles. Raises VolumeError for other shapes.
+        """
+        geometry = self.manifest.geometry
+        c, t, height, width = _four(frames, "a clip [C, T, H, W]")
+        s = geometry.spatial
+        if c != geometry.channels or t < 1 or height % s or width % s or not height or not width:
+            raise VolumeError(
+                f"expected a clip [{geometry.channels}, T, H, W] with H and W multiples of {s}, "
+                f"found {list(frames.shape)}: pad it by repeating the edge"
+            )
+        stream = self._stream("encode", (height // s, width // s), grids)
+        pieces = []
+        for step in self._steps(t, k):
+            x = pad_frames(frames[:, slice(*step.slices)], step.depth)
+            pieces.append(stream.run(x, step.first)[:, : step.latents[1] - step.latents[0]])
+        return np.concatenate(pieces, axis=1)
+
+    def decode(
+        self,
+        latents: NDArray[np.float32],
+        *,
+        k: int | None = None,
+        grids: Mapping[str, Grid] | None = None,
+    ) -> Any:
+        """Decode latents [D, t, h, w] to a clip [C, 1 + 4 (t - 1), H, W] in the model's range.
+
+        Raises VolumeError for another number of latent channels.
+        """
+        geometry = self.manifest.geometry
+        d, t, h, w = _four(latents, "latents [D, t, h, w]")
+        if d != geometry.latent_channels or not t or not h or not w:
+            raise VolumeError(
+                f"expected latents [{geometry.latent_channels}, t, h, w], found "
+                f"{list(latents.shape)}: they are of another model"
+            )
+        stream = self._stream("decode", (h, w), grids)
+        windows, rest = divmod(t, geometry.first_frames)
+        slices = windows * geometry.first_slices
+        if geometry.first_slices == 1:
+            slices, rest = 1 + geometry.temporal * (t - 1), 0
+        if rest:
+            raise VolumeError(
+                f"expected latents of whole windows of {geometry.first_frames} frames, found {t}"
+            )
+        pieces = []
+        for step in self._steps(slices, k):
+            z = pad_frames(latents[:, slice(*step.latents)], step.frames)
+            pieces.append(stream.run(z, step.first)[:, : step.slices[1] - step.slices[0]])
+        return np.concatenate(pieces, axis=1)
+
+    def _stream(
+        self, direction: str, plane: tuple[int, int], grids: Mapping[str, Grid] | None
+    ) -> CausalStream:
+        grids = whole_grids(self.manifest, (direction,), plane) | dict(grids or {})
+        return CausalStream(self.engine, self.manifest, direction, grids)
+
+    def _steps(self, slices: int, k: int | None) -> list[schedule.Step]:
+        geometry = self.manifest.geometry
+        k = self.manifest.check_step(k)
+        return schedule.steps(slices, geometry.protocols[0], k, geometry)
+
+
+def open_codec(
+    model: str | Path = "tiny",
+    *,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> Codec:
+    """Open a built-in model or a bundle folder.
+
+    Raises BundleError for a missing or damaged bundle and EngineError for an engine, device
+    or precision that cannot run here, each with the remedy.
+    """
+    path = bundle_path(model)
+    return Codec(path, Manifest.load(path), engine, precision, device)
+
+
+def pad_frames(x: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
+    """Repeat the last frame of x [C, T, H, W] until there are `frames`."""
+    missing = frames - x.shape[1]
+    return x if missing <= 0 else np.concatenate([x, x[:, -1:].repeat(missing, axis=1)], axis=1)
+
+
+def _four(array: NDArray[Any], wanted: str) -> tuple[int, int, int, int]:
+    if array.ndim != 4:
+        raise VolumeError(f"expected {wanted}, found {array.ndim} dimensions")
+    a, b, c, d = array.shape
+    return a, b, c, d

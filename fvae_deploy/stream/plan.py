@@ -1,0 +1,306 @@
+"""From a memory budget to slab and tile sizes.
+
+What a run needs beyond the libraries is the engine's working memory, stage by stage linear in
+the cells of a tile (measured at export, in the manifest), the states of all tiles, the maps
+between stages, and the slabs in flight between reader, engine and writer. None of it depends
+on the number of slices. States that do not fit wait in a file. Where the budget has room, every
+stage keeps what it compiled and its working memory; where it has not, a `lean` run gives both
+back for the next stage to use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from fvae_deploy.errors import PlanError
+from fvae_deploy.export.bundle import Part
+from fvae_deploy.export.manifest import Manifest, Memory
+from fvae_deploy.parse import show_bytes
+from fvae_deploy.stream.tiles import Grid, fit, smallest
+
+SLABS = 4  # being made, two waiting, being used
+HEADROOM = 1.1  # allocators round up and keep some of what they freed
+LEAN = 1.05  # a lean run's time: it compiles first parts anew in every window and allocates anew
+MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds and bytes, on a nominal machine
+LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
+CGROUP = Path("/sys/fs/cgroup")  # of a container, where the second version is in use
+UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one volume goes through the engine: latent frames a step, and tiles."""
+
+    k: int
+    grids: dict[str, Grid]  # by stage
+    spilled: frozenset[str]  # stages whose states wait in a file, not in memory
+    lean: bool  # heavy stages keep little between runs
+    predicted_bytes: int
+    budget_bytes: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{stage} {'whole' if grid.count == 1 else f'{grid.count} tiles'}"
+            for stage, grid in self.grids.items()
+        ]
+        spilled = ", states in a file" * bool(self.spilled)
+        frames = f"{self.k} latent frame{'s' * (self.k > 1)} a step"
+        return f"{', '.join(parts)}, {frames}{spilled}"
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: the system's, or its container's limit."""
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+    except ValueError:  # macOS tells how much there is, not how much is free
+        pages = os.sysconf("SC_PHYS_PAGES")
+    free = pages * os.sysconf("SC_PAGE_SIZE")
+    try:  # the page cache gives way too
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1)) * 1024  # type: ignore[union-attr]
+    except (OSError, AttributeError):
+        pass
+    try:
+        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        told = (CGROUP / "memory.stat").read_text(encoding="ascii")
+        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", told, re.MULTILINE)))
+        free = min(free, limit - max(used - cached, 0))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def plan(
+    manifest: Manifest,
+    directions: tuple[str, ...],
+    plane: tuple[int, int],
+    *,
+    engine: str,
+    precision: str,
+    memory: int | None = None,
+    k: int = 1,
+    extents: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({}),
+) -> Plan:
+    """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
+
+    Without `memory`, 60 % of what is available is the budget. Stages in `extents` take tiles of
+    those sizes alone. Raises PlanError with the least budget that would do, or where no tile of a
+    stage fits the plane.
+    """
+    budget = int(0.6 * available_bytes()) if memory is None else memory
+    stages = [
+        Stage.of(manifest, stage, plane, k, engine, precision, tuple(extents.get(stage, ())))
+        for direction in directions
+        for stage in manifest.stages(direction)
+    ]
+    needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
+    needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
+    lean, chosen, taken = _choose(stages, budget / HEADROOM - needed)
+    predicted = int((needed + taken) * HEADROOM)
+    if predicted <= budget:
+        grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
+        spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
+        return Plan(k, grids, frozenset(spilled), lean, predicted, budget)
+    height, width = (n * manifest.geometry.spatial for n in plane)
+    worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].kept + pair[1].working)[
+        0
+    ]
+    reason = f" ({worst.name} cannot be tiled: {worst.part.whole})" if worst.part.whole else ""
+    raise PlanError(
+        f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
+        f"{height}x{width} with {engine} {precision}{reason}, found {show_bytes(budget)}: "
+        "raise --memory"
+    )
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a stage: its tiles, where its states wait, and what that costs."""
+
+    grid: Grid
+    spill: bool
+    kept: int  # bytes between runs
+    working: int  # bytes during a run that others may use after it
+    seconds: float
+
+
+def _choose(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
+    """Pick options, lean or not: a lean run must gain more than its giving back costs."""
+    lean, ample = (_cheapest([s.options(lean) for s in stages], budget) for lean in (True, False))
+    times = [sum(option.seconds for option in chosen) for chosen, _ in (ample, lean)]
+    if ample[1] <= budget and (lean[1] > budget or times[0] <= LEAN * times[1]):
+        return False, *ample
+    return True, *lean
+
+
+def _cheapest(options: list[list[Option]], budget: float) -> tuple[list[Option], int]:
+    """Pick an option for each stage: least time within the budget, else least bytes.
+
+    Returns them and the bytes that they take together. For a limit on working memory, which
+    stages use in turn, a byte that is kept gets a price, the same for all stages, and each
+    picks the option of least time plus price; the price rises until the sum fits.
+    """
+    floor = max(min(option.working for option in those) for those in options)
+    limit = max(option.working for those in options for option in those)
+    best: tuple[float, list[Option], int] | None = None
+    least: tuple[list[Option], int] | None = None
+    while True:
+        limit = max(limit, floor)
+        allowed = [[o for o in those if o.working <= limit] for those in options]
+        price = 0.0
+        while True:
+            chosen = [min(those, key=lambda o: o.seconds + price * o.kept) for those in allowed]
+            taken = sum(o.kept for o in chosen) + max(o.working for o in chosen)
+            if taken <= budget or price > 1e9:
+                break
+            price = 1.5 * price or 1e-13
+        seconds = sum(option.seconds for option in chosen)
+        if taken <= budget and (best is None or seconds < best[0]):
+            best = seconds, chosen, taken
+        if least is None or taken < least[1]:
+            least = chosen, taken
+        if limit == floor:
+            return best[1:] if best is not None else least
+        limit = int(0.8 * limit)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What planning needs to know about one stage on one plane."""
+
+    name: str
+    part: Part
+    memory: Memory
+    plane: tuple[int, int]  # cells of the stage
+    k: int
+    state_bytes: int  # of one cell, in the precision that it is kept in
+    map_bytes: int  # of one cell, in and out
+    extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may have; none: any
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        name: str,
+        plane: tuple[int, int],
+        k: int,
+        engine: str,
+        precision: str,
+        extents: tuple[tuple[int, int], ...] = (),
+    ) -> Stage:
+        """Gather it from a manifest, for a plane of latent cells."""
+        part = manifest.stage_part(name, first=False)
+        return cls(
+            name,
+            part,
+            _measured(manifest, engine, precision, part, name),
+            (part.scale * plane[0], part.scale * plane[1]),
+            k if part.inputs[0].factor("k") or manifest.geometry.temporal == 1 else 1,
+            sum(_bytes(spec.sized(1, 1, 1)) for spec in part.state_inputs)
+            // (2 if precision in ("bf16", "fp16") else 1),
+            sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
+            extents,
+        )
+
+    @property
+    def whole(self) -> Grid:
+        """The grid of one tile."""
+        return Grid(*self.plane, self.plane, self.part.halo or 0)
+
+    @property
+    def smallest(self) -> Grid:
+        """The grid of the smallest tiles that are possible."""
+        return self.whole if self.part.halo is None else smallest(*self.plane, self.part.halo)
+
+    def fit(self, cells: int) -> Grid:
+        """Find the grid of least work whose tiles have at most `cells` cells, or the smallest."""
+        if self.part.halo is None or cells >= self.whole.cells:
+            return self.whole
+        return fit(*self.plane, self.part.halo, cells) or self.smallest
+
+    def seconds(self, grid: Grid, spill: bool) -> float:
+        """Estimate a step's time on a nominal machine: work, and states through a file."""
+        work = self.k * self.part.mac_per_cell * grid.count * grid.cells / MAC_SECOND
+        moved = 2 * self.state_bytes * grid.count * grid.cells if spill else 0
+        return work + moved / FILE_SECOND
+
+    def _grids(self) -> list[Grid]:
+        """Grids from one tile to the smallest ones, or those of the tiles that it may have."""
+        grids: dict[tuple[int, int], Grid] = {}
+        if self.extents:
+            least = 2 * (self.part.halo or 0)
+            for extent in self.extents:
+                sides = tuple(zip(extent, self.plane, strict=True))
+                tiled = self.part.halo is not None and all(least < a <= b for a, b in sides)
+                if tiled or extent == self.plane:
+                    grids[extent] = Grid(*self.plane, extent, self.part.halo or 0)
+            if not grids:
+                raise PlanError(
+                    f"expected tiles of {self.name} within {self.plane[0]}x{self.plane[1]} cells, "
+                    f"found {', '.join(f'{h}x{w}' for h, w in self.extents)}: fvae build with "
+                    "--size of these slices, or --any-size"
+                )
+            return list(grids.values())
+        cells = self.whole.cells
+        while cells:
+            grid = self.fit(cells)
+            grids[grid.extent] = grid
+            cells = int(0.85 * cells) if grid != self.smallest else 0
+        return list(grids.values())
+
+    def options(self, lean: bool) -> list[Option]:
+        """Ways to run the stage, from one tile to the smallest ones."""
+        found = []
+        for grid, spill in itertools.product(self._grids(), (False, True)):
+            if spill and not self.state_bytes:
+                continue
+            states = self.state_bytes * grid.cells
+            # One tile's states are in what was measured, going in and coming out; where they wait
+            # in a file, the next tile's are read beside them.
+            working = self.memory.bytes(self.k * grid.cells) + states * spill
+            kept = 0 if spill else states * (grid.count - 1)
+            if self.part.heavy and lean:
+                between = min(self.memory.kept or self.memory.fixed, self.memory.fixed)
+                working -= between
+                kept += between + states * (not spill)
+            else:
+                working, kept = 0, kept + working
+                if self.part.heavy:  # was measured lean, so without its first part
+                    kept += self.memory.bytes(grid.cells)
+            found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
+        return found
+
+
+def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:
+    """Bytes of the slabs in flight: float32 for the model and up to float32 in HU."""
+    geometry = manifest.geometry
+    slices = max(k * geometry.temporal, geometry.first_slices)
+    voxels = slices * plane[0] * plane[1] * geometry.spatial**2
+    return SLABS * directions * voxels * (4 * geometry.channels + 4)
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 4 * math.prod(shape)
+
+
+def _measured(manifest: Manifest, engine: str, precision: str, part: Part, stage: str) -> Memory:
+    """Find the line measured for this engine, else the most expensive of this stage."""
+    lines = [m for m in manifest.memory if m.stage == stage]
+    for wanted in ((engine, precision), (engine, "fp32")):
+        for line in lines:
+            if (line.engine, line.precision) == wanted:
+                return line
+    if lines:
+        return max(lines, key=lambda m: m.per_cell)
+    # Never measured: the widest tensor at its ends is a floor for the widths of all layers.
+    widths = [_bytes(spec.sized(1, 1, 1)) for spec in (*part.inputs, *part.outputs)]
+    return Memory(engine, precision, stage, 64 << 20, 16 * max(widths))

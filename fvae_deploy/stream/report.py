@@ -1,0 +1,140 @@
+"""The run report: what ran, on what, how long, in how much memory, and what was clipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from fvae_deploy.errors import VolumeError
+from fvae_deploy.parse import show_bytes
+from fvae_deploy.stream.codec import Codec
+from fvae_deploy.stream.rss import peak_rss
+from fvae_deploy.stream.run import Outcome
+from fvae_deploy.version import __version__
+
+PACKAGES = ("numpy", "nibabel", "pydicom", "zarr", "isal", "openvino", "onnxruntime", "torch")
+
+
+def run_report(
+    command: str, source: Path, target: Path, codec: Codec, outcome: Outcome, baseline: int
+) -> dict[str, Any]:
+    """Facts of one run, JSON-ready.
+
+    `baseline` is the resident memory of interpreter and libraries before the first step;
+    peak memory is given in whole and beyond that baseline.
+    """
+    manifest, plan, tally = codec.manifest, outcome.plan, outcome.tally
+    peak, total = peak_rss(), outcome.seconds["total"]
+    clipped = tally.below + tally.above
+    return {
+        "fvae": __version__,
+        "command": command,
+        "input": str(source),
+        "output": str(target),
+        "model": {
+            "name": manifest.name,
+            "source": dataclasses.asdict(manifest.source),
+            "weights_sha256": manifest.files["weights.safetensors"],
+        },
+        "engine": codec.engine.name,
+        "precision": codec.engine.precision,
+        "device": codec.device,
+        "engine_chosen_because": codec.why,
+        "kernels": getattr(codec.engine, "kernels", None),
+        "plan": {
+            "latent_frames_per_step": plan.k,
+            "tiles": {d: grid.count for d, grid in plan.grids.items()},
+            "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
+            "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
+            "states_in_a_file": sorted(plan.spilled),
+            "lean": plan.lean,
+            "predicted_bytes": plan.predicted_bytes,
+            "budget_bytes": plan.budget_bytes,
+        },
+        "volume": {"shape": list(outcome.shape), "slices": outcome.slices, "resumed": outcome.kept},
+        "clipped": {
+            "voxels": clipped,
+            "share": clipped / tally.voxels if tally.voxels else 0.0,
+            "below": tally.below,
+            "above": tally.above,
+            "minimum_hu": tally.minimum if tally.voxels else None,
+            "maximum_hu": tally.maximum if tally.voxels else None,
+            "window_hu": [manifest.intensity.hu_min, manifest.intensity.hu_max],
+        },
+        "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
+        "slices_per_second": outcome.slices / total,
+        "memory": {
+            "peak_rss_bytes": peak,
+            "baseline_bytes": baseline,
+            "beyond_baseline_bytes": max(peak - baseline, 0),
+        },
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions of what runs on it."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Two lines for people, from the same facts."""
+    x, y, _ = report["volume"]["shape"]
+    clipped, memory = report["clipped"], report["memory"]
+    slices, resumed = report["volume"]["slices"], report["volume"]["resumed"]
+    before = f" after {resumed} of a stopped run" if resumed else ""
+    lines = [
+        f"{slices} slices{before} of {x}x{y} in {report['seconds']['total']:.1f} s, "
+        f"{report['slices_per_second']:.1f} slices/s with {report['engine']} "
+        f"{report['precision']}; peak {show_bytes(memory['beyond_baseline_bytes'])} beyond "
+        f"{show_bytes(memory['baseline_bytes'])} of libraries"
+    ]
+    if clipped["voxels"]:
+        low, high = clipped["window_hu"]
+        lines.append(
+            f"clipped to [{low:g}, {high:g}] HU: {100 * clipped['share']:.2f} % of voxels, "
+            f"which ranged from {clipped['minimum_hu']:g} to {clipped['maximum_hu']:g}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON whole or not at all; raises VolumeError when the place cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise VolumeError(
+            f"expected to write {path}, found {error.strerror}: choose another place"
+        ) from None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

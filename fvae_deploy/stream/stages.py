@@ -1,0 +1,214 @@
+"""One direction of a volume through an engine: stage after stage, tile by tile, with state.
+
+    encode, Wan2.1    x --encode0--> 1/2 --encode1--> 1/4 --encode2--> 1/8 --encode3--> z
+                      tiles          tiles            tiles            whole (attention)
+
+Every stage has a grid of its own, in its own cells: those at high resolution run in tiles
+with their own small halo, those at low resolution mostly on the whole plane. The map between
+two stages is assembled in full. Every tile keeps its own causal state, in memory or, where
+the budget demands it, in an unnamed file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fvae_deploy.engines.base import Engine
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream.tiles import Grid
+
+Frames = NDArray[np.float32]  # [C, T, H, W]
+
+
+def whole_grids(
+    manifest: Manifest, directions: Sequence[str], plane: tuple[int, int]
+) -> dict[str, Grid]:
+    """Grids of one tile for every stage, for a plane of (h, w) latent cells."""
+    grids = {}
+    for direction in directions:
+        for stage in manifest.stages(direction):
+            scale = manifest.stage_part(stage, first=False).scale
+            h, w = (scale * n for n in plane)
+            grids[stage] = Grid(h, w, (h, w), 0)
+    return grids
+
+
+class States:
+    """The causal states of a stage's tiles, in memory or in a file without a name."""
+
+    def __init__(
+        self, engine: Engine, specs: Sequence[TensorSpec], grid: Grid, spill: Path | None
+    ) -> None:
+        self._engine, self._specs = engine, specs
+        self._kept: dict[int, dict[str, Any]] = {}
+        extent = (min(grid.extent[0], grid.height), min(grid.extent[1], grid.width))
+        self._shapes = {spec.name: spec.sized(1, *extent) for spec in specs}
+        # Without a name, it is gone with the process however that ends.
+        self._file = tempfile.TemporaryFile(dir=spill) if spill and specs else None  # noqa: SIM115
+        self._bytes = sum(4 * int(np.prod(shape)) for shape in self._shapes.values())  # at most
+        self._types: dict[int, list[np.dtype[Any]]] = {}  # of the tiles in the file
+
+    def take(self, tile: int) -> dict[str, Any]:
+        """Hand over a tile's state; zeros where none was put, exact after enough steps."""
+        if self._file is None or tile not in self._types:
+            state = self._kept.pop(tile, None)
+            return state if state is not None else self._zeros()
+        self._file.seek(tile * self._bytes)
+        state = {}
+        for (name, shape), kind in zip(self._shapes.items(), self._types[tile], strict=True):
+            state[name] = np.empty(shape, kind)
+            self._file.readinto(state[name].view(np.uint8))
+        return state
+
+    def put(self, tile: int, values: Sequence[Any]) -> None:
+        """Keep a tile's next state, in the order of the specs."""
+        if self._file is None:
+            names = (spec.name for spec in self._specs)
+            self._kept[tile] = dict(zip(names, values, strict=True))
+            return
+        self._file.seek(tile * self._bytes)
+        self._types[tile] = []
+        for value in values:
+            array = np.ascontiguousarray(self._engine.host(value))
+            self._types[tile].append(array.dtype)
+            self._file.write(array.view(np.uint8).data)
+
+    def close(self) -> None:
+        """Forget all states, and remove the file if there is one."""
+        self._kept.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _zeros(self) -> dict[str, Frames]:
+        return {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+
+
+class StageStream:
+    """One stage, step by step, tile by tile; a lean one keeps little while others run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        stage: str,
+        grid: Grid,
+        *,
+        lean: bool = False,
+        spill: Path | None = None,
+    ) -> None:
+        self._engine, self._manifest, self._stage = engine, manifest, stage
+        self._grid, self._tiles = grid, grid.tiles
+        part = manifest.stage_part(stage, first=False)
+        self._lean = lean and part.heavy
+        self._states = States(engine, part.state_inputs, grid, spill)
+        self.seconds = 0.0
+
+    def run(self, x: Frames, first: bool) -> Frames:
+        """Advance by one step: the whole map x [C, T, H, W] -> the whole result.
+
+        The result is valid until the next call.
+        """
+        begin = time.perf_counter()
+        part = self._manifest.stage_part(self._stage, first)
+        if self._lean and not first:
+            self._engine.release(f"{self._stage}_first", compiled=True)
+        data, result = part.inputs[0], part.outputs[0]
+        fresh = len(part.inputs) == 1
+        a, b = data.factor("h"), result.factor("h")
+        whole: Frames | None = None
+        for i, tile in enumerate(self._tiles):
+            rows, columns = tile.rows, tile.columns
+            piece = x[None, :, :, _times(a, rows.read), _times(a, columns.read)]
+            state = {} if fresh else self._states.take(i)
+            outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
+            self._states.put(i, [outputs.pop(spec.name) for spec in part.state_outputs])
+            y: Frames = outputs[result.name][0]
+            if len(self._tiles) == 1:
+                whole = y
+                break
+            if whole is None:
+                plane = (b * self._grid.height, b * self._grid.width)
+                whole = np.empty((*y.shape[:2], *plane), y.dtype)
+            kept = y[:, :, _times(b, rows.crop), _times(b, columns.crop)]
+            whole[:, :, _times(b, rows.keep), _times(b, columns.keep)] = kept
+        if self._lean:
+            self._engine.release(part.name, compiled=False)
+        self.seconds += time.perf_counter() - begin
+        assert whole is not None
+        return whole
+
+    def close(self) -> None:
+        """Forget the states."""
+        self._states.close()
+
+
+class CausalStream:
+    """All stages of one direction, fed step by step.
+
+    States of the stages `spilled` wait in a file in `folder`, not in memory. With `lean`, heavy
+    stages give their working memory back after every run, for the next one to use.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        direction: str,
+        grids: Mapping[str, Grid],
+        spilled: Collection[str] = (),
+        folder: Path | None = None,
+        *,
+        lean: bool = False,
+    ) -> None:
+        self._engine = engine
+        self.stages = {
+            stage: StageStream(
+                engine,
+                manifest,
+                stage,
+                grids[stage],
+                lean=lean,
+                spill=folder if stage in spilled else None,
+            )
+            for stage in manifest.stages(direction)
+        }
+
+    def run(self, x: Frames, first: bool) -> Frames:
+        """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
+
+        `first` starts a new run; a step without a state before it starts from zeros, which is
+        exact after the direction's `context` latent frames. Raises EngineError where the result
+        is not finite.
+        """
+        for stage in self.stages.values():
+            x = stage.run(x, first)
+        if not np.isfinite(x).all():
+            raise EngineError(
+                f"expected finite values from {self._engine.name} {self._engine.precision}, found "
+                "NaN or infinite ones: use --precision fp32, or another engine"
+            )
+        return x.copy()  # the engine may overwrite its own
+
+    def close(self) -> None:
+        """Forget the states; files are removed."""
+        for stage in self.stages.values():
+            stage.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the engine and on tiles, in all stages."""
+        return sum(stage.seconds for stage in self.stages.values())
+
+
+def _times(factor: int, span: tuple[int, int]) -> slice:
+    """Cells [a, b) as elements of a tensor that has `factor` of them a cell."""
+    return slice(factor * span[0], factor * span[1])

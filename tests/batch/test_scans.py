@@ -1,0 +1,239 @@
+"""Many scans through one engine: found, run, failed, resumed; and on Ray, with a worker killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_series import write_series
+
+import fvae_deploy as fvae
+from fvae_deploy.batch.run import run_scans
+from fvae_deploy.batch.scans import find_scans
+from fvae_deploy.errors import UsageError
+from fvae_deploy.volume.base import Primed
+from fvae_deploy.volume.open import open_volume
+
+
+@pytest.fixture
+def scans(write_ct, tmp_path):
+    """A folder in BIDS's layout, one in none, a DICOM series, and what is no scan."""
+    folder = tmp_path / "scans"
+    for n, name in enumerate(("sub-01/ct/sub-01_ct.nii.gz", "sub-02/ct/sub-02_ct.nii", "c.zarr")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_ct(folder / name, (20, 13, 9 + n), seed=n)
+    write_series(folder / "patient3", (16, 24, 5))
+    (folder / "participants.tsv").write_text("participant_id\n")
+    return folder
+
+
+@pytest.fixture
+def fake(fake_bundle):
+    return {"model": str(fake_bundle), "engine": "fake", "precision": "fp32", "device": "cpu"}
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "fvae_deploy", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def content(folder):
+    """Bytes of all files that are results."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "fvae-" not in path.name)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_folder_is_searched_and_its_layout_kept(scans, tmp_path):
+    found = find_scans(scans, tmp_path / "out", ".zarr")
+    named = {
+        str(s.ct.relative_to(scans)): str(s.output.relative_to(tmp_path / "out")) for s in found
+    }
+    assert named == {
+        "c.zarr": "c.zarr",
+        "patient3": "patient3.zarr",
+        "sub-01/ct/sub-01_ct.nii.gz": "sub-01/ct/sub-01_ct.zarr",
+        "sub-02/ct/sub-02_ct.nii": "sub-02/ct/sub-02_ct.zarr",
+    }
+
+
+def test_results_within_the_folder_are_no_scans(scans, fake):
+    for _ in range(2):
+        assert len(find_scans(scans, scans / "out", ".nii")) == 4
+        run_scans("reconstruct", find_scans(scans, scans / "out", ".nii"), fake)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "ct\n", "expected scans"),
+        ("a.csv", "ct,voxels\na.nii,1\n", "columns among ct, output, series"),
+        ("a.csv", "mask\na.nii\n", "a ct in row 1"),
+        ("a.jsonl", '{"ct": "x/a.nii"}\n{"ct": "y/a.nii"}\n', "rows 1 and 2"),
+        ("a.jsonl", '{"ct": "a.nii", "output": "a.txt"}\n', "outputs ending in"),
+        ("a.jsonl", '{"ct": \n', "CSV or JSONL"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        find_scans(tmp_path / name, tmp_path / "out", ".nii")
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct"])
+def test_many_are_what_each_is_by_itself(verb, scans, fake, fake_bundle, tmp_path):
+    ending = ".zarr" if verb == "encode" else ".nii.gz"
+    found = find_scans(scans, tmp_path / "out", ending)
+    results = run_scans(verb, found, fake)
+    assert [set(result) for result in results] == 4 * [{"ct", "output", "report"}]
+    for n, scan in enumerate(found):
+        alone = tmp_path / f"alone{n}{ending}"
+        getattr(fvae, verb)(scan.ct, alone, model=fake_bundle, engine="fake")
+        if verb == "encode":
+            assert content(alone) == content(scan.output)
+        else:
+            assert alone.read_bytes() == scan.output.read_bytes()
+
+
+def test_one_that_fails_is_told_and_passed_and_the_rest_resumed(scans, fake_bundle, tmp_path):
+    (scans / "b.nii.gz").write_bytes(b"no volume")
+    out = tmp_path / "out"
+    line = ["reconstruct", scans, "-o", out, "-m", fake_bundle, "-e", "fake"]
+    done = command(*line)
+    assert done.returncode == 3
+    assert "expected 5 results, found 1 failed" in done.stderr
+    assert "4 done, 0 there before, 1 failed" in done.stdout
+    first = content(out)
+    found = json.loads((out / "fvae-reconstruct.json").read_text())
+    assert (found["done"], found["failed"], found["slices"]) == (4, 1, 9 + 10 + 11 + 5)
+    (out / "c.nii.gz").unlink()
+    (scans / "b.nii.gz").unlink()
+    done = command(*line, "--resume", "--run-report", tmp_path / "again.json", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = json.loads((tmp_path / "again.json").read_text())
+    assert (found["done"], found["passed"], found["failed"]) == (1, 3, 0)
+    assert content(out) == first
+
+
+def test_a_full_disk_within_one_is_that_ones_failure(scans, fake, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        if calls.append(1) or len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    calls, real = [], fvae.api.encode
+    monkeypatch.setattr(fvae.api, "encode", full)
+    found = run_scans("encode", find_scans(scans, tmp_path / "out", ".zarr"), fake)
+    assert ["error" in one for one in found] == [False, True, False, False]
+    assert (found[1]["kind"], "No space left" in found[1]["error"]) == ("OSError", True)
+
+
+def test_latents_of_another_run_are_not_passed_and_earlier_reports_stay(
+    scans, fake_bundle, tmp_path
+):
+    line = ["encode", scans, "-o", tmp_path / "out", "-m", fake_bundle, "-e", "fake", "-q"]
+    assert command(*line).returncode == 0
+    noted = json.loads((tmp_path / "out" / "fvae-encode.json").read_text())
+    assert command(*line, "--resume").returncode == 0
+    again = json.loads((tmp_path / "out" / "fvae-encode.json").read_text())
+    assert [one["earlier"] for one in again["scans"]] == [one["report"] for one in noted["scans"]]
+    other = command(*line, "--resume", "--protocol", "windows")
+    assert other.returncode == 3
+    assert "protocol 'causal' instead of 'windows'" in other.stderr
+    assert command(*line, "--resume").returncode == 0
+
+
+def test_capital_endings_are_endings(write_ct, fake, tmp_path):
+    write_ct(tmp_path / "a.nii.gz", (9, 11, 5))
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "a.nii.gz").rename(tmp_path / "scans" / "A.NII.GZ")
+    (found,) = run_scans("encode", find_scans(tmp_path / "scans", tmp_path / "out", ".zarr"), fake)
+    assert found["report"]["volume"]["slices"] == 5
+    assert (tmp_path / "out" / "A.zarr").is_dir()
+
+
+def test_a_link_back_is_not_followed(scans, tmp_path):
+    before = find_scans(scans, tmp_path / "out", ".zarr")
+    (scans / "sub-01" / "back").symlink_to(scans)
+    (scans / "here").symlink_to(".")
+    assert find_scans(scans, tmp_path / "out", ".zarr") == before
+
+
+def test_a_list_names_outputs_and_series(scans, fake_bundle, tmp_path):
+    (scans / "list.csv").write_text("ct,output\nsub-02/ct/sub-02_ct.nii,a/b.zarr\npatient3,\n")
+    line = ["encode", scans / "list.csv", "-o", tmp_path / "out", "-m", fake_bundle, "-e", "fake"]
+    assert command(*line, "-q").returncode == 0
+    stores = sorted(path.name for path in (tmp_path / "out").rglob("*.zarr"))
+    assert stores == ["b.zarr", "patient3.zarr"]
+
+
+def test_a_codec_that_stays_open_gives_the_same_on_other_sizes(write_ct, tmp_path):
+    pytest.importorskip("openvino")
+    for name, shape in (("a", (24, 16, 9)), ("b", (40, 32, 6))):
+        write_ct(tmp_path / f"{name}.nii", shape)
+    with fvae.open_codec("tiny") as codec:
+        for n, name in enumerate("aba"):
+            fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / f"{n}.out.nii", model=codec)
+    for n, name in enumerate("ab"):
+        fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / "alone.nii")
+        assert (tmp_path / f"{n}.out.nii").read_bytes() == (tmp_path / "alone.nii").read_bytes()
+    assert (tmp_path / "2.out.nii").read_bytes() == (tmp_path / "0.out.nii").read_bytes()
+
+
+@pytest.mark.parametrize("depths", [(1, 4), (3,), (30,), (8, 1)])
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_primed_reader_gives_what_the_reader_gives(depths, start, write_ct, tmp_path):
+    write_ct(tmp_path / "ct.nii.gz", (6, 5, 19))
+    plain, primed = open_volume(tmp_path / "ct.nii.gz"), Primed(open_volume(tmp_path / "ct.nii.gz"))
+    for _ in range(2):  # once with what it holds, once without
+        pairs = zip(
+            plain.slabs(*depths, start=start), primed.slabs(*depths, start=start), strict=True
+        )
+        for wanted, found in pairs:
+            np.testing.assert_array_equal(found, wanted)
+    primed.close()
+
+
+@pytest.mark.e2e  # Ray takes half a minute of a busy machine to come up
+def test_ray_with_a_worker_killed_makes_the_same_bytes(write_ct, fake_bundle, tmp_path):
+    pytest.importorskip("ray")
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for n in range(6):
+        write_ct(folder / f"{n}.nii.gz", (48, 48, 120), seed=n)
+    line = ["-m", fake_bundle, "-e", "fake", "-q"]
+    assert command("encode", folder, "-o", tmp_path / "one", *line).returncode == 0
+    killed = []
+
+    def kill():
+        """Kill the first share that is seen at work."""
+        while not killed and not stop.is_set():
+            shares = [pid for pid in map(str, Path("/proc").glob("[0-9]*")) if is_share(pid)]
+            if shares and any((tmp_path / "ray").glob("*.partial")):
+                os.kill(int(shares[0].rsplit("/", 1)[1]), signal.SIGKILL)
+                killed.append(shares[0])
+            time.sleep(0.005)
+
+    stop = threading.Event()
+    thread = threading.Thread(target=kill)
+    thread.start()
+    done = command("encode", folder, "-o", tmp_path / "ray", "--ray", "local:2", *line)
+    stop.set()
+    thread.join()
+    assert done.returncode == 0, done.stderr
+    assert killed
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+def is_share(folder):
+    try:
+        return (Path(folder) / "cmdline").read_bytes().startswith(b"ray::Share.run")
+    except OSError:
+        return False

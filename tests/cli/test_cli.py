@@ -1,0 +1,287 @@
+"""The command line as people meet it: help, quiet, reports, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fvae_deploy.cli import main as cli
+from fvae_deploy.version import __version__
+from fvae_deploy.volume.open import open_volume
+
+VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
+VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
+VERBS += ["serve", "token", "build", "triton", "selftest"]
+
+
+@pytest.fixture
+def fvae(monkeypatch, capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fvae", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        # Some CI systems ask for colours where there is no terminal.
+        return (code, *(re.sub(r"\x1b\[[0-9;]*m", "", text) for text in capsys.readouterr()))
+
+    return run
+
+
+@pytest.fixture
+def fake(fake_bundle):
+    return ["-m", fake_bundle, "-e", "fake"]
+
+
+@pytest.fixture
+def ct(write_ct, tmp_path):
+    write_ct(tmp_path / "ct.nii.gz", (20, 13, 30))
+    return tmp_path / "ct.nii.gz"
+
+
+def voxels(path):
+    return np.concatenate([*open_volume(path).slabs(16)])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_shows_an_example_that_names_it(fvae, verb):
+    code, out, err = fvae(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: fvae {verb}" in out
+    assert fvae(verb, "-h")[1] == out
+
+
+def test_help_lists_every_verb(fvae):
+    code, out, _ = fvae("--help")
+    assert code == 0
+    listed = re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE)
+    assert set(listed) == set(VERBS)
+
+
+def test_the_version_is_that_of_the_package(fvae):
+    assert fvae("--version") == (0, f"fvae {__version__}\n", "")
+
+
+def test_doctor_names_every_engine_and_the_one_that_auto_takes(fvae):
+    code, out, _ = fvae("doctor")
+    assert code == 0
+    for engine in ("openvino", "onnxruntime", "torch"):
+        assert re.search(rf"^  {engine} +(runs: fp32|needs the package)", out, re.MULTILINE)
+    assert re.search(r"^auto takes \w+, since ", out, re.MULTILINE)
+    assert "fake" not in out
+
+
+def test_doctor_says_what_each_engine_lacks_for_a_gpu(fvae):
+    _, out, _ = fvae("doctor")
+    found = out.partition("on a GPU")[2]
+    for engine in ("tensorrt", "openvino", "onnxruntime", "torch"):
+        assert re.search(
+            rf"^  {engine} --device (cuda|gpu) +(needs .*: (pip|apt|install)|nothing is missing)",
+            found,
+            re.MULTILINE,
+        )
+
+
+def test_models_lists_the_built_in_with_licence_and_parity(fvae):
+    code, out, _ = fvae("models")
+    assert code == 0
+    assert re.search(r"^tiny: .+", out, re.MULTILINE)
+    assert re.search(r"4x8x8 voxels to 16 channels, licence \S+, weights [0-9a-f]{16}", out)
+    assert "parity of tiny" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["encode"], id="nothing to encode"),
+        pytest.param(["reconstruct", "a.nii"], id="no output"),
+        pytest.param(["conjure"], id="an unknown verb"),
+        pytest.param(["encode", "a.nii", "-o", "z.zarr", "--fast"], id="an unknown option"),
+        pytest.param(["encode", "a.nii", "-o", "z.zarr", "--step", "0"], id="steps of nothing"),
+        pytest.param(["encode", "a.nii", "-o", "z.zarr", "--step", "x"], id="steps of letters"),
+        pytest.param(["export", "-m", "a.pt", "-o", "b", "--opset", "11"], id="an old opset"),
+    ],
+)
+def test_usage_errors_end_with_code_2(fvae, arguments):
+    code, _, err = fvae(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert "Usage" in err
+
+
+def test_quiet_verbs_print_nothing(fvae, fake, ct, tmp_path):
+    f = tmp_path
+    assert fvae("encode", ct, "-o", f / "z.zarr", "--quiet", *fake) == (0, "", "")
+    assert fvae("decode", f / "z.zarr", "-o", f / "a.nii", "-q", *fake) == (0, "", "")
+    assert fvae("reconstruct", ct, "-o", f / "b.nii", "-q", *fake) == (0, "", "")
+    assert fvae("compare", ct, f / "a.nii", "-q", "--json", f / "c.json") == (0, "", "")
+    assert fvae("phantom", "-o", f / "p.nii", "--shape", "16,16,3", "-q") == (0, "", "")
+    np.testing.assert_array_equal(voxels(f / "a.nii"), voxels(f / "b.nii"))
+    assert json.loads((f / "c.json").read_text())["shape"] == [20, 13, 30]
+
+
+def test_a_run_says_what_it_did_in_two_lines(fvae, fake, ct, tmp_path):
+    code, out, err = fvae("reconstruct", ct, "-o", tmp_path / "a.nii", *fake)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        r".*a\.nii: 30 slices of 20x13 in [\d.]+ s, [\d.]+ slices/s with fake fp32; "
+        r"peak [\d.]+ [MG]iB beyond [\d.]+ [MG]iB of libraries\n"
+        r"clipped to \[-1000, 1000\] HU: [\d.]+ % of voxels, which ranged from -1200 to 1099\n",
+        out,
+    )
+
+
+def test_slices_of_a_latent_store_are_decoded(fvae, fake, ct, tmp_path):
+    f = tmp_path
+    fvae("encode", ct, "-o", f / "z.zarr", "--step", "2", "--protocol", "windows", *fake)
+    fvae("decode", f / "z.zarr", "-o", f / "a.zarr", *fake)
+    code, out, _ = fvae("decode", f / "z.zarr", "-o", f / "b.nii.gz", "--slices", "7:20", *fake)
+    assert code == 0
+    assert "13 slices of 20x13" in out
+    np.testing.assert_array_equal(voxels(f / "b.nii.gz"), voxels(f / "a.zarr")[7:20])
+
+
+def test_an_output_may_be_float32(fvae, fake, ct, tmp_path):
+    assert fvae("reconstruct", ct, "-o", tmp_path / "a.nii", "--dtype", "float32", *fake)[0] == 0
+    assert voxels(tmp_path / "a.nii").dtype == np.float32
+
+
+def test_the_defaults_are_the_built_in_model_from_phantom_to_comparison(fvae, tmp_path):
+    pytest.importorskip("openvino")
+    f = tmp_path
+    shape = ["--shape", "48,40,9", "--labels", f / "organs.nii.gz"]
+    assert fvae("phantom", "-o", f / "ct.nii.gz", *shape)[0] == 0
+    assert fvae("encode", f / "ct.nii.gz", "-o", f / "z.zarr", "--memory", "2GiB")[0] == 0
+    assert fvae("decode", f / "z.zarr", "-o", f / "a.nii.gz")[0] == 0
+    code, out, _ = fvae("compare", f / "ct.nii.gz", f / "a.nii.gz", "--labels", f / "organs.nii.gz")
+    assert code == 0
+    assert "PSNR" in out
+
+
+REPORT = {  # field -> fields in it
+    "fvae": None,
+    "command": None,
+    "input": None,
+    "output": None,
+    "model": {"name", "source", "weights_sha256"},
+    "engine": None,
+    "precision": None,
+    "device": None,
+    "engine_chosen_because": None,
+    "kernels": None,
+    "plan": {
+        "latent_frames_per_step",
+        "tiles",
+        "tile_cells",
+        "tile_overhead",
+        "states_in_a_file",
+        "lean",
+        "predicted_bytes",
+        "budget_bytes",
+    },
+    "volume": {"shape", "slices", "resumed"},
+    "clipped": {
+        "voxels",
+        "share",
+        "below",
+        "above",
+        "minimum_hu",
+        "maximum_hu",
+        "window_hu",
+    },
+    "seconds": None,
+    "slices_per_second": None,
+    "memory": {"peak_rss_bytes", "baseline_bytes", "beyond_baseline_bytes"},
+    "machine": {"system", "processor", "cores", "python", "packages"},
+}
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode", "reconstruct"])
+def test_a_run_report_has_the_promised_fields(fvae, fake, ct, tmp_path, verb):
+    source, target = ct, tmp_path / "out.zarr"
+    if verb == "decode":
+        source = tmp_path / "z.zarr"
+        fvae("encode", ct, "-o", source, *fake)
+    path = tmp_path / "report.json"
+    code, _, err = fvae(
+        verb, source, "-o", target, "--memory", "1.5GiB", "--run-report", path, *fake
+    )
+    assert code == 0, err
+    report = json.loads(path.read_text())
+    assert set(report) == set(REPORT)
+    for name, fields in REPORT.items():
+        assert fields is None or set(report[name]) == fields, name
+    assert report["command"] == verb
+    assert (report["input"], report["output"]) == (str(source), str(target))
+    assert (report["engine"], report["precision"], report["device"]) == ("fake", "fp32", "cpu")
+    assert report["volume"] == {"shape": [20, 13, 30], "slices": 30, "resumed": 0}
+    assert report["plan"]["budget_bytes"] == 3 * 2**29
+    assert report["slices_per_second"] == pytest.approx(30 / report["seconds"]["total"], rel=0.05)
+    memory = report["memory"]
+    assert memory["beyond_baseline_bytes"] <= memory["peak_rss_bytes"]
+    if verb == "decode":  # what was clipped before is not known any more
+        assert (report["clipped"]["voxels"], report["clipped"]["minimum_hu"]) == (0, None)
+    else:
+        assert (
+            report["clipped"]["voxels"] == report["clipped"]["below"] + report["clipped"]["above"]
+        )
+        assert report["clipped"]["share"] == pytest.approx(
+            report["clipped"]["voxels"] / (20 * 13 * 30)
+        )
+    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    command = [sys.executable, "-m", "fvae_deploy", "reconstruct", str(tmp_path / "none.nii")]
+    command += ["-o", str(tmp_path / "out.nii")]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert plain.returncode == 3
+    assert re.fullmatch(
+        r"fvae: expected a volume at .*none\.nii, found nothing: .*\n", plain.stderr
+    )
+    traced = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
+    assert traced.returncode != 0
+    assert "Traceback" in traced.stderr
+    assert "VolumeError" in traced.stderr
+
+
+def test_a_closed_pipe_is_no_traceback():
+    """`fvae models | head -1`"""
+    command = f"{sys.executable} -m fvae_deploy models | head -1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert found.stdout.startswith("tiny: ")
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("precision", ["", " , "])
+def test_engines_in_no_precision_are_not_built(fvae, precision):
+    pytest.importorskip("onnx", reason="needs the tensorrt extra")
+    code, _, err = fvae("build", "tiny", "-t", "sm_89", "-p", precision)
+    assert code == 2
+    assert re.fullmatch(r"fvae: expected --precision as fp16,bf16, found .*: name one\n", err)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["check", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+        (["check", "-t", "sm_11"], "chips among sm_80, .*, found 'sm_11'"),
+        (["check", "-t", ""], "chips among sm_80, .*, found none: name one"),
+        (["test", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+        (["bench", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
+    ],
+)
+def test_kernels_and_chips_that_are_not_known_are_refused(fvae, options, said):
+    pytest.importorskip("triton", reason="needs the kernels extra")
+    code, _, err = fvae("kernels", *options)
+    assert code == 2
+    assert re.fullmatch(f"fvae: expected {said}\n", err)
