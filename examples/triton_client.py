@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream.codec import bundle_path, pad_frames
-from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.volume.open import open_volume
 
 
 def slabs(manifest: Manifest, ct: Path) -> Iterator[tuple[NDArray[np.float32], bool]]:
     """Yield [1, C, T, H, W] in the model's range, and whether it is the last."""
     of = manifest.geometry
-    reader, tally = open_volume(ct), Tally()
+    reader, tally = open_volume(ct), ClippingTally()
     height, width = (-(-n // of.spatial) * of.spatial for n in reader.geometry.shape[:2])
     left = reader.geometry.shape[2]
     depth = of.first_slices

@@ -93,7 +93,7 @@ def fetch(
     offline = hub.constants.HF_HUB_OFFLINE
     with _one_line(hub, place):
         commit, listing = (_look_in_cache if offline else _look_on_hub)(hub, place)
-        names = _choose(place, listing, wanted, offline)
+        names = _choose_files(place, listing, wanted, offline)
         more = [name for name in _inside(place, also) if name in listing]
         paths = {name: _download(hub, place, commit, name, progress) for name in [*names, *more]}
         digests = {name: _verify(path, listing[name], place) for name, path in paths.items()}
@@ -145,7 +145,7 @@ def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
     return commit.name, {path.relative_to(commit).as_posix(): "" for path in files}
 
 
-def _choose(
+def _choose_files(
     place: Place, listing: dict[str, str], wanted: Sequence[str], offline: bool
 ) -> list[str]:
     """Return the files to fetch: the one named, or those wanted of the folder."""

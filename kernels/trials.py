@@ -52,7 +52,7 @@ class Source:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.number, self.most = number, 1
-        self.how: dict[str, Any] = {"target": target, "choose": self._choose}
+        self.how: dict[str, Any] = {"target": target, "choose": self._choose_blocks}
         self.random = torch.Generator().manual_seed(0)
         self.guards: list[tuple[Tensor, Tensor]] = []  # buffers, and the part that is in use
 
@@ -72,7 +72,7 @@ class Source:
         self.guards.append((buffer, used))
         return buffer[inner]
 
-    def _choose(self, alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+    def _choose_blocks(self, alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
         self.most = max(self.most, len(offered))
         launch(offered[min(self.number, len(offered) - 1)])
 

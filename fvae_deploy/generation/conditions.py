@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fvae_deploy.errors import ConditionError
 from fvae_deploy.export.generator import OPPOSITE, Masks
 from fvae_deploy.organs import FINDINGS, ORGANS, organ_label
-from fvae_deploy.volume.base import Frames, Geometry, Reader, slab_ranges
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
 
 Labels = NDArray[np.int64]
 
@@ -55,11 +55,11 @@ class Fit:
         seen: Labels = np.where(inside[0][:, None] & inside[1][None, :], taken, 0)
         return np.flip(seen, self.mirrored)
 
-    def volume(self, frames: Frames) -> Frames:
+    def volume(self, frames: HuFrames) -> HuFrames:
         """Sample model frames [t, X, Y] at the mask's voxels, linearly: [t, x, y]."""
         rows, columns = (self._weights(axis) for axis in (0, 1))
         seen = np.flip(frames, tuple(1 + axis for axis in self.mirrored))
-        made: Frames = np.matmul(np.matmul(rows, seen), columns.T)
+        made: HuFrames = np.matmul(np.matmul(rows, seen), columns.T)
         return made
 
     def _weights(self, axis: int) -> NDArray[np.float32]:
@@ -107,7 +107,7 @@ class PaintedMask:
         self._labels = dict(labels) if labels is not None else None
         self._hu = {int(label): hu for label, hu in masks.palette.items()}
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield painted frames [t, X, Y], float32; see `Reader.slabs`."""
         with contextlib.closing(self._planes(start)) as planes:
             for each in slab_ranges(self.geometry.shape[2], depths, start):
@@ -242,12 +242,12 @@ def _organ(organ: Any) -> int:
     return organ
 
 
-def _frames(reader: Reader, start: int) -> Generator[Frames]:
+def _frames(reader: Reader, start: int) -> Generator[HuFrames]:
     with contextlib.closing(reader.slabs(8, start=start)) as slabs:  # type: ignore[type-var]
         yield from chain.from_iterable(slabs)
 
 
-def _whole(frame: Frames, index: int, path: Path) -> Labels:
+def _whole(frame: HuFrames, index: int, path: Path) -> Labels:
     """One frame's labels; raises ConditionError where they are no labels."""
     labels = frame.astype(np.int64)
     if (labels < 0).any() or (frame.dtype.kind == "f" and (labels != frame).any()):

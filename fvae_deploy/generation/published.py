@@ -14,7 +14,7 @@ from fvae_deploy.generation.request import KIND, Request, normal, stored
 from fvae_deploy.generation.stitch import Journal, Piece, chained, pieces, replaced
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import pad_frames
-from fvae_deploy.stream.intensity import Tally, to_hu, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
 from fvae_deploy.stream.plan import plan
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.stream.tiles import Grid
@@ -87,7 +87,7 @@ def _pass(
 
     def encoded(place: int) -> Array:
         slab = next(request.mask.slabs(window, start=order[place].start))
-        x = pad_frames(to_model(slab, vae.intensity, across, down, Tally()), window)
+        x = pad_frames(to_model(slab, vae.intensity, across, down, ClippingTally()), window)
         z = request.codec.encode(np.repeat(x, vae.geometry.channels, axis=0), grids=grids)
         return normal(z, manifest.mask)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.stream.codec import open_codec
-from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.volume.open import open_volume
 
 SLICES = 17  # from the middle of each CT: the first latent frame and four steps
@@ -42,7 +42,7 @@ def record(bundle: Path, cts: Sequence[Path]) -> dict[str, list[dict[str, Any]]]
         codec.engine = recorder
         of = codec.manifest.geometry
         for path in cts:
-            reader, tally = open_volume(path), Tally()
+            reader, tally = open_volume(path), ClippingTally()
             x, y, z = reader.geometry.shape
             count = min(z, SLICES)
             frames = next(reader.slabs(count, start=(z - count) // 2))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.organs import organ_name
 from fvae_deploy.quality.picture import ThreePlanes
-from fvae_deploy.volume.base import Frames, Geometry, Reader
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import open_volume
 
 WINDOW = (-1000, 1000)  # HU
@@ -86,7 +86,7 @@ class Comparison(Errors):
         return fields
 
 
-class Tally:
+class ErrorTally:
     """Running sums of errors, one row per group of voxels; rows are added as they appear.
 
     Whole numbers are counted, value by value, so their sums are exact. Fractions are summed in
@@ -134,9 +134,9 @@ class Tally:
         found = np.bincount(key, minlength=rows * (PEAK + 1))
         self.counts += found.reshape(rows, PEAK + 1)
 
-    def total(self) -> Tally:
+    def total(self) -> ErrorTally:
         """All rows added into one."""
-        whole = Tally()
+        whole = ErrorTally()
         whole.sums = self.sums.sum(axis=0, keepdims=True)
         whole.most = self.most.max(keepdims=True)
         whole.counts = self.counts.sum(axis=0, keepdims=True)
@@ -166,7 +166,7 @@ class OrganRows:
         self.labels: list[int] = []
         self._row = np.full(MOST_LABEL, -1, np.intp)
 
-    def of(self, frames: Frames) -> Index:
+    def of(self, frames: HuFrames) -> Index:
         """Rows of a slab of labels; VolumeError for what no label is."""
         if frames.dtype.kind == "f" and (frames != np.rint(frames)).any():
             raise self._refused("a fraction")
@@ -232,11 +232,11 @@ class _Running:
     """What `compare` has measured so far."""
 
     def __init__(self, geometry: Geometry, rows: OrganRows, ssim: bool) -> None:
-        self.geometry, self.rows, self.tally = geometry, rows, Tally()
+        self.geometry, self.rows, self.tally = geometry, rows, ErrorTally()
         self.ssim = ssim and min(geometry.shape[:2]) >= SSIM_SIDE
         self.slices, self.clipped, self.similarity = 0, 0, 0.0
 
-    def add(self, a: Frames, b: Frames, organs: Frames | None) -> tuple[Frames, Frames]:
+    def add(self, a: HuFrames, b: HuFrames, organs: HuFrames | None) -> tuple[HuFrames, HuFrames]:
         """Measure one slab [t, x, y] of the original, a, and of b; return both clipped."""
         self.clipped += int(np.count_nonzero((a < WINDOW[0]) | (a > WINDOW[1])))
         a, b = np.clip(a, *WINDOW), np.clip(b, *WINDOW)
@@ -271,21 +271,21 @@ class _Running:
 
 def _slabs(
     first: Reader, second: Reader, labels: Reader | None
-) -> Iterator[tuple[Frames, Frames, Frames | None]]:
+) -> Iterator[tuple[HuFrames, HuFrames, HuFrames | None]]:
     nx, ny, _ = first.geometry.shape
     depth = max(1, SLAB_VOXELS // (nx * ny))
     organs = repeat(None) if labels is None else labels.slabs(depth)
     yield from zip(first.slabs(depth), second.slabs(depth), organs, strict=False)
 
 
-def _difference(a: Frames, b: Frames) -> NDArray[Any]:
+def _difference(a: HuFrames, b: HuFrames) -> NDArray[Any]:
     """Subtract a from b without rounding: int16 holds ±2000, and float64 what float32 holds."""
     if a.dtype == b.dtype == np.int16:
         return b - a
     return b.astype(np.float64) - a
 
 
-def _similarity(a: Frames, b: Frames) -> float:
+def _similarity(a: HuFrames, b: HuFrames) -> float:
     """SSIM of one slice [x, y]. float32 is 1e-9 from float64 here, and takes half the time."""
     from skimage import metrics
 

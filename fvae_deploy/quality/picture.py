@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import UsageError, VolumeError
-from fvae_deploy.volume.base import Frames, Geometry
+from fvae_deploy.volume.base import Geometry, HuFrames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,8 +52,8 @@ class Plane:
     right: str
     down: str
     spacing: tuple[float, float]
-    original: Frames
-    reconstruction: Frames
+    original: HuFrames
+    reconstruction: HuFrames
 
 
 class ThreePlanes:
@@ -82,7 +82,7 @@ class ThreePlanes:
             np.zeros((2, *shape), np.float32) for shape in ((ny, nz), (nx, nz), (nx, ny))
         )
 
-    def add(self, z: int, original: Frames, reconstruction: Frames) -> None:
+    def add(self, z: int, original: HuFrames, reconstruction: HuFrames) -> None:
         """Take what the planes need of slabs [t, x, y] in HU whose first slice is z."""
         x, y, middle = self.at
         across_x, across_y, across_z = self._cuts
@@ -135,7 +135,7 @@ class ThreePlanes:
             partial.unlink(missing_ok=True)
 
 
-def window(hu: Frames, level: float, width: float) -> NDArray[np.uint8]:
+def window(hu: HuFrames, level: float, width: float) -> NDArray[np.uint8]:
     """Grey of HU: 0 at level - width/2 and below, 255 at level + width/2 and above."""
     share = (hu.astype(np.float32) - (level - width / 2)) / width
     grey: NDArray[np.uint8] = np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8)

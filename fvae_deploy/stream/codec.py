@@ -46,7 +46,7 @@ class Opened(Generic[Kind]):
         self.bundle, self.manifest, self.device = bundle, manifest, device
         self.why = "asked for"
         if engine == "auto":
-            engine, self.why = _choose(bundle, manifest, precision, device)
+            engine, self.why = _choose_engine(bundle, manifest, precision, device)
         self.engine = open_engine(bundle, manifest, engine, device, precision)
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class Opened(Generic[Kind]):
         self.close()
 
 
-def _choose(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
+def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
     """Choose for a device and precision; TensorRT is taken where engines are built for the GPU."""
     from fvae_deploy.engines.devices import unfit
 

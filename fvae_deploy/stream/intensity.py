@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.export.manifest import Intensity
-from fvae_deploy.volume.base import Frames
+from fvae_deploy.volume.base import HuFrames
 
 
 @dataclass
-class Tally:
+class ClippingTally:
     """What a stream of HU held: its range and how much lay outside the model's window."""
 
     voxels: int = 0
@@ -34,7 +34,7 @@ class Tally:
 
 
 def to_model(
-    frames: Frames, intensity: Intensity, height: int, width: int, tally: Tally
+    frames: HuFrames, intensity: Intensity, height: int, width: int, tally: ClippingTally
 ) -> NDArray[np.float32]:
     """HU frames [t, x, y] to the model's range [1, t, height, width], float32.
 

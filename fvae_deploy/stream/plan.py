@@ -104,7 +104,7 @@ def plan(
     ]
     needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
     needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
-    lean, chosen, taken = _choose(stages, budget / HEADROOM - needed)
+    lean, chosen, taken = _choose_options(stages, budget / HEADROOM - needed)
     predicted = int((needed + taken) * HEADROOM)
     if predicted <= budget:
         grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
@@ -133,7 +133,7 @@ class Option:
     seconds: float
 
 
-def _choose(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
+def _choose_options(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
     """Pick options, lean or not: a lean run must gain more than its giving back costs."""
     lean, ample = (_cheapest([s.options(lean) for s in stages], budget) for lean in (True, False))
     times = [sum(option.seconds for option in chosen) for chosen, _ in (ample, lean)]

@@ -22,7 +22,7 @@ from fvae_deploy.storage.journal import Journal
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.codec import Codec, pad_frames
 from fvae_deploy.stream.decoded import Decoded
-from fvae_deploy.stream.intensity import Tally, to_hu, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
@@ -41,7 +41,7 @@ class Outcome:
     slices: int  # that this run computed
     kept: int = field(default=0, kw_only=True)  # that a stopped one had left
     shape: tuple[int, int, int]
-    tally: Tally = field(default_factory=Tally)
+    tally: ClippingTally = field(default_factory=ClippingTally)
     seconds: dict[str, float] = field(default_factory=dict)
 
 

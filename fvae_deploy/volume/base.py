@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 
-Frames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
+HuFrames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Reader(Protocol):
     path: Path
     geometry: Geometry
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield the frames from `start` on, in slabs of the given depths.
 
         The last depth repeats until the volume ends; the last slab may be shorter.
@@ -81,7 +81,7 @@ class Primed:
         self._rest = reader.slabs(1)
         self._held = list(islice(self._rest, slices))
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield what the reader would; once from the slices that are held."""
         if start or not self._held:
             yield from self._reader.slabs(*depths, start=start)
@@ -103,7 +103,7 @@ class Writer(Protocol):
 
     path: Path
 
-    def write(self, frames: Frames) -> None:
+    def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU, int16 or float32."""
         ...
 
@@ -146,7 +146,7 @@ def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[ran
         start += depth
 
 
-def check_finite(planes: Frames, first: int, path: Path) -> None:
+def check_finite(planes: HuFrames, first: int, path: Path) -> None:
     """Raise VolumeError naming the first slice that holds NaN or infinity."""
     if planes.dtype.kind == "f":
         for index, plane in enumerate(planes, first):
@@ -180,7 +180,7 @@ class FrameWriter(ABC):
             )
 
     @abstractmethod
-    def _append(self, frame: Frames) -> None:
+    def _append(self, frame: HuFrames) -> None:
         """Store one frame [x, y], already of the stored dtype."""
 
     @abstractmethod
@@ -191,7 +191,7 @@ class FrameWriter(ABC):
     def _discard(self) -> None:
         """Remove the partial output; called once, also after `_append` failed."""
 
-    def write(self, frames: Frames) -> None:
+    def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU, int16 or float32; `frames` itself is not changed."""
         if not self._open:
             raise VolumeError(f"expected {self.path} to be open, found it closed: create it anew")
@@ -248,7 +248,7 @@ class FrameWriter(ABC):
             self._open = False
             self._discard()
 
-    def _stored(self, frame: Frames) -> Frames:
+    def _stored(self, frame: HuFrames) -> HuFrames:
         if frame.dtype.kind == "f":
             if not np.isfinite(frame).all():
                 raise VolumeError(

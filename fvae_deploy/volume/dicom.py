@@ -22,7 +22,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Frames, Geometry, slab_ranges
+from fvae_deploy.volume.base import Geometry, HuFrames, slab_ranges
 
 _PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
 _USUAL = {  # what holds where a slice does not say
@@ -49,7 +49,7 @@ _TAGS = [
 class DicomReader:
     """One CT series of a folder, or of the folders directly in it.
 
-    Axis x runs along columns, y along rows, z along the normal of the slices. Frames are int16 if
+    Axis x runs along columns, y along rows, z along the normal of the slices. HuFrames are int16 if
     bits, slope and intercept of every slice promise whole numbers within int16, else float32.
     Files that are not DICOM, DICOMDIR, localizers and, beside a CT series, other modalities are
     passed over. `series` is a SeriesInstanceUID or a unique end of one.
@@ -59,7 +59,7 @@ class DicomReader:
 
     def __init__(self, path: Path | str, series: str | None = None) -> None:
         self.path = Path(path)
-        chosen = _choose(_scan(self.path), series, self.path)
+        chosen = _choose_series(_scan(self.path), series, self.path)
         slices = [_Slice.of(file, header) for file, header in chosen]
         _check_alike(slices)
         normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
@@ -70,7 +70,7 @@ class DicomReader:
         self.geometry = Geometry((columns, rows, len(slices)), affine, dicom_files=files)
         self._dtype = np.int16 if all(slice_.is_whole for slice_ in slices) else np.float32
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield frames [t, x, y] in HU from slice `start` on; the last depth repeats.
 
         Only the slices of the slab being asked for are decoded. Raises VolumeError, naming the
@@ -239,7 +239,9 @@ def _read(file: Path) -> dict[str, Any] | None:
     return header
 
 
-def _choose(series: dict[str, list[_Header]], wanted: str | None, folder: Path) -> list[_Header]:
+def _choose_series(
+    series: dict[str, list[_Header]], wanted: str | None, folder: Path
+) -> list[_Header]:
     def modality(uid: str) -> str:
         return _line(series[uid][0][1].get("Modality") or "unknown")
 

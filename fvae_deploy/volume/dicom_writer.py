@@ -21,7 +21,7 @@ from pydicom.valuerep import format_number_as_ds
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, publish_folder
+from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, publish_folder
 
 _PATIENT = "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge"
 _PATIENT += " PatientSize PatientWeight PatientIdentityRemoved DeidentificationMethod"
@@ -89,7 +89,7 @@ class DicomWriter(FrameWriter):
             self.abort()
             raise self._refused(error) from error
 
-    def _append(self, frame: Frames) -> None:
+    def _append(self, frame: HuFrames) -> None:
         source = self._source(self._count)
         data = self._header(source)
         _put_pixels(data, frame)
@@ -185,7 +185,7 @@ class DicomWriter(FrameWriter):
         return [scanner, made]
 
 
-def _put_pixels(data: Dataset, frame: Frames) -> None:
+def _put_pixels(data: Dataset, frame: HuFrames) -> None:
     """Store a frame [x, y] of HU, and how its numbers are to be read."""
     slope, intercept, signed = 1.0, 0.0, 1
     pixels: Any = frame.T

@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Frames, FrameWriter, Geometry, check_finite, slab_ranges
+from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, check_finite, slab_ranges
 
 _gzip: Any = igzip_threaded  # its functions carry no types
 _BLOCK = 1 << 20  # bytes decompressed at a time, so that a header that lies cannot claim memory
@@ -49,7 +49,7 @@ class _Stream(Protocol):
 class NiftiReader:
     """A `.nii` or `.nii.gz` file, NIfTI-1 or NIfTI-2, of either byte order.
 
-    Frames are int16 if the header alone promises whole numbers within int16 (its integer type,
+    HuFrames are int16 if the header alone promises whole numbers within int16 (its integer type,
     slope and intercept), else float32; all slabs of a volume have the same type. Trailing
     dimensions of 1 are dropped and a plane is a volume of one slice. A file is open only while
     its slabs are being drawn.
@@ -68,7 +68,7 @@ class NiftiReader:
             self._layout = self._read_layout(size)
         self.geometry = Geometry(self._layout.shape, self._layout.affine, self._layout.header)
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield frames [t, x, y] in HU from slice `start` on; the last depth repeats.
 
         Raises VolumeError for truncated or damaged data and for values that are not finite.
@@ -144,7 +144,7 @@ class NiftiWriter(FrameWriter):
             self.abort()
             raise self._refused(error) from error
 
-    def _append(self, frame: Frames) -> None:
+    def _append(self, frame: HuFrames) -> None:
         self._file.write(np.ascontiguousarray(frame.T).view(np.uint8).data.cast("B"))
 
     def _publish(self) -> None:
@@ -184,9 +184,9 @@ class _Layout:
         ends = [limit * self.slope + self.inter for limit in (limits.min, limits.max)]
         return min(ends) >= -32768 and max(ends) <= 32767
 
-    def to_hu(self, stored: Frames, first: int, path: Path) -> Frames:
+    def to_hu(self, stored: HuFrames, first: int, path: Path) -> HuFrames:
         """Scale stored slices, of which the first is slice `first` of the volume."""
-        values: Frames
+        values: HuFrames
         if (self.slope, self.inter) == (1.0, 0.0):
             with np.errstate(over="ignore", invalid="ignore"):
                 values = stored.astype(np.int16 if self.is_whole else np.float32, copy=False)

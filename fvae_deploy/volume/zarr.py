@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import (
-    Frames,
     FrameWriter,
     Geometry,
+    HuFrames,
     check_finite,
     publish_folder,
     slab_ranges,
@@ -42,7 +42,7 @@ _MARKS = ("zarr.json", ".zarray", ".zgroup")  # one of these lies in every Zarr 
 class ZarrReader:
     """An array (x, y, z), Zarr v2 or v3, or a group that holds just one 3-D array.
 
-    Frames are int16 if the stored type promises whole numbers within int16, else float32.
+    HuFrames are int16 if the stored type promises whole numbers within int16, else float32.
     Memory is that of a slab and of one layer of chunks. Without an `affine` attribute the
     affine is the identity: 1 mm voxels.
 
@@ -63,7 +63,7 @@ class ZarrReader:
         self._whole = (kind == "i" and size <= 2) or (kind == "u" and size == 1)
         self.geometry = _geometry(shape, attributes, self.path)
 
-    def slabs(self, *depths: int, start: int = 0) -> Iterator[Frames]:
+    def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield frames [t, x, y] in HU from slice `start` on; the last depth repeats.
 
         Raises VolumeError for damaged chunks and for values that are not finite.
@@ -125,7 +125,7 @@ class ZarrWriter(FrameWriter):
             self.abort()
             raise self._refused(error) from error
 
-    def _append(self, frame: Frames) -> None:
+    def _append(self, frame: HuFrames) -> None:
         self._layer[self._count % len(self._layer)] = frame.T
         stop = self._count + 1
         filled = stop % len(self._layer) or len(self._layer)

@@ -16,7 +16,7 @@ from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.to_triton import write_repository
 from fvae_deploy.stream.codec import bundle_path, open_codec
-from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.volume.open import open_volume
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
@@ -107,7 +107,7 @@ def test_the_example_streams_a_ct_to_the_latents_that_fvae_makes(
     with open_codec("tiny", engine="onnxruntime") as codec:
         manifest = codec.manifest
         frames = next(open_volume(tmp_path / "ct.nii").slabs(11))
-        wanted = codec.encode(to_model(frames, manifest.intensity, 24, 16, Tally()))
+        wanted = codec.encode(to_model(frames, manifest.intensity, 24, 16, ClippingTally()))
         names = write_repository(codec.bundle, manifest, tmp_path / "models")
     assert names == ["tiny-encode", "tiny-decode"]
     server = Server(tmp_path / "models")

@@ -15,7 +15,7 @@ from rich.console import Console
 from fvae_deploy.cli.tables import comparison_table
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.quality import fidelity as module
-from fvae_deploy.quality.fidelity import Comparison, Tally, compare
+from fvae_deploy.quality.fidelity import Comparison, ErrorTally, compare
 from fvae_deploy.volume.base import Geometry
 from fvae_deploy.volume.open import create_volume
 
@@ -80,7 +80,7 @@ def test_a_tally_does_not_depend_on_how_the_errors_are_split(
     errors: list[int], cuts: list[int], whole: bool
 ):
     e = np.array(errors, np.int16 if whole else np.float64)
-    tally = Tally()
+    tally = ErrorTally()
     for piece in np.split(e, sorted(min(cut, e.size) for cut in cuts)):
         tally.add(piece)
     found = tally.errors()

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.export.manifest import Intensity
-from fvae_deploy.stream.intensity import Tally, to_hu, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
 
 CT = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-0.5, model_max=0.5)
 SHAPES = hnp.array_shapes(min_dims=3, max_dims=3, max_side=12)
@@ -22,7 +22,7 @@ WINDOWS = st.sampled_from([CT, Intensity(-1024.0, 3071.0, 0.0, 1.0), Intensity(-
 @given(st.one_of(WHOLE, FRACTIONS), WINDOWS)
 def test_what_lies_in_the_window_comes_back(frames, window):
     _, x, y = frames.shape
-    back = to_hu(to_model(frames, window, x, y, Tally()), window, x, y)
+    back = to_hu(to_model(frames, window, x, y, ClippingTally()), window, x, y)
     clipped = np.clip(frames.astype(np.float64), window.hu_min, window.hu_max)
     assert back.dtype == np.float32
     # A few float32 roundings of the window's larger end.
@@ -32,14 +32,14 @@ def test_what_lies_in_the_window_comes_back(frames, window):
 @given(WHOLE)
 def test_whole_numbers_come_back_exactly_once_rounded(frames):
     _, x, y = frames.shape
-    back = np.rint(to_hu(to_model(frames, CT, x, y, Tally()), CT, x, y))
+    back = np.rint(to_hu(to_model(frames, CT, x, y, ClippingTally()), CT, x, y))
     np.testing.assert_array_equal(back, np.clip(frames, -1000, 1000))
 
 
 @given(WHOLE, WINDOWS)
 def test_the_models_range_is_kept(frames, window):
     _, x, y = frames.shape
-    model = to_model(frames, window, x, y, Tally())
+    model = to_model(frames, window, x, y, ClippingTally())
     slack = 1e-6 * (window.model_max - window.model_min)  # one float32 rounding
     assert model.min() >= window.model_min - slack
     assert model.max() <= window.model_max + slack
@@ -48,8 +48,8 @@ def test_the_models_range_is_kept(frames, window):
 @given(WHOLE, st.integers(0, 7), st.integers(0, 7))
 def test_a_plane_is_padded_by_repeating_its_last_row_and_column(frames, more_x, more_y):
     _, x, y = frames.shape
-    padded = to_model(frames, CT, x + more_x, y + more_y, Tally())
-    plain = to_model(frames, CT, x, y, Tally())
+    padded = to_model(frames, CT, x + more_x, y + more_y, ClippingTally())
+    plain = to_model(frames, CT, x, y, ClippingTally())
     np.testing.assert_array_equal(
         padded, np.pad(plain, ((0, 0), (0, 0), (0, more_x), (0, more_y)), mode="edge")
     )
@@ -57,7 +57,7 @@ def test_a_plane_is_padded_by_repeating_its_last_row_and_column(frames, more_x, 
 
 @given(st.lists(st.one_of(WHOLE, FRACTIONS), min_size=1, max_size=4))
 def test_a_tally_adds_up_what_was_clipped_over_all_slabs(slabs):
-    tally = Tally()
+    tally = ClippingTally()
     for frames in slabs:
         to_model(frames, CT, *frames.shape[1:], tally)
     everything = np.concatenate([frames.ravel().astype(np.float64) for frames in slabs])
@@ -70,7 +70,7 @@ def test_a_tally_adds_up_what_was_clipped_over_all_slabs(slabs):
 @given(WHOLE)
 def test_the_input_is_not_changed(frames):
     before = frames.copy()
-    to_model(frames, CT, *frames.shape[1:], Tally())
+    to_model(frames, CT, *frames.shape[1:], ClippingTally())
     np.testing.assert_array_equal(frames, before)
 
 
@@ -94,7 +94,7 @@ def test_what_a_model_gives_beyond_its_range_is_clamped_to_the_window():
     ],
 )
 def test_values_that_are_never_negative_are_no_ct(low, high):
-    tally = Tally()
+    tally = ClippingTally()
     to_model(np.array([low, high], np.float32).reshape(1, 1, 2), CT, 1, 2, tally)
     with pytest.raises(VolumeError, match=rf"values {low} to {high}.*--any-range"):
         tally.check_is_ct()
@@ -109,6 +109,6 @@ def test_values_that_are_never_negative_are_no_ct(low, high):
     ],
 )
 def test_values_that_may_be_hu_are_accepted(low, high):
-    tally = Tally()
+    tally = ClippingTally()
     to_model(np.array([low, high], np.float32).reshape(1, 1, 2), CT, 1, 2, tally)
     tally.check_is_ct()

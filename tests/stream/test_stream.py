@@ -24,7 +24,7 @@ from fvae_deploy.parse import parse_bytes
 from fvae_deploy.storage.latents import LatentReader, partial_path
 from fvae_deploy.stream import pipeline as stream
 from fvae_deploy.stream.codec import open_codec, pad_frames
-from fvae_deploy.stream.intensity import Tally, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.stream.plan import plan
 from fvae_deploy.volume.open import open_volume
 
@@ -118,7 +118,7 @@ def test_odd_volumes_go_through_the_built_in_model(tiny, write_ct, tmp_path, sha
 def test_reconstruct_is_the_codec_on_the_whole_clip(fake_codec, write_ct, tmp_path):
     ct = write_ct(tmp_path / "ct.nii", (21, 14, 30)).transpose(2, 0, 1)
     of = fake_codec.manifest.intensity
-    frames = to_model(ct, of, 24, 16, Tally())
+    frames = to_model(ct, of, 24, 16, ClippingTally())
     whole = fake_codec.decode(fake_codec.encode(frames))[0, :30, :21, :14]
     reconstruct(fake_codec, tmp_path / "ct.nii", tmp_path / "out.nii", dtype="float32")
     found = voxels(tmp_path / "out.nii").transpose(2, 0, 1)
@@ -132,7 +132,7 @@ def test_windows_are_encoded_independently(fake_codec, write_ct, slices, k):
         ct = write_ct(f / "ct.nii", (10, 17, slices)).transpose(2, 0, 1)
         encode(fake_codec, f / "ct.nii", f / "z.zarr", protocol="windows", k=k)
         store = LatentReader(f / "z.zarr")
-        frames = to_model(ct, fake_codec.manifest.intensity, 16, 24, Tally())
+        frames = to_model(ct, fake_codec.manifest.intensity, 16, 24, ClippingTally())
         windows = [
             fake_codec.encode(pad_frames(frames[:, start : start + 65], 65))
             for start in range(0, slices, 65)
