@@ -174,7 +174,12 @@ def check_inputs(part: Part, inputs: Mapping[str, Array]) -> None:
 
 
 def open_engine(
-    bundle: Path, manifest: Bundle, name: str, device: str = "cpu", precision: str = "fp32"
+    bundle: Path,
+    manifest: Bundle,
+    name: str,
+    device: str = "cpu",
+    precision: str = "fp32",
+    threads: int | None = None,
 ) -> Engine:
     """Open a bundle in an engine of this name; raises EngineError with the remedy."""
     if name not in ENGINES:

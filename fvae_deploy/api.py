@@ -1,159 +1,204 @@
 """The verbs on files: open everything, stream, report. The command line calls these.
 
-Many scans share one engine: where a model is named, an opened codec will do too, and stays open.
+Options are a `RunOptions`, or its fields as keywords. Many scans share one engine: an opened
+`codec` can be passed, stays open, and takes the place of the options that open one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.parse import parse_bytes
+from fvae_deploy.errors import LatentError
+from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latents import LatentReader
-from fvae_deploy.stream import pipeline as stream
+from fvae_deploy.stream import pipeline
 from fvae_deploy.stream.codec import Codec, open_codec
-from fvae_deploy.stream.pipeline import Progress
-from fvae_deploy.stream.report import run_report
+from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.pipeline import Progress, silent
+from fvae_deploy.stream.report import plan_report, run_report
 from fvae_deploy.stream.rss import current_rss
+from fvae_deploy.stream.run import Run
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import open_volume, protect_input
+from fvae_deploy.volume.open import check_output, open_volume, protect_input
 
-
-def _nothing(slices: int) -> None:
-    """No progress shown."""
+MODEL = "tiny"  # the default
 
 
 def encode(
     ct: str | Path | Reader,
     output: str | Path,
+    options: RunOptions | None = None,
     *,
-    model: str | Path | Codec = "tiny",
-    engine: str = "auto",
-    precision: str = "fp32",
-    device: str = "cpu",
-    protocol: str | None = None,
-    memory: str | int | None = None,
-    k: int | None = None,
     series: str | None = None,
-    resume: bool = False,
-    any_range: bool = False,
-    progress: Progress = _nothing,
+    codec: Codec | None = None,
+    progress: Progress = silent,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Encode a CT into a latent store (Zarr v3) and return the run report.
 
-    `memory` bounds what the run takes beyond interpreter and libraries ("700MiB", bytes);
-    `k` is the number of latent frames a step. A reader is closed. Raises FvaeError with the remedy.
+    `series` chooses a DICOM series where a folder holds several; `keywords` are the fields of
+    `RunOptions`. A reader is closed. Raises FvaeError with the remedy.
     """
-    with (
-        contextlib.closing(_opened(ct, series)) as reader,
-        _codec(model, engine, precision, device) as codec,
-    ):
+    options, output = RunOptions.of(options, keywords), Path(output)
+    options.check_unused("encode", "dtype")
+    if _is_done(ct, output, options):
+        with _codec(codec, options) as opened:
+            _check_latents(output, opened, options)
+        return skipped("encode", output)
+    with contextlib.closing(_open(ct, series)) as reader:
         protect_input(output, reader.path, reader.geometry.dicom_files)
-        baseline = current_rss()
-        outcome = stream.encode(
-            codec,
-            reader,
-            Path(output),
-            protocol=protocol,
-            memory=_bytes(memory),
-            k=k,
-            resume=resume,
-            any_range=any_range,
-            progress=progress,
-        )
-        return run_report("encode", reader.path, Path(output), codec, outcome, baseline)
+        check_output(output, overwrite=options.overwrite)
+        with _codec(codec, options) as opened:
+            baseline = current_rss()
+            outcome = pipeline.encode(opened, reader, output, options, progress)
+            return run_report("encode", reader.path, output, opened, outcome, baseline)
 
 
 def decode(
     latents: str | Path,
     output: str | Path,
+    options: RunOptions | None = None,
     *,
-    model: str | Path | Codec | None = None,
-    engine: str = "auto",
-    precision: str = "fp32",
-    device: str = "cpu",
-    memory: str | int | None = None,
     slices: tuple[int, int] | None = None,
-    dtype: str = "int16",
-    resume: bool = False,
-    progress: Progress = _nothing,
+    codec: Codec | None = None,
+    progress: Progress = silent,
+    **keywords: Any,
 ) -> dict[str, Any]:
-    """Decode a latent store, or slices [a, b) of it, to a volume in HU; return the report.
+    """Decode a latent store, or slices [a, b) of it, to a volume in HU; return the run report.
 
-    `model` defaults to the built-in of the name that the store gives. With `resume` slices are
-    kept in `output.partial` as they come, and those of a stopped run taken up. Raises FvaeError.
+    `keywords` are the fields of `RunOptions`; `model` defaults to the built-in model that the
+    store names. Raises FvaeError with the remedy.
     """
+    options, output = RunOptions.of(options, keywords), Path(output)
+    options.check_unused("decode", "protocol", "step", "any_range")
+    if _is_done(latents, output, options):
+        return skipped("decode", output)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
-    with _codec(model or store.info.model, engine, precision, device) as codec:
+    check_output(output, overwrite=options.overwrite)
+    with _codec(codec, options, store.info.model) as opened:
         baseline = current_rss()
-        outcome = stream.decode(
-            codec,
-            store,
-            Path(output),
-            slices=slices,
-            memory=_bytes(memory),
-            dtype=dtype,
-            resume=resume,
-            progress=progress,
-        )
-        return run_report("decode", Path(latents), Path(output), codec, outcome, baseline)
+        outcome = pipeline.decode(opened, store, output, options, slices, progress)
+        return run_report("decode", store.path, output, opened, outcome, baseline)
 
 
 def reconstruct(
     ct: str | Path | Reader,
     output: str | Path,
+    options: RunOptions | None = None,
     *,
-    model: str | Path | Codec = "tiny",
-    engine: str = "auto",
-    precision: str = "fp32",
-    device: str = "cpu",
-    protocol: str | None = None,
-    memory: str | int | None = None,
-    k: int | None = None,
     series: str | None = None,
-    dtype: str = "int16",
-    resume: bool = False,
-    any_range: bool = False,
-    progress: Progress = _nothing,
+    codec: Codec | None = None,
+    progress: Progress = silent,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Encode and decode a CT in one stream, HU in and HU out; return the run report.
 
-    `resume` is that of `decode`.
+    Parameters are those of `encode`.
     """
-    with (
-        contextlib.closing(_opened(ct, series)) as reader,
-        _codec(model, engine, precision, device) as codec,
-    ):
+    options, output = RunOptions.of(options, keywords), Path(output)
+    if _is_done(ct, output, options):
+        return skipped("reconstruct", output)
+    with contextlib.closing(_open(ct, series)) as reader:
         protect_input(output, reader.path, reader.geometry.dicom_files)
-        baseline = current_rss()
-        outcome = stream.reconstruct(
-            codec,
-            reader,
-            Path(output),
-            protocol=protocol,
-            memory=_bytes(memory),
-            k=k,
-            dtype=dtype,
-            resume=resume,
-            any_range=any_range,
-            progress=progress,
-        )
-        return run_report("reconstruct", reader.path, Path(output), codec, outcome, baseline)
+        check_output(output, overwrite=options.overwrite)
+        with _codec(codec, options) as opened:
+            baseline = current_rss()
+            outcome = pipeline.reconstruct(opened, reader, output, options, progress)
+            return run_report("reconstruct", reader.path, output, opened, outcome, baseline)
 
 
-def _opened(ct: str | Path | Reader, series: str | None) -> Reader:
+def dry_run(
+    verb: str,
+    source: str | Path | Reader,
+    output: str | Path,
+    options: RunOptions | None = None,
+    *,
+    series: str | None = None,
+    codec: Codec | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Return the plan of encode, decode or reconstruct, JSON-ready; nothing is computed.
+
+    Raises what the run itself would raise before its first slice.
+    """
+    options, output = RunOptions.of(options, keywords), Path(output)
+    store = LatentReader(Path(source)) if verb == "decode" else None  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_codec(codec, options, store.info.model if store else MODEL))
+        if store:
+            run = pipeline.plan_decode(opened, store, output, options)
+        else:
+            reader = stack.enter_context(contextlib.closing(_open(source, series)))
+            directions = ("encode",) if verb == "encode" else ("encode", "decode")
+            run = Run.of(opened, reader.geometry, directions, options, output.parent)
+        return {
+            "command": verb,
+            "dry_run": True,
+            "input": str(source if isinstance(source, str | Path) else source.path),
+            "output": str(output),
+            "output_exists": output.exists(),
+            "model": {"name": opened.manifest.name, "identity": opened.manifest.identity},
+            "engine": opened.engine.name,
+            "precision": opened.engine.precision,
+            "volume": {"shape": list(run.geometry.shape)},
+            "plan": plan_report(run.plan),
+            "description": run.plan.describe(),
+            "seconds_at_100_gflops": round(run.plan.step_seconds * len(run.steps), 1),
+        }
+
+
+def skipped(command: str, output: Path) -> dict[str, Any]:
+    """Report of a run that found its output complete."""
+    return {"command": command, "output": str(output), "skipped": True}
+
+
+def _is_done(source: str | Path | Reader, output: Path, options: RunOptions) -> bool:
+    """Whether the output exists and --resume keeps it; the input is not opened for that."""
+    if not (options.resume and os.path.lexists(output)):
+        return False
+    if isinstance(source, str | Path):
+        protect_input(output, source)
+    else:
+        source.close()
+    return True
+
+
+def _check_latents(output: Path, codec: Codec, options: RunOptions) -> None:
+    """Raise LatentError where existing latents differ from what this run would write."""
+    info, manifest = LatentReader(output).info, codec.manifest
+    wanted = {
+        "identity": manifest.identity,
+        "engine": codec.engine.name,
+        "precision": codec.engine.precision,
+        "protocol": options.protocol or manifest.geometry.protocols[0],
+        "k": manifest.check_step(options.step),
+    }
+    for name, value in wanted.items():
+        if (found := getattr(info, name)) != value:
+            raise LatentError(
+                f"expected {output} to come from the same options, found "
+                f"{difference(name, found, value)}: choose another name or pass --overwrite"
+            )
+
+
+def _open(ct: str | Path | Reader, series: str | None) -> Reader:
     return open_volume(ct, series) if isinstance(ct, str | Path) else ct
 
 
 def _codec(
-    model: str | Path | Codec, engine: str, precision: str, device: str
+    codec: Codec | None, options: RunOptions, model: str = MODEL
 ) -> contextlib.AbstractContextManager[Codec]:
-    if isinstance(model, Codec):
-        return contextlib.nullcontext(model)
-    return open_codec(model, engine=engine, precision=precision, device=device)
-
-
-def _bytes(memory: str | int | None) -> int | None:
-    return parse_bytes(memory) if isinstance(memory, str) else memory
+    """Return the codec that was passed, which stays open, or open one."""
+    if codec is not None:
+        return contextlib.nullcontext(codec)
+    return open_codec(
+        options.model or model,
+        engine=options.engine,
+        precision=options.precision,
+        device=options.device,
+        threads=options.threads,
+    )

@@ -3,6 +3,7 @@
     FvaeError                 exit code
     ├── UsageError            2   options that contradict each other
     ├── VolumeError           3   an input or output that cannot be read or written
+    │   ├── OutputError       3   an output that cannot be written: a full disk, no permission
     │   └── LatentError       3   a latent store that is incomplete, damaged or of another model
     ├── ConditionError        3   a mask or text that does not fit the generator
     ├── BundleError           4   weights or a bundle that do not fit, or are damaged
@@ -35,6 +36,10 @@ class VolumeError(FvaeError):
     """A volume that cannot be read, written or understood."""
 
     exit_code = 3
+
+
+class OutputError(VolumeError):
+    """An output that cannot be written, for want of space or permission; the input is sound."""
 
 
 class LatentError(VolumeError):

@@ -61,7 +61,7 @@ def test_paths_may_be_strings_and_memory_text_or_bytes(ct, fake, tmp_path):
 
 
 def test_reports_are_json_and_repeat_the_call(ct, fake, tmp_path):
-    report = fvae.encode(ct, tmp_path / "z.zarr", k=2, **fake)
+    report = fvae.encode(ct, tmp_path / "z.zarr", step=2, **fake)
     assert json.loads(json.dumps(report)) == report
     assert report["command"] == "encode"
     assert report["plan"]["latent_frames_per_step"] == 2

@@ -223,7 +223,7 @@ OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
     "memory that is no amount": (["-o", "{f}/o.nii", "--memory", "lots"], 2, "700MiB"),
     "memory that cannot do": (["-o", "{f}/o.nii", "--memory", "1MiB"], 6, "at least"),
     "latents in the place of the output": (["-o", "{f}/z.zarr"], 3, "a volume of fvae's"),
-    "a report over the scan": (["-o", "{f}/o.nii", "--run-report", "{f}/ct.nii"], 2, ".json"),
+    "a report over the scan": (["-o", "{f}/o.nii", "--json", "{f}/ct.nii"], 2, ".json"),
     "an unknown protocol": (["-o", "{f}/o.nii", "--protocol", "waves"], 2, "causal or windows"),
     "an unknown engine": (["-o", "{f}/o.nii", "-e", "magic"], 5, "openvino"),
     "an unknown precision": (["-o", "{f}/o.nii", "-p", "fp8"], 5, "bf16"),
@@ -281,7 +281,7 @@ OTHERS = {
     "compare into a folder that is not there": (
         ["compare", "{f}/ct.nii", "{f}/ct.nii.gz", "--json", "{f}/no/a.json"], 2, "a.json"),
     "a report into a folder that is not there": (
-        ["encode", "{f}/ct.nii", "-o", "{f}/new.zarr", "--run-report", "{f}/no/a.json"],
+        ["encode", "{f}/ct.nii", "-o", "{f}/new.zarr", "--json", "{f}/no/a.json"],
         2, "a.json"),
     "encode into a folder that is not there": (
         ["encode", "{f}/ct.nii", "-o", "{f}/no/z.zarr"], 3, "create it"),

@@ -33,7 +33,7 @@ def fvae(verb, source, *options):
     """The run report of one verb in a process of its own, and what it said."""
     report = source.parent / "report.json"
     command = [sys.executable, "-m", "fvae_deploy", verb, source, "-q"]
-    command += ["--run-report", report, *options]
+    command += ["--json", report, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(report.read_text()) if done.returncode == 0 else None
     return done, found

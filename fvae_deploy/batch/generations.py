@@ -1,28 +1,33 @@
-"""Many generations from one list: CSV or JSONL, each job by itself, resumable.
+"""Batch mode of `generate`: a list of masks and findings, CSV or JSONL, one generation per row.
 
     mask,findings,disease_mask,seed,output
     a.nii.gz,"nodule in the right lung",,0,a_nodule.nii.gz
 
-Only `mask` must be there. Paths are relative to the list; outputs to the folder given. What
-is there already is passed by with --resume; a job that fails is told and passed.
+Only `mask` is required. Inputs are relative to the list, outputs to the given folder. With
+--resume, rows whose output exists are skipped; a row that fails is reported, and the batch
+goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvae_deploy.batch.rows import check_apart, read_rows
+from fvae_deploy.batch.run import SCAN_ERRORS, Begin
 from fvae_deploy.errors import ConditionError, UsageError
+from fvae_deploy.generation.options import GenerationOptions
+from fvae_deploy.generation.pipeline import generate
+from fvae_deploy.stream.options import RunOptions
 
 FIELDS = {"mask", "output", "findings", "disease_mask", "seed"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One generation."""
+class GenerationRow:
+    """One row of the list: one generation."""
 
     mask: Path
     output: Path
@@ -31,69 +36,70 @@ class Job:
     seed: int
 
 
-def read_jobs(path: Path, folder: Path, seed: int = 0) -> list[Job]:
-    """Read a list of jobs whose outputs go to `folder`.
+def read_generations(path: Path, folder: Path, seed: int = 0) -> list[GenerationRow]:
+    """Read a list of generations whose outputs go to `folder`.
 
-    Raises UsageError for rows that are no jobs, two of one output among them.
+    Raises UsageError for rows that describe no generation, and for two rows with one output.
     """
     rows = enumerate(read_rows(path, "mask", FIELDS), start=1)
-    jobs = [_job(row, number, path, folder, seed) for number, row in rows]
-    if not jobs:
-        raise UsageError(f"expected jobs in {path}, found none: a row each, with a column mask")
-    check_apart([job.output for job in jobs], path)
-    return jobs
+    generations = [_generation(row, number, path, folder, seed) for number, row in rows]
+    if not generations:
+        raise UsageError(f"expected rows with a column mask in {path}, found none: add some")
+    check_apart([row.output for row in generations], path)
+    return generations
 
 
-def run_jobs(
-    jobs: list[Job],
-    options: Mapping[str, Any],
+def run_generations(
+    rows: list[GenerationRow],
+    options: RunOptions,
+    sampling: GenerationOptions,
     say: Callable[[str], None],
-    progress: Callable[[str, int], Callable[[int], None]],
+    progress: Begin,
+    *,
+    dry_run: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run jobs one after the other; returns each one's report, or its error.
-
-    `options` go to every `generate`.
-    """
-    from fvae_deploy.batch.run import ONES_OWN
-    from fvae_deploy.generation.pipeline import generate
-
+    """Generate row after row; return each one's report, or its error."""
     results: list[dict[str, Any]] = []
-    for number, job in enumerate(jobs, start=1):
-        head = f"{number} of {len(jobs)}: {job.output}"
-        if options.get("resume") and job.output.exists():
-            say(f"{head} is there")
-            results.append({"output": str(job.output), "passed": True})
-            continue
+    for number, row in enumerate(rows, start=1):
+        head = f"{number} of {len(rows)}: {row.output}"
         try:
-            job.output.parent.mkdir(parents=True, exist_ok=True)
+            if not dry_run:
+                row.output.parent.mkdir(parents=True, exist_ok=True)
             report = generate(
-                job.mask,
-                job.output,
-                findings=job.findings,
-                disease_mask=job.disease_mask,
-                seed=job.seed,
+                row.mask,
+                row.output,
+                options,
+                sampling.with_seed(row.seed),
+                findings=row.findings,
+                disease_mask=row.disease_mask,
                 progress=progress,
-                **options,
+                dry_run=dry_run,
             )
-            say(f"{head} in {report['seconds']['total']:.1f} s")
-            results.append(report)
-        except ONES_OWN as error:
+        except SCAN_ERRORS as error:
             say(f"{head} failed: {error}")
-            results.append({"output": str(job.output), "error": str(error)})
+            results.append({"output": str(row.output), "error": str(error)})
+            continue
+        if "skipped" in report:
+            say(f"{head} exists: skipped")
+        elif not dry_run:
+            say(f"{head} in {report['seconds']['total']:.1f} s")
+        results.append(report)
     return results
 
 
-def check_all_made(results: list[dict[str, Any]]) -> None:
-    """Raise ConditionError where a job failed."""
+def check_all_generated(results: list[dict[str, Any]]) -> None:
+    """Raise ConditionError where a generation failed."""
     failed = [result for result in results if "error" in result]
     if failed:
         raise ConditionError(
-            f"expected {len(results)} volumes, found {len(failed)} failed, at first "
-            f"{failed[0]['output']} ({failed[0]['error']}): correct them and go on with --resume"
+            f"expected {len(results)} volumes, found {len(failed)} failed, the first of them "
+            f"{failed[0]['output']} ({failed[0]['error']}): correct them and continue with --resume"
         )
 
 
-def _job(row: dict[str, Any], number: int, path: Path, folder: Path, seed: int) -> Job:
+def _generation(
+    row: dict[str, Any], number: int, path: Path, folder: Path, seed: int
+) -> GenerationRow:
     def beside(name: str) -> Path:
         return path.parent / str(row[name])
 
@@ -107,7 +113,7 @@ def _job(row: dict[str, Any], number: int, path: Path, folder: Path, seed: int) 
             f"expected a whole number from 0 on as seed in row {number} of {path}, found "
             f"{row['seed']!r}"
         ) from None
-    return Job(
+    return GenerationRow(
         mask=mask,
         output=folder / str(row.get("output") or mask.name),
         findings=str(row["findings"]) if row.get("findings") else None,

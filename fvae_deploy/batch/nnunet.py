@@ -15,6 +15,7 @@ no dataset for whole. `splits_final.json` keeps a scan and its reconstruction in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,9 @@ from typing import Any
 import numpy as np
 
 from fvae_deploy.api import reconstruct
+from fvae_deploy.batch.run import Begin, silent
 from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import write_json
 
 FOLDS = 5  # of nnU-Net's cross-validation
@@ -95,40 +98,29 @@ class Dataset:
 def augment(
     source: Path,
     target: Path,
+    options: RunOptions,
     *,
     instead: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    progress: Callable[[str, int], Callable[[int], None]] = lambda stage, length: lambda n: None,
-    **options: Any,
+    progress: Begin = silent,
 ) -> dict[str, Any]:
     """Write a dataset with reconstructions beside the originals, or `instead` of them.
 
-    `options` go to `reconstruct`. Returns counts and seconds. Raises UsageError for names that
-    are none of nnU-Net's, VolumeError for datasets and files that do not fit.
+    Returns counts and seconds. Raises UsageError for names that nnU-Net does not accept, and
+    VolumeError for datasets and files that do not fit.
     """
-    if not re.fullmatch(r"Dataset\d{3}_\S+", target.name):
-        raise UsageError(f"expected an output named DatasetXXX_NAME, found {target.name}")
-    if source.resolve() == target.resolve():
-        raise UsageError(f"expected an output apart from the dataset, found {target}: rename it")
-    dataset = Dataset.read(source)
-    taken = {case.name for case in dataset.cases}
-    twice = sorted(name for name in taken if not instead and name + SUFFIX in taken)
-    if twice:
-        raise UsageError(
-            f"expected no case named {twice[0]}{SUFFIX}, as the reconstruction of {twice[0]} is, "
-            f"found one in {source}: augment the dataset that it was made of"
-        )
-    kept = {
-        "dataset": str(source.resolve()),
-        "instead": instead,
-        "options": {k: str(v) for k, v in sorted(options.items())},
-    }
-    _check_same_request(target, kept)
-    for name in ("imagesTr", "labelsTr"):
-        (target / name).mkdir(parents=True, exist_ok=True)
-    write_json(kept, target / "fvae.json")
-    tick = progress("augment", sum(len(case.images) for case in dataset.cases))
-    made, seconds = 0, 0.0
+    dataset = _checked(source, target, instead)
+    _check_same_request(
+        target,
+        {
+            "dataset": str(source.resolve()),
+            "instead": instead,
+            "options": {name: str(value) for name, value in options.to_dict().items()},
+        },
+    )
+    options = dataclasses.replace(options, overwrite=True)  # of images whose source has changed
+    advance = progress("augment", sum(len(case.images) for case in dataset.cases))
+    count, seconds = 0, 0.0
     for case in dataset.cases:
         name = case.name if instead else case.name + SUFFIX
         _link(case.label, target / "labelsTr" / (name + dataset.ending))
@@ -139,20 +131,41 @@ def augment(
                 _link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
             output = target / "imagesTr" / f"{name}_{channel:04}{dataset.ending}"
             if _is_older(output, image):
-                say(f"{output.name}")
-                seconds += reconstruct(image, output, **options)["seconds"]["total"]
-                made += 1
-            tick(1)
+                say(output.name)
+                seconds += reconstruct(image, output, options)["seconds"]["total"]
+                count += 1
+            advance(1)
+    _link_test_cases(source, target)
+    content = _content(dataset, target.name, instead)
+    if not instead and len(dataset.cases) >= FOLDS:
+        write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
+    write_json(content, target / "dataset.json")
+    return {"cases": content["numTraining"], "reconstructed": count, "seconds": round(seconds, 2)}
+
+
+def _checked(source: Path, target: Path, instead: bool) -> Dataset:
+    """Read the dataset, and refuse names under which the result could not stand."""
+    if not re.fullmatch(r"Dataset\d{3}_\S+", target.name):
+        raise UsageError(f"expected an output named DatasetXXX_NAME, found {target.name}")
+    if source.resolve() == target.resolve():
+        raise UsageError(f"expected an output apart from the dataset, found {target}: rename it")
+    dataset = Dataset.read(source)
+    names = {case.name for case in dataset.cases}
+    twice = sorted(name for name in names if not instead and name + SUFFIX in names)
+    if twice:
+        raise UsageError(
+            f"expected no case named {twice[0]}{SUFFIX}, which is the name of {twice[0]}'s "
+            f"reconstruction, found one in {source}: augment the original dataset"
+        )
+    return dataset
+
+
+def _link_test_cases(source: Path, target: Path) -> None:
     for folder in ("imagesTs", "labelsTs"):
         if (source / folder).is_dir():
             (target / folder).mkdir(exist_ok=True)
             for file in sorted((source / folder).iterdir()):
                 _link(file, target / folder / file.name)
-    content = _content(dataset, target.name, instead)
-    if not instead and len(dataset.cases) >= FOLDS:
-        write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
-    write_json(content, target / "dataset.json")
-    return {"cases": content["numTraining"], "reconstructed": made, "seconds": round(seconds, 2)}
 
 
 def splits(names: list[str]) -> list[dict[str, list[str]]]:
@@ -231,18 +244,22 @@ def _link(source: Path, target: Path) -> None:
         temporary.unlink()
 
 
-def _check_same_request(target: Path, wanted: dict[str, Any]) -> None:
-    """Raise UsageError where the folder holds something else, or another request's work."""
-    if not target.exists() or not any(target.iterdir()):
-        return
-    try:
-        found = json.loads((target / "fvae.json").read_bytes())
-    except (OSError, ValueError):
-        raise UsageError(
-            f"expected a new folder or what fvae augment left, found {target}: choose another"
-        ) from None
-    if found != wanted:
-        raise UsageError(
-            f"expected {target} to be of the same dataset and options, found {found}: choose "
-            "another folder"
-        )
+def _check_same_request(target: Path, request: dict[str, Any]) -> None:
+    """Note the request in the folder; raise UsageError where it holds anything else."""
+    note = target / "fvae.json"
+    if target.exists() and any(target.iterdir()):
+        try:
+            found = json.loads(note.read_bytes())
+        except (OSError, ValueError):
+            raise UsageError(
+                f"expected a new folder or one of an interrupted fvae augment, found {target}: "
+                "choose another"
+            ) from None
+        if found != request:
+            raise UsageError(
+                f"expected {target} to be of the same dataset and options, found {found}: choose "
+                "another folder"
+            )
+    for name in ("imagesTr", "labelsTr"):
+        (target / name).mkdir(parents=True, exist_ok=True)
+    write_json(request, note)

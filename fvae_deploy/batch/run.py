@@ -1,173 +1,198 @@
-"""Many scans through one engine: the next is opened and its first slices read meanwhile.
+"""Batch mode: many scans through one engine, the next one opened while one is computed.
 
-A scan that fails is told, noted and passed. What is there already is passed with `resume`, and
-one that was stopped goes on where it was.
+A scan that fails is reported and the batch goes on. With --resume, scans whose output exists are
+skipped, and interrupted ones are continued.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvae_deploy import api
 from fvae_deploy.batch.scans import Scan
 from fvae_deploy.errors import FvaeError, VolumeError
-from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latents import LatentReader
 from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.rss import reset_peak
 from fvae_deploy.stream.threads import ahead
 from fvae_deploy.volume.base import Primed
-from fvae_deploy.volume.open import open_volume
+from fvae_deploy.volume.open import check_output, open_volume
 
-ONES_OWN = (FvaeError, OSError, MemoryError)  # what fails with one scan and not with the next
+SCAN_ERRORS = (FvaeError, OSError, MemoryError)  # errors of one scan, after which the next may run
 Begin = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
-ENGINE = ("model", "engine", "precision", "device")
-Outcome = dict[str, Any]  # of a scan: ct, output and its report, or an error, or that it was passed
+Input = Primed | LatentReader | Exception | None
+
+
+def silent(stage: str, length: int) -> Callable[[int], None]:
+    """Show no progress."""
+    return lambda done: None
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What became of one scan: a run report, or an error, or that it was skipped."""
+
+    scan: Scan
+    report: dict[str, Any] | None = None
+    error: str | None = None
+    error_kind: str | None = None
+
+    @classmethod
+    def failed(cls, scan: Scan, error: BaseException) -> ScanResult:
+        """Return the result of a scan that raised this error."""
+        return cls(scan, error=str(error), error_kind=type(error).__name__)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the output existed."""
+        return self.report is not None and "skipped" in self.report
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.error is not None:
+            return f"{self.scan.source} failed: {self.error}"
+        if self.report is None or self.skipped:
+            return f"{self.scan.output} exists: skipped"
+        seconds, speed = self.report["seconds"]["total"], self.report["slices_per_second"]
+        return f"{self.scan.output} in {seconds:.1f} s, {speed:.1f} slices/s"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result, JSON-ready."""
+        facts: dict[str, Any] = {"input": str(self.scan.source), "output": str(self.scan.output)}
+        if self.error is not None:
+            return facts | {"error": self.error, "error_kind": self.error_kind}
+        if self.skipped:
+            return facts | {"skipped": True}
+        return facts | {"report": self.report}
 
 
 def run_scans(
     verb: str,
     scans: list[Scan],
-    options: dict[str, Any],
+    options: RunOptions,
     *,
-    resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    progress: Begin = lambda stage, length: lambda done: None,
-) -> list[Outcome]:
-    """Encode or reconstruct scans, one after the other; returns what became of each.
+    progress: Begin = silent,
+) -> list[ScanResult]:
+    """Encode, decode or reconstruct scans one after the other; return what became of each.
 
-    `options` are those of `api.encode` or `api.reconstruct`. Raises what concerns all of them:
-    a bundle or an engine that cannot be opened.
+    Raises what concerns all of them: a bundle or an engine that cannot be opened.
     """
-    options = dict(options)
-    opened = {name: options.pop(name) for name in ENGINE if name in options}
-    results: list[Outcome] = []
+    results: list[ScanResult] = []
     with (
-        open_codec(**opened) as codec,
-        contextlib.closing(ahead(_opened(scans, resume), 1)) as readers,
+        open_for_batch(verb, scans, options) as codec,
+        contextlib.closing(ahead(_open_scans(verb, scans, options), 1)) as inputs,
     ):
-        for number, (scan, reader) in enumerate(readers, start=1):
-            found = run_scan(verb, scan, reader, codec, options, resume, progress)
-            say(f"{number} of {len(scans)}: {tell(found)}")
-            results.append(found)
+        for number, (scan, opened) in enumerate(inputs, start=1):
+            result = run_scan(verb, scan, opened, codec, options, progress)
+            say(f"{number} of {len(scans)}: {result.describe()}")
+            results.append(result)
     return results
 
 
+def open_for_batch(verb: str, scans: list[Scan], options: RunOptions) -> Codec:
+    """Open the codec of a batch; for decode, of the model that the first readable store names."""
+    model = options.model or api.MODEL
+    if verb == "decode" and options.model is None:
+        for scan in scans:
+            with contextlib.suppress(*SCAN_ERRORS):
+                model = LatentReader(scan.source).info.model
+                break
+    return open_codec(
+        model,
+        engine=options.engine,
+        precision=options.precision,
+        device=options.device,
+        threads=options.threads,
+    )
+
+
 def run_scan(
-    verb: str,
-    scan: Scan,
-    reader: Primed | Exception | None,
-    codec: Codec,
-    options: dict[str, Any],
-    resume: bool,
-    progress: Begin,
-) -> Outcome:
-    """Run one scan that `open_scan` opened; what is wrong with it alone goes into the outcome."""
-    facts: Outcome = {"ct": str(scan.ct), "output": str(scan.output)}
-    if reader is None:
-        problem = _differs(scan.output, codec, options) if verb == "encode" else None
-        return facts | ({"error": problem, "kind": "LatentError"} if problem else {"passed": True})
-    if isinstance(reader, Exception):
-        return facts | {"error": str(reader), "kind": type(reader).__name__}
-    tick = progress(scan.output.name, reader.geometry.shape[2])
+    verb: str, scan: Scan, opened: Input, codec: Codec, options: RunOptions, progress: Begin
+) -> ScanResult:
+    """Run one scan that `open_scan` opened; errors of this scan only go into the result."""
+    if isinstance(opened, Exception):
+        return ScanResult.failed(scan, opened)
     reset_peak()
     try:
-        _ready(scan.output.parent)
-        run = api.encode if verb == "encode" else api.reconstruct
-        report = run(reader, scan.output, model=codec, resume=resume, progress=tick, **options)
-    except ONES_OWN as error:
-        return facts | {"error": str(error), "kind": type(error).__name__}
-    return facts | {"report": report}
-
-
-def _differs(output: Path, codec: Codec, options: dict[str, Any]) -> str | None:
-    """Tell how latents that are there differ from what is asked for."""
-    try:
-        found = LatentReader(output).info
-    except FvaeError as error:
-        return str(error)
-    of = codec.manifest
-    wanted = {
-        "identity": of.identity,
-        "engine": codec.engine.name,
-        "precision": codec.engine.precision,
-        "protocol": options.get("protocol") or of.geometry.protocols[0],
-        "k": of.check_step(options.get("k")),
-    }
-    for name, value in wanted.items():
-        if (there := getattr(found, name)) != value:
-            return (
-                f"expected {output} to be of the same run, found {difference(name, there, value)}: "
-                "remove it, or choose another folder"
+        _make_folder(scan.output.parent)
+        if opened is None:
+            slices = 0
+        elif isinstance(opened, LatentReader):
+            slices = opened.info.slices
+        else:
+            slices = opened.geometry.shape[2]
+        tick = progress(scan.output.name, slices)
+        if verb == "decode":
+            report = api.decode(scan.source, scan.output, options, codec=codec, progress=tick)
+        else:
+            run = api.encode if verb == "encode" else api.reconstruct
+            source = opened if isinstance(opened, Primed) else scan.source
+            report = run(
+                source, scan.output, options, series=scan.series, codec=codec, progress=tick
             )
-    return None
+    except SCAN_ERRORS as error:
+        return ScanResult.failed(scan, error)
+    return ScanResult(scan, report)
 
 
-def open_scan(scan: Scan, resume: bool) -> Primed | Exception | None:
-    """Open a scan and read its first slices; None where its result is there already."""
-    if resume and scan.output.exists():
-        return None
+def open_scan(verb: str, scan: Scan, options: RunOptions) -> Input:
+    """Open a scan and read its first slices; None where its output exists and is to be kept."""
     try:
-        return Primed(open_volume(scan.ct, scan.series))
-    except ONES_OWN as error:
+        if os.path.lexists(scan.output):
+            if options.resume:
+                return None
+            check_output(scan.output, overwrite=options.overwrite)
+        if verb == "decode":
+            return LatentReader(scan.source)
+        return Primed(open_volume(scan.source, scan.series))
+    except SCAN_ERRORS as error:
         return error
 
 
-def _opened(
-    scans: Iterable[Scan], resume: bool
-) -> Iterator[tuple[Scan, Primed | Exception | None]]:
+def _open_scans(
+    verb: str, scans: Iterable[Scan], options: RunOptions
+) -> Iterator[tuple[Scan, Input]]:
     for scan in scans:
-        yield scan, open_scan(scan, resume)
+        yield scan, open_scan(verb, scan, options)
 
 
-def _ready(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(
-            f"expected a place for results at {folder}, found {error.strerror}: choose another"
+            f"expected a folder for results at {folder}, found {error.strerror}: choose another"
         ) from None
 
 
-def tell(found: Outcome) -> str:
-    """Say in a line what became of a scan."""
-    if "report" in found:
-        report = found["report"]
-        seconds, speed = report["seconds"]["total"], report["slices_per_second"]
-        return f"{found['output']} in {seconds:.1f} s, {speed:.1f} slices/s"
-    return (
-        f"{found['ct']} failed: {found['error']}"
-        if "error" in found
-        else f"{found['output']} is there"
-    )
-
-
-def summary(verb: str, results: list[Outcome], begin: float) -> dict[str, Any]:
-    """Add up what became of all scans, JSON-ready; `begin` is of `time.perf_counter`."""
-    done = [found["report"] for found in results if "report" in found]
-    seconds = time.perf_counter() - begin
-    slices = sum(report["volume"]["slices"] for report in done)
+def summary(verb: str, results: list[ScanResult], seconds: float) -> dict[str, Any]:
+    """Add up what became of all scans, JSON-ready."""
+    reports = [r.report for r in results if r.report is not None and not r.skipped]
+    slices = sum(report["volume"]["slices"] for report in reports)
     return {
         "command": verb,
-        "done": len(done),
-        "failed": sum("error" in found for found in results),
-        "passed": sum("passed" in found for found in results),
+        "done": len(reports),
+        "failed": sum(result.error is not None for result in results),
+        "skipped": sum(result.skipped for result in results),
         "slices": slices,
         "seconds": round(seconds, 3),
         "slices_per_second": round(slices / seconds, 3),
-        "scans": results,
+        "scans": [result.to_dict() for result in results],
     }
 
 
-def check_all_done(found: dict[str, Any]) -> None:
+def check_all_done(results: list[ScanResult]) -> None:
     """Raise VolumeError where a scan failed."""
-    if found["failed"]:
-        first = next(scan for scan in found["scans"] if "error" in scan)
+    failed = [result for result in results if result.error is not None]
+    if failed:
         raise VolumeError(
-            f"expected {len(found['scans'])} results, found {found['failed']} failed, at first "
-            f"{first['ct']} ({first['error']}): correct them and go on with --resume"
+            f"expected {len(results)} results, found {len(failed)} failed, the first of them "
+            f"{failed[0].scan.source} ({failed[0].error}): correct them and continue with --resume"
         )

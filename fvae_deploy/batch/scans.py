@@ -1,12 +1,12 @@
-"""Which scans to run, where there are many: those in a folder, or in a list.
+"""Which inputs batch mode runs on: those in a folder, or in a list.
 
     DIR/                               OUTDIR/
       sub-01/ct/sub-01_ct.nii.gz         sub-01/ct/sub-01_ct.zarr
       sub-02/ct/sub-02_ct.nii            sub-02/ct/sub-02_ct.zarr
       patient3/IM0001, IM0002, ...       patient3.zarr
 
-A list is CSV or JSONL: `ct`, and where they are wanted `output` and `series`. Paths are relative
-to the list, outputs to OUTDIR.
+A list is CSV or JSONL with a column `ct` (for decode `latents`) and, where needed, `output` and
+`series`. Inputs are relative to the list, outputs to OUTDIR.
 """
 
 from __future__ import annotations
@@ -19,62 +19,93 @@ from typing import Any
 
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.errors import UsageError
+from fvae_deploy.storage.latents import is_latents
 
 LISTS = (".csv", ".jsonl")
-VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # as an output's name may end
-FIELDS = {"ct", "output", "series"}
+VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan and where its result goes."""
+    """One input of batch mode, and where its result goes."""
 
-    ct: Path
+    source: Path  # a CT, or for decode a latent store
     output: Path
     series: str | None = None
 
 
-def are_many(ct: Path, output: Path) -> bool:
-    """Whether these are many scans and a folder: an ending tells a single output's format."""
-    return ct.suffix in LISTS or (ct.is_dir() and not output.name.endswith(VOLUMES))
+def is_batch(source: Path, output: Path) -> bool:
+    """Whether the input is many scans and the output a folder for their results.
+
+    A file extension tells a single input or output.
+    """
+    if source.suffix in LISTS:
+        return True
+    single = source.name.lower().endswith(VOLUMES) or output.name.endswith(VOLUMES)
+    return source.is_dir() and not single
 
 
-def find_scans(ct: Path, output: Path, ending: str) -> list[Scan]:
-    """List the scans of a folder or a list, in order; raises UsageError where there are none."""
-    if ct.suffix in LISTS:
-        rows = read_rows(ct, "ct", FIELDS)
-        scans = [_scan(row, ct, output, ending) for row in rows]
+def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Scan]:
+    """Return the scans of a folder or a list, in order; raises UsageError where there are none."""
+    if source.suffix in LISTS:
+        column = "latents" if verb == "decode" else "ct"
+        fields = {column, "output"} | ({"series"} if verb != "decode" else set())
+        rows = read_rows(source, column, fields)
+        scans = [_scan(row, column, source, output, extension) for row in rows]
     else:
-        found = sorted(_volumes(ct, output.resolve()))
-        scans = [Scan(path, _beside(path.relative_to(ct), output, ending)) for path in found]
+        find = _latents if verb == "decode" else _volumes
+        paths = sorted(find(source, output.resolve()))
+        scans = [Scan(p, _output(p.relative_to(source), output, extension)) for p in paths]
     if not scans:
-        raise UsageError(f"expected scans in {ct}, found none: .nii, .nii.gz, .zarr or DICOM")
-    check_apart([scan.output for scan in scans], ct)
+        kinds = "latent stores (.zarr)" if verb == "decode" else ".nii, .nii.gz, .zarr or DICOM"
+        raise UsageError(f"expected {kinds} in {source}, found none: check the path")
+    check_apart([scan.output for scan in scans], source)
     return scans
 
 
-def _volumes(folder: Path, apart: Path) -> Iterator[Path]:
-    """Yield what lies below a folder and is a volume: files, Zarr stores, folders of DICOM."""
-    if folder.resolve() == apart:
+def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """Yield a folder and all folders below it with their entries, hidden ones left out.
+
+    Zarr stores and partial outputs are entries, not folders; `outputs` and links that lead back
+    up are skipped.
+    """
+    if folder.resolve() == outputs:
         return
-    slices = False
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    yield folder, entries
+    for entry in entries:
         path = Path(entry.path)
         if entry.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
-            continue  # back to where it comes from
-        if entry.is_dir():
-            if path.suffix == ".zarr":
+            continue
+        if entry.is_dir() and path.suffix not in (".zarr", ".partial"):
+            yield from _folders(path, outputs)
+
+
+def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
+    """Yield the volumes below a folder: NIfTI files, Zarr stores, folders of DICOM slices."""
+    for place, entries in _folders(folder, outputs):
+        slices = False
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir():
+                if path.suffix == ".zarr":
+                    yield path
+            elif path.name.lower().endswith((".nii", ".nii.gz")):
                 yield path
-            elif path.suffix != ".partial":
-                yield from _volumes(path, apart)
-        elif path.name.lower().endswith((".nii", ".nii.gz")):
-            yield path
-        elif not slices and entry.name != "DICOMDIR":
-            slices = _is_dicom(path)
-    if slices:
-        yield folder
+            elif not slices and entry.name != "DICOMDIR":
+                slices = _is_dicom(path)
+        if slices:
+            yield place
+
+
+def _latents(folder: Path, outputs: Path) -> Iterator[Path]:
+    """Yield the latent stores below a folder."""
+    for _, entries in _folders(folder, outputs):
+        for entry in entries:
+            path = Path(entry.path)
+            if path.suffix == ".zarr" and is_latents(path):
+                yield path
 
 
 def _is_dicom(path: Path) -> bool:
@@ -85,21 +116,22 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _beside(path: Path, output: Path, ending: str) -> Path:
-    """Name a result as its scan is named, below the folder of results."""
+def _output(path: Path, output: Path, extension: str) -> Path:
+    """Name a result after its input, below the folder of results."""
     name = path.name
     for known in VOLUMES:
         if name.lower().endswith(known):
             name = name[: -len(known)]
-    return output / path.parent / f"{name or 'scan'}{ending}"
+    return output / path.parent / f"{name or 'scan'}{extension}"
 
 
-def _scan(row: dict[str, Any], path: Path, output: Path, ending: str) -> Scan:
-    ct = Path(str(row["ct"]))
-    place = (
-        output / str(row["output"]) if row.get("output") else _beside(Path(ct.name), output, ending)
-    )
-    endings = (ending,) if ending == ".zarr" else VOLUMES  # latents are in one format alone
-    if not place.name.endswith(endings):
-        raise UsageError(f"expected outputs ending in {', '.join(endings)}, found {place.name}")
-    return Scan(path.parent / ct, place, str(row["series"]) if row.get("series") else None)
+def _scan(row: dict[str, Any], column: str, path: Path, output: Path, extension: str) -> Scan:
+    source = Path(str(row[column]))
+    if row.get("output"):
+        target = output / str(row["output"])
+    else:
+        target = _output(Path(source.name), output, extension)
+    allowed = (extension,) if extension == ".zarr" else VOLUMES  # latents have one format only
+    if not target.name.endswith(allowed):
+        raise UsageError(f"expected outputs ending in {', '.join(allowed)}, found {target.name}")
+    return Scan(path.parent / source, target, str(row["series"]) if row.get("series") else None)

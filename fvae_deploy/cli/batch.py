@@ -1,68 +1,107 @@
-"""What encode and reconstruct do where they are given many scans: run all, show a table."""
+"""Batch mode of encode, decode and reconstruct: run all scans of a folder or list, show a table."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fvae_deploy.batch.scans import VOLUMES, are_many, find_scans
-from fvae_deploy.cli.console import progress_bars, say, show
-from fvae_deploy.cli.tables import scans_table
-from fvae_deploy.errors import UsageError
+from fvae_deploy.batch.scans import VOLUMES, find_scans, is_batch
+from fvae_deploy.cli.console import Terminal
+from fvae_deploy.errors import FvaeError, UsageError
+from fvae_deploy.stream.options import RunOptions
 
-__all__ = ["are_many", "run_many"]
+if TYPE_CHECKING:
+    from fvae_deploy.batch.run import ScanResult
+    from fvae_deploy.batch.scans import Scan
+
+__all__ = ["is_batch", "run_batch"]
 
 
-def run_many(
+def run_batch(
     verb: str,
-    ct: Path,
+    source: Path,
     output: Path,
-    ending: str,
-    options: dict[str, Any],
-    resume: bool,
+    extension: str,
+    options: RunOptions,
+    terminal: Terminal,
     ray: str | None,
-    run_report: Path | None,
-    quiet: bool,
+    report: Path | None,
+    dry_run: bool,
 ) -> None:
     """Run a verb on all scans of a folder or a list; raises VolumeError where some failed.
 
-    The summary is written to `run_report`, and in any case to `OUTDIR/fvae-VERB.json`.
+    The summary goes to `report`, and in any case to `OUTDIR/fvae-VERB.json`.
     """
-    if ending not in VOLUMES:
-        raise UsageError(f"expected --ending {' or '.join(VOLUMES)}, found {ending}")
-    scans = find_scans(ct, output, ending)
-    from fvae_deploy.batch.run import check_all_done, run_scans, summary
-    from fvae_deploy.stream.report import write_json
+    if extension not in VOLUMES:
+        raise UsageError(f"expected --extension {', '.join(VOLUMES)}, found {extension}")
+    scans = find_scans(verb, source, output, extension)
+    if dry_run:
+        _plan_batch(verb, scans, options, terminal, report)
+        return
+    from fvae_deploy.batch.run import check_all_done, summary
+    from fvae_deploy.cli.tables import scans_table
 
     output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
+    results = _run(verb, scans, options, terminal, ray)
+    found = summary(verb, results, time.perf_counter() - begin)
+    note = output / f"fvae-{verb}.json"
+    _keep_earlier_reports(found["scans"], note)
+    terminal.report(found, note)
+    terminal.report(found, report)
+    terminal.show(scans_table(found))
+    check_all_done(results)
+
+
+def _run(
+    verb: str, scans: list[Scan], options: RunOptions, terminal: Terminal, ray: str | None
+) -> list[ScanResult]:
     if ray is not None:
         from fvae_deploy.batch.ray import run_on_ray
 
-        results = run_on_ray(ray, verb, scans, options, resume=resume, say=say(quiet))
-    else:
-        with progress_bars(quiet) as bars:
-            results = run_scans(verb, scans, options, resume=resume, say=say(quiet), progress=bars)
-    found = summary(verb, results, begin)
-    noted = output / f"fvae-{verb}.json"
-    _keep_reports(results, noted)
-    for path in {run_report, noted} - {None}:
-        assert path is not None
-        write_json(found, path)
-    if not quiet:
-        show(scans_table(found))
-    check_all_done(found)
+        return run_on_ray(ray, verb, scans, options, say=terminal.say)
+    from fvae_deploy.batch.run import run_scans
+
+    with terminal.progress_bars() as bars:
+        return run_scans(verb, scans, options, say=terminal.say, progress=bars)
 
 
-def _keep_reports(results: list[dict[str, Any]], noted: Path) -> None:
-    """Carry over what an earlier run noted of scans that this one passed."""
+def _plan_batch(
+    verb: str, scans: list[Scan], options: RunOptions, terminal: Terminal, report: Path | None
+) -> None:
+    """Show the plan of every scan; raises UsageError where some cannot be planned."""
+    from fvae_deploy import api
+    from fvae_deploy.batch.run import open_for_batch
+
+    plans: list[dict[str, Any]] = []
+    failed = 0
+    with open_for_batch(verb, scans, options) as codec:
+        for scan in scans:
+            try:
+                plan = api.dry_run(
+                    verb, scan.source, scan.output, options, series=scan.series, codec=codec
+                )
+            except FvaeError as error:
+                failed += 1
+                plans.append({"input": str(scan.source), "error": str(error)})
+                terminal.say(f"{scan.source}: {error}")
+                continue
+            plans.append(plan)
+            terminal.finish(plan, None)
+    terminal.report(plans, report)
+    if failed:
+        raise UsageError(f"expected {len(scans)} scans that can be planned, found {failed} failed")
+
+
+def _keep_earlier_reports(scans: list[dict[str, Any]], note: Path) -> None:
+    """Carry over what an earlier run reported of scans that this run skipped."""
     try:
-        earlier = {scan["output"]: scan for scan in json.loads(noted.read_bytes())["scans"]}
+        earlier = {scan["output"]: scan for scan in json.loads(note.read_bytes())["scans"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for found in results:
-        before = earlier.get(found["output"], {})
-        if "passed" in found and (report := before.get("report") or before.get("earlier")):
-            found["earlier"] = report
+    for scan in scans:
+        before = earlier.get(scan["output"], {})
+        if "skipped" in scan and (report := before.get("report") or before.get("earlier")):
+            scan["earlier"] = report

@@ -1,37 +1,123 @@
-"""What the command line shows: progress, tables, summaries. rich is imported on use."""
+"""What the command line shows: progress, summaries, reports. rich is imported on use."""
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+STDOUT = Path("-")  # as the name of a report
+
+
+@dataclass
+class Terminal:
+    """How much a command shows; one object per invocation of the command line."""
+
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    stdout_taken: bool = False  # by a JSON report: everything else goes to stderr
+
+    def set_up(self, quiet: bool, verbose: bool, debug: bool) -> None:
+        """Take the options of a command, beside those given before it."""
+        self.quiet, self.verbose = self.quiet or quiet, self.verbose or verbose
+        self.debug = self.debug or debug
+        if self.verbose:
+            logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+            logging.getLogger("fvae").setLevel(logging.DEBUG)
+
+    def say(self, message: str) -> None:
+        """Report on stderr what is being done, unless quiet."""
+        if not self.quiet:
+            print(message, file=sys.stderr)
+
+    def print(self, message: str) -> None:
+        """Print a result for people, unless quiet."""
+        if not self.quiet:
+            print(message, file=sys.stderr if self.stdout_taken else sys.stdout)
+
+    def show(self, renderable: Any) -> None:
+        """Print a rich table, plainly where the output is no terminal, unless quiet."""
+        if self.quiet:
+            return
+        from rich.console import Console
+
+        stream = sys.stderr if self.stdout_taken else sys.stdout
+        width = None if stream.isatty() else 110
+        Console(width=width, stderr=self.stdout_taken).print(renderable)
+
+    def report(self, content: Any, path: Path | None) -> None:
+        """Write a JSON report to a file, or to stdout where `path` is "-"."""
+        if path == STDOUT:
+            self.stdout_taken = True
+            print(json.dumps(content, indent=1))
+        elif path is not None:
+            from fvae_deploy.stream.report import write_json
+
+            write_json(content, path)
+
+    def finish(self, report: dict[str, Any], path: Path | None) -> None:
+        """Write a run's report, and print its summary."""
+        from fvae_deploy.stream.report import summary
+
+        self.report(report, path)
+        if "skipped" in report:
+            self.print(f"{report['output']} exists: skipped")
+        elif "dry_run" in report:
+            self._show_plan(report)
+        else:
+            self.print(f"{report['output']}: {summary(report)}")
+
+    def _show_plan(self, report: dict[str, Any]) -> None:
+        from fvae_deploy.parse import show_bytes
+
+        plans = report["plan"]
+        plans = [plans] if "predicted_bytes" in plans else list(plans.values())
+        peak = max(plan["predicted_bytes"] for plan in plans)
+        budget = min(plan["budget_bytes"] for plan in plans)
+        shape = "x".join(map(str, report["volume"]["shape"]))
+        self.print(
+            f"{report['output']}: {report['command']} of {shape} voxels with {report['engine']} "
+            f"{report['precision']}\n"
+            f"  tiles: {report['description']}\n"
+            f"  predicted memory: {show_bytes(peak)} of a budget of {show_bytes(budget)}"
+        )
+        if "seconds_at_100_gflops" in report:
+            seconds = report["seconds_at_100_gflops"]
+            self.print(f"  estimated time: {seconds:g} s on a machine of 100 GFLOP/s")
+        if report["output_exists"]:
+            self.print("  the output exists: pass --overwrite to replace it, --resume to keep it")
+
+    @contextmanager
+    def progress_bar(self, slices: int, verb: str) -> Iterator[Callable[[int], None]]:
+        """Show a bar with slices/s and the time left, on a terminal and unless quiet."""
+        with self.progress_bars() as begin:
+            yield begin(verb, slices)
+
+    @contextmanager
+    def progress_bars(
+        self, units: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+        """Show a bar for each stage that begins, on a terminal and unless quiet.
+
+        Yields a function that takes a stage's name and length and returns its progress. Stages
+        count slices, those named in `units` something else.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda stage, length: lambda done: None
+            return
+        with _bars(units) as begin:
+            yield begin
 
 
 @contextmanager
-def progress_bar(slices: int, verb: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar with slices/s and time left, on a terminal that is not quiet."""
-    with progress_bars(quiet) as begin:
-        yield begin(verb, slices)
-
-
-@contextmanager
-def progress_bars(
-    quiet: bool, units: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Show a bar for each stage that is begun, on a terminal that is not quiet.
-
-    Yields a function of a stage's name and length that returns its progress. Stages count
-    slices, those named in `units` something else.
-    """
-    if quiet or not sys.stderr.isatty():
-        yield lambda stage, length: lambda done: None
-        return
+def _bars(units: Mapping[str, str]) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -63,30 +149,3 @@ def progress_bars(
             return lambda done: bar.advance(task, done)
 
         yield begin
-
-
-def say(quiet: bool) -> Callable[[str], None]:
-    """Make a function that tells what is being done, unless quiet."""
-
-    def tell(message: str) -> None:
-        if not quiet:
-            print(message, file=sys.stderr)
-
-    return tell
-
-
-def finish(report: dict[str, Any], path: Path | None, quiet: bool) -> None:
-    """Write the run report where one is wanted, and tell people the same."""
-    from fvae_deploy.stream.report import summary, write_json
-
-    if path:
-        write_json(report, path)
-    if not quiet:
-        print(f"{report['output']}: {summary(report)}")
-
-
-def show(renderable: Any) -> None:
-    """Print a rich table, plainly where the output is no terminal."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 110).print(renderable)

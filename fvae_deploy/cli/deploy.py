@@ -1,4 +1,4 @@
-"""The verbs about GPUs: build, triton, selftest."""
+"""The commands about deployment: build, triton, selftest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fvae_deploy.cli.console import progress_bars, say, show
-from fvae_deploy.cli.options import Debug, NumbersFile, Quiet, StepFrames, Verbs
+from fvae_deploy.cli.command import Verbs, command
+from fvae_deploy.cli.console import Terminal
+from fvae_deploy.cli.options import Report, choice
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
 
@@ -18,87 +19,96 @@ if TYPE_CHECKING:
     from fvae_deploy.export.to_tensorrt import Row
 
 app = typer.Typer(cls=Verbs)
+PACKAGES = ("tensorrt_rtx", "tensorrt")
+Bundle = Annotated[str, typer.Argument(help="Built-in model or folder of a bundle.")]
+Targets = Annotated[
+    str,
+    typer.Option("--target", "-t", help="GPU architectures, comma-separated: sm_86,sm_89,sm_120."),
+]
+Precisions = Annotated[
+    str,
+    typer.Option("--precision", "-p", help="fp32, fp16, bf16, int8 or fp8, comma-separated."),
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        help="Slices that the engines take, as 512,512; may be repeated. [default: 512,512; for a "
+        "generator its windows]",
+    ),
+]
+Calibrate = Annotated[
+    list[Path] | None,
+    typer.Option("--calibrate", help="A CT that calibrates int8 and fp8; may be repeated."),
+]
+Package = Annotated[
+    str,
+    choice(
+        "--package",
+        names=lambda: PACKAGES,
+        help="tensorrt_rtx builds without a GPU; tensorrt builds on the GPU.",
+    ),
+]
 
 
-@app.command()
+@command(app, "Make")
 def build(
-    model: Annotated[str, typer.Argument(help="Built-in name or bundle folder.")],
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="GPU architectures, as sm_86,sm_89,sm_120.")
-    ],
-    precision: Annotated[
-        str, typer.Option("--precision", "-p", help="fp32, fp16, bf16, int8 or fp8, or several.")
-    ] = "fp16",
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--size",
-            help="Slices, as 512,512; may be repeated [default: 512,512; a generator's windows].",
-        ),
-    ] = None,
+    model: Bundle,
+    target: Targets,
+    terminal: Terminal,
+    precision: Precisions = "fp16",
+    size: Sizes = None,
     any_size: Annotated[
-        bool, typer.Option("--any-size", help="Engines for all smaller slices, too; slower.")
+        bool, typer.Option("--any-size", help="Build for all smaller slices too (slower engines).")
     ] = False,
-    step: StepFrames = 1,
+    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames per step.")] = 1,
     memory: Annotated[
-        str, typer.Option("--memory", help="The GPU memory that tiles are planned for.")
+        str, typer.Option("--memory", help="GPU memory that the tiles are planned for.")
     ] = "8GiB",
-    calibrate: Annotated[
-        list[Path] | None,
-        typer.Option("--calibrate", help="For int8 and fp8: a CT; may be repeated."),
-    ] = None,
-    package: Annotated[
-        str,
-        typer.Option("--package", help="tensorrt_rtx (needs no GPU), or tensorrt on the GPU."),
-    ] = "tensorrt_rtx",
-    json_file: NumbersFile = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    calibrate: Calibrate = None,
+    package: Package = "tensorrt_rtx",
+    report: Report = None,
 ) -> None:
-    """Build TensorRT engines of all parts beside the bundle, ahead of time. Needs no GPU.
+    """Build TensorRT engines of a bundle ahead of time, beside it. Needs no GPU.
 
     Example: `fvae build tiny --target sm_86,sm_89,sm_120 --precision fp16`
     """
     require("onnx")
     from fvae_deploy.make.engines import make_engines, row_facts
-    from fvae_deploy.stream.report import machine, write_json
+    from fvae_deploy.stream.report import machine
 
-    planes = [_plane(text) for text in size or ()]
-    targets, precisions = (
-        [n.strip() for n in t.split(",") if n.strip()] for t in (target, precision)
-    )
+    targets, precisions = (_names(text) for text in (target, precision))
     if not precisions:
         raise UsageError(f"expected --precision as fp16,bf16, found {precision!r}: name one")
-    with progress_bars(quiet, dict.fromkeys(precisions, "parts")) as begin:
+    with terminal.progress_bars(dict.fromkeys(precisions, "parts")) as begin:
         rows = make_engines(
             model,
             targets,
             precisions,
             package=package,
-            planes=planes,
+            planes=[_plane(text) for text in size or ()],
             any_size=any_size,
-            step=step or 1,
+            step=step,
             memory=memory,
             calibration=calibrate or (),
             begin=begin,
         )
-    if json_file:
-        content = {"machine": machine(), "model": model, "rows": [row_facts(r) for r in rows]}
-        write_json(content, json_file)
-    if not quiet:
-        show(_built_table(model, rows))
+    facts = {"machine": machine(), "model": model, "rows": [row_facts(row) for row in rows]}
+    terminal.report(facts, report)
+    terminal.show(_built_table(model, rows))
 
 
-@app.command()
+@command(app, "Deploy")
 def triton(
-    model: Annotated[str, typer.Argument(help="Built-in name or bundle folder.")],
+    model: Bundle,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new repository.")],
+    terminal: Terminal,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="Serve the TensorRT engines built for sm_…")
+        str, typer.Option("--target", "-t", help="Serve the TensorRT engines built for this sm_….")
     ] = "",
-    precision: Annotated[str, typer.Option("--precision", "-p", help="Of those engines.")] = "fp16",
-    quiet: Quiet = False,
-    debug: Debug = False,
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="Precision of those engines.")
+    ] = "fp16",
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server.
 
@@ -110,43 +120,42 @@ def triton(
 
     path, manifest = open_bundle(model)
     names = write_repository(path, manifest, output, target=target, precision=precision)
-    if not quiet:
-        print(f"{output}: {', '.join(names)}; no server was tried")
+    terminal.print(f"{output}: {', '.join(names)}; not tried with a server")
 
 
-@app.command()
+@command(app, "Develop")
 def selftest(
+    terminal: Terminal,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="On the GPU that is here; else on the CPU.")
+        bool, typer.Option("--gpu", help="Test on the GPU of this machine. [default: on the CPU]")
     ] = False,
     suites: Annotated[
-        bool, typer.Option(help="The checkout's tests too: contract, goldens, kernels.")
+        bool, typer.Option(help="Also run the checkout's tests: contract, goldens, kernels.")
     ] = True,
-    json_file: NumbersFile = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    report: Report = None,
 ) -> None:
-    """Build, compare, tile, time and test on this machine, and write one JSON of it.
+    """Build, compare, tile, time and test on this machine, with one report of it all.
 
-    Engines that are not installed are left out, and named. Exit code 5 where there is no GPU, or
-    a check does not pass.
+    Engines that are not installed are left out, and named. The exit code is 5 where there is no
+    GPU, or a check fails.
 
     Example: `fvae selftest --gpu --json selftest.json`
     """
     from fvae_deploy.selftest import selftest as run
-    from fvae_deploy.stream.report import write_json
 
-    found = run(gpu, suites=suites, progress=say(quiet))
-    if json_file:
-        write_json(found, json_file)
+    found = run(gpu, suites=suites, progress=terminal.say)
+    terminal.report(found, report)
     failed = [row["name"] for row in found["checks"] if row["passed"] is False]
-    if not quiet:
-        show(_checks_table(found["checks"]))
+    terminal.show(_checks_table(found["checks"]))
     if failed:
         raise EngineError(
-            f"expected {len(found['checks'])} checks to pass, found that {', '.join(failed)} did "
-            "not: send the JSON of --json as an issue"
+            f"expected {len(found['checks'])} checks to pass, found that {', '.join(failed)} "
+            "failed: please report it with the file of --json"
         )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _plane(text: str) -> tuple[int, int]:

@@ -1,17 +1,17 @@
-"""The verbs about Triton kernels: check, test, bench."""
+"""The commands about Triton kernels: check, test, bench."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from fvae_deploy.cli.options import Debug, NumbersFile, Verbs
+from fvae_deploy.cli.command import Verbs, command
+from fvae_deploy.cli.console import Terminal
+from fvae_deploy.cli.options import Report
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.kernels.chips import CHIPS
 from fvae_deploy.optional import require
@@ -27,36 +27,36 @@ Row = TypeVar("Row")
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    help="Check, test or time the Triton kernels.\n\nExample: fvae kernels check",
+    help="Check, test or time the Triton kernels.\n\nExample: `fvae kernels check`",
 )
 
 Chosen = Annotated[
-    str | None, typer.Option("--kernel", "-k", help="Only these kernels, with commas between.")
+    str | None, typer.Option("--kernel", "-k", help="Only these kernels, comma-separated.")
 ]
 Every = Annotated[
-    bool, typer.Option("--all", help="All blocks that a launch may take, not the default alone.")
+    bool, typer.Option("--all", help="Try all block sizes of a launch, not only the default.")
 ]
 
 
-@app.command()
+@command(app, "Kernels")
 def check(
+    terminal: Terminal,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="Chips, with commas between.")
+        str, typer.Option("--target", "-t", help="Chips, comma-separated.")
     ] = ",".join(CHIPS),
     kernel: Chosen = None,
     every: Every = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="[default: one for every core]")
+        int | None, typer.Option("--jobs", min=1, help="Processes. [default: one per core]")
     ] = None,
-    json_file: NumbersFile = None,
-    debug: Debug = False,
+    report: Report = None,
 ) -> None:
     """Compile all kernels ahead of time, and read registers and instructions. Needs no GPU.
 
-    Exit code 5 where a kernel spills, takes too much shared memory, or lacks the matrix
-    instructions or wide loads of a chip. Bytes, operations and rooflines are counted.
+    The exit code is 5 where a kernel spills registers, takes too much shared memory, or lacks the
+    matrix instructions or wide loads of its chip. Bytes, operations and rooflines are counted.
 
-    Example: fvae kernels check --target sm_89 --kernel attention --json kernels.json
+    Example: `fvae kernels check --target sm_89 --kernel attention --json kernels.json`
     """
     require("torch", "triton", extra="kernels")
     from rich.console import Console
@@ -65,7 +65,7 @@ def check(
     from fvae_deploy.kernels.aot import check, planned
     from fvae_deploy.kernels.dispatch import KERNELS
 
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: Triton warns else
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns unless it is set
     kernels = _known(kernel, KERNELS, "kernels") or list(KERNELS)
     targets = _known(target, CHIPS, "chips")
     if not targets:
@@ -77,8 +77,8 @@ def check(
         compiling, "compile", total=len(work), console=screen, disable=not screen.is_terminal
     )
     found = list(shown)
-    _write(json_file, found)
-    Console().print(_compiled_table(found))
+    terminal.report([dataclasses.asdict(row) for row in found], report)
+    terminal.show(_compiled_table(found))
     wrong = [c for c in found if c.wrong]
     if wrong:
         first = wrong[0]
@@ -88,22 +88,22 @@ def check(
         )
 
 
-@app.command("test")
+@command(app, "Kernels", name="test")
 def try_all(
+    terminal: Terminal,
     kernel: Chosen = None,
     every: Every = False,
-    json_file: NumbersFile = None,
-    debug: Debug = False,
+    report: Report = None,
 ) -> None:
-    """Run all kernels on the GPU that is here against their references.
+    """Run all kernels on this machine's GPU and compare them with their references.
 
-    Exit code 5 where one does not equal its reference, or does not run; the others are tried.
+    The exit code is 5 where a kernel differs from its reference or does not run; the others are
+    still tried.
 
-    Example: fvae kernels test
+    Example: `fvae kernels test`
     """
     require("torch", "triton", extra="kernels")
     import torch
-    from rich.console import Console
 
     from fvae_deploy.kernels.dispatch import KERNELS, Kernels
     from fvae_deploy.kernels.optional import INTERPRETED
@@ -117,8 +117,8 @@ def try_all(
     where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
     target = Kernels(device, "triton").target
     found, lost = _gathered(tried(kernels, device, target, every))
-    _write(json_file, found)
-    Console().print(_trials_table(found, where))
+    terminal.report([dataclasses.asdict(row) for row in found], report)
+    terminal.show(_trials_table(found, where))
     if lost:
         raise lost
     failed = [f for f in found if not f.passed]
@@ -130,19 +130,18 @@ def try_all(
         )
 
 
-@app.command()
-def bench(kernel: Chosen = None, json_file: NumbersFile = None, debug: Debug = False) -> None:
-    """Time all kernels on the GPU that is here, with all blocks, beside torch and the roofline.
+@command(app, "Kernels")
+def bench(terminal: Terminal, kernel: Chosen = None, report: Report = None) -> None:
+    """Time all kernels on this machine's GPU with all block sizes, beside torch and the roofline.
 
-    Exit code 5 where one does not run; the others are timed. "x torch" is the time of the same
-    by torch's operations on the same tensors, as cuDNN, cuBLAS and scaled_dot_product_attention
-    choose, over that of the fastest blocks. The JSON has every block.
+    The exit code is 5 where a kernel does not run; the others are still timed. The column "x torch"
+    is the time that torch's operations (cuDNN, cuBLAS, scaled_dot_product_attention) take on the
+    same tensors, divided by the time of the fastest block sizes. The JSON has every block size.
 
-    Example: fvae kernels bench --json speeds.json
+    Example: `fvae kernels bench --json speeds.json`
     """
     require("torch", "triton", extra="kernels")
     import torch
-    from rich.console import Console
 
     from fvae_deploy.kernels.dispatch import KERNELS
     from fvae_deploy.kernels.timing import require_gpu, timed
@@ -150,8 +149,8 @@ def bench(kernel: Chosen = None, json_file: NumbersFile = None, debug: Debug = F
     kernels = _known(kernel, KERNELS, "kernels")
     require_gpu()
     found, lost = _gathered(timed(kernels))
-    _write(json_file, found)
-    Console().print(_timed_table(found, torch.cuda.get_device_name()))
+    terminal.report([dataclasses.asdict(row) for row in found], report)
+    terminal.show(_timed_table(found, torch.cuda.get_device_name()))
     if lost:
         raise lost
     failed = [(row, row.failures[0]) for row in found if row.failures]
@@ -181,12 +180,6 @@ def _known(text: str | None, among: Collection[str], kind: str) -> list[str]:
         if name not in among:
             raise UsageError(f"expected {kind} among {', '.join(among)}, found {name!r}")
     return names
-
-
-def _write(path: Path | None, rows: list[Any]) -> None:
-    if path is not None:
-        rows = [dataclasses.asdict(row) for row in rows]
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _compiled_table(found: list[Compiled]) -> Table:

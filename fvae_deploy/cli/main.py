@@ -1,44 +1,37 @@
-"""The command line: parse, call, print, exit code. Everything heavy is imported on use."""
+"""The command line: the verbs on scans, and errors as one line with an exit code.
+
+Everything heavy is imported on use.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fvae_deploy.cli import data as makers
-from fvae_deploy.cli import deploy as gpu
-from fvae_deploy.cli import kernels as smithy
-from fvae_deploy.cli import networks as workbench
-from fvae_deploy.cli import serve as serving
-from fvae_deploy.cli.batch import are_many, run_many
-from fvae_deploy.cli.console import finish, progress_bar, show
+from fvae_deploy.cli import data, deploy, kernels, networks, serve
+from fvae_deploy.cli.batch import is_batch, run_batch
+from fvae_deploy.cli.command import Verbs, command
+from fvae_deploy.cli.console import Terminal
 from fvae_deploy.cli.options import (
     CT,
-    AnyRange,
-    CTs,
+    ENGINE_OPTIONS,
     Debug,
-    Device,
-    Dtype,
-    Engine,
-    Memory,
-    Model,
-    NumbersFile,
-    Precision,
-    Protocol,
+    DryRun,
+    Extension,
+    Overwrite,
     Quiet,
     Ray,
-    ReportFile,
-    Resume,
+    Report,
     Series,
-    StepFrames,
-    Verbs,
+    Verbose,
     Version,
 )
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.parse import slice_range
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.dicomweb import at_hand, is_remote
 
 app = typer.Typer(
@@ -50,234 +43,217 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+OUTPUTS = ("resume", "overwrite")
 
 
 @app.callback()
-def _root(version: Version = False) -> None:
-    """Hold the options that stand before the verb."""
-
-
-@app.command()
-def encode(
-    ct: CTs,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Latent store to make: .zarr; of many, a folder.")
-    ],
-    model: Model = "tiny",
-    engine: Engine = "auto",
-    precision: Precision = "fp32",
-    device: Device = "cpu",
-    protocol: Protocol = None,
-    memory: Memory = None,
-    step: StepFrames = None,
-    series: Series = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue what a stopped run left.")
-    ] = False,
-    any_range: AnyRange = False,
-    ray: Ray = None,
-    run_report: ReportFile = None,
+def _root(
+    ctx: typer.Context,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
+    version: Version = False,
 ) -> None:
-    """Encode a CT into a small latent store, or many into a folder of them.
+    ctx.ensure_object(Terminal).set_up(quiet, verbose, debug)
 
-    Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`; many: `fvae encode scans -o latents`
+
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", "any_range", *OUTPUTS))
+def encode(
+    ct: CT,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Latent store (.zarr); batch mode: a folder.")
+    ],
+    options: RunOptions,
+    terminal: Terminal,
+    series: Series = None,
+    ray: Ray = None,
+    dry_run: DryRun = False,
+    report: Report = None,
+) -> None:
+    """Encode a CT into a small latent store, or a folder of CTs in batch mode.
+
+    Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`; batch: `fvae encode scans -o latents`
     """
-    options: dict[str, Any] = {
-        "model": model,
-        "engine": engine,
-        "precision": precision,
-        "device": device,
-        "protocol": protocol,
-        "memory": memory,
-        "k": step,
-        "any_range": any_range,
-    }
-    if are_many(ct, output):
-        run_many("encode", ct, output, ".zarr", options, resume, ray, run_report, quiet)
+    if is_batch(ct, output):
+        run_batch("encode", ct, output, ".zarr", options, terminal, ray, report, dry_run)
         return
-    if not output.name.endswith(".zarr"):
-        raise UsageError(f"expected an output named .zarr, found {output.name}")
-    if ray is not None:
-        raise UsageError("expected many scans with --ray, found one: leave --ray out")
-    from fvae_deploy.api import encode as run
-    from fvae_deploy.volume.open import open_volume
-
-    with at_hand(ct, output) as (source, target):
-        reader = open_volume(source, series)
-        with progress_bar(reader.geometry.shape[2], "encode", quiet) as advance:
-            report = run(reader, target, resume=resume, progress=advance, **options)
-    finish(report, run_report, quiet)
+    _run_one("encode", ct, output, options, terminal, series, ray, report, dry_run)
 
 
-@app.command()
+@command(app, "Run", ("model of the store", *ENGINE_OPTIONS, "dtype", *OUTPUTS))
 def decode(
-    latents: Annotated[Path, typer.Argument(help="A latent store made by fvae encode.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz or .zarr.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="[default: the one the store names]")
-    ] = None,
-    engine: Engine = "auto",
-    precision: Precision = "fp32",
-    device: Device = "cpu",
-    memory: Memory = None,
+    latents: Annotated[
+        Path,
+        typer.Argument(
+            help="A latent store made by fvae encode; batch mode: a folder of them, or a list."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help=".nii, .nii.gz, .zarr or .dcm; batch mode: a folder."),
+    ],
+    options: RunOptions,
+    terminal: Terminal,
     slices: Annotated[
-        str | None, typer.Option("--slices", help="Only slices a:b, as 100:140.")
+        str | None, typer.Option("--slices", help="Decode slices a to b-1 only, as a:b.")
     ] = None,
-    dtype: Dtype = "int16",
-    resume: Resume = False,
-    run_report: ReportFile = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    extension: Extension = ".nii.gz",
+    ray: Ray = None,
+    dry_run: DryRun = False,
+    report: Report = None,
 ) -> None:
     """Decode a latent store, or some of its slices, to a CT in HU.
 
-    Example: `fvae decode ct.zarr -o crop.nii.gz --slices 100:140`
+    Example: `fvae decode ct.zarr -o crop.nii.gz --slices 100:140`; batch: `fvae decode lat -o cts`
     """
-    from fvae_deploy.api import decode as run
+    wanted = slice_range(slices) if slices else None
+    if is_batch(latents, output):
+        if wanted:
+            raise UsageError("expected one latent store with --slices, found a batch: leave it out")
+        run_batch("decode", latents, output, extension, options, terminal, ray, report, dry_run)
+        return
+    _check_no_ray(ray)
+    from fvae_deploy import api
     from fvae_deploy.storage.latents import LatentReader
 
-    wanted = slice_range(slices) if slices else None
+    if dry_run:
+        terminal.finish(api.dry_run("decode", latents, output, options), report)
+        return
     total = wanted[1] - wanted[0] if wanted else LatentReader(latents).info.slices
-    with progress_bar(total, "decode", quiet) as advance:
-        report = run(
-            latents,
-            output,
-            model=model,
-            engine=engine,
-            precision=precision,
-            device=device,
-            memory=memory,
-            slices=wanted,
-            dtype=dtype,
-            resume=resume,
-            progress=advance,
-        )
-    finish(report, run_report, quiet)
+    with terminal.progress_bar(total, "decode") as advance:
+        found = api.decode(latents, output, options, slices=wanted, progress=advance)
+    terminal.finish(found, report)
 
 
-@app.command()
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", "any_range", "dtype", *OUTPUTS))
 def reconstruct(
-    ct: CTs,
+    ct: CT,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help=".nii, .nii.gz, .zarr, .dcm (slices); of many, a folder."
+            "--output",
+            "-o",
+            help=".nii, .nii.gz, .zarr or .dcm (a folder of slices); batch mode: a folder.",
         ),
     ],
-    model: Model = "tiny",
-    engine: Engine = "auto",
-    precision: Precision = "fp32",
-    device: Device = "cpu",
-    protocol: Protocol = None,
-    memory: Memory = None,
-    step: StepFrames = None,
+    options: RunOptions,
+    terminal: Terminal,
     series: Series = None,
-    dtype: Dtype = "int16",
-    any_range: AnyRange = False,
-    resume: Resume = False,
-    ending: Annotated[
-        str, typer.Option("--ending", help="Of many: how results are named.")
-    ] = ".nii.gz",
+    extension: Extension = ".nii.gz",
     ray: Ray = None,
-    run_report: ReportFile = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    dry_run: DryRun = False,
+    report: Report = None,
 ) -> None:
-    """Encode and decode a CT in one stream: HU in, HU out, no latent on disk.
+    """Encode and decode a CT in one stream: HU in, HU out, no latents on disk.
 
-    Example: `fvae reconstruct dicom_folder -o r.nii.gz`; many: `fvae reconstruct scans -o recons`
+    Example: `fvae reconstruct dicom_folder -o r.nii.gz`; batch: `fvae reconstruct scans -o recons`
     """
-    options: dict[str, Any] = {
-        "model": model,
-        "engine": engine,
-        "precision": precision,
-        "device": device,
-        "protocol": protocol,
-        "memory": memory,
-        "k": step,
-        "dtype": dtype,
-        "any_range": any_range,
-    }
-    if are_many(ct, output):
-        run_many("reconstruct", ct, output, ending, options, resume, ray, run_report, quiet)
+    if is_batch(ct, output):
+        run_batch("reconstruct", ct, output, extension, options, terminal, ray, report, dry_run)
         return
-    if ray is not None:
-        raise UsageError("expected many scans with --ray, found one: leave --ray out")
-    if resume and is_remote(output):
+    if options.resume and is_remote(output):
         raise UsageError("expected an output on disk with --resume, found a URL: push it later")
-    from fvae_deploy.api import reconstruct as run
+    _run_one("reconstruct", ct, output, options, terminal, series, ray, report, dry_run)
+
+
+def _run_one(
+    verb: str,
+    ct: Path,
+    output: Path,
+    options: RunOptions,
+    terminal: Terminal,
+    series: str | None,
+    ray: str | None,
+    report: Path | None,
+    dry_run: bool,
+) -> None:
+    """Encode or reconstruct one CT, which may come from a DICOMweb server."""
+    _check_no_ray(ray)
+    from fvae_deploy import api
     from fvae_deploy.volume.open import open_volume
 
-    with at_hand(ct, output) as (source, target):
-        reader = open_volume(source, series)
-        with progress_bar(reader.geometry.shape[2], "reconstruct", quiet) as advance:
-            report = run(reader, target, resume=resume, progress=advance, **options)
-    report |= {"input": str(ct), "output": str(output)}
-    finish(report, run_report, quiet)
+    with at_hand(ct, output, push=not dry_run) as (source, target):
+        if dry_run:
+            found = api.dry_run(verb, source, target, options, series=series)
+        else:
+            run = api.encode if verb == "encode" else api.reconstruct
+            reader = open_volume(source, series)
+            with terminal.progress_bar(reader.geometry.shape[2], verb) as advance:
+                found = run(reader, target, options, progress=advance)
+    terminal.finish(found | {"input": str(ct), "output": str(output)}, report)
 
 
-@app.command()
+def _check_no_ray(ray: str | None) -> None:
+    if ray is not None:
+        raise UsageError("expected a batch with --ray, found one scan: leave --ray out")
+
+
+@command(app, "Inspect")
 def compare(
-    original: CT,
+    original: Annotated[Path, typer.Argument(help="The original volume.")],
     reconstruction: Annotated[Path, typer.Argument(help="A volume on the same grid.")],
+    terminal: Terminal,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Organ label map: errors per organ.")
+        Path | None, typer.Option("--labels", help="Organ label map, for errors by organ.")
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", help="Draw original, reconstruction and error.")
+        Path | None,
+        typer.Option("--png", help="Draw original, reconstruction and error to this file."),
     ] = None,
-    json: NumbersFile = None,
-    ssim: Annotated[bool, typer.Option(help="SSIM takes most of the time.")] = True,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    ssim: Annotated[bool, typer.Option(help="Compute SSIM (slow).")] = True,
+    overwrite: Overwrite = False,
+    report: Report = None,
 ) -> None:
-    """Compare two volumes: PSNR, SSIM, MAE, p99, maximum and bias in HU.
+    """Compare two volumes: PSNR, SSIM, MAE, 99th percentile, maximum and bias in HU.
 
     Example: `fvae compare ct.nii.gz recon.nii.gz --labels organs.nii.gz --png errors.png`
     """
     from fvae_deploy.cli.tables import comparison_table
     from fvae_deploy.quality.fidelity import compare as run
-    from fvae_deploy.stream.report import write_json
-    from fvae_deploy.volume.open import open_volume
+    from fvae_deploy.volume.open import check_output, open_volume
 
+    if png:
+        check_output(png, overwrite=overwrite)
     whole = open_volume(original)
     whole.close()
-    with progress_bar(whole.geometry.shape[2], "compare", quiet) as advance:
+    with terminal.progress_bar(whole.geometry.shape[2], "compare") as advance:
         found = run(
             original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
         )
-    if json:
-        write_json(found.to_dict(), json)
-    if not quiet:
-        show(comparison_table(found))
-        if png:
-            print(f"picture: {png}")
+    terminal.report(found.to_dict(), report)
+    terminal.show(comparison_table(found))
+    if png:
+        terminal.print(f"picture: {png}")
 
 
-app.add_typer(makers.app)
-app.add_typer(workbench.app)
-app.add_typer(serving.app)
-app.add_typer(gpu.app)
-app.add_typer(smithy.app, name="kernels")
+app.add_typer(data.app)
+app.add_typer(serve.app)
+app.add_typer(networks.app)
+app.add_typer(deploy.app)
+app.add_typer(
+    kernels.app,
+    name="kernels",
+    rich_help_panel="Develop",
+)
 
 
 def main() -> None:
     """Run the command line; every FvaeError becomes one line and an exit code."""
+    terminal = Terminal()
     try:
-        app()
+        app(obj=terminal)
     except FvaeError as error:
-        _fail(error, str(error), error.exit_code)
+        _fail(terminal, error, str(error), error.exit_code)
     except MemoryError as error:
-        _fail(error, "out of memory: lower --memory, or close other programs", 6)
+        _fail(terminal, error, "out of memory: lower --memory, or close other programs", 6)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        _fail(error, f"{error.strerror or error}{where}: check the place and its space", 3)
+        remedy = "check that the path is writable and the disk is not full"
+        _fail(terminal, error, f"{error.strerror or error}{where}: {remedy}", 3)
 
 
-def _fail(error: BaseException, message: str, code: int) -> None:
-    if "--debug" in sys.argv:
+def _fail(terminal: Terminal, error: BaseException, message: str, code: int) -> None:
+    if terminal.debug:
         raise error
     print(f"fvae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

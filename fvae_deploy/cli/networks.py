@@ -1,109 +1,162 @@
-"""The verbs about networks, not scans: export, models, doctor, bench."""
+"""The commands about networks: export, models, doctor, bench."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fvae_deploy.cli.console import say, show
-from fvae_deploy.cli.options import Debug, Model, Quiet, Verbs
+from fvae_deploy.cli.command import Verbs, command
+from fvae_deploy.cli.console import Terminal
+from fvae_deploy.cli.options import Overwrite, Report, choice
 from fvae_deploy.cli.tables import bench_table, models_table, noise_table, parity_table
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
+from fvae_deploy.storage.folders import new_folder
 from fvae_deploy.version import __version__
 
+if TYPE_CHECKING:
+    from fvae_deploy.bench.run import Case
+    from fvae_deploy.export.manifest import Manifest
+
 app = typer.Typer(cls=Verbs)
+FOREIGN = "Networks from your own code (module:factory)"
+GENERATOR = "Generators"
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A name listed by fvae models, a .ckpt or .safetensors file, a folder of diffusers, "
+        "hf:OWNER/NAME/PATH@REVISION, or package.module:factory.",
+    ),
+]
+Channels = Annotated[
+    str,
+    choice(
+        "--channels",
+        names=lambda: ("gray", "rgb"),
+        help="gray folds the network's three channels into one; rgb keeps them.",
+    ),
+]
 
 
-@app.command()
+@command(app, "Make")
 def export(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A name of fvae models, a .ckpt or .safetensors, a folder of diffusers, "
-            "hf:OWNER/NAME/PATH@REVISION, or package.module:factory.",
-        ),
-    ],
+    model: Weights,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
-    name: Annotated[str | None, typer.Option("--name", help="[default: the weights' name]")] = None,
-    channels: Annotated[
-        str, typer.Option("--channels", help="gray folds three channels into one; rgb keeps them.")
-    ] = "gray",
+    terminal: Terminal,
+    name: Annotated[
+        str | None, typer.Option("--name", help="[default: the name of the weights]")
+    ] = None,
+    channels: Channels = "gray",
     opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="With a factory: its weights.")
+        Path | None, typer.Option("--weights", help="Weights file.", rich_help_panel=FOREIGN)
     ] = None,
     window: Annotated[
-        int, typer.Option("--window", min=1, help="With a factory: slices that it takes at once.")
+        int,
+        typer.Option("--window", min=1, help="Slices per window.", rich_help_panel=FOREIGN),
     ] = 65,
     value_range: Annotated[
-        str, typer.Option("--range", help="With a factory: what -1000 and 1000 HU become.")
+        str,
+        typer.Option(
+            "--range", help="Values of -1000 and 1000 HU, as a,b.", rich_help_panel=FOREIGN
+        ),
     ] = "-1,1",
     config: Annotated[
-        Path | None, typer.Option("--config", help="With a generator: the reference's YAML.")
+        Path | None,
+        typer.Option("--config", help="YAML of the checkpoint.", rich_help_panel=GENERATOR),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option("--text", help="With a generator: folder or hub id of its text encoder."),
+        typer.Option(
+            "--text", help="Folder or hub id of the text encoder.", rich_help_panel=GENERATOR
+        ),
     ] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Export weights to a bundle, and measure parity and memory in every engine here.
+    """Export weights to a bundle, and measure its parity and memory in every engine installed.
 
     Example: `fvae export -m wan2.1 -o wan21`
     """
     require("torch", "onnx", "onnxscript", "safetensors", "diffusers", "transformers")
     from fvae_deploy.export.generators import is_generator
-    from fvae_deploy.export.sources import Foreign
-    from fvae_deploy.make.bundle import make_bundle, make_generator_bundle
 
     if is_generator(Path(model)):
-        of_vaes = {"--channels": channels != "gray", "--weights": weights is not None}
-        of_vaes |= {"--window": window != 65, "--range": value_range != "-1,1"}
-        for option in (name for name, given in of_vaes.items() if given):
-            raise UsageError(f"expected no {option} with a generator, {model}: leave it out")
-        made = make_generator_bundle(
-            Path(model),
-            output,
-            name=name,
-            config=config,
-            text=text,
-            opset=opset,
-            progress=say(quiet),
-        )
-        if not quiet:
-            show(noise_table(made))
-        return
-    if config or text:
-        raise UsageError(
-            f"expected a generator's checkpoint with --config or --text, found {model}: leave "
-            "them out"
-        )
+        given = {"--channels": channels != "gray", "--weights": weights is not None}
+        given |= {"--window": window != 65, "--range": value_range != "-1,1"}
+        _check_absent(given, f"a generator, {model}")
+    else:
+        _check_absent({"--config": bool(config), "--text": bool(text)}, f"a VAE, {model}")
+    foreign = (weights, window, _range(value_range))
+    with new_folder(output, overwrite=overwrite, marker="manifest.json") as folder:
+        if is_generator(Path(model)):
+            _export_generator(Path(model), folder, name, config, text, opset, terminal)
+        else:
+            _export_vae(model, folder, name, channels, foreign, opset, terminal)
 
+
+def _check_absent(given: dict[str, bool], what: str) -> None:
+    """Raise UsageError for an option that does not apply."""
+    for option in (option for option, present in given.items() if present):
+        raise UsageError(f"expected no {option} with {what}, found it: leave it out")
+
+
+def _range(text: str) -> tuple[float, float]:
+    """Read "-1,1"; raises UsageError for anything else."""
     try:
-        low, high = (float(n) for n in value_range.split(","))
+        low, high = (float(n) for n in text.split(","))
     except ValueError:
-        raise UsageError(f"expected --range as -1,1, found {value_range!r}") from None
+        raise UsageError(f"expected --range as -1,1, found {text!r}") from None
+    return low, high
+
+
+def _export_generator(
+    model: Path,
+    output: Path,
+    name: str | None,
+    config: Path | None,
+    text: str | None,
+    opset: int,
+    terminal: Terminal,
+) -> None:
+    from fvae_deploy.make.bundle import make_generator_bundle
+
+    manifest = make_generator_bundle(
+        model, output, name=name, config=config, text=text, opset=opset, progress=terminal.say
+    )
+    terminal.show(noise_table(manifest))
+
+
+def _export_vae(
+    model: str,
+    output: Path,
+    name: str | None,
+    channels: str,
+    foreign: tuple[Path | None, int, tuple[float, float]],
+    opset: int,
+    terminal: Terminal,
+) -> None:
+    from fvae_deploy.export.sources import Foreign
+    from fvae_deploy.make.bundle import make_bundle
+
     manifest = make_bundle(
         model,
         output,
         name=name,
         channels=channels,
-        foreign=Foreign(weights, window, (low, high)),
+        foreign=Foreign(*foreign),
         opset=opset,
-        progress=say(quiet),
+        progress=terminal.say,
     )
-    if not quiet:
-        show(parity_table(manifest))
+    terminal.show(parity_table(manifest))
 
 
-@app.command()
-def models(debug: Debug = False) -> None:
+@command(app, "Inspect")
+def models(terminal: Terminal) -> None:
     """List the built-in models with their measured parity, and the published ones.
 
     Example: `fvae models`
@@ -117,29 +170,31 @@ def models(debug: Debug = False) -> None:
     for path in sorted(BUILT_IN.glob("*/manifest.json")):
         if kind_of(path.parent) == GeneratorManifest.KIND:
             found = GeneratorManifest.load(path.parent)
-            print(f"{found.name}: {found.description}")
-            print(
+            terminal.print(f"{found.name}: {found.description}")
+            terminal.print(
                 f"  latents of {found.vae}, windows of {found.window} latent frames, licence "
                 f"{found.licence}, weights {found.identity}"
             )
-            show(noise_table(found))
+            terminal.show(noise_table(found))
             continue
         manifest = Manifest.load(path.parent)
         g = manifest.geometry
-        print(f"{manifest.name}: {manifest.description}")
-        print(
+        terminal.print(f"{manifest.name}: {manifest.description}")
+        terminal.print(
             f"  {g.temporal}x{g.spatial}x{g.spatial} voxels to {g.latent_channels} channels, "
             f"licence {manifest.licence}, weights {manifest.identity}"
         )
-        show(parity_table(manifest))
-    show(models_table(KNOWN))
-    print("fvae export -m NAME -o BUNDLE fetches and exports one of those with weights on a hub;")
-    print("fvae reconstruct ct.nii.gz -o recon.nii.gz --model BUNDLE uses it.")
+        terminal.show(parity_table(manifest))
+    terminal.show(models_table(KNOWN))
+    terminal.print(
+        "fvae export -m NAME -o BUNDLE fetches and exports one of those with weights on a hub;"
+    )
+    terminal.print("fvae reconstruct ct.nii.gz -o recon.nii.gz --model BUNDLE uses it.")
 
 
-@app.command()
-def doctor(debug: Debug = False) -> None:
-    """Say which engines can run here, and what would make the others run.
+@command(app, "Inspect")
+def doctor(terminal: Terminal) -> None:
+    """Show which engines run here, and what the others need.
 
     Example: `fvae doctor`
     """
@@ -148,73 +203,96 @@ def doctor(debug: Debug = False) -> None:
     from fvae_deploy.stream.report import machine
 
     facts = machine()
-    print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
-    print(f"{facts['cores']} cores, {facts['processor']}")
-    print("on the CPU:")
+    terminal.print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
+    terminal.print(f"{facts['cores']} cores, {facts['processor']}")
+    terminal.print("on the CPU:")
     for name in AUTO["cpu"]:
         problem = obstacle(name)
         verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
-        print(f"  {name:12} {verdict}")
-    print("on a GPU (the authors ran torch alone on one, an H100):")
-    for name in (name for name in ENGINES if name != "fake"):
+        terminal.print(f"  {name:12} {verdict}")
+    terminal.print("on a GPU (of these, the authors ran only torch on one, an H100):")
+    for name in ENGINES:
         device = "gpu" if name == "openvino" else "cuda"
         lacking = problems(name) or ["nothing is missing: fvae selftest --gpu tries it"]
         for i, line in enumerate([*lacking, *remarks(name)]):
-            print(f"  {name + ' --device ' + device if not i else '':26} {line}")
-    print("auto takes {}, since {}".format(*choose()))
+            terminal.print(f"  {name + ' --device ' + device if not i else '':26} {line}")
+    terminal.print("auto takes {}, since {}".format(*choose()))
 
 
-@app.command()
+@command(app, "Develop")
 def bench(
-    model: Model = "tiny",
+    terminal: Terminal,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", envvar="FVAE_MODEL", help="Built-in model or folder of a bundle."
+        ),
+    ] = "tiny",
     engines: Annotated[
         str,
         typer.Option(
             "--engines",
-            help="Comma-separated, as openvino:fp32 [default: all, torch on a CPU in fp32 alone].",
+            help="Comma-separated, such as openvino:fp32,torch. [default: all engines installed; "
+            "on a CPU, torch in fp32 only]",
         ),
     ] = "",
     size: Annotated[int, typer.Option("--size", min=8, help="Side of a slice in pixels.")] = 512,
     slices: Annotated[int, typer.Option("--slices", min=1, help="Slices of the clip.")] = 17,
-    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames a step.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Repetitions in turn.")] = 3,
+    step: Annotated[int, typer.Option("--step", min=1, help="Latent frames per step.")] = 1,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Rounds; in each, all engines take their turn.")
+    ] = 3,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=0, help="Timed passes a process; 0: the first.")
+        int,
+        typer.Option("--repeats", min=0, help="Timed passes per process; 0 times the first."),
     ] = 3,
     peer: Annotated[
         Path | None,
-        typer.Option("--peer", help="The weights: also run them as their authors do."),
+        typer.Option("--peer", help="Weights; also runs them as their authors do."),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Also run every engine planned for this budget."),
+        typer.Option("--memory", help="Also run every engine with the plan for this budget."),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="cpu, or cuda for engines and peers.")
+        str, typer.Option("--device", metavar="cpu|cuda", help="Device of engines and peers.")
     ] = "cpu",
-    quiet: Quiet = False,
-    debug: Debug = False,
+    report: Report = None,
 ) -> None:
-    """Measure throughput, ceiling, peak memory and error; the last line is JSON.
+    """Measure throughput, share of the machine's ceiling, peak memory and error.
 
-    Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors`
+    Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors --json bench.json`
     """
-    import json
-    from dataclasses import replace
-
-    from fvae_deploy.bench.run import Case, Work
+    from fvae_deploy.bench.run import Work
     from fvae_deploy.bench.run import bench as run
-    from fvae_deploy.engines.base import PRECISIONS
     from fvae_deploy.export.manifest import Manifest
-    from fvae_deploy.parse import parse_bytes
     from fvae_deploy.stream.codec import bundle_path
     from fvae_deploy.stream.report import machine
 
     path = bundle_path(model)
     manifest = Manifest.load(path)
     manifest.check_step(step)
-    pairs = _asked(engines, device)
-    cases = [Case(e, p, device=device) for e, p in pairs]
+    pairs = _engines(engines, device)
+    cases = _cases(pairs, device, memory, peer, manifest)
+    work = Work(size, slices, step, rounds, repeats)
+    rows = run(path, manifest, cases, work, weights=peer, progress=terminal.say)
+    terminal.report({"machine": machine(), "model": str(model), "rows": rows}, report)
+    terminal.show(bench_table(rows))
+
+
+def _cases(
+    pairs: list[tuple[str, str]],
+    device: str,
+    memory: str | None,
+    peer: Path | None,
+    manifest: Manifest,
+) -> list[Case]:
+    """Return what is measured: engines, the same with a budget, and peers."""
+    from fvae_deploy.bench.run import Case
+    from fvae_deploy.engines.base import PRECISIONS
+    from fvae_deploy.parse import parse_bytes
+
+    cases = [Case(engine, precision, device=device) for engine, precision in pairs]
     if memory:
         cases += [replace(case, memory=parse_bytes(memory)) for case in cases]
     if peer:
@@ -222,21 +300,17 @@ def bench(
         from fvae_deploy.export.peer import check_peer, peers
 
         check_peer(peer, manifest)
-        alike = () if device == "cpu" else (p for _, p in pairs if p in PRECISIONS)
-        wanted = dict.fromkeys(["fp32", *alike])  # the first is what errors are against
-        cases += [Case(name, p, device=device) for p in wanted for name in peers(peer)]
-    work = Work(size, slices, step, rounds, repeats)
-    rows = run(path, manifest, cases, work, weights=peer, progress=say(quiet))
-    if not quiet:
-        show(bench_table(rows))
-    print(json.dumps({"machine": machine(), "model": str(model), "rows": rows}))
+        half = () if device == "cpu" else (p for _, p in pairs if p in PRECISIONS)
+        precisions = dict.fromkeys(["fp32", *half])  # errors are against the first
+        cases += [Case(name, p, device=device) for p in precisions for name in peers(peer)]
+    return cases
 
 
-def _asked(engines: str, device: str) -> list[tuple[str, str]]:
-    """Read "openvino:fp32,torch"; where it is empty, take all that are installed for the device.
+def _engines(engines: str, device: str) -> list[tuple[str, str]]:
+    """Read "openvino:fp32,torch"; an empty text means all engines installed for the device.
 
-    Not torch in half precision on a CPU, where that takes ten times as long. Raises UsageError
-    for what is no engine or precision, EngineError where none is installed.
+    Torch in half precision on a CPU is left out: it takes ten times as long. Raises UsageError
+    for an unknown engine or precision, EngineError where none is installed.
     """
     from fvae_deploy.engines.base import AUTO, ENGINES, offered
     from fvae_deploy.selftest import cases

@@ -1,134 +1,288 @@
-"""The arguments and options of the verbs, and how their texts are read."""
+"""The options that several commands share, each declared once."""
 
 from __future__ import annotations
 
-import signal
-import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from fvae_deploy.errors import StoppedError, UsageError
+from fvae_deploy.cli.console import STDOUT
+from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED
+from fvae_deploy.errors import UsageError
 from fvae_deploy.version import __version__
 
-
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: from `kill`, a batch system, `docker stop`, a terminal that closes."""
-
-
-class Verbs(TyperGroup):
-    """The verbs; by itself typer ends in silence on Ctrl-C, Python at once on SIGTERM."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a verb."""
-
-        def end(number: int, frame: object) -> None:
-            raise TerminatedError(number)
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
-                    before[number] = signal.signal(number, end)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            error = StoppedError(
-                "stopped; with --resume encode and generate go on where they were, decode and "
-                "reconstruct where they were begun with it"
-            )
-            if isinstance(stop, TerminatedError):
-                error.exit_code = 128 + stop.args[0]
-            raise error from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+COMPUTE = "Model and engine"
+OUTPUT = "Output"
 
 
-def show_version(asked: bool) -> None:
-    """Print the version and stop."""
+def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
+    """Make an option that takes one of some names, with completion."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names():
+            raise UsageError(f"expected {flags[0]} {', '.join(names())}, found {value!r}")
+        return value
+
+    return typer.Option(
+        *flags,
+        metavar="|".join(names()),
+        autocompletion=lambda: list(names()),
+        callback=check,
+        **rest,
+    )
+
+
+def _device(value: str) -> str:
+    kind, _, number = value.partition(":")
+    if kind not in DEVICES or (number and (kind != "cuda" or not number.isdecimal())):
+        raise UsageError(f"expected --device {', '.join(DEVICES)} or cuda:N, found {value!r}")
+    return value
+
+
+def _report(path: Path | None) -> Path | None:
+    """Refuse a report that could not be written, before the work and not after it."""
+    if path is None or path == STDOUT:
+        return path
+    if path.suffix != ".json":  # so it can replace neither an input nor an output
+        raise UsageError(f"expected a report named .json, or -, found {path}: rename it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"expected a folder for {path}, found none: create it")
+    return path
+
+
+def _version(asked: bool) -> None:
+    """Print the version and exit."""
     if asked:
         print(f"fvae {__version__}")
         raise typer.Exit
 
 
-def writable(path: Path | None) -> Path | None:
-    """Refuse a report that could not be written, or over a scan, before the work and not after."""
-    if path and path.suffix != ".json":  # so it is neither input nor output
-        raise UsageError(f"expected a report named .json, found {path}: rename it")
-    if path and not path.absolute().parent.is_dir():
-        raise UsageError(f"expected a folder for {path}, found none: create it")
-    return path
+DEVICES = ("cpu", "cuda", "gpu", "tensorrt")
+PROTOCOLS = ("causal", "windows")
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
+STITCHES = ("joint", "reference")
 
+
+@dataclass(frozen=True)
+class Common:
+    """An option that many commands share: the field of RunOptions it sets, type and default."""
+
+    field: str
+    kind: Any
+    default: Any
+
+
+def _model(default: str, environment: str | None) -> Any:
+    return Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar=environment,
+            help=f"Built-in model or folder of a bundle. [default: {default}]",
+            rich_help_panel=COMPUTE,
+        ),
+    ]
+
+
+COMMON = {
+    "model": Common("model", _model("tiny", "FVAE_MODEL"), None),
+    "model of the store": Common("model", _model("the model that the store names", None), None),
+    "generator": Common("model", _model("tiny-ldm", "FVAE_GENERATOR"), None),
+    "engine": Common(
+        "engine",
+        Annotated[
+            str,
+            choice(
+                "--engine",
+                "-e",
+                names=lambda: ("auto", *ENGINES),
+                envvar="FVAE_ENGINE",
+                help="Runtime. auto takes the first one that is installed and computes in "
+                "--precision.",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        "auto",
+    ),
+    "precision": Common(
+        "precision",
+        Annotated[
+            str,
+            choice(
+                "--precision",
+                "-p",
+                names=lambda: (*PRECISIONS, *QUANTISED),
+                envvar="FVAE_PRECISION",
+                help="Arithmetic of the network. int8 and fp8 need engines from fvae build.",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        "fp32",
+    ),
+    "device": Common(
+        "device",
+        Annotated[
+            str,
+            typer.Option(
+                "--device",
+                metavar="|".join(DEVICES),
+                autocompletion=lambda: list(DEVICES),
+                callback=_device,
+                envvar="FVAE_DEVICE",
+                help="cpu; cuda or cuda:N for NVIDIA GPUs; gpu with OpenVINO; tensorrt with ONNX "
+                "Runtime.",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        "cpu",
+    ),
+    "threads": Common(
+        "threads",
+        Annotated[
+            int | None,
+            typer.Option(
+                "--threads",
+                min=1,
+                envvar="FVAE_THREADS",
+                help="CPU threads of the engine. [default: all cores]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "memory": Common(
+        "memory",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--memory",
+                envvar="FVAE_MEMORY",
+                help="Memory budget beyond the libraries, such as 700MiB. "
+                "[default: 60 % of the free memory]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "protocol": Common(
+        "protocol",
+        Annotated[
+            str | None,
+            choice(
+                "--protocol",
+                names=lambda: PROTOCOLS,
+                help="causal: one seamless stream; windows: 65 slices at a time. "
+                "[default: the model's]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "step": Common(
+        "step",
+        Annotated[
+            int | None,
+            typer.Option(
+                "--step",
+                min=1,
+                help="Latent frames per step, of 4 slices each. [default: 1]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "dtype": Common(
+        "dtype",
+        Annotated[
+            str,
+            choice(
+                "--dtype",
+                names=lambda: ("int16", "float32"),
+                help="Stored type of the voxels; int16 is rounded.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        "int16",
+    ),
+    "any_range": Common(
+        "any_range",
+        Annotated[
+            bool, typer.Option("--any-range", help="Accept volumes without values below 0 HU.")
+        ],
+        False,
+    ),
+    "resume": Common(
+        "resume",
+        Annotated[
+            bool,
+            typer.Option(
+                "--resume",
+                help="Continue an interrupted run, and skip outputs that exist.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        False,
+    ),
+    "overwrite": Common(
+        "overwrite",
+        Annotated[
+            bool,
+            typer.Option(
+                "--overwrite",
+                help="Replace outputs that exist.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        False,
+    ),
+}
+ENGINE_OPTIONS = ("engine", "precision", "device", "threads", "memory")
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
 ]
-CT = Annotated[Path, typer.Argument(help="A .nii or .nii.gz file, a folder of DICOM, a .zarr.")]
-CTs = Annotated[
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
+CT = Annotated[
     Path,
     typer.Argument(
-        help="A .nii or .nii.gz file, a folder of DICOM, a .zarr, dicomweb+https://…; "
-        "many: a folder, .csv, .jsonl."
+        help="A .nii or .nii.gz file, a folder of DICOM slices, a .zarr store, or "
+        "dicomweb+https://…; batch mode: a folder of scans, or a list (.csv, .jsonl)."
     ),
+]
+Series = Annotated[
+    str | None,
+    typer.Option("--series", help="SeriesInstanceUID of a DICOM series, or a unique end of it."),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", help="Many scans on Ray: its address, or local:N for N workers here."),
-]
-Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name or bundle folder.")]
-Engine = Annotated[
-    str, typer.Option("--engine", "-e", help="auto, openvino, onnxruntime, torch or tensorrt.")
-]
-Precision = Annotated[
-    str, typer.Option("--precision", "-p", help="fp32, bf16 or fp16; in tensorrt also int8 or fp8.")
-]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="cpu; cuda, or tensorrt with onnxruntime, gpu with openvino."),
-]
-Protocol = Annotated[
-    str | None,
     typer.Option(
-        "--protocol",
-        help="causal: one seamless stream; windows: 65 slices at a time [default: the model's].",
+        "--ray", help="Batch mode on Ray: a cluster's address, or local:N for N workers here."
     ),
 ]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory", help="Budget beyond the libraries, as 700MiB [default: 60 % of what is free]."
-    ),
+Extension = Annotated[
+    str, typer.Option("--extension", help="Batch mode: file extension of the outputs.")
 ]
-StepFrames = Annotated[
-    int | None,
-    typer.Option("--step", min=1, help="Latent frames a step (4 slices each) [default: 1]."),
-]
-Series = Annotated[
-    str | None, typer.Option("--series", help="DICOM SeriesInstanceUID, or a unique end of it.")
-]
-AnyRange = Annotated[
-    bool, typer.Option("--any-range", help="Accept volumes with no value below 0 HU.")
-]
-Resume = Annotated[
+DryRun = Annotated[
     bool,
     typer.Option(
-        "--resume",
-        help="Keep slices in OUTPUT.partial as they come, and go on from those of a stopped run; "
-        "of many, pass those that are there.",
+        "--dry-run",
+        help="Print the plan (tiles, memory, time) and stop.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="int16 (rounded) or float32.")]
-ReportFile = Annotated[
+Report = Annotated[
     Path | None,
     typer.Option(
-        "--run-report", callback=writable, help="Write the facts of the run to this JSON."
+        "--json",
+        callback=_report,
+        help="Write a JSON report to this file; - for stdout.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-NumbersFile = Annotated[
-    Path | None, typer.Option("--json", callback=writable, help="Write the numbers here.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
+Overwrite = COMMON["overwrite"].kind

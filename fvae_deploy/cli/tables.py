@@ -96,15 +96,15 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def scans_table(found: dict[str, Any]) -> Table:
-    """Lay out what became of many scans."""
+    """Lay out the results of a batch."""
     from rich.table import Table
 
-    counts = f"{found['done']} done, {found['passed']} there before, {found['failed']} failed"
+    counts = f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed"
     table = Table(title=f"{found['command']}: {counts} in {found['seconds']:.1f} s")
     for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", ""):
         table.add_column(column, overflow="fold")
     for scan in found["scans"]:
-        name = Path(scan["ct"]).name
+        name = Path(scan["input"]).name
         if "report" in scan:
             of = scan["report"]
             peak = of["memory"]["beyond_baseline_bytes"] >> 20
@@ -116,7 +116,7 @@ def scans_table(found: dict[str, Any]) -> Table:
             )
             table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
         else:
-            table.add_row(name, *4 * ["-"], scan.get("error", "there before"))
+            table.add_row(name, *4 * ["-"], scan.get("error", "skipped"))
     return table
 
 

@@ -133,6 +133,7 @@ def open_denoiser(
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
+    threads: int | None = None,
 ) -> Denoiser:
     """Open a built-in generator or the folder of a generator's bundle.
 
@@ -140,4 +141,4 @@ def open_denoiser(
     or precision that cannot run here, each with the remedy.
     """
     path = bundle_path(model)
-    return Denoiser(path, GeneratorManifest.load(path), engine, precision, device)
+    return Denoiser(path, GeneratorManifest.load(path), engine, precision, device, threads)

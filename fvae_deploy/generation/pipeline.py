@@ -1,26 +1,28 @@
-"""`fvae generate`: mask and findings to a CT, in the latent space of a frozen VAE.
+"""`fvae generate`: an organ mask and findings to a CT, in the latent space of a frozen VAE.
 
     mask --painted, encoded--> mask latents --+
     findings --> context ---------------------+--> latents --decoded, streamed--> CT in HU
 
-Images pass in slabs; what is held whole are latents alone. Predictions of the network are
-kept in `OUT.partial` as they come: a generation that was stopped goes through the same steps
-again with those it has, and ends in the same bytes.
+Images pass in slabs; only latents are held whole. The network's predictions are stored in
+`OUTPUT.partial` as they are computed: a resumed generation goes through the same steps, reuses
+the stored predictions, and ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import UsageError
+from fvae_deploy.api import skipped
 from fvae_deploy.generation.conditions import PaintedMask, read_findings, read_labels
-from fvae_deploy.generation.denoiser import open_denoiser
-from fvae_deploy.generation.published import as_published
+from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
+from fvae_deploy.generation.options import GenerationOptions
+from fvae_deploy.generation.published import as_published, window_plan
 from fvae_deploy.generation.request import (
     KIND,
     Progress,
@@ -31,20 +33,20 @@ from fvae_deploy.generation.request import (
     stored,
 )
 from fvae_deploy.generation.stitch import joint, starts
-from fvae_deploy.parse import parse_bytes
-from fvae_deploy.storage.journal import Journal
-from fvae_deploy.storage.latents import LatentReader, LatentWriter, partial_path
-from fvae_deploy.stream import pipeline as stream
-from fvae_deploy.stream.codec import open_codec
-from fvae_deploy.stream.pipeline import Onto
-from fvae_deploy.stream.report import run_report
+from fvae_deploy.storage.journal import Journal, journal_of
+from fvae_deploy.storage.latents import LatentReader, LatentWriter
+from fvae_deploy.stream import pipeline
+from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.pipeline import Target
+from fvae_deploy.stream.report import plan_report, run_report
 from fvae_deploy.stream.rss import current_rss
-from fvae_deploy.stream.run import Outcome
+from fvae_deploy.stream.run import Outcome, Run
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import create_volume, open_volume, protect_input
+from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
 
-STITCHES = ("joint", "reference")
+MODEL = "tiny-ldm"  # the default
 
 
 def silent(stage: str, length: int) -> Callable[[int], None]:
@@ -55,147 +57,137 @@ def silent(stage: str, length: int) -> Callable[[int], None]:
 def generate(
     mask: str | Path,
     output: str | Path,
+    options: RunOptions | None = None,
+    sampling: GenerationOptions | None = None,
     *,
     findings: str | None = None,
     disease_mask: str | Path | None = None,
-    labels: str | Path | None = None,
-    model: str | Path = "tiny-ldm",
-    vae: str | Path | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    eta: float | None = None,
-    guidance: float = 1.0,
-    stitch: str = "joint",
-    seed: int = 0,
-    engine: str = "auto",
-    precision: str = "fp32",
-    device: str = "cpu",
-    memory: str | int | None = None,
-    dtype: str = "int16",
-    resume: bool = False,
     progress: Progress = silent,
+    dry_run: bool = False,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Generate a CT on the grid of an organ mask, and return the run report.
 
     Parameters
     ----------
     mask
-        Organ labels, TotalSegmentator's numbers, or any with `labels`, a JSON file.
+        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`.
     findings
-        Text, or the name of a file that holds it. None: what the model says of a normal scan.
+        Text, or the name of a file that holds it. None: the model's text for a normal scan.
     disease_mask
         Findings 1 to 18 (`organs.FINDINGS`) on the same grid.
-    vae
-        Bundle that encodes and decodes; None: the built-in one of the name that the generator
-        was trained with.
-    sampler, steps, eta
-        See `sampler.SAMPLERS`; None: what the model was made for.
-    guidance
-        Classifier-free: above 1 follows the text more closely, at twice the work.
-    stitch
-        "joint" or "reference"; see `stitch`.
-    memory
-        Budget of encoding and decoding, as for `encode`.
-    resume
-        Take up what a stopped run of the same request left.
+    dry_run
+        Return the plan; nothing is computed.
+    keywords
+        Fields of `RunOptions` and `GenerationOptions`. `memory` bounds encoding and decoding.
 
     Raises ConditionError for masks and texts that do not fit, and FvaeError as `encode` does.
     """
-    output = Path(output)
-    if seed < 0:
-        raise UsageError(f"expected a seed from 0 on, found {seed}")
-    if stitch not in STITCHES:
-        raise UsageError(f"expected --stitch joint or reference, found {stitch!r}")
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    sampling, others = GenerationOptions.split(sampling, keywords)
+    options, output = RunOptions.of(options, others), Path(output)
+    options.check_unused("generate", "protocol", "step", "any_range")
+    if options.resume and os.path.lexists(output):
+        return skipped("generate", output)
+    check_output(output, overwrite=options.overwrite)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # Before the networks: a wrong path is told at once.
-        organs = _opened(stack, mask)
-        disease = None if disease_mask is None else _opened(stack, disease_mask)
+        # Before the networks are opened, so that a wrong path is reported at once.
+        organs = _open(stack, mask)
+        disease = None if disease_mask is None else _open(stack, disease_mask)
         for source in filter(None, (organs, disease)):
             protect_input(output, source.path, source.geometry.dicom_files)
-        denoiser = stack.enter_context(
-            open_denoiser(model, engine=engine, precision=precision, device=device)
-        )
-        of = denoiser.manifest
-        codec = stack.enter_context(
-            open_codec(vae or of.vae, engine=engine, precision=precision, device=device)
-        )
-        check_vae(denoiser, codec)
-        text = of.findings if findings is None else read_findings(findings)
-        request = Request(
-            denoiser,
-            codec,
-            PaintedMask(
-                organs,
-                disease,
-                of.masks,
-                of.plane,
-                least=codec.manifest.geometry.slices(of.window),
-                labels=None if labels is None else read_labels(Path(labels)),
-            ),
-            text,
-            Sampling(
-                sampler or of.sampler,
-                steps or of.steps,
-                of.eta if eta is None else eta,
-                guidance,
-                stitch,
-                seed,
-                of.centred_noise,
-            ),
-            tuple(denoiser.context(t) for t in ([text, ""] if guidance != 1 else [text])),
-            progress,
-        )
-        request.sampler()  # refuses now, not after the work; so does what follows
-        create_volume(output, request.mask.mask, dtype).abort()
-        facts = {"fvae": __version__, **request.facts()}
+        denoiser, codec = _open_networks(stack, options, sampling)
+        request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
+        request.sampler()  # refuses what it cannot do before any work, as does the next line
+        create_volume(output, request.mask.mask, options.dtype).abort()
+        if dry_run:
+            return _dry_run(request, mask, output, options)
         baseline = current_rss()
-        journal = Journal(partial_path(output), facts, resume)
-        stack.callback(journal.close)
-        if stitch == "joint":
-            outcome = _jointly(request, journal, output, budget, dtype)
-        else:
-            outcome = as_published(request, journal.kept, output, budget, dtype)
-        journal.done()
-        outcome.seconds["total"] = time.perf_counter() - begin
+        facts = {"fvae": __version__, **request.facts()}
+        outcome = _run(request, facts, output, options)
+        seconds = outcome.seconds | {"total": time.perf_counter() - begin}
+        outcome = dataclasses.replace(outcome, seconds=seconds)
         report = run_report("generate", Path(mask), output, codec, outcome, baseline)
-        return report | {
-            "generator": {
-                "name": of.name,
-                "source": dataclasses.asdict(of.source),
-                "weights_sha256": of.files["weights.safetensors"],
-                "disease_mask": None if disease_mask is None else str(disease_mask),
-                **facts,
-            }
-        }
+        return report | {"generator": _generator_report(request, disease_mask) | facts}
 
 
-def _opened(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
+def _open(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
     """Open a mask as a volume, to be closed with the stack."""
     volume = open_volume(mask)
     stack.callback(volume.close)
     return volume
 
 
-def _jointly(
-    request: Request, journal: Journal, output: Path, memory: int | None, dtype: str
-) -> Outcome:
+def _open_networks(
+    stack: contextlib.ExitStack, options: RunOptions, sampling: GenerationOptions
+) -> tuple[Denoiser, Codec]:
+    """Open the generator and its VAE, to be closed with the stack."""
+    engine: dict[str, Any] = {
+        name: getattr(options, name) for name in ("engine", "precision", "device", "threads")
+    }
+    denoiser = stack.enter_context(open_denoiser(options.model or MODEL, **engine))
+    codec = stack.enter_context(open_codec(sampling.vae or denoiser.manifest.vae, **engine))
+    check_vae(denoiser, codec)
+    return denoiser, codec
+
+
+def _request(
+    denoiser: Denoiser,
+    codec: Codec,
+    organs: Reader,
+    disease: Reader | None,
+    findings: str | None,
+    sampling: GenerationOptions,
+    progress: Progress,
+) -> Request:
+    """Gather networks, conditions and sampling; None is replaced by the generator's defaults."""
+    manifest = denoiser.manifest
+    text = manifest.findings if findings is None else read_findings(findings)
+    painted = PaintedMask(
+        organs,
+        disease,
+        manifest.masks,
+        manifest.plane,
+        least=codec.manifest.geometry.slices(manifest.window),
+        labels=None if sampling.labels is None else read_labels(Path(sampling.labels)),
+    )
+    texts = [text] if sampling.guidance == 1 else [text, ""]
+    return Request(
+        denoiser,
+        codec,
+        painted,
+        text,
+        Sampling(
+            sampling.sampler or manifest.sampler,
+            sampling.steps or manifest.steps,
+            manifest.eta if sampling.eta is None else sampling.eta,
+            sampling.guidance,
+            sampling.stitch,
+            sampling.seed,
+            manifest.centred_noise,
+        ),
+        tuple(denoiser.context(t) for t in texts),
+        progress,
+    )
+
+
+def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
+    """Generate, with the network's predictions in a journal that these facts identify."""
+    with journal_of(output, facts, options.resume) as journal:
+        if request.sampling.stitch == "joint":
+            return _jointly(request, journal, output, options)
+        return as_published(request, journal.kept, output, options)
+
+
+def _jointly(request: Request, journal: Journal, output: Path, options: RunOptions) -> Outcome:
     """Denoise all windows together, then decode as one stream."""
-    manifest, z = request.denoiser.manifest, request.mask.mask.shape[2]
+    manifest, geometry = request.denoiser.manifest, request.mask.mask
     store = journal.folder / "mask.zarr"
     begin = time.perf_counter()
+    own = RunOptions(memory=options.memory, any_range=True, protocol="causal")
     if not store.exists():
         tick = request.progress("mask", request.mask.geometry.shape[2])
-        stream.encode(
-            request.codec,
-            request.mask,
-            store,
-            protocol="causal",
-            memory=memory,
-            any_range=True,
-            progress=tick,
-        )
+        pipeline.encode(request.codec, request.mask, store, own, tick)
     reader = LatentReader(store)
     masks = normal(reader.read(0, reader.shape[1]), manifest.mask)
     encoded = time.perf_counter()
@@ -204,22 +196,61 @@ def _jointly(
     predict = request.predictor(lambda start: masks[start : start + window], tick)
     noise = request.noise(masks.shape, 0)
     x = joint(predict, request.sampler(), noise, masks.shape, window, journal.kept)
-    request.denoiser.close()  # its memory is the decoder's now
+    request.denoiser.close()  # frees its memory for the decoder
     sampled = time.perf_counter()
-    made = journal.folder / "latents.zarr"
-    writer = LatentWriter(made, reader.info, reader.shape)
+    latents = journal.folder / "latents.zarr"
+    writer = LatentWriter(latents, reader.info, reader.shape)
     writer.write(0, stored(x, manifest.latent))
     writer.commit()
-    outcome = stream.decode(
+    slices = geometry.shape[2]
+    outcome = pipeline.decode(
         request.codec,
-        LatentReader(made),
+        LatentReader(latents),
         output,
-        slices=(0, z),
-        memory=memory,
-        dtype=dtype,
-        progress=request.progress("decode", z),
-        onto=Onto(request.mask.mask, request.mask.fit.volume, request.note, KIND),
+        options,
+        (0, slices),
+        request.progress("decode", slices),
+        Target(geometry, request.mask.fit.volume, request.note, KIND),
+        journal,
     )
-    outcome.shape = request.mask.mask.shape
-    outcome.seconds |= {"mask": encoded - begin, "denoise": sampled - encoded}
-    return outcome
+    seconds = outcome.seconds | {"mask": encoded - begin, "denoise": sampled - encoded}
+    return dataclasses.replace(outcome, shape=geometry.shape, seconds=seconds)
+
+
+def _dry_run(
+    request: Request, mask: str | Path, output: Path, options: RunOptions
+) -> dict[str, Any]:
+    """Return the plan, JSON-ready."""
+    codec, geometry = request.codec, request.mask.geometry
+    if request.sampling.stitch == "joint":
+        own = RunOptions(memory=options.memory, protocol="causal")
+        directions = {
+            direction: Run.of(codec, geometry, (direction,), own, output.parent).plan
+            for direction in ("encode", "decode")
+        }
+    else:
+        directions = {"encode and decode": window_plan(request, options)}
+    return {
+        "command": "generate",
+        "dry_run": True,
+        "input": str(mask),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "engine": codec.engine.name,
+        "precision": codec.engine.precision,
+        "volume": {"shape": list(request.mask.mask.shape)},
+        "plan": {name: plan_report(plan) for name, plan in directions.items()},
+        "description": "; ".join(f"{n}: {plan.describe()}" for n, plan in directions.items()),
+        "sampling": dataclasses.asdict(request.sampling),
+    }
+
+
+def _generator_report(request: Request, disease_mask: str | Path | None) -> dict[str, Any]:
+    """Return what the report says of the generator."""
+    manifest = request.denoiser.manifest
+    return {
+        "name": manifest.name,
+        "source": dataclasses.asdict(manifest.source),
+        "weights_sha256": manifest.files["weights.safetensors"],
+        "disease_mask": None if disease_mask is None else str(disease_mask),
+    }

@@ -15,7 +15,8 @@ from fvae_deploy.generation.stitch import Journal, Piece, chained, pieces, repla
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import pad_frames
 from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
-from fvae_deploy.stream.plan import plan
+from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.stream.tiles import Grid
 from fvae_deploy.volume.open import create_volume
@@ -24,51 +25,57 @@ Array = NDArray[np.float32]
 SHIFT = 32  # slices, of the second pass
 
 
-def as_published(
-    request: Request, journal: Journal, output: Path, memory: int | None, dtype: str
-) -> Outcome:
-    """Chain windows, twice, and put the second pass over the first one's boundaries.
-
-    Raises PlanError where `memory` does not hold the states of a window.
-    """
+def window_plan(request: Request, options: RunOptions) -> Plan:
+    """Plan the tiles of one window; raises PlanError where its states do not fit in memory."""
     vae, engine = request.codec.manifest, request.codec.engine
-    of, intensity = vae.geometry, vae.intensity
-    across, down, total = request.mask.geometry.shape
-    made = plan(
+    across, down, _ = request.mask.geometry.shape
+    chosen = plan(
         vae,
         ("encode", "decode"),
-        (across // of.spatial, down // of.spatial),
+        (across // vae.geometry.spatial, down // vae.geometry.spatial),
         engine=engine.name,
         precision=engine.precision,
-        memory=memory,
+        memory=options.memory_bytes,
         k=1,
     )
-    if made.spilled:
+    if chosen.spilled:
         raise PlanError(
             "expected memory for the states of one window with --stitch reference, found "
-            f"{show_bytes(made.budget_bytes)}: raise --memory, or use --stitch joint"
+            f"{show_bytes(chosen.budget_bytes)}: raise --memory, or use --stitch joint"
         )
+    return chosen
+
+
+def as_published(request: Request, journal: Journal, output: Path, options: RunOptions) -> Outcome:
+    """Chain windows, twice, and put the second pass over the boundaries of the first.
+
+    Raises PlanError where the memory budget does not hold the states of a window.
+    """
+    vae = request.codec.manifest
+    across, down, total = request.mask.geometry.shape
+    chosen = window_plan(request, options)
     window = request.window_slices
     orders = [pieces(0, total, window)]
     if len(orders[0]) > 1:
         orders.append(pieces(SHIFT, total, window))
     tick = request.progress("denoise", sum(map(len, orders)) * request.sampling.steps)
-    over = replaced(len(orders[0]), total, of.temporal, request.denoiser.manifest.window, SHIFT)
+    frames = request.denoiser.manifest.window
+    over = replaced(len(orders[0]), total, vae.geometry.temporal, frames, SHIFT)
     passes = [
-        _pass(request, journal, number, order, made.grids, tick)
+        _pass(request, journal, number, order, chosen.grids, tick)
         for number, order in enumerate(orders)
     ]
-    z = request.mask.mask.shape[2]
+    slices = request.mask.mask.shape[2]
     begin = time.perf_counter()
-    outcome = Outcome(made, z, request.mask.mask.shape)
-    with create_volume(output, request.mask.mask, dtype, request.note, KIND) as writer:
-        for index in range(z):
+    with create_volume(output, request.mask.mask, options.dtype, request.note, KIND) as writer:
+        for index in range(slices):
             source = passes[1] if any(index in cut for cut in over) else passes[0]
             _, frame = next(each for each in source if each[0] == index)
-            hu = to_hu(frame[:, None], intensity, across, down)
+            hu = to_hu(frame[:, None], vae.intensity, across, down)
             writer.write(request.mask.fit.volume(hu))
-    outcome.seconds["denoise"] = time.perf_counter() - begin
-    return outcome
+    seconds = {"denoise": time.perf_counter() - begin}
+    shape = request.mask.mask.shape
+    return Outcome(chosen, shape, slices, 0, ClippingTally(), seconds)
 
 
 def _pass(

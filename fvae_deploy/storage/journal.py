@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import FvaeError, UsageError, VolumeError
+from fvae_deploy.errors import FvaeError, OutputError, UsageError, VolumeError
 from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latents import partial_path
 from fvae_deploy.storage.lock import Lock, empty
@@ -88,9 +88,9 @@ class Journal:
                 np.save(file, computed)
             path.with_suffix(".new").rename(path)
         except OSError as error:
-            raise VolumeError(
-                f"expected room for {path}, found {error.strerror or error}: free some space and "
-                "continue with --resume"
+            raise OutputError(
+                f"expected space to write {path}, found {error.strerror or error}: free some space "
+                "and continue with --resume"
             ) from None
         return computed
 
@@ -115,24 +115,21 @@ class Journal:
 
 
 @contextlib.contextmanager
-def journal_of(path: Path, facts: dict[str, Any], wanted: bool) -> Iterator[Journal | None]:
-    """Keep what a run computes for `path` where that is wanted, until it ends well.
+def journal_of(path: Path, facts: dict[str, Any], resume: bool) -> Iterator[Journal]:
+    """Store intermediate results of a run beside its output `path` until the run succeeds.
 
-    A run that fails before there is anything to keep leaves nothing. One that ends well removes
-    what an earlier run kept of its output.
+    An interrupted run leaves them for a later one with `resume`. A run that fails on its input
+    leaves nothing, unless it had resumed an earlier one; one that cannot write its output keeps
+    what it has computed.
     """
-    folder = partial_path(path)
-    if not wanted:
-        yield None
-        if (folder / "request.json").is_file():
-            shutil.rmtree(folder)
-        return
-    journal = Journal(folder, facts, resume=True)
+    journal = Journal(partial_path(path), facts, resume)
+    resumed = not journal.empty
     try:
         yield journal
         journal.done()
-    except FvaeError:
-        if journal.empty:
+    except FvaeError as error:
+        of_input = isinstance(error, VolumeError) and not isinstance(error, OutputError)
+        if journal.empty or (of_input and not resumed):
             journal.done()
         raise
     finally:

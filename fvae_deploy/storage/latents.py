@@ -157,7 +157,7 @@ class LatentWriter:
     ) -> None:
         path = Path(os.path.realpath(path))  # through a link: what it points at is replaced
         self.path, self.partial, self.done = path, partial_path(path), 0
-        if path.exists() and not _is_latents(path):
+        if path.exists() and not is_latents(path):
             raise LatentError(
                 f"expected a new name or an fvae latent store to replace, found {path}: "
                 "choose another name"
@@ -262,7 +262,8 @@ def _check_complete(path: Path, frames: int) -> None:
             )
 
 
-def _is_latents(path: Path) -> bool:
+def is_latents(path: Path) -> bool:
+    """Whether a complete latent store lies at this path."""
     try:
         return "fvae_latents" in _open(path)[1]
     except LatentError:

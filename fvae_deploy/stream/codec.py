@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.engines.base import choose, obstacle, open_engine
+from fvae_deploy.engines.base import choose, obstacle, open_engine, precisions
 from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
@@ -20,6 +21,7 @@ from fvae_deploy.stream.tiles import Grid
 
 Kind = TypeVar("Kind", bound=Bundle)
 
+logger = logging.getLogger("fvae")
 BUILT_IN = Path(__file__).parents[1] / "bundles"
 
 
@@ -41,13 +43,20 @@ class Opened(Generic[Kind]):
     """A bundle opened in an engine. A context manager."""
 
     def __init__(
-        self, bundle: Path, manifest: Kind, engine: str, precision: str, device: str
+        self,
+        bundle: Path,
+        manifest: Kind,
+        engine: str,
+        precision: str,
+        device: str,
+        threads: int | None = None,
     ) -> None:
         self.bundle, self.manifest, self.device = bundle, manifest, device
         self.why = "asked for"
         if engine == "auto":
             engine, self.why = _choose_engine(bundle, manifest, precision, device)
-        self.engine = open_engine(bundle, manifest, engine, device, precision)
+        self.engine = open_engine(bundle, manifest, engine, device, precision, threads)
+        logger.info("engine: %s %s on %s (%s)", engine, precision, device, self.why)
 
     def close(self) -> None:
         """Release the engine."""
@@ -71,8 +80,10 @@ def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) 
 
     def problem(name: str) -> str | None:
         lacks = obstacle(name) if device == "cpu" else unfit(name)
+        if lacks is None and device == "cpu" and precision not in precisions(name):
+            return f"does not compute in {precision} on this CPU"
         if lacks is None and name == "onnxruntime" and (precision != "fp32" or ":" in device):
-            return "runs in fp32 alone, and on no GPU but the first"
+            return "runs in fp32 only, and only on the first GPU"
         if lacks is not None or name != "tensorrt":
             return lacks
         try:
@@ -179,6 +190,7 @@ def open_codec(
     engine: str = "auto",
     precision: str = "fp32",
     device: str = "cpu",
+    threads: int | None = None,
 ) -> Codec:
     """Open a built-in model or a bundle folder.
 
@@ -186,7 +198,7 @@ def open_codec(
     or precision that cannot run here, each with the remedy.
     """
     path = bundle_path(model)
-    return Codec(path, Manifest.load(path), engine, precision, device)
+    return Codec(path, Manifest.load(path), engine, precision, device, threads)
 
 
 def pad_frames(x: NDArray[np.float32], frames: int) -> NDArray[np.float32]:

@@ -5,14 +5,14 @@
     to the model's range     (tiles inside)              to HU, file
 
 Reader and writer work while the engine does; the queues between them hold two slabs. An
-exception anywhere stops all three and surfaces once. Outputs appear under their name only
-when they are whole.
+exception in any thread stops all three and is raised once. Outputs get their final name only
+when they are complete; an interrupted run leaves OUTPUT.partial, from which it can be resumed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,84 +20,56 @@ from pathlib import Path
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
-from fvae_deploy.storage.journal import journal_of
+from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter
 from fvae_deploy.stream import schedule
+from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.codec import Codec, pad_frames
-from fvae_deploy.stream.run import Frames, Outcome, Run
+from fvae_deploy.stream.decoded import DecodedSlices
+from fvae_deploy.stream.intensity import to_hu
+from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.run import Outcome, Run, Stopwatch
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import Geometry, Reader
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import create_volume
 
 KIND = "reconstruction"
 Progress = Callable[[int], None]  # called with the number of slices just finished
 
 
+def silent(slices: int) -> None:
+    """Show no progress."""
+
+
 def encode(
-    codec: Codec,
-    reader: Reader,
-    path: Path,
-    *,
-    protocol: str | None = None,
-    memory: int | None = None,
-    k: int | None = None,
-    resume: bool = False,
-    any_range: bool = False,
-    progress: Progress = lambda slices: None,
+    codec: Codec, reader: Reader, path: Path, options: RunOptions, progress: Progress = silent
 ) -> Outcome:
     """Encode a volume into a latent store at `path`.
 
-    With `resume`, latent frames of an interrupted run are kept and the rest is computed; the
-    bytes are those of an undisturbed run. A run that is stopped leaves `path.partial`; one
-    that fails on its input leaves nothing but what an earlier run had left.
+    With `options.resume`, the latent frames of an interrupted run are kept and the rest is
+    computed; the bytes are those of an uninterrupted run. An interrupted run leaves
+    `path.partial`; one that fails on its input leaves nothing but what an earlier run had left.
     """
-    begin = time.perf_counter()
-    run = Run.of(codec, reader.geometry, ("encode",), protocol, memory, k, path.parent)
-    manifest = codec.manifest
-    info = LatentInfo(
-        model=manifest.name,
-        identity=manifest.identity,
-        engine=codec.engine.name,
-        precision=codec.engine.precision,
-        protocol=run.protocol,
-        k=run.outcome.plan.k,
-        slices=reader.geometry.shape[2],
-        geometry=reader.geometry,
-        hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
-        fvae_version=__version__,
-        tile=run.tile,
+    clock = Stopwatch()
+    run = Run.of(codec, reader.geometry, ("encode",), options, path.parent)
+    shape = (
+        codec.manifest.geometry.latent_channels,
+        schedule.latent_frames(run.steps),
+        *run.plane,
     )
-    total = schedule.latent_frames(run.steps)
-    shape = (manifest.geometry.latent_channels, total, *run.plane)
-    writer = LatentWriter(path, info, shape, resume, _state(reader))
+    writer = LatentWriter(path, _latent_info(run), shape, options.resume, _fingerprint(reader))
     target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
-    kept = run.steps[target].slices[0] if target is not None else run.outcome.slices
-    run.outcome.kept, run.outcome.slices = kept, run.outcome.slices - kept
+    slices = reader.geometry.shape[2]
+    resumed = slices if target is None else run.steps[target].slices[0]
+    measured: dict[str, float] = {}
     try:
-        progress(kept)
+        progress(resumed)
         if target is not None:
-            entry = run.entry(target, "encode")
-
-            def store(item: tuple[Step, Frames]) -> None:
-                step, z = item
-                writer.write(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
-
-            with (
-                contextlib.closing(run.stream("encode")) as stream,
-                contextlib.closing(ahead(run.read(reader, entry))) as slabs,
-                Behind(store) as sink,
-            ):
-                for i, (step, x) in enumerate(run.timed("read", slabs), start=entry):
-                    z = stream.run(x, step.first)
-                    if i >= target:
-                        sink.put((step, z))
-                        progress(step.slices[1] - step.slices[0])
-            run.outcome.seconds["engine"] = stream.seconds
-            run.outcome.seconds["write"] = sink.waited
-        if not any_range and target == 0:
-            run.outcome.tally.check_is_ct()
+            measured = _encode_steps(run, reader, writer, target, clock, progress)
+        if not options.any_range and target == 0:
+            run.clipping.check_is_ct()
         writer.commit()
     except VolumeError as error:
         # Where the input is at fault there is nothing to resume, unless an earlier run left it.
@@ -106,61 +78,82 @@ def encode(
         raise
     finally:
         writer.close()
-    run.outcome.seconds["total"] = time.perf_counter() - begin
-    return run.outcome
+    return run.outcome(slices - resumed, resumed, clock.seconds(**measured))
+
+
+def _encode_steps(
+    run: Run, reader: Reader, writer: LatentWriter, target: int, clock: Stopwatch, tick: Progress
+) -> dict[str, float]:
+    """Compute and store the steps from `target` on; return the seconds spent."""
+    entry = run.entry(target, "encode")
+
+    def store(item: tuple[Step, LatentFrames]) -> None:
+        step, z = item
+        writer.write(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
+
+    with (
+        contextlib.closing(run.stream("encode")) as stream,
+        contextlib.closing(ahead(run.read(reader, entry))) as slabs,
+        Behind(store) as sink,
+    ):
+        for i, (step, x) in enumerate(clock.timed("read", slabs), start=entry):
+            z = stream.run(x, step.first)
+            if i >= target:
+                sink.put((step, z))
+                tick(step.slices[1] - step.slices[0])
+    return {"engine": stream.seconds, "write": sink.waited}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The grid that a decoded volume is written on, and what the volume is.
+
+    `resample` brings HU [t, x, y] onto that grid.
+    """
+
+    geometry: Geometry
+    resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
+    note: str = ""
+    kind: str = KIND
 
 
 def decode(
     codec: Codec,
     store: LatentReader,
     path: Path,
-    *,
+    options: RunOptions,
     slices: tuple[int, int] | None = None,
-    memory: int | None = None,
-    dtype: str = "int16",
-    resume: bool = False,
-    progress: Progress = lambda slices: None,
-    onto: Onto | None = None,
+    progress: Progress = silent,
+    target: Target | None = None,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Decode a latent store, or its slices [a, b) alone, into a volume at `path`.
 
     Only the latent frames that the slices depend on are decoded; the result equals the crop
-    of the whole. With `resume` slabs are kept in `path.partial` as they come, and those of a run
-    that was stopped are taken up. With `onto` the volume is written on another plane. Raises
-    LatentError when the store is of another model.
+    of the whole. Slabs are kept in `path.partial` until the run succeeds; with `options.resume`
+    those of an interrupted run are reused. With `target` the volume is written on another plane;
+    with `journal` a run that this one is part of keeps the slabs.
+    Raises LatentError when the store belongs to another model.
     """
-    begin = time.perf_counter()
-    info, manifest = store.info, codec.manifest
-    if info.identity != manifest.identity:
-        raise LatentError(
-            f"expected latents of model {manifest.name} ({manifest.identity}), found latents of "
-            f"{info.model} ({info.identity}): choose that model with --model"
-        )
-    run = Run.of(codec, info.geometry, ("decode",), info.protocol, memory, info.k, path.parent)
-    expected = (
-        manifest.geometry.latent_channels,
-        schedule.latent_frames(run.steps),
-        *run.plane,
-    )
-    if store.shape != expected:
-        raise LatentError(
-            f"expected latents {expected} for a volume {info.geometry.shape}, found "
-            f"{store.shape}: the store is damaged, encode the CT again"
-        )
-    a, b = slices or (0, info.slices)
-    if not 0 <= a < b <= info.slices:
-        raise UsageError(f"expected slices within 0:{info.slices}, found {a}:{b}")
-    onto = onto or Onto(_cropped(info.geometry, a, b), note=_note(manifest))
-    state = fingerprint_of(store.path)
+    clock = Stopwatch()
+    run = plan_decode(codec, store, path, options)
+    a, b = slices or (0, store.info.slices)
+    if not 0 <= a < b <= store.info.slices:
+        raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
+    target = target or Target(_cropped(run.geometry, a, b), note=_note(codec.manifest))
+    facts = run.facts("decode", fingerprint_of(store.path), a, b)
     with (
-        journal_of(path, run.facts("decode", state, info.geometry, a, b), resume) as journal,
-        create_volume(path, onto.geometry, dtype, onto.note, onto.kind) as writer,
+        contextlib.nullcontext(journal)
+        if journal
+        else journal_of(path, facts, options.resume) as kept,
+        create_volume(path, target.geometry, options.dtype, target.note, target.kind) as writer,
     ):
-        out = run.decoded(writer, (a, b), journal, onto.resample)
-        progress(out.kept)
+        convert = _to_hu(run, target.resample)
+        out = DecodedSlices(writer, run.steps, (a, b), convert, kept)
+        progress(out.resumed)
         entry = run.entry(out.begin, "decode")
 
-        def latents() -> Iterator[tuple[Step, Frames]]:
+        def latents() -> Iterator[tuple[Step, LatentFrames]]:
             for step in run.steps[entry : out.stop]:
                 yield step, pad_frames(store.read(*step.latents), step.frames)
 
@@ -169,44 +162,52 @@ def decode(
             contextlib.closing(ahead(latents())) as slabs,
             Behind(out) as sink,
         ):
-            for i, (step, z) in enumerate(run.timed("read", slabs), start=entry):
+            for i, (step, z) in enumerate(clock.timed("read", slabs), start=entry):
                 x = stream.run(z, step.first)
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
-        run.outcome.seconds["engine"] = stream.seconds
-        run.outcome.seconds["write"] = sink.waited
-    run.outcome.seconds["total"] = time.perf_counter() - begin
-    return run.outcome
+    seconds = clock.seconds(engine=stream.seconds, write=sink.waited)
+    return run.outcome(out.computed, out.resumed, seconds)
+
+
+def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptions) -> Run:
+    """Plan a decode; raises LatentError when the store is damaged or belongs to another model."""
+    info, manifest = store.info, codec.manifest
+    if info.identity != manifest.identity:
+        raise LatentError(
+            f"expected latents of model {manifest.name} ({manifest.identity}), found latents of "
+            f"{info.model} ({info.identity}): choose that model with --model"
+        )
+    options = dataclasses.replace(options, protocol=info.protocol, step=info.k)
+    run = Run.of(codec, info.geometry, ("decode",), options, path.parent)
+    frames = schedule.latent_frames(run.steps)
+    expected = (manifest.geometry.latent_channels, frames, *run.plane)
+    if store.shape != expected:
+        raise LatentError(
+            f"expected latents {expected} for a volume {info.geometry.shape}, found "
+            f"{store.shape}: the store is damaged, encode the CT again"
+        )
+    return run
 
 
 def reconstruct(
-    codec: Codec,
-    reader: Reader,
-    path: Path,
-    *,
-    protocol: str | None = None,
-    memory: int | None = None,
-    k: int | None = None,
-    dtype: str = "int16",
-    resume: bool = False,
-    any_range: bool = False,
-    progress: Progress = lambda slices: None,
+    codec: Codec, reader: Reader, path: Path, options: RunOptions, progress: Progress = silent
 ) -> Outcome:
-    """Encode and decode in one stream, with no latent on disk: `path` is D(E(x)) in HU.
+    """Encode and decode in one stream, with no latents on disk: `path` is D(E(x)) in HU.
 
-    `resume` is that of `decode`.
+    `options.resume` works as in `decode`.
     """
-    begin = time.perf_counter()
+    clock = Stopwatch()
     geometry, slices = reader.geometry, reader.geometry.shape[2]
-    run = Run.of(codec, geometry, ("encode", "decode"), protocol, memory, k, path.parent)
-    state = _state(reader)
+    run = Run.of(codec, geometry, ("encode", "decode"), options, path.parent)
+    facts = run.facts("reconstruct", _fingerprint(reader), 0, slices)
     with (
-        journal_of(path, run.facts("reconstruct", state, geometry, 0, slices), resume) as journal,
-        create_volume(path, geometry, dtype, _note(codec.manifest), KIND) as writer,
+        journal_of(path, facts, options.resume) as journal,
+        create_volume(path, geometry, options.dtype, _note(codec.manifest), KIND) as writer,
     ):
-        out = run.decoded(writer, (0, slices), journal)
-        progress(out.kept)
+        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run), journal)
+        progress(out.resumed)
         begins = run.entry(out.begin, "decode")
         entry = run.entry(begins, "encode")
         with (
@@ -215,7 +216,7 @@ def reconstruct(
             contextlib.closing(ahead(run.read(reader, entry, out.stop))) as slabs,
             Behind(out) as sink,
         ):
-            for i, (step, x) in enumerate(run.timed("read", slabs), start=entry):
+            for i, (step, x) in enumerate(clock.timed("read", slabs), start=entry):
                 z = encoder.run(x, step.first)
                 if i < begins:
                     continue
@@ -223,35 +224,47 @@ def reconstruct(
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
-        if not any_range and not out.kept:
+        if not options.any_range and not out.resumed:
             try:
-                run.outcome.tally.check_is_ct()
+                run.clipping.check_is_ct()
             except VolumeError:
-                if journal:
-                    journal.done()  # to go on with it would be to skip the check
+                journal.done()  # resuming would skip the check
                 raise
-        run.outcome.seconds["encode"] = encoder.seconds
-        run.outcome.seconds["decode"] = decoder.seconds
-        run.outcome.seconds["write"] = sink.waited
-    run.outcome.seconds["total"] = time.perf_counter() - begin
-    return run.outcome
+    seconds = clock.seconds(encode=encoder.seconds, decode=decoder.seconds, write=sink.waited)
+    return run.outcome(out.computed, out.resumed, seconds)
 
 
-@dataclass(frozen=True)
-class Onto:
-    """The grid that a decoded volume is written on, how HU [t, x, y] come onto it, what it is."""
+def _to_hu(
+    run: Run, resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
+) -> Callable[[ModelFrames], HuFrames]:
+    """Return the function that converts a decoded step to HU on the output's grid."""
+    intensity, (x_size, y_size, _) = run.codec.manifest.intensity, run.geometry.shape
+    return lambda x: resample(to_hu(x, intensity, x_size, y_size))
 
-    geometry: Geometry
-    resample: Callable[[Frames], Frames] = lambda hu: hu
-    note: str = ""
-    kind: str = KIND
+
+def _latent_info(run: Run) -> LatentInfo:
+    """Return what a latent store of this run says about itself."""
+    manifest = run.codec.manifest
+    return LatentInfo(
+        model=manifest.name,
+        identity=manifest.identity,
+        engine=run.codec.engine.name,
+        precision=run.codec.engine.precision,
+        protocol=run.protocol,
+        k=run.plan.k,
+        slices=run.geometry.shape[2],
+        geometry=run.geometry,
+        hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
+        fvae_version=__version__,
+        tile=run.tile,
+    )
 
 
 def _note(manifest: Manifest) -> str:
     return f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
 
 
-def _state(reader: Reader) -> str:
+def _fingerprint(reader: Reader) -> str:
     return fingerprint_of(reader.path, reader.geometry.dicom_files)
 
 

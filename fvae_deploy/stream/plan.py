@@ -44,6 +44,7 @@ class Plan:
     lean: bool  # heavy stages keep little between runs
     predicted_bytes: int
     budget_bytes: int
+    step_seconds: float = 0.0  # of one step, on a nominal machine of 100 GFLOP/s
 
     def describe(self) -> str:
         """One line for people."""
@@ -109,7 +110,8 @@ def plan(
     if predicted <= budget:
         grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
         spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
-        return Plan(k, grids, frozenset(spilled), lean, predicted, budget)
+        seconds = sum(option.seconds for option in chosen)
+        return Plan(k, grids, frozenset(spilled), lean, predicted, budget, seconds)
     height, width = (n * manifest.geometry.spatial for n in plane)
     worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].kept + pair[1].working)[
         0

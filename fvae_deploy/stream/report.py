@@ -13,6 +13,7 @@ from typing import Any
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import Codec
+from fvae_deploy.stream.plan import Plan
 from fvae_deploy.stream.rss import peak_rss
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
@@ -28,7 +29,7 @@ def run_report(
     `baseline` is the resident memory of interpreter and libraries before the first step;
     peak memory is given in whole and beyond that baseline.
     """
-    manifest, plan, tally = codec.manifest, outcome.plan, outcome.tally
+    manifest, plan, tally = codec.manifest, outcome.plan, outcome.clipping
     peak, total = peak_rss(), outcome.seconds["total"]
     clipped = tally.below + tally.above
     return {
@@ -46,17 +47,12 @@ def run_report(
         "device": codec.device,
         "engine_chosen_because": codec.why,
         "kernels": getattr(codec.engine, "kernels", None),
-        "plan": {
-            "latent_frames_per_step": plan.k,
-            "tiles": {d: grid.count for d, grid in plan.grids.items()},
-            "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
-            "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
-            "states_in_a_file": sorted(plan.spilled),
-            "lean": plan.lean,
-            "predicted_bytes": plan.predicted_bytes,
-            "budget_bytes": plan.budget_bytes,
+        "plan": plan_report(plan),
+        "volume": {
+            "shape": list(outcome.shape),
+            "slices": outcome.slices,
+            "resumed": outcome.resumed,
         },
-        "volume": {"shape": list(outcome.shape), "slices": outcome.slices, "resumed": outcome.kept},
         "clipped": {
             "voxels": clipped,
             "share": clipped / tally.voxels if tally.voxels else 0.0,
@@ -74,6 +70,20 @@ def run_report(
             "beyond_baseline_bytes": max(peak - baseline, 0),
         },
         "machine": machine(),
+    }
+
+
+def plan_report(plan: Plan) -> dict[str, Any]:
+    """Return a plan as facts, JSON-ready."""
+    return {
+        "latent_frames_per_step": plan.k,
+        "tiles": {d: grid.count for d, grid in plan.grids.items()},
+        "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
+        "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
+        "states_in_a_file": sorted(plan.spilled),
+        "lean": plan.lean,
+        "predicted_bytes": plan.predicted_bytes,
+        "budget_bytes": plan.budget_bytes,
     }
 
 

@@ -1,60 +1,88 @@
-"""One volume's way through a codec: its steps, tiles and plane, and what comes in and out.
+"""One volume's way through a codec: its plan, its steps, and the slabs that are read for them.
 
-Every verb of `stream` makes a Run and takes steps from `read`, networks from `stream`, and hands
-what they give to `decoded` or a latent store.
+Every verb of `pipeline` plans a Run, takes steps from `read` and networks from `stream`, and
+returns an Outcome.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import BuiltAhead
 from fvae_deploy.errors import UsageError
-from fvae_deploy.storage.journal import Journal
 from fvae_deploy.stream import schedule
+from fvae_deploy.stream.arrays import ModelFrames
 from fvae_deploy.stream.codec import Codec, pad_frames
-from fvae_deploy.stream.decoded import Decoded
-from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_model
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import Geometry, Reader, Writer
+from fvae_deploy.volume.base import Geometry, Reader
 
 T = TypeVar("T")
-Frames = NDArray[np.float32]  # [C, T, H, W] in the model's range, or latents [D, k, h, w]
+logger = logging.getLogger("fvae")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What a run did: for the report."""
+    """What a run did, for the report."""
 
     plan: Plan
+    shape: tuple[int, int, int]  # of the volume
     slices: int  # that this run computed
-    kept: int = field(default=0, kw_only=True)  # that a stopped one had left
-    shape: tuple[int, int, int]
-    tally: ClippingTally = field(default_factory=ClippingTally)
-    seconds: dict[str, float] = field(default_factory=dict)
+    resumed: int  # slices taken over from an interrupted run
+    clipping: ClippingTally
+    seconds: dict[str, float]  # by activity, with "total"
 
 
-@dataclass
+class Stopwatch:
+    """Wall-clock seconds by activity, since it was made."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def timed(self, activity: str, items: Iterable[T]) -> Iterator[T]:
+        """Pass items through, and add up the time spent waiting for them."""
+        iterator = iter(items)
+        self._seconds[activity] = 0.0
+        while True:
+            begin = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            finally:
+                self._seconds[activity] += time.perf_counter() - begin
+            yield item
+
+    def seconds(self, **measured: float) -> dict[str, float]:
+        """Return all activities, those measured elsewhere, and the total."""
+        return {**self._seconds, **measured, "total": time.perf_counter() - self._begin}
+
+
+@dataclass(frozen=True)
 class Run:
-    """One volume's way through the codec: its steps, its plane and what happened."""
+    """One volume planned for a codec; nothing is read or computed yet."""
 
     codec: Codec
+    geometry: Geometry
+    plan: Plan
     steps: list[Step]
     plane: tuple[int, int]  # latent cells
     protocol: str
     folder: Path  # for states that are not kept in memory
-    outcome: Outcome
+    clipping: ClippingTally = field(default_factory=ClippingTally)  # of what `read` has read
 
     @classmethod
     def of(
@@ -62,58 +90,54 @@ class Run:
         codec: Codec,
         geometry: Geometry,
         directions: tuple[str, ...],
-        protocol: str | None,
-        memory: int | None,
-        k: int | None,
+        options: RunOptions,
         folder: Path,
-    ) -> Run:
-        """Plan it; raises UsageError for a protocol or step that the network has not."""
-        manifest, of = codec.manifest, codec.manifest.geometry
-        protocol = protocol or of.protocols[0]
-        if protocol not in of.protocols:
+    ) -> Self:
+        """Plan the run; raises UsageError for a protocol or step that the network lacks."""
+        manifest, network = codec.manifest, codec.manifest.geometry
+        protocol = options.protocol or network.protocols[0]
+        if protocol not in network.protocols:
             raise UsageError(
-                f"expected protocol {' or '.join(of.protocols)}, found {protocol!r}: "
-                f"{manifest.name} has no other"
+                f"expected protocol {' or '.join(network.protocols)}, found {protocol!r}: "
+                f"{manifest.name} supports no other"
             )
-        k = manifest.check_step(k)
+        k = manifest.check_step(options.step)
         x, y, z = geometry.shape
-        plane = (-(-x // of.spatial), -(-y // of.spatial))
-        made = plan(
+        plane = (-(-x // network.spatial), -(-y // network.spatial))
+        chosen = plan(
             manifest,
             directions,
             plane,
             engine=codec.engine.name,
             precision=codec.engine.precision,
-            memory=memory,
+            memory=options.memory_bytes,
             k=k,
             extents=_extents(codec, directions),
         )
-        codec.settle(made.grids, k)
-        planned = schedule.steps(z, protocol, k, of)
-        return cls(codec, planned, plane, protocol, folder, Outcome(made, z, (x, y, z)))
+        logger.info("plan: %s", chosen.describe())
+        codec.settle(chosen.grids, k)
+        steps = schedule.steps(z, protocol, k, network)
+        return cls(codec, geometry, chosen, steps, plane, protocol, folder)
 
     def stream(self, direction: str) -> CausalStream:
         """Open one direction of the codec as a causal stream."""
-        plan = self.outcome.plan
         return CausalStream(
             self.codec.engine,
             self.codec.manifest,
             direction,
-            plan.grids,
-            plan.spilled,
+            self.plan.grids,
+            self.plan.spilled,
             self.folder,
-            lean=plan.lean,
+            lean=self.plan.lean,
         )
 
     @property
     def tile(self) -> tuple[int, ...]:
-        """Extents, stage by stage; other ones round differently."""
-        return tuple(n for grid in self.outcome.plan.grids.values() for n in grid.extent)
+        """Tile extents, stage by stage; other tiles round differently."""
+        return tuple(n for grid in self.plan.grids.values() for n in grid.extent)
 
-    def facts(
-        self, command: str, source: str, geometry: Geometry, a: int, b: int
-    ) -> dict[str, Any]:
-        """Say what tells this run from others whose slabs are not its own."""
+    def facts(self, command: str, source: str, a: int, b: int) -> dict[str, Any]:
+        """Return what identifies this run; slabs of a run with other facts are not reused."""
         return {
             "fvae": __version__,
             "command": command,
@@ -122,10 +146,10 @@ class Run:
             "engine": self.codec.engine.name,
             "precision": self.codec.engine.precision,
             "protocol": self.protocol,
-            "k": self.outcome.plan.k,
+            "k": self.plan.k,
             "tile": list(self.tile),
-            "shape": list(geometry.shape),
-            "affine": geometry.affine.tolist(),
+            "shape": list(self.geometry.shape),
+            "affine": self.geometry.affine.tolist(),
             "slices": [a, b],
         }
 
@@ -133,68 +157,39 @@ class Run:
         """Index of the step at which to start so that step `target` comes out exact."""
         entry = schedule.enter(self.steps, target, self.codec.manifest.context(direction))
         while self.steps[entry].slices[0] == self.steps[entry].slices[1]:
-            entry -= 1  # a step that repeats the last slice needs one that reads it
+            entry -= 1  # a step that repeats the last slice needs the step that reads it
         return entry
 
     def read(
         self, reader: Reader, entry: int, stop: int | None = None
-    ) -> Iterator[tuple[Step, Frames]]:
+    ) -> Iterator[tuple[Step, ModelFrames]]:
         """Yield the steps from `entry` to `stop` with their frames in the model's range."""
-        geometry, intensity = self.codec.manifest.geometry, self.codec.manifest.intensity
-        height, width = (geometry.spatial * n for n in self.plane)
+        network, intensity = self.codec.manifest.geometry, self.codec.manifest.intensity
+        height, width = (network.spatial * n for n in self.plane)
         steps = self.steps[entry:stop]
         depths = [s.slices[1] - s.slices[0] for s in steps if s.slices[1] > s.slices[0]]
-        last: Frames | None = None
+        last: ModelFrames | None = None
         with contextlib.closing(reader.slabs(*depths, start=steps[0].slices[0])) as slabs:  # type: ignore[type-var]
             for step in steps:
                 if step.slices[1] > step.slices[0]:
                     slab = next(slabs)
-                    x = to_model(slab, intensity, height, width, self.outcome.tally)
+                    x = to_model(slab, intensity, height, width, self.clipping)
                     last = x[:, -1:]
                 else:  # beyond the end of the volume
                     assert last is not None
                     x = last
                 x = pad_frames(x, step.depth)
-                yield step, np.repeat(x, geometry.channels, axis=0) if geometry.channels > 1 else x
+                yield step, np.repeat(x, network.channels, axis=0) if network.channels > 1 else x
 
-    def decoded(
-        self,
-        writer: Writer,
-        wanted: tuple[int, int],
-        journal: Journal | None,
-        resample: Callable[[Frames], Frames] = lambda hu: hu,
-    ) -> Decoded:
-        """Make the consumer of decoded steps, and note how many slices it leaves to compute."""
-        x_size, y_size, _ = self.outcome.shape
-        intensity = self.codec.manifest.intensity
-
-        def frames(x: Frames) -> Frames:
-            return resample(to_hu(x, intensity, x_size, y_size))
-
-        out = Decoded(writer, self.steps, wanted, frames, journal)
-        self.outcome.kept = out.kept
-        self.outcome.slices = wanted[1] - wanted[0] - out.kept
-        return out
-
-    def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items through, adding up the time spent waiting for them."""
-        waited, iterator = 0.0, iter(items)
-        while True:
-            begin = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            finally:
-                waited += time.perf_counter() - begin
-                self.outcome.seconds[name] = waited
-            yield item
+    def outcome(self, slices: int, resumed: int, seconds: dict[str, float]) -> Outcome:
+        """Return what the run did, once it has ended."""
+        return Outcome(self.plan, self.geometry.shape, slices, resumed, self.clipping, seconds)
 
 
 def _extents(codec: Codec, directions: tuple[str, ...]) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Tiles of the stages of an engine that was built ahead of time, for some sizes alone."""
-    engine, of = codec.engine, codec.manifest
+    """Tile sizes by stage that the engine was built for; none where it takes any size."""
+    engine, manifest = codec.engine, codec.manifest
     if not isinstance(engine, BuiltAhead):
         return {}
-    stages = [stage for direction in directions for stage in of.stages(direction)]
-    return {stage: engine.extents(of.stage_part(stage, first=False).name) for stage in stages}
+    stages = [stage for direction in directions for stage in manifest.stages(direction)]
+    return {stage: engine.extents(manifest.stage_part(stage, first=False).name) for stage in stages}

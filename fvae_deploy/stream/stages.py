@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.tiles import Grid
-
-Frames = NDArray[np.float32]  # [C, T, H, W]
 
 
 def whole_grids(
@@ -88,7 +86,7 @@ class States:
         if self._file is not None:
             self._file.close()
 
-    def _zeros(self) -> dict[str, Frames]:
+    def _zeros(self) -> dict[str, FeatureMap]:
         return {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
 
 
@@ -112,7 +110,7 @@ class StageStream:
         self._states = States(engine, part.state_inputs, grid, spill)
         self.seconds = 0.0
 
-    def run(self, x: Frames, first: bool) -> Frames:
+    def run(self, x: FeatureMap, first: bool) -> FeatureMap:
         """Advance by one step: the whole map x [C, T, H, W] -> the whole result.
 
         The result is valid until the next call.
@@ -124,14 +122,14 @@ class StageStream:
         data, result = part.inputs[0], part.outputs[0]
         fresh = len(part.inputs) == 1
         a, b = data.factor("h"), result.factor("h")
-        whole: Frames | None = None
+        whole: FeatureMap | None = None
         for i, tile in enumerate(self._tiles):
             rows, columns = tile.rows, tile.columns
             piece = x[None, :, :, _times(a, rows.read), _times(a, columns.read)]
             state = {} if fresh else self._states.take(i)
             outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
             self._states.put(i, [outputs.pop(spec.name) for spec in part.state_outputs])
-            y: Frames = outputs[result.name][0]
+            y: FeatureMap = outputs[result.name][0]
             if len(self._tiles) == 1:
                 whole = y
                 break
@@ -182,7 +180,7 @@ class CausalStream:
             for stage in manifest.stages(direction)
         }
 
-    def run(self, x: Frames, first: bool) -> Frames:
+    def run(self, x: FeatureMap, first: bool) -> FeatureMap:
         """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
 
         `first` starts a new run; a step without a state before it starts from zeros, which is

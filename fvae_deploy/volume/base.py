@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import OutputError, VolumeError
 
 HuFrames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
@@ -261,8 +261,8 @@ class FrameWriter(ABC):
                 np.clip(frame, limits.min, limits.max, out=frame)
         return frame.astype(self._dtype, copy=False)
 
-    def _refused(self, error: OSError) -> VolumeError:
-        return VolumeError(
+    def _refused(self, error: OSError) -> OutputError:
+        return OutputError(
             f"expected room and permission to write {self.path}, found: {error.strerror or error}; "
             "free some space or choose another folder"
         )

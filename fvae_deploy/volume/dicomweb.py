@@ -34,7 +34,7 @@ def is_remote(path: Path) -> bool:
 
 
 @contextmanager
-def at_hand(ct: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+def at_hand(ct: Path, output: Path, *, push: bool = True) -> Iterator[tuple[Path, Path]]:
     """Bring a series here, and afterwards the result to where it goes; yields local paths.
 
     Local paths are passed through. Raises UsageError for what is no such URL, VolumeError where
@@ -52,7 +52,7 @@ def at_hand(ct: Path, output: Path) -> Iterator[tuple[Path, Path]]:
             target = Path(folder) / "result.dcm"
             _parse(output)  # refuses now, not after the work
         yield source, target
-        if is_remote(output):
+        if push and is_remote(output):
             _push(target, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,14 @@ def create_volume(
 
         return DicomWriter(path, geometry, dtype, note, kind)
     raise VolumeError(f"expected an output named .nii, .nii.gz, .zarr or .dcm, found {path.name}")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise VolumeError where an output exists already, unless it may be replaced."""
+    if not overwrite and os.path.lexists(path):
+        raise VolumeError(
+            f"expected a new output, found {path} exists: choose another name or pass --overwrite"
+        )
 
 
 def protect_input(output: Path | str, source: Path | str, files: Iterable[Path] = ()) -> None:

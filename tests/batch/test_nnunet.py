@@ -16,6 +16,7 @@ import fvae_deploy as fvae
 from fvae_deploy.batch import nnunet as module
 from fvae_deploy.batch.nnunet import augment, splits
 from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.stream.options import RunOptions
 
 CASES = ("liver_1", "liver_2")
 
@@ -45,8 +46,8 @@ def dataset(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fake(fake_bundle: Path) -> dict[str, Any]:
-    return {"model": fake_bundle, "engine": "fake"}
+def fake(fake_bundle: Path) -> RunOptions:
+    return RunOptions(model=fake_bundle, engine="fake")
 
 
 def names(folder: Path) -> list[str]:
@@ -55,7 +56,7 @@ def names(folder: Path) -> list[str]:
 
 def test_reconstructions_lie_beside_the_originals_with_their_labels(dataset, fake, tmp_path):
     out = tmp_path / "Dataset101_LiverFvae"
-    found = augment(dataset, out, **fake)
+    found = augment(dataset, out, fake)
     assert (found["cases"], found["reconstructed"]) == (4, 2)
     images = [f"imagesTr/{c}{s}_0000.nii.gz" for c in CASES for s in ("", "_fvae")]
     labels = [f"labelsTr/{c}{s}.nii.gz" for c in CASES for s in ("", "_fvae")]
@@ -66,7 +67,7 @@ def test_reconstructions_lie_beside_the_originals_with_their_labels(dataset, fak
     assert content["labels"] == {"background": 0, "liver": 1}
     for case in CASES:
         image = dataset / f"imagesTr/{case}_0000.nii.gz"
-        fvae.reconstruct(image, tmp_path / "r.nii.gz", **fake)
+        fvae.reconstruct(image, tmp_path / "r.nii.gz", fake)
         made = out / f"imagesTr/{case}_fvae_0000.nii.gz"
         assert made.read_bytes() == (tmp_path / "r.nii.gz").read_bytes()
         for suffix in ("", "_fvae"):
@@ -87,12 +88,12 @@ def test_a_scan_and_its_reconstruction_lie_in_one_fold():
 
 def test_what_changed_since_is_made_anew(dataset, fake, tmp_path):
     out = tmp_path / "Dataset101_LiverFvae"
-    augment(dataset, out, **fake)
+    augment(dataset, out, fake)
     image = dataset / "imagesTr/liver_1_0000.nii.gz"
     shutil.copy(dataset / "imagesTr/liver_2_0000.nii.gz", tmp_path / "new.nii.gz")
     os.utime(tmp_path / "new.nii.gz")
     (tmp_path / "new.nii.gz").replace(image)
-    assert augment(dataset, out, **fake)["reconstructed"] == 1
+    assert augment(dataset, out, fake)["reconstructed"] == 1
     for view in ("", "_fvae"):
         one, two = (out / f"imagesTr/liver_{n}{view}_0000.nii.gz" for n in (1, 2))
         assert one.read_bytes() == two.read_bytes()
@@ -100,7 +101,7 @@ def test_what_changed_since_is_made_anew(dataset, fake, tmp_path):
 
 def test_reconstructions_may_stand_alone(dataset, fake, tmp_path):
     out = tmp_path / "Dataset102_Alone"
-    assert augment(dataset, out, instead=True, **fake)["cases"] == 2
+    assert augment(dataset, out, fake, instead=True)["cases"] == 2
     assert len(list((out / "imagesTr").iterdir())) == 2
     original = dataset / "imagesTr/liver_1_0000.nii.gz"
     assert (out / "imagesTr/liver_1_0000.nii.gz").read_bytes() != original.read_bytes()
@@ -117,14 +118,14 @@ def test_a_stopped_run_goes_on_and_is_no_dataset_until_then(dataset, fake, tmp_p
 
     monkeypatch.setattr(module, "reconstruct", stopping)
     with pytest.raises(KeyboardInterrupt):
-        augment(dataset, out, **fake)
+        augment(dataset, out, fake)
     assert not (out / "dataset.json").exists()
     monkeypatch.setattr(module, "reconstruct", reconstruct)
     with pytest.raises(UsageError, match="same dataset and options"):
-        augment(dataset, out, instead=True, **fake)
-    assert augment(dataset, out, **fake)["reconstructed"] == 1
+        augment(dataset, out, fake, instead=True)
+    assert augment(dataset, out, fake)["reconstructed"] == 1
     whole = tmp_path / "Dataset104_L"
-    augment(dataset, whole, **fake)
+    augment(dataset, whole, fake)
     assert names(out) == names(whole)
 
 
@@ -134,7 +135,7 @@ def test_files_that_the_dataset_lists_itself_are_found(dataset, fake, tmp_path):
     content |= {"dataset": {"one": entry}, "numTraining": 1}
     (dataset / "dataset.json").write_text(json.dumps(content))
     out = tmp_path / "Dataset105_Listed"
-    assert augment(dataset, out, **fake)["cases"] == 2
+    assert augment(dataset, out, fake)["cases"] == 2
     assert "dataset" not in json.loads((out / "dataset.json").read_text())
     assert (out / "imagesTr/one_fvae_0000.nii.gz").is_file()
 
@@ -160,33 +161,33 @@ def edited(dataset: Path, **changes: Any) -> None:
 def test_what_is_no_dataset_is_refused_and_leaves_nothing(dataset, fake, tmp_path, damage, words):
     damage(dataset)
     with pytest.raises(VolumeError, match=words):
-        augment(dataset, tmp_path / "Dataset106_L", **fake)
+        augment(dataset, tmp_path / "Dataset106_L", fake)
     assert not (tmp_path / "Dataset106_L").exists()
 
 
 def test_another_dataset_is_not_mixed_in(dataset, fake, tmp_path):
     out = tmp_path / "Dataset101_LiverFvae"
-    augment(dataset, out, **fake)
+    augment(dataset, out, fake)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     other = shutil.copytree(dataset, tmp_path / "Dataset002_Other")
     with pytest.raises(UsageError, match="the same dataset and options"):
-        augment(other, out, **fake)
+        augment(other, out, fake)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     with pytest.raises(UsageError, match="expected no case named liver_1_fvae"):
-        augment(out, tmp_path / "Dataset102_Twice", **fake)
+        augment(out, tmp_path / "Dataset102_Twice", fake)
     assert not (tmp_path / "Dataset102_Twice").exists()
 
 
 def test_names_and_places_that_do_not_do(dataset, fake, tmp_path):
     with pytest.raises(UsageError, match="DatasetXXX_NAME, found augmented"):
-        augment(dataset, tmp_path / "augmented", **fake)
+        augment(dataset, tmp_path / "augmented", fake)
     with pytest.raises(UsageError, match="apart from the dataset"):
-        augment(dataset, dataset, **fake)
+        augment(dataset, dataset, fake)
     other = tmp_path / "Dataset107_Other"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match="a new folder"):
-        augment(dataset, other, **fake)
+        augment(dataset, other, fake)
 
 
 def test_nnunet_itself_takes_it_for_whole(dataset, fake, tmp_path):
@@ -194,5 +195,5 @@ def test_nnunet_itself_takes_it_for_whole(dataset, fake, tmp_path):
         "nnunetv2.experiment_planning.verify_dataset_integrity", reason="needs nnunetv2"
     )
     out = tmp_path / "Dataset108_Verified"
-    augment(dataset, out, **fake)
+    augment(dataset, out, fake)
     integrity.verify_dataset_integrity(str(out), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import fvae_deploy as fvae
 from fvae_deploy.batch.run import run_scans
 from fvae_deploy.batch.scans import find_scans
 from fvae_deploy.errors import UsageError
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.base import Primed
 from fvae_deploy.volume.open import open_volume
 
@@ -37,7 +39,7 @@ def scans(write_ct, tmp_path):
 
 @pytest.fixture
 def fake(fake_bundle):
-    return {"model": str(fake_bundle), "engine": "fake", "precision": "fp32", "device": "cpu"}
+    return RunOptions(model=str(fake_bundle), engine="fake")
 
 
 def command(*arguments):
@@ -52,9 +54,9 @@ def content(folder):
 
 
 def test_a_folder_is_searched_and_its_layout_kept(scans, tmp_path):
-    found = find_scans(scans, tmp_path / "out", ".zarr")
+    found = find_scans("encode", scans, tmp_path / "out", ".zarr")
     named = {
-        str(s.ct.relative_to(scans)): str(s.output.relative_to(tmp_path / "out")) for s in found
+        str(s.source.relative_to(scans)): str(s.output.relative_to(tmp_path / "out")) for s in found
     }
     assert named == {
         "c.zarr": "c.zarr",
@@ -65,15 +67,17 @@ def test_a_folder_is_searched_and_its_layout_kept(scans, tmp_path):
 
 
 def test_results_within_the_folder_are_no_scans(scans, fake):
-    for _ in range(2):
-        assert len(find_scans(scans, scans / "out", ".nii")) == 4
-        run_scans("reconstruct", find_scans(scans, scans / "out", ".nii"), fake)
+    again = dataclasses.replace(fake, overwrite=True)
+    for options in (fake, again):
+        found = find_scans("reconstruct", scans, scans / "out", ".nii")
+        assert len(found) == 4
+        assert all(r.error is None for r in run_scans("reconstruct", found, options))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "ct\n", "expected scans"),
+        ("a.csv", "ct\n", "DICOM in .*a.csv, found none"),
         ("a.csv", "ct,voxels\na.nii,1\n", "columns among ct, output, series"),
         ("a.csv", "mask\na.nii\n", "a ct in row 1"),
         ("a.jsonl", '{"ct": "x/a.nii"}\n{"ct": "y/a.nii"}\n', "rows 1 and 2"),
@@ -84,18 +88,18 @@ def test_results_within_the_folder_are_no_scans(scans, fake):
 def test_a_list_that_is_none_is_refused(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
-        find_scans(tmp_path / name, tmp_path / "out", ".nii")
+        find_scans("encode", tmp_path / name, tmp_path / "out", ".nii")
 
 
 @pytest.mark.parametrize("verb", ["encode", "reconstruct"])
 def test_many_are_what_each_is_by_itself(verb, scans, fake, fake_bundle, tmp_path):
     ending = ".zarr" if verb == "encode" else ".nii.gz"
-    found = find_scans(scans, tmp_path / "out", ending)
+    found = find_scans("encode", scans, tmp_path / "out", ending)
     results = run_scans(verb, found, fake)
-    assert [set(result) for result in results] == 4 * [{"ct", "output", "report"}]
+    assert [set(result.to_dict()) for result in results] == 4 * [{"input", "output", "report"}]
     for n, scan in enumerate(found):
         alone = tmp_path / f"alone{n}{ending}"
-        getattr(fvae, verb)(scan.ct, alone, model=fake_bundle, engine="fake")
+        getattr(fvae, verb)(scan.source, alone, model=fake_bundle, engine="fake")
         if verb == "encode":
             assert content(alone) == content(scan.output)
         else:
@@ -109,16 +113,16 @@ def test_one_that_fails_is_told_and_passed_and_the_rest_resumed(scans, fake_bund
     done = command(*line)
     assert done.returncode == 3
     assert "expected 5 results, found 1 failed" in done.stderr
-    assert "4 done, 0 there before, 1 failed" in done.stdout
+    assert "4 done, 0 skipped, 1 failed" in done.stdout
     first = content(out)
     found = json.loads((out / "fvae-reconstruct.json").read_text())
     assert (found["done"], found["failed"], found["slices"]) == (4, 1, 9 + 10 + 11 + 5)
     (out / "c.nii.gz").unlink()
     (scans / "b.nii.gz").unlink()
-    done = command(*line, "--resume", "--run-report", tmp_path / "again.json", "-q")
+    done = command(*line, "--resume", "--json", tmp_path / "again.json", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = json.loads((tmp_path / "again.json").read_text())
-    assert (found["done"], found["passed"], found["failed"]) == (1, 3, 0)
+    assert (found["done"], found["skipped"], found["failed"]) == (1, 3, 0)
     assert content(out) == first
 
 
@@ -130,9 +134,9 @@ def test_a_full_disk_within_one_is_that_ones_failure(scans, fake, tmp_path, monk
 
     calls, real = [], fvae.api.encode
     monkeypatch.setattr(fvae.api, "encode", full)
-    found = run_scans("encode", find_scans(scans, tmp_path / "out", ".zarr"), fake)
-    assert ["error" in one for one in found] == [False, True, False, False]
-    assert (found[1]["kind"], "No space left" in found[1]["error"]) == ("OSError", True)
+    found = run_scans("encode", find_scans("encode", scans, tmp_path / "out", ".zarr"), fake)
+    assert [one.error is not None for one in found] == [False, True, False, False]
+    assert (found[1].error_kind, "No space left" in found[1].error) == ("OSError", True)
 
 
 def test_latents_of_another_run_are_not_passed_and_earlier_reports_stay(
@@ -154,16 +158,18 @@ def test_capital_endings_are_endings(write_ct, fake, tmp_path):
     write_ct(tmp_path / "a.nii.gz", (9, 11, 5))
     (tmp_path / "scans").mkdir()
     (tmp_path / "a.nii.gz").rename(tmp_path / "scans" / "A.NII.GZ")
-    (found,) = run_scans("encode", find_scans(tmp_path / "scans", tmp_path / "out", ".zarr"), fake)
-    assert found["report"]["volume"]["slices"] == 5
+    (found,) = run_scans(
+        "encode", find_scans("encode", tmp_path / "scans", tmp_path / "out", ".zarr"), fake
+    )
+    assert found.report["volume"]["slices"] == 5
     assert (tmp_path / "out" / "A.zarr").is_dir()
 
 
 def test_a_link_back_is_not_followed(scans, tmp_path):
-    before = find_scans(scans, tmp_path / "out", ".zarr")
+    before = find_scans("encode", scans, tmp_path / "out", ".zarr")
     (scans / "sub-01" / "back").symlink_to(scans)
     (scans / "here").symlink_to(".")
-    assert find_scans(scans, tmp_path / "out", ".zarr") == before
+    assert find_scans("encode", scans, tmp_path / "out", ".zarr") == before
 
 
 def test_a_list_names_outputs_and_series(scans, fake_bundle, tmp_path):

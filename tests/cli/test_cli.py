@@ -212,9 +212,7 @@ def test_a_run_report_has_the_promised_fields(fvae, fake, ct, tmp_path, verb):
         source = tmp_path / "z.zarr"
         fvae("encode", ct, "-o", source, *fake)
     path = tmp_path / "report.json"
-    code, _, err = fvae(
-        verb, source, "-o", target, "--memory", "1.5GiB", "--run-report", path, *fake
-    )
+    code, _, err = fvae(verb, source, "-o", target, "--memory", "1.5GiB", "--json", path, *fake)
     assert code == 0, err
     report = json.loads(path.read_text())
     assert set(report) == set(REPORT)

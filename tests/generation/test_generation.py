@@ -15,7 +15,7 @@ import pytest
 for package in ("diffusers", "tokenizers", "torch", "openvino"):
     pytest.importorskip(package, reason="needs the generate extra")
 import fvae_deploy as fvae  # noqa: E402
-from fvae_deploy.batch.generations import read_jobs, run_jobs  # noqa: E402
+from fvae_deploy.batch.generations import read_generations, run_generations  # noqa: E402
 from fvae_deploy.cli import main as cli  # noqa: E402
 from fvae_deploy.errors import (  # noqa: E402
     BundleError,
@@ -28,6 +28,8 @@ from fvae_deploy.errors import (  # noqa: E402
 from fvae_deploy.export.generator import GeneratorManifest  # noqa: E402
 from fvae_deploy.generation import pipeline as generation  # noqa: E402
 from fvae_deploy.generation.denoiser import Denoiser  # noqa: E402
+from fvae_deploy.generation.options import GenerationOptions  # noqa: E402
+from fvae_deploy.stream.options import RunOptions  # noqa: E402
 
 TILTED = np.array([[-3, 0, 0.2, 5], [0, -2.5, 0, 7], [0.1, 0, 4, -9], [0, 0, 0, 1.0]])
 SHAPE = (20, 26, 27)
@@ -236,9 +238,9 @@ def test_a_list_of_jobs_is_worked_through_and_taken_up_again(
     (tmp_path / "absent.nii.gz").write_bytes(mask.read_bytes())
     before = (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns
     report = tmp_path / "r.json"
-    assert run(monkeypatch, *command, "--resume", "--run-report", report) == 0
+    assert run(monkeypatch, *command, "--resume", "--json", report) == 0
     assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns == before
-    assert [row.get("passed", False) for row in json.loads(report.read_text())] == [
+    assert [row.get("skipped", False) for row in json.loads(report.read_text())] == [
         True,
         False,
         True,
@@ -248,8 +250,14 @@ def test_a_list_of_jobs_is_worked_through_and_taken_up_again(
 def test_a_job_whose_disk_fails_does_not_end_the_list(tmp_path):
     (tmp_path / "jobs.csv").write_text("mask,output\na.nii,taken/a.nii\nb.nii,b.nii\n")
     (tmp_path / "taken").write_text("no folder")
-    jobs = read_jobs(tmp_path / "jobs.csv", tmp_path)
-    first, second = run_jobs(jobs, {}, lambda line: None, lambda stage, length: lambda done: None)
+    jobs = read_generations(tmp_path / "jobs.csv", tmp_path)
+    first, second = run_generations(
+        jobs,
+        RunOptions(),
+        GenerationOptions(),
+        lambda line: None,
+        lambda stage, length: lambda done: None,
+    )
     assert "taken" in first["error"]
     assert "found nothing" in second["error"]
 
@@ -257,7 +265,9 @@ def test_a_job_whose_disk_fails_does_not_end_the_list(tmp_path):
 def test_line_breaks_within_a_cell_stay(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'mask,findings\r\nx.nii,"nodule in the right\nlung"\r\n')
     (tmp_path / "a.jsonl").write_text('{"mask": "x.nii", "findings": "a\u2028b"}\n')
-    (csv,), (jsonl,) = (read_jobs(tmp_path / f"a.{end}", tmp_path) for end in ("csv", "jsonl"))
+    (csv,), (jsonl,) = (
+        read_generations(tmp_path / f"a.{end}", tmp_path) for end in ("csv", "jsonl")
+    )
     assert (csv.findings, jsonl.findings) == ("nodule in the right\nlung", "a\u2028b")
 
 
@@ -277,7 +287,7 @@ def test_line_breaks_within_a_cell_stay(tmp_path):
 def test_a_list_that_is_none_is_refused(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=words):
-        read_jobs(tmp_path / name, tmp_path)
+        read_generations(tmp_path / name, tmp_path)
 
 
 def test_the_command_line_says_what_it_made(mask, small_generator, tmp_path, monkeypatch, capsys):

@@ -31,6 +31,7 @@ from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.parse import parse_bytes  # noqa: E402
 from fvae_deploy.stream import pipeline as stream  # noqa: E402
 from fvae_deploy.stream.codec import open_codec  # noqa: E402
+from fvae_deploy.stream.options import RunOptions  # noqa: E402
 from fvae_deploy.stream.plan import plan  # noqa: E402
 from fvae_deploy.stream.stages import CausalStream, States, whole_grids  # noqa: E402
 from fvae_deploy.stream.tiles import Grid  # noqa: E402
@@ -219,7 +220,10 @@ def test_a_ct_is_reconstructed_alike_within_any_budget(
         for number, memory in enumerate((2**34, least)):
             target = tmp_path / f"{number}.nii"
             outcome = stream.reconstruct(
-                codec, open_volume(tmp_path / "ct.nii"), target, memory=memory, dtype="float32"
+                codec,
+                open_volume(tmp_path / "ct.nii"),
+                target,
+                RunOptions(memory=memory, dtype="float32"),
             )
             results.append(nibabel.load(target).get_fdata())
             tiles.append(sum(len(grid.tiles) for grid in outcome.plan.grids.values()))

@@ -25,6 +25,7 @@ from fvae_deploy.storage.latents import LatentReader, partial_path
 from fvae_deploy.stream import pipeline as stream
 from fvae_deploy.stream.codec import open_codec, pad_frames
 from fvae_deploy.stream.intensity import ClippingTally, to_model
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import plan
 from fvae_deploy.volume.open import open_volume
 
@@ -46,16 +47,17 @@ def voxels(path):
     return np.concatenate([*reader.slabs(16)]).transpose(1, 2, 0)
 
 
-def encode(codec, source, store, **options):
-    return stream.encode(codec, open_volume(source), store, **options)
+def encode(codec, source, store, progress=stream.silent, **options):
+    return stream.encode(codec, open_volume(source), store, RunOptions(**options), progress)
 
 
-def decode(codec, store, output, **options):
-    return stream.decode(codec, LatentReader(store), output, **options)
+def decode(codec, store, output, slices=None, progress=stream.silent, **options):
+    latents = LatentReader(store)
+    return stream.decode(codec, latents, output, RunOptions(**options), slices, progress)
 
 
-def reconstruct(codec, source, output, **options):
-    return stream.reconstruct(codec, open_volume(source), output, **options)
+def reconstruct(codec, source, output, progress=stream.silent, **options):
+    return stream.reconstruct(codec, open_volume(source), output, RunOptions(**options), progress)
 
 
 def threads():
@@ -77,10 +79,10 @@ def test_encode_then_decode_gives_the_voxels_of_reconstruct(
 ):
     with folder() as f:
         write_ct(f / f"ct{source}", shape, dtype=dtype)
-        encode(fake_codec, f / f"ct{source}", f / "z.zarr", protocol=protocol, k=k)
+        encode(fake_codec, f / f"ct{source}", f / "z.zarr", protocol=protocol, step=k)
         decode(fake_codec, f / "z.zarr", f / f"two{target}", dtype=dtype)
         one = f / f"one{target}"
-        reconstruct(fake_codec, f / f"ct{source}", one, protocol=protocol, k=k, dtype=dtype)
+        reconstruct(fake_codec, f / f"ct{source}", one, protocol=protocol, step=k, dtype=dtype)
         assert voxels(one).dtype == dtype
         np.testing.assert_array_equal(voxels(f / f"two{target}"), voxels(one))
 
@@ -130,7 +132,7 @@ def test_reconstruct_is_the_codec_on_the_whole_clip(fake_codec, write_ct, tmp_pa
 def test_windows_are_encoded_independently(fake_codec, write_ct, slices, k):
     with folder() as f:
         ct = write_ct(f / "ct.nii", (10, 17, slices)).transpose(2, 0, 1)
-        encode(fake_codec, f / "ct.nii", f / "z.zarr", protocol="windows", k=k)
+        encode(fake_codec, f / "ct.nii", f / "z.zarr", protocol="windows", step=k)
         store = LatentReader(f / "z.zarr")
         frames = to_model(ct, fake_codec.manifest.intensity, 16, 24, ClippingTally())
         windows = [
@@ -147,7 +149,7 @@ def test_windows_are_encoded_independently(fake_codec, write_ct, slices, k):
 def test_decoded_slices_are_the_crop_of_the_whole(fake_codec, write_ct, slices, protocol, k, data):
     with folder() as f:
         write_ct(f / "ct.nii", (9, 11, slices))
-        encode(fake_codec, f / "ct.nii", f / "z.zarr", protocol=protocol, k=k)
+        encode(fake_codec, f / "ct.nii", f / "z.zarr", protocol=protocol, step=k)
         decode(fake_codec, f / "z.zarr", f / "whole.nii", dtype="float32")
         a = data.draw(st.integers(0, slices - 1))
         b = data.draw(st.integers(a + 1, slices))
@@ -225,7 +227,7 @@ def test_what_lies_outside_the_window_is_clipped_and_counted(
     with folder() as f:
         ct = write_ct(f / "ct.nii", (9, 6, slices), low=-3000, high=3000)
         outcome = reconstruct(fake_codec, f / "ct.nii", f / "out.nii", protocol=protocol)
-        tally = outcome.tally
+        tally = outcome.clipping
         assert tally.voxels == ct.size  # repeated slices are not counted
         assert (tally.below, tally.above) == ((ct < -1000).sum(), (ct > 1000).sum())
         assert (tally.minimum, tally.maximum) == (ct.min(), ct.max())

@@ -1,0 +1,88 @@
+"""The options of a run, in one object that every layer passes on unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fvae_deploy.errors import UsageError
+from fvae_deploy.parse import parse_bytes
+
+DTYPES = ("int16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run computes and writes; the defaults just work.
+
+    Raises UsageError for values outside their range.
+    """
+
+    model: str | Path | None = None
+    """Name of a built-in model or folder of a bundle; None: the verb's default."""
+    engine: str = "auto"
+    """Name of an engine; auto: the first one installed that computes in `precision`."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16; engines built with TensorRT also int8 or fp8."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N, tensorrt or gpu, as the engine names it."""
+    threads: int | None = None
+    """CPU threads that the engine uses; None: all cores."""
+    protocol: str | None = None
+    """causal or windows; None: the model's default."""
+    memory: str | int | None = None
+    """Budget beyond the libraries, as "700MiB" or in bytes; None: 60 % of the free memory."""
+    step: int | None = None
+    """Latent frames a step; None: 1."""
+    dtype: str = "int16"
+    """Stored type of a written volume, int16 (rounded) or float32."""
+    any_range: bool = False
+    """Accept volumes with no value below 0 HU."""
+    resume: bool = False
+    """Continue an interrupted run, and skip outputs that exist."""
+    overwrite: bool = False
+    """Replace outputs that exist."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"expected dtype {' or '.join(DTYPES)}, found {self.dtype!r}")
+        for name in ("step", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"expected at least 1 as {name}, found {value}")
+        if self.resume and self.overwrite:
+            raise UsageError(
+                "expected either --resume or --overwrite, found both: --resume keeps outputs that "
+                "exist, --overwrite replaces them"
+            )
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The budget in bytes."""
+        return self.memory if isinstance(self.memory, int) else None
+
+    def check_unused(self, verb: str, *names: str) -> None:
+        """Raise UsageError where an option is set that this verb does not take."""
+        defaults = RunOptions()
+        for name in names:
+            if getattr(self, name) != getattr(defaults, name):
+                raise UsageError(
+                    f"expected no {name} for {verb}, found {getattr(self, name)!r}: leave it out"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, JSON-ready."""
+        return {
+            field.name: str(value) if isinstance(value, Path) else value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+    @classmethod
+    def of(cls, options: Self | None, keywords: dict[str, Any]) -> Self:
+        """Return `options` with `keywords` in place of its fields; keywords alone make new ones."""
+        return dataclasses.replace(options or cls(), **keywords)
