@@ -1,4 +1,4 @@
-"""The verbs about the server: serve, token."""
+"""The verbs of the server: serve and token."""
 
 from __future__ import annotations
 
@@ -13,42 +13,75 @@ from fvae_deploy.optional import require
 
 app = typer.Typer(cls=Verbs)
 NEEDS = ("fastapi", "uvicorn", "prometheus_client", "sse_starlette")
-Folder = Annotated[
-    Path, typer.Option("--folder", help="Where jobs, results and hashes of tokens are kept.")
-]
 HOME = Path("fvae-server")
+Folder = Annotated[
+    Path, typer.Option("--folder", help="Folder for jobs, results and token hashes.")
+]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="TCP port to listen on.")]
+Generator = Annotated[
+    str, typer.Option("--generator", help="Model for generate: built-in name or bundle folder.")
+]
+JobMemory = Annotated[
+    str, typer.Option("--memory", help="Memory budget of one job, without libraries.")
+]
+Queue = Annotated[
+    int,
+    typer.Option("--queue", min=1, help="Maximum unfinished jobs. Further uploads get HTTP 429."),
+]
+KeepHours = Annotated[
+    float,
+    typer.Option("--keep-hours", min=0, help="Keep ended jobs and their results this many hours."),
+]
+MaxUpload = Annotated[str, typer.Option("--max-upload", help="Maximum size of an upload.")]
+MaxVolume = Annotated[
+    str, typer.Option("--max-volume", help="Maximum size of an upload after unpacking.")
+]
+Silence = Annotated[
+    float, typer.Option("--silence", help="Abort an upload that stalls this many seconds.")
+]
+TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="TLS certificate, in PEM format.")]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", help="Private key of the certificate, in PEM format.")
+]
+BehindProxy = Annotated[
+    bool, typer.Option("--behind-proxy", help="A reverse proxy in front of the server handles TLS.")
+]
+InsecureNoAuth = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-no-auth", help="Accept requests without a token; loopback addresses only."
+    ),
+]
+AuditLog = Annotated[
+    Path | None, typer.Option("--log", help="Write the audit log to this file [default: stderr].")
+]
 
 
 @app.command()
 def serve(
     folder: Folder = HOME,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8080,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
     model: Model = "tiny",
-    generator: Annotated[
-        str, typer.Option("--generator", help="As fvae generate -m.")
-    ] = "tiny-ldm",
+    generator: Generator = "tiny-ldm",
     engine: Engine = "auto",
     precision: Precision = "fp32",
     device: Device = "cpu",
-    memory: Annotated[str, typer.Option("--memory", help="Budget of a job.")] = "1GiB",
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Jobs that may wait.")] = 16,
-    keep: Annotated[float, typer.Option("--keep-hours", min=0, help="Results are kept.")] = 24,
-    upload: Annotated[str, typer.Option("--max-upload", help="Size of a body.")] = "2GiB",
-    volume: Annotated[str, typer.Option("--max-volume", help="Size unpacked.")] = "4GiB",
-    silence: Annotated[float, typer.Option("--silence", help="Seconds a body may pause.")] = 20,
-    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM.")] = None,
-    behind_proxy: Annotated[
-        bool, typer.Option("--behind-proxy", help="Another server ends TLS.")
-    ] = False,
-    insecure_no_auth: Annotated[
-        bool, typer.Option("--insecure-no-auth", help="No tokens: on loopback alone.")
-    ] = False,
-    log: Annotated[Path | None, typer.Option("--log", help="Audit log [default: stderr].")] = None,
+    memory: JobMemory = "1GiB",
+    queue: Queue = 16,
+    keep: KeepHours = 24,
+    upload: MaxUpload = "2GiB",
+    volume: MaxVolume = "4GiB",
+    silence: Silence = 20,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    behind_proxy: BehindProxy = False,
+    insecure_no_auth: InsecureNoAuth = False,
+    log: AuditLog = None,
     debug: Debug = False,
 ) -> None:
-    """Serve encode, decode, reconstruct and generate as jobs over HTTP.
+    """Run encode, decode, reconstruct and generate as jobs over HTTP.
 
     Example: `fvae serve --folder /var/lib/fvae --memory 2GiB`
     """
@@ -58,7 +91,7 @@ def serve(
     from fvae_deploy.server.settings import Limits, Settings, check_exposure
 
     if (tls_cert is None) != (tls_key is None):
-        raise UsageError("expected --tls-cert and --tls-key together, found one of them")
+        raise UsageError("expected --tls-cert and --tls-key together, found only one: give both")
     check_exposure(host, not insecure_no_auth, tls_cert is not None, behind_proxy)
     settings = Settings(
         folder.absolute(),
@@ -71,21 +104,23 @@ def serve(
         keep_hours=keep,
         authenticated=not insecure_no_auth,
         secure=tls_cert is not None or behind_proxy,
-        # Without tokens a page of another name, resolved to this machine, must not get in.
+        # Against DNS rebinding: a foreign site's name that resolves to this machine is rejected.
         hosts=("127.0.0.1", "localhost", "[::1]") if insecure_no_auth else (),
-        limits=Limits(parse_bytes(upload), parse_bytes(volume), silence=silence, waiting=queue),
+        limits=Limits(parse_bytes(upload), parse_bytes(volume), silence=silence, queue=queue),
     )
     run(settings, host, port, cert=tls_cert, key=tls_key, proxied=behind_proxy, log=log)
 
 
 @app.command()
 def token(
-    act: Annotated[str, typer.Argument(help="add, list or remove.")],
-    name: Annotated[str | None, typer.Argument(help="Whose token.")] = None,
+    act: Annotated[str, typer.Argument(help="What to do: add, list or remove.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the user or program; not for list.")
+    ] = None,
     folder: Folder = HOME,
     debug: Debug = False,
 ) -> None:
-    """Make, list or revoke the tokens with which clients come to fvae serve.
+    """Create, list or revoke the access tokens of fvae serve.
 
     Example: `fvae token add radiology --folder /var/lib/fvae`
     """
@@ -97,9 +132,9 @@ def token(
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder)
     if name is None:
-        for known, _ in store.tokens():
-            print(known)
+        for owner, _ in store.tokens():
+            print(owner)
     elif act == "add":
         print(make_token(store, name))
     elif not store.remove_token(name):
-        raise UsageError(f"expected a name that has a token, found {name}: see fvae token list")
+        raise UsageError(f"expected the name of a token, found {name}: run fvae token list")
