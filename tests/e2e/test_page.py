@@ -59,7 +59,7 @@ def test_an_uploaded_ct_is_reconstructed_and_shown_with_its_errors(server, page,
     page.set_input_files("#ct", ct)
     page.wait_for_selector("#errors:not([hidden])", timeout=120_000)
     page.wait_for_timeout(1500)  # until the views are drawn
-    assert page.inner_text("#say").startswith("done: ")
+    assert page.inner_text("#say").startswith("Done: ")
     rows = page.locator("#errors tbody tr").all_inner_texts()
     cells = {}
     for row in rows:
@@ -67,7 +67,7 @@ def test_an_uploaded_ct_is_reconstructed_and_shown_with_its_errors(server, page,
         cells[name] = [float(number.replace(",", "")) for number in numbers]
     fvae.reconstruct(ct, tmp_path / "r.nii.gz")
     comparison = fvae.compare(ct, tmp_path / "r.nii.gz", labels=labels)
-    expected = {"whole volume": comparison} | {organ.name: organ for organ in comparison.organs}
+    expected = {"Whole volume": comparison} | {organ.name: organ for organ in comparison.organs}
     for name, errors in expected.items():
         values = [errors.psnr, errors.mae, errors.max, errors.bias]
         assert cells[name][0] == errors.voxels
