@@ -66,7 +66,7 @@ class Load:
         self.stop = threading.Event()
         self.down = threading.Event()  # the server is being restarted: requests may fail
 
-    def problem(self, text: str) -> None:
+    def record_problem(self, text: str) -> None:
         """Record a violation."""
         with self.lock:
             self.problems.append(text)
@@ -83,7 +83,7 @@ class Load:
             )
         except requests.RequestException as error:
             if not (down or self.down.is_set()):
-                self.problem(f"{method} {path}: {type(error).__name__}")
+                self.record_problem(f"{method} {path}: {type(error).__name__}")
             time.sleep(0.2)
             return None
         with self.lock:
@@ -91,7 +91,7 @@ class Load:
             if path.startswith("/v1/jobs/") and method == "GET" and "result" not in path:
                 self.latencies.append(time.perf_counter() - start)
         if answer.status_code >= 500:
-            self.problem(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
+            self.record_problem(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
         return answer
 
 
@@ -109,7 +109,7 @@ def client(load: Load, seed: int) -> None:
             body, expected = INVALID[name]
             answer = load.send("POST", "/v1/reconstruct", data=body)
             if answer is not None and answer.status_code not in (*expected, 429):
-                load.problem(f"{name}: {answer.status_code}")
+                load.record_problem(f"{name}: {answer.status_code}")
             continue
         run_scan(load, *generator.choice(load.scans))
 
@@ -128,7 +128,7 @@ def run_scan(load: Load, body: bytes, expected: str) -> None:
                 return
         elif answer is not None:
             if answer.status_code not in (200, 202):
-                load.problem(f"a valid upload: {answer.status_code} {answer.text[:200]}")
+                load.record_problem(f"a valid upload: {answer.status_code} {answer.text[:200]}")
                 return
             job = answer.json()["id"]
             with load.lock:
@@ -137,19 +137,19 @@ def run_scan(load: Load, body: bytes, expected: str) -> None:
         answer = load.send("GET", f"/v1/jobs/{job}")
         if answer is not None:
             if answer.status_code != 200:
-                load.problem(f"job {job} is lost: {answer.status_code}")
+                load.record_problem(f"job {job} is lost: {answer.status_code}")
                 return
             if (state := answer.json()["state"]) not in ("queued", "running"):
                 break
         time.sleep(0.5)
     if state != "done":
-        load.problem(f"job {job}: {answer.json()['error']}")
+        load.record_problem(f"job {job}: {answer.json()['error']}")
         return
     result = None
     while result is None:
         result = load.send("GET", f"/v1/jobs/{job}/result")
     if digest(result.content) != expected:
-        load.problem(f"job {job}: the result differs")
+        load.record_problem(f"job {job}: the result differs")
         return
     with load.lock:
         load.done += 1
@@ -165,7 +165,7 @@ def kill_and_restart(load: Load) -> int:
     for ident in finished:
         answer = load.send("GET", f"/v1/jobs/{ident}/result", headers={"Range": "bytes=0-9"})
         if answer is None or answer.status_code != 206:
-            load.problem(f"finished job {ident} did not survive")
+            load.record_problem(f"finished job {ident} did not survive")
     load.down.clear()
     return len(finished)
 
@@ -195,7 +195,7 @@ def run(load: Load, clients: int, seconds: float) -> dict[str, Any]:
     for thread in threads:
         thread.join(max(0, end - time.monotonic()))
     if unfinished := sum(thread.is_alive() for thread in threads):
-        load.problem(f"{unfinished} clients had not finished after {GRACE} s")
+        load.record_problem(f"{unfinished} clients had not finished after {GRACE} s")
     jobs = load.server.store.jobs_of(user(load), 10**6)
     lost = set(load.keys.values()) - {job.id for job in jobs}
     duplicates = len(jobs) - len({job.key for job in jobs})
@@ -208,7 +208,7 @@ def run(load: Load, clients: int, seconds: float) -> dict[str, Any]:
         "jobs_duplicated": duplicates,
         "jobs_not_ended": len(endless),
         "jobs_restarted": sum(job.attempts > 1 for job in jobs),
-        "jobs_finished_before_kill_9": finished_before_kill,
+        "jobs_finished_before_kill_9_and_kept": finished_before_kill,
         "answers": dict(sorted(load.statuses.items())),
         "status_calls": len(load.latencies),
         "status_ms": {

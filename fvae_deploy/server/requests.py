@@ -101,11 +101,26 @@ class GenerateOptions(Options):
     Findings are patient data, so they come in the body and not in the URL.
     """
 
-    steps: Annotated[int | None, Field(ge=1, le=1000)] = None
-    eta: Annotated[float | None, Field(ge=0, le=1)] = None
-    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
-    stitch: Literal["joint", "reference"] = "joint"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=1000, description="Sampling steps. Default: the generator's own."),
+    ] = None
+    eta: Annotated[
+        float | None, Field(ge=0, le=1, description="Noise of the DDIM sampler; 0 adds none.")
+    ] = None
+    guidance: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="Above 1, the result follows the text more closely, at twice the work.",
+        ),
+    ] = 1.0
+    stitch: Annotated[
+        Literal["joint", "reference"],
+        Field(description="joint samples all windows together; reference works as published."),
+    ] = "joint"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the random noise.")] = 0
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
 

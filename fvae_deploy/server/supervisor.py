@@ -25,8 +25,8 @@ from fvae_deploy.server.worker import clear
 CHECK = 0.2  # seconds between checks of the worker
 RETRY = 5  # seconds to wait before the next try when the disk is full
 SWEEP = 60  # seconds between searches for expired jobs
-SLACK = 1.5  # kill above this multiple of the budget; sound jobs stay within 1.1
-GENERATING = 2 << 30  # extra bytes for generate: torch and the generator
+SLACK = 1.5  # kill above this multiple of the budget; normal jobs stay within 1.1
+GENERATE_EXTRA = 2 << 30  # extra bytes for generate: torch and the generator
 
 
 class Supervisor:
@@ -104,7 +104,7 @@ class Supervisor:
         limit = facts["baseline"] + SLACK * self._settings.memory
         job = self._store.running_job()
         if job is not None and job.verb == "generate":
-            limit += GENERATING
+            limit += GENERATE_EXTRA
         if job is not None and resident(worker.pid) > limit:
             worker.kill()
             worker.wait()

@@ -97,7 +97,9 @@ def run_job(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> No
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
         kind = "OSError"
-        message = f"expected to write to the server's disk, found {reason}: ask the operator"
+        message = (
+            f"expected to write to the server's disk, found {reason}: ask the operator to check it"
+        )
     else:
         store.finish(job.id, result, report)
         clear(folder, store.get(job.id))
