@@ -1,4 +1,4 @@
-"""A real `fvae serve` on loopback, for tests, attacks and load: started, killed, started again."""
+"""Run a real `fvae serve` on loopback, for tests, attacks.py and load.py."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fvae_deploy.server.store import Store
 
 
 class LiveServer:
-    """A server process on a folder; `options` are those of fvae serve.
+    """A server process on a folder; `options` are command-line options of fvae serve.
 
-    `within` is a command that starts the server's own.
+    `within` is put before the server's command line, for example to run it in a namespace.
     """
 
     def __init__(self, folder: Path, *options: str, within: Sequence[str] = ()) -> None:
@@ -29,29 +29,29 @@ class LiveServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(folder)
         self.token = make_token(self.store, f"user{len(self.store.tokens())}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.verify: str | bool = True  # the certificate to trust
+        self.verify: str | bool = True  # path of the certificate to trust; True for plain HTTP
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def headers(self) -> dict[str, str]:
-        """Say who asks."""
+        """The Authorization header with this server's token."""
         return {"Authorization": f"Bearer {self.token}"}
 
     def start(self) -> None:
-        """Start it, and wait until its engine is open."""
+        """Start the server and wait until it is ready to run jobs."""
         command = [sys.executable, "-m", "fvae_deploy", "serve", "--port", str(self.port)]
-        place = ["--folder", str(self.folder), "--log", str(self.folder / "audit.log")]
+        paths = ["--folder", str(self.folder), "--log", str(self.folder / "audit.log")]
         with (self.folder / "stderr.log").open("ab") as errors:
-            whole = [*self._within, *command, *place, *self._options]
-            self.process = subprocess.Popen(whole, stderr=errors)
+            command = [*self._within, *command, *paths, *self._options]
+            self.process = subprocess.Popen(command, stderr=errors)
         self.wait_ready()
 
     def wait_ready(self, seconds: float = 60) -> None:
-        """Wait until jobs are taken."""
+        """Wait until the server is ready to run jobs."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process is not None
@@ -65,26 +65,26 @@ class LiveServer:
             time.sleep(0.1)
         raise RuntimeError((self.folder / "stderr.log").read_text())
 
-    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """End it, by default with no chance to say goodbye."""
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send the server a signal, by default SIGKILL, and wait until it has ended."""
         if self.process is not None:
-            os.kill(self.process.pid, how)
+            os.kill(self.process.pid, number)
             self.process.wait(30)
             self.process = None
 
     def post(self, verb: str, body: Any, **options: Any) -> requests.Response:
-        """Upload a body as a job."""
+        """Upload a body as a job of this verb."""
         headers = self.headers | options.pop("headers", {})
         url = f"{self.url}/v1/{verb}"
         return requests.post(url, data=body, params=options, headers=headers, timeout=60)
 
     def get(self, path: str, **more: Any) -> requests.Response:
-        """Ask for something below /v1/jobs/."""
+        """Send a GET request for a path below /v1/jobs/."""
         headers = self.headers | more.pop("headers", {})
         return requests.get(f"{self.url}/v1/jobs/{path}", headers=headers, timeout=60, **more)
 
     def wait(self, ident: str, *states: str, seconds: float = 60) -> dict[str, Any]:
-        """Wait until a job is in one of these states; by default until it has ended."""
+        """Wait until a job is in one of these states, by default until it has ended; return it."""
         states = states or ("done", "failed", "cancelled")
         end = time.monotonic() + seconds
         job: dict[str, Any] = {}
@@ -96,14 +96,14 @@ class LiveServer:
         raise TimeoutError(f"job {ident} is {job} after {seconds} s")
 
     def resident(self) -> dict[str, int]:
-        """Resident bytes of server and worker."""
+        """Return the resident memory of server and worker in bytes."""
         pids = {"server": self.process.pid if self.process else 0}
         pids["worker"] = self.store.worker().get("pid", 0)
-        found = {}
+        sizes = {}
         for name, pid in pids.items():
             try:
                 pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
-                found[name] = int(pages) * 4096
+                sizes[name] = int(pages) * 4096
             except OSError:
-                found[name] = 0
-        return found
+                sizes[name] = 0
+        return sizes

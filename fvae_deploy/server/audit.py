@@ -1,7 +1,7 @@
-"""The log: a line of JSON an event, with who, what and when, and nothing of a patient.
+"""The audit log: one line of JSON per event, with who, what and when, but no patient data.
 
-Names of files, findings, DICOM attributes, addresses' queries and messages of errors, which may
-quote them, never go in; kinds of errors do.
+It never contains file names, findings, DICOM attributes or URL queries. It contains the kind of
+an error but not its message, because a message may quote these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 
 class Audit:
-    """Writes events to a file, or to stderr."""
+    """Writes events to a file or, by default, to stderr."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()
@@ -29,5 +29,5 @@ class Audit:
             try:
                 self._file.write(line)
                 self._file.flush()
-            except OSError:  # a full disk; what is buffered is written once there is room
+            except OSError:  # disk full; the buffered line is written once there is space
                 sys.stderr.write(line)

@@ -1,4 +1,4 @@
-"""Bearer tokens: 256 random bits, of which the store keeps the hash alone."""
+"""Bearer tokens: 256 random bits each. The store keeps only their hashes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ from fvae_deploy.server.store import Store
 
 
 def make_token(store: Store, name: str) -> str:
-    """Make a token for a user or program; it is shown once and kept nowhere.
+    """Create a token for a user or program and return it. It cannot be read again later.
 
-    Raises UsageError for a name that is taken, or that would not stay one word in a log.
+    Raises UsageError if the name is already in use or has characters other than letters, digits,
+    dots, dashes and underscores.
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-        raise UsageError(f"expected a name of letters, digits, dots and dashes, found {name!r}")
+        raise UsageError(
+            "expected a name of 1 to 64 letters, digits, dots, dashes and underscores, found "
+            f"{name!r}: choose another name"
+        )
     token = f"fvae_{secrets.token_urlsafe(32)}"
-    # A slow hash guards guessable secrets; 256 random bits cannot be guessed.
+    # Passwords need a slow hash because they can be guessed; 256 random bits cannot.
     if not store.add_token(name, _hash(token)):
-        raise UsageError(f"expected a new name, found {name}: remove its token first")
+        raise UsageError(f"expected an unused name, found {name}: remove its token first")
     return token
 
 
 def owner_of(store: Store, token: str) -> str | None:
-    """Name whose token this is; compares with all, in a time that tells nothing of them."""
+    """Return the name of the token's owner, or None.
+
+    Compares with every stored hash in constant time, so the duration reveals nothing about them.
+    """
     digest, owner = _hash(token), None
-    for name, kept in store.tokens():
-        if hmac.compare_digest(digest, kept):
+    for name, stored_digest in store.tokens():
+        if hmac.compare_digest(digest, stored_digest):
             owner = name
     return owner
 

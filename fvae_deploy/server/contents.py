@@ -1,9 +1,9 @@
-"""What an upload holds, found from its bytes: names that a client gives are never used.
+"""Identify, check and unpack uploads. Their bytes decide; file names from clients are not trusted.
 
-NIfTI, plain or gzip   header read from the first bytes, before the rest has come
+NIfTI, plain or gzip   the header is checked in the first bytes, before the rest has arrived
 zip of DICOM slices    unpacked to 000001.dcm, 000002.dcm, ...
-zip of latents         unpacked to what a store's own names can be
-zip of a generation    mask.nii[.gz], and disease.nii[.gz], findings.txt if wanted
+zip of latents         unpacked only under the names that a Zarr latent store can have
+zip for generate       mask.nii[.gz], optionally disease.nii[.gz] and findings.txt
 """
 
 from __future__ import annotations
@@ -20,39 +20,48 @@ from fvae_deploy.server.refusals import RefusedError
 from fvae_deploy.server.settings import Limits
 from fvae_deploy.volume.nifti import promised_bytes
 
-HEAD = 64 << 10  # bytes from which an upload is judged
-ACCEPTED = {  # kinds of upload that a verb takes
+HEAD = 64 << 10  # bytes at the start of an upload that identify it
+ACCEPTED = {  # kinds of upload that each verb accepts
     "encode": ("nii", "nii.gz", "dicom"),
     "reconstruct": ("nii", "nii.gz", "dicom"),
     "decode": ("latents",),
     "generate": ("nii", "nii.gz", "generation"),
 }
-_DIRECTORY = 8 << 20  # bytes of a zip's directory: 100,000 slices
-_ZIP64 = 56 + 20  # bytes of the end of a directory of 64 bits, and of what says where it is
+NAMES = {  # how messages name the kinds
+    "nii": "a .nii file",
+    "nii.gz": "a .nii.gz file",
+    "dicom": "a zip of DICOM slices",
+    "latents": "a zip of latents",
+    "generation": "a zip with a mask",
+}
+_DIRECTORY = 8 << 20  # maximum bytes of a zip's directory: enough for 100,000 slices
+_ZIP64 = 56 + 20  # bytes of the ZIP64 end record and its locator
 _CHUNK = re.compile(r"zarr\.json|c(/\d{1,9}){4}")
 _CONDITION = re.compile(r"(mask|disease)\.nii(\.gz)?|findings\.txt")
-_DEFLATED = b"1.2.840.10008.1.2.1.99"  # a DICOM file that is packed as a whole
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # Deflated Explicit VR: could unpack to any size
 
 
-def judge_head(head: bytes, length: int | None, verb: str, limits: Limits) -> str:
-    """Tell the kind of an upload by its first bytes: nii, nii.gz or zip.
+def check_head(head: bytes, length: int | None, verb: str, limits: Limits) -> str:
+    """Return an upload's kind from its first bytes: nii, nii.gz or zip.
 
-    Raises RefusedError: 415 for what is none of them, 413 for what would unpack to too much.
+    Raises RefusedError: 415 if it is none of these, 413 if it would be too large when unpacked.
     """
     if head[:4] == b"PK\x03\x04":
         return "zip"
     kind = "nii.gz" if head[:2] == b"\x1f\x8b" else "nii"
     if kind not in ACCEPTED[verb]:
-        raise _unfit(verb, "NIfTI")
+        raise _wrong_kind(verb, "no zip")
     if kind == "nii.gz":
         try:
             head = zlib.decompressobj(wbits=31).decompress(head, 540)
         except zlib.error:
             raise RefusedError(
-                415, "expected sound gzip data, found damage: pack it again"
+                415, "expected valid gzip data, found damaged data: compress the file again"
             ) from None
     if len(head) < 348:
-        raise RefusedError(415, "expected NIfTI or a zip, found neither: see the documentation")
+        raise RefusedError(
+            415, "expected a NIfTI file or a zip, found neither: see /docs for accepted uploads"
+        )
     try:
         promised = promised_bytes(head[:540], Path("the upload"))
     except VolumeError as error:
@@ -62,34 +71,40 @@ def judge_head(head: bytes, length: int | None, verb: str, limits: Limits) -> st
 
 
 def check_size(unpacked: int, packed: int | None, verb: str, limits: Limits) -> None:
-    """Raise RefusedError 413 for more than a volume may have, or so packed that it is a bomb."""
+    """Raise RefusedError 413 if the unpacked size or the compression ratio exceeds its limit.
+
+    `unpacked` and `packed` are bytes. A very high ratio is the mark of a decompression bomb.
+    """
     if unpacked > limits.volume:
         raise RefusedError(
-            413, f"expected at most {limits.volume} bytes unpacked, found {unpacked}: split it"
+            413,
+            f"expected at most {limits.volume} bytes after unpacking, found {unpacked}: send fewer "
+            "slices, or ask the operator to raise --max-volume",
         )
     ratio = limits.ratio * (10 if verb == "generate" else 1)
     if packed and unpacked > ratio * packed + (1 << 20):
         raise RefusedError(
             413,
-            f"expected at most {ratio:g} bytes for one that was sent, found {unpacked} for "
-            f"{packed}: send it less compressed",
+            f"expected a compression ratio of at most {ratio:g}, found {unpacked} bytes in "
+            f"{packed}: send the file uncompressed",
         )
 
 
-def settle(upload: Path, head: str, folder: Path, verb: str, limits: Limits) -> str:
-    """Bring a whole upload into a job's folder under names of ours; returns its kind.
+def store_upload(upload: Path, head: str, folder: Path, verb: str, limits: Limits) -> str:
+    """Move or unpack a complete upload into a job's folder and return its kind.
 
-    Raises RefusedError for what does not fit the verb, or unpacks to too much.
+    The files get the server's own names. Raises RefusedError if the upload does not suit the
+    verb or is too large when unpacked.
     """
     if head != "zip":
         with upload.open("rb") as file:
-            judge_head(file.read(HEAD), upload.stat().st_size, verb, limits)
+            check_head(file.read(HEAD), upload.stat().st_size, verb, limits)
         upload.rename(folder / f"input.{head}")
         return head
     try:
         kind = _unpack(upload, folder, verb, limits)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError):
-        raise RefusedError(415, "expected a sound zip, found damage: pack it again") from None
+        raise _damaged_zip() from None
     upload.unlink()
     return kind
 
@@ -99,22 +114,24 @@ def _unpack(upload: Path, folder: Path, verb: str, limits: Limits) -> str:
     with zipfile.ZipFile(upload) as archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         for entry in entries:
-            stored = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if not stored or entry.flag_bits & 1:
+            readable = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if not readable or entry.flag_bits & 1:  # bit 0: encrypted
                 raise RefusedError(
-                    415, "expected a zip stored or deflated, found another: pack it so"
+                    415,
+                    "expected an unencrypted zip with the methods stored or deflate, found "
+                    "another: create it again with these",
                 )
         check_size(sum(e.file_size for e in entries), upload.stat().st_size, verb, limits)
-        kind, named = _named([entry.filename for entry in entries])
+        kind, target_names = _classify([entry.filename for entry in entries])
         if kind not in ACCEPTED[verb]:
-            raise _unfit(verb, kind)
+            raise _wrong_kind(verb, NAMES[kind])
         target = folder / "input"
-        for entry, name in zip(entries, named, strict=True):
+        for entry, name in zip(entries, target_names, strict=True):
             if name is None:
                 continue
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Never more than the directory promised, whatever the data hold.
+            # zipfile never writes more than the size in the directory, whatever the data contain.
             with archive.open(entry) as packed, path.open("wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
     for path in sorted(target.iterdir()) if kind != "latents" else ():
@@ -123,41 +140,47 @@ def _unpack(upload: Path, folder: Path, verb: str, limits: Limits) -> str:
 
 
 def _check_directory(upload: Path) -> None:
-    """Refuse a zip whose directory alone would fill the memory; zipfile reads it at once."""
+    """Refuse a zip whose directory would fill the memory: zipfile reads it all at once."""
     with upload.open("rb") as file:
         file.seek(max(upload.stat().st_size - (1 << 16) - 22 - _ZIP64, 0))
-        begin, tail = file.tell(), file.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0 or len(tail) - place < 22:
-        raise RefusedError(415, "expected a whole zip, found its end missing: send it again")
-    count, size = struct.unpack_from("<HI", tail, place + 10)
-    if tail[max(place - 20, 0) : place].startswith(b"PK\x06\x07"):  # then other numbers count
-        place -= _ZIP64
-        where = struct.unpack_from("<Q", tail, place + 64)[0] if place >= 0 else -1
-        if where != begin + place or tail[place : place + 4] != b"PK\x06\x06":
-            raise RefusedError(415, "expected a sound zip, found damage: pack it again")
-        count, size = struct.unpack_from("<QQ", tail, place + 32)
+        tail_offset, tail = file.tell(), file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) - end < 22:
+        raise RefusedError(415, "expected a complete zip, found its end missing: upload it again")
+    count, size = struct.unpack_from("<HI", tail, end + 10)
+    if tail[max(end - 20, 0) : end].startswith(b"PK\x06\x07"):  # ZIP64 has its own record
+        end -= _ZIP64
+        record_offset = struct.unpack_from("<Q", tail, end + 64)[0] if end >= 0 else -1
+        if record_offset != tail_offset + end or tail[end : end + 4] != b"PK\x06\x06":
+            raise _damaged_zip()
+        count, size = struct.unpack_from("<QQ", tail, end + 32)
     if size > _DIRECTORY or count >= 0xFFFF:
-        raise RefusedError(413, "expected a zip of at most 65534 files, found more: split it")
+        raise RefusedError(
+            413,
+            "expected a zip with at most 65534 files and a directory of at most 8 MiB, found "
+            "more: split it or shorten the file names",
+        )
 
 
-def _named(names: list[str]) -> tuple[str, list[str | None]]:
-    """Tell what a zip holds, and under which name of ours each entry is kept, if at all."""
+def _classify(names: list[str]) -> tuple[str, list[str | None]]:
+    """Return the kind of a zip, and each entry's name on disk; None means that it is skipped."""
     if not names:
-        raise RefusedError(415, "expected files in the zip, found none")
+        raise RefusedError(415, "expected files in the zip, found none: create it again")
     top = next((n for n in sorted(names, key=len) if PurePosixPath(n).name == "zarr.json"), None)
     if top is not None:
         within = [n.removeprefix(top.removesuffix("zarr.json")) for n in names]
         if not all(_CHUNK.fullmatch(name) for name in within):
             raise RefusedError(
-                415, "expected a latent store alone in the zip, found other files too"
+                415, "expected only a latent store in the zip, found other files too: remove them"
             )
         return "latents", [f"latents.zarr/{name}" for name in within]
     base = [PurePosixPath(name).name for name in names]
     if any(name.startswith("mask.nii") for name in base):
         if len(set(base)) < len(base) or not all(_CONDITION.fullmatch(name) for name in base):
             raise RefusedError(
-                415, "expected a mask, a disease mask and findings.txt, found others"
+                415,
+                "expected only mask.nii[.gz], disease.nii[.gz] and findings.txt, each once, in "
+                "the zip, found others: remove them",
             )
         return "generation", list(base)
     return "dicom", [
@@ -166,16 +189,27 @@ def _named(names: list[str]) -> tuple[str, list[str | None]]:
 
 
 def _check_member(path: Path, verb: str, limits: Limits) -> None:
-    """Judge a file of a zip as it would be judged by itself."""
+    """Check a file from a zip as if it had been uploaded by itself."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if path.suffix in (".nii", ".gz"):
-        kind = judge_head(head, path.stat().st_size, verb, limits)
+        kind = check_head(head, path.stat().st_size, verb, limits)
         if not path.name.endswith(f".{kind}"):
-            raise RefusedError(415, f"expected {path.name} to be what its name says, found {kind}")
+            raise RefusedError(
+                415, f"expected {path.name} to match its extension, found {kind}: rename it"
+            )
     elif path.suffix == ".dcm" and _DEFLATED in head[:1024]:
-        raise RefusedError(415, "expected DICOM that is not deflated, found such: convert it")
+        raise RefusedError(
+            415,
+            "expected DICOM without whole-file compression, found the transfer syntax Deflated "
+            "Explicit VR Little Endian: convert it",
+        )
 
 
-def _unfit(verb: str, found: str) -> RefusedError:
-    return RefusedError(415, f"expected {' or '.join(ACCEPTED[verb])} to {verb}, found {found}")
+def _damaged_zip() -> RefusedError:
+    return RefusedError(415, "expected a valid zip, found a damaged one: create it again")
+
+
+def _wrong_kind(verb: str, found: str) -> RefusedError:
+    accepted = " or ".join(NAMES[name] for name in ACCEPTED[verb])
+    return RefusedError(415, f"expected {accepted} to {verb}, found {found}: see /docs")

@@ -1,4 +1,4 @@
-"""Around every request: who may ask from where, headers that browsers heed, and the log."""
+"""Middleware around every request: Host and Origin checks, security headers, audit log."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "cache-control": "no-store",
 }
-HEAD = 16 << 10  # bytes of headers
+HEAD = 16 << 10  # maximum bytes of request headers
 Observe = Callable[[str, int, float], None]  # route, status, seconds
 
 
 class Guard:
-    """ASGI middleware; `observe` is told of every answer."""
+    """ASGI middleware; it calls `observe` for every response."""
 
     def __init__(self, app: ASGIApp, settings: Settings, audit: Audit, observe: Observe) -> None:
         self._app, self._settings, self._audit, self._observe = app, settings, audit, observe
@@ -42,11 +42,11 @@ class Guard:
         self._headers = [(k.encode(), v.encode()) for k, v in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
+        """Answer a request or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 0
+        start, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -56,30 +56,34 @@ class Guard:
             await send(message)
 
         try:
-            problem = self._strange(scope)
+            problem = self._rejection(scope)
             if problem is None:
                 await self._app(scope, receive, answer)
             else:
                 await _refuse(answer, *problem)
         finally:
-            self._tell(scope, status, time.perf_counter() - begin)
+            self._record(scope, status, time.perf_counter() - start)
 
-    def _strange(self, scope: Scope) -> tuple[int, str] | None:
-        """Say what is wrong with a request's head: that it comes from another site's page, say."""
+    def _rejection(self, scope: Scope) -> tuple[int, str] | None:
+        """Return why the request must be rejected (for example a foreign Origin), or None."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD:
-            return 431, f"expected at most {HEAD} bytes of headers, found more"
+            return 431, f"expected at most {HEAD} bytes of headers, found more: shorten them"
         headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
         host = headers.get(b"host", "")
         name = re.sub(r":\d+$", "", host)
         if self._settings.hosts and name not in self._settings.hosts:
-            return 403, "expected a Host of this server, found another"
+            names = " or ".join(self._settings.hosts)
+            return 403, f"expected the Host {names}, found another: use one of these addresses"
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
-            return 403, "expected requests of this server's own page, found another Origin"
+            return 403, (
+                "expected requests from this server's own web page, found another Origin: a proxy "
+                "in front of the server must pass on the Host header unchanged"
+            )
         return None
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        # The route, not the path: a path may hold anything.
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        # The route, not the path: a path may contain anything, even patient data.
         route = getattr(scope.get("route"), "path", "unknown")
         self._observe(route, status, seconds)
         client = scope.get("client")
@@ -87,7 +91,7 @@ class Guard:
             "request",
             method=scope["method"] if scope["method"].isalpha() else "?",
             route=route,
-            status=status or "cut",
+            status=status or "aborted",
             ms=round(1000 * seconds, 1),
             client=client[0] if client else None,
             **scope.get("state", {}).get("audit", {}),

@@ -1,4 +1,4 @@
-"""`/metrics`: what the store counted, and what this process saw, for Prometheus."""
+"""`/metrics` for Prometheus: totals from the store and measurements of this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 120)
 
 
 def resident(pid: int) -> int:
-    """Resident memory of a process in bytes; 0 where it is gone."""
+    """Return the resident memory of a process in bytes, or 0 if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError):
@@ -27,13 +27,13 @@ def resident(pid: int) -> int:
 
 
 class Metrics:
-    """Collects on demand; totals come from the store, so they outlive a restart."""
+    """Collects metrics on demand. Totals come from the store, so a restart does not reset them."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._registry = store, CollectorRegistry()
         self._requests = Histogram(
             "fvae_request_seconds",
-            "Time to answer, uploads and downloads included",
+            "Time to answer a request, including upload and download",
             ("route", "status"),
             buckets=BUCKETS,
             registry=self._registry,
@@ -41,25 +41,29 @@ class Metrics:
         self._registry.register(self)
 
     def observe(self, route: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+        """Record one response."""
         self._requests.labels(route, f"{status // 100}xx").observe(seconds)
 
     def text(self) -> bytes:
-        """Write it all as Prometheus reads it."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what the store and the system say now."""
-        jobs = GaugeMetricFamily("fvae_jobs", "Jobs that are kept, by state", labels=["state"])
+        """Yield the current values from the store and the system."""
+        jobs = GaugeMetricFamily("fvae_jobs", "Stored jobs by state", labels=["state"])
         counts = self._store.counts()
         for state in ("queued", "running", *ENDED):
             jobs.add_metric([state], counts.get(state, 0))
         yield jobs
-        ends = CounterMetricFamily("fvae_jobs_ended", "Jobs", labels=["state", "verb"])
-        failed = CounterMetricFamily("fvae_failures", "Failed jobs, by error", labels=["kind"])
-        stages = CounterMetricFamily("fvae_stage_seconds", "Time in stages", labels=["stage"])
-        slices = CounterMetricFamily("fvae_slices", "Slices of jobs that are done")
-        busy = CounterMetricFamily("fvae_busy_seconds", "Time of jobs that are done")
+        ends = CounterMetricFamily("fvae_jobs_ended", "Jobs that ended", labels=["state", "verb"])
+        failed = CounterMetricFamily(
+            "fvae_failures", "Failed jobs by kind of error", labels=["kind"]
+        )
+        stages = CounterMetricFamily(
+            "fvae_stage_seconds", "Time spent in each stage", labels=["stage"]
+        )
+        slices = CounterMetricFamily("fvae_slices", "Slices computed by jobs that are done")
+        busy = CounterMetricFamily("fvae_busy_seconds", "Run time of jobs that are done")
         for name, label, value in self._store.totals():
             if name.endswith("_jobs"):
                 ends.add_metric([name.removesuffix("_jobs"), label], value)
@@ -70,11 +74,17 @@ class Metrics:
             else:
                 (slices if name == "slices" else busy).add_metric([], value)
         yield from (ends, failed, stages, slices, busy)
-        memory = GaugeMetricFamily("fvae_memory_bytes", "Resident memory", labels=["process"])
+        memory = GaugeMetricFamily(
+            "fvae_memory_bytes", "Resident memory by process", labels=["process"]
+        )
         worker = self._store.worker()
         memory.add_metric(["server"], current_rss())
         memory.add_metric(["worker"], resident(worker.get("pid", 0)))
         yield memory
         free = shutil.disk_usage(self._store.folder).free
-        yield GaugeMetricFamily("fvae_disk_free_bytes", "Room for uploads and results", value=free)
-        yield GaugeMetricFamily("fvae_ready", "Whether the engine is open", value=bool(worker))
+        yield GaugeMetricFamily(
+            "fvae_disk_free_bytes", "Free disk space for uploads and results", value=free
+        )
+        yield GaugeMetricFamily(
+            "fvae_ready", "1 if the engine is ready to run jobs, else 0", value=bool(worker)
+        )

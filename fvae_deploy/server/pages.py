@@ -1,4 +1,4 @@
-"""The page at `/` and the documents at `/docs`: fixed files of the package, none from elsewhere.
+"""The web page at `/` and the API documentation at `/docs`: files of the package, all local.
 
 What others made (NiiVue, Swagger UI) lies in `page/vendor`, where `make page` puts it.
 """
@@ -20,17 +20,17 @@ files = StaticFiles(directory=FOLDER)
 
 @routes.get("/")
 async def index() -> FileResponse:
-    """Show the page."""
+    """Return the web page."""
     return FileResponse(FOLDER / "index.html")
 
 
 @routes.get("/docs")
 async def docs() -> FileResponse:
-    """Show the API's documents."""
+    """Return the page with the API documentation."""
     return FileResponse(FOLDER / "docs.html")
 
 
 @routes.get("/page/organs.json")
 async def organs() -> JSONResponse:
-    """Name the organs of a label map, by number."""
+    """Return the organ names of a label map by label number."""
     return JSONResponse(ORGANS)

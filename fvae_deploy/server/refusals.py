@@ -1,4 +1,4 @@
-"""Requests that are refused: errors with the HTTP status that says so."""
+"""The error for a rejected request, with its HTTP status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fvae_deploy.errors import FvaeError
 
 
 class RefusedError(FvaeError):
-    """A request that is not done; `status` is of HTTP, the message says expected and found."""
+    """A request that is rejected; `status` is the HTTP status, `headers` go into the response."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What the verbs may be asked for, and what they answer: the OpenAPI documents come from here."""
+"""Options and responses of the HTTP API; FastAPI builds the OpenAPI document from them."""
 
 from __future__ import annotations
 
@@ -32,86 +32,127 @@ Memory = Annotated[
     AfterValidator(lambda text: text and _memory(text)),
     Field(
         max_length=32,
-        description="Budget beyond the libraries, as 700MiB; never above the server's own.",
+        description="Memory budget of the job without libraries, for example 700MiB. Values "
+        "above the server's --memory are lowered to it.",
     ),
 ]
-Format = Annotated[Literal["nii", "nii.gz"], Field(description="Of the result.")]
-Dtype = Annotated[Literal["int16", "float32"], Field(description="Of the result's voxels.")]
+Format = Annotated[Literal["nii", "nii.gz"], Field(description="File format of the result.")]
+Dtype = Annotated[
+    Literal["int16", "float32"], Field(description="Data type of the result's voxels.")
+]
 
 
 class Options(BaseModel):
-    """What every verb may be asked for."""
+    """Options of every verb."""
 
     model_config = ConfigDict(extra="forbid")
     memory: Memory = None
 
 
 class EncodeOptions(Options):
-    """See `fvae encode --help`."""
+    """Options of encode; `fvae encode --help` explains them."""
 
-    protocol: Literal["causal", "windows"] | None = None
-    series: Annotated[str | None, Field(max_length=64, pattern=r"^[0-9.]+$")] = None
-    k: Annotated[int | None, Field(ge=1, le=16, description="Latent frames a step.")] = None
-    any_range: Annotated[bool, Field(description="Accept volumes with no value below 0.")] = False
+    protocol: Annotated[
+        Literal["causal", "windows"] | None,
+        Field(
+            description="causal: one seamless stream. windows: 65 slices at a time. Default: the "
+            "model's own."
+        ),
+    ] = None
+    series: Annotated[
+        str | None,
+        Field(
+            max_length=64,
+            pattern=r"^[0-9.]+$",
+            description="DICOM SeriesInstanceUID, or a unique ending of it.",
+        ),
+    ] = None
+    k: Annotated[int | None, Field(ge=1, le=16, description="Latent frames per step.")] = None
+    any_range: Annotated[bool, Field(description="Accept volumes without values below 0 HU.")] = (
+        False
+    )
 
 
 class ReconstructOptions(EncodeOptions):
-    """See `fvae reconstruct --help`."""
+    """Options of reconstruct; `fvae reconstruct --help` explains them."""
 
     format: Annotated[
-        Literal["nii", "nii.gz", "dcm"], Field(description="Of the result; dcm: a zip of slices.")
+        Literal["nii", "nii.gz", "dcm"],
+        Field(description="File format of the result; dcm is a zip of slices."),
     ] = "nii.gz"
     dtype: Dtype = "int16"
 
 
 class DecodeOptions(Options):
-    """See `fvae decode --help`."""
+    """Options of decode; `fvae decode --help` explains them."""
 
     slices: Annotated[
         str | None,
         AfterValidator(lambda text: text and _slices(text)),
-        Field(max_length=32, description="Only slices a:b, as 100:140."),
+        Field(max_length=32, description="Decode only slices START:STOP, for example 100:140."),
     ] = None
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
 
 
 class GenerateOptions(Options):
-    """See `fvae generate --help`; findings come in the body, for they are a patient's."""
+    """Options of generate; `fvae generate --help` explains them.
 
-    steps: Annotated[int | None, Field(ge=1, le=1000)] = None
-    eta: Annotated[float | None, Field(ge=0, le=1)] = None
-    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
-    stitch: Literal["joint", "reference"] = "joint"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    Findings are patient data, so they come in the body and not in the URL.
+    """
+
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=1000, description="Sampling steps. Default: the generator's own."),
+    ] = None
+    eta: Annotated[
+        float | None, Field(ge=0, le=1, description="Noise of the DDIM sampler; 0 adds none.")
+    ] = None
+    guidance: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="Above 1, the result follows the text more closely, at twice the work.",
+        ),
+    ] = 1.0
+    stitch: Annotated[
+        Literal["joint", "reference"],
+        Field(description="joint samples all windows together; reference works as published."),
+    ] = "joint"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the random noise.")] = 0
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
 
 
 class JobView(BaseModel):
-    """A job as its owner sees it; times in seconds since 1970."""
+    """A job's status; times are in seconds since 1970."""
 
     id: str
     verb: Literal["encode", "decode", "reconstruct", "generate"]
     state: Literal["queued", "running", "done", "failed", "cancelled"]
-    stage: str | None
-    done: int
-    total: int | None
+    stage: Annotated[str | None, Field(description="Current or last stage of the job.")]
+    done: Annotated[int, Field(description="Slices or steps completed in this stage.")]
+    total: Annotated[int | None, Field(description="Slices or steps in this stage, if known.")]
     created: float
     started: float | None
     ended: float | None
-    attempts: Annotated[int, Field(description="Above 1: begun again after a restart.")]
+    attempts: Annotated[
+        int, Field(description="How often the job was started; above 1 after a restart.")
+    ]
     error: str | None
     error_kind: str | None
-    report: dict[str, Any] | None
+    report: Annotated[
+        dict[str, Any] | None, Field(description="Run report: speed, memory, engine and more.")
+    ]
 
     @classmethod
     def of(cls, job: Job) -> JobView:
-        """Show what there is to show of a job."""
+        """Return the part of a job that its owner may see."""
         return cls.model_validate({name: getattr(job, name) for name in cls.model_fields})
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Why a request was rejected."""
 
     detail: str

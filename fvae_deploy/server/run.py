@@ -1,4 +1,4 @@
-"""Starts the server: uvicorn, with limits, and TLS where it is wanted."""
+"""Start the server: uvicorn with limits and optional TLS."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def run(
     proxied: bool = False,
     log: Path | None = None,
 ) -> None:
-    """Serve until a signal.
+    """Serve until a signal arrives.
 
-    Raises UsageError where another server has the folder, BundleError and EngineError for a model
-    or an engine that the worker could not open.
+    Raises UsageError if another server uses the folder, and BundleError or EngineError if the
+    worker could not open the model or the engine.
     """
     Manifest.load(bundle_path(settings.model))
     if settings.engine not in ("auto", *ENGINES):
         raise EngineError(
-            f"expected auto or one of {', '.join(ENGINES)}, found {settings.engine!r}"
+            f"expected auto or one of {', '.join(ENGINES)}, found {settings.engine!r}: choose one"
         )
     if settings.engine != "auto" and (problem := missing(settings.engine)):
         raise EngineError(f"engine {settings.engine} cannot run here: it {problem}")
@@ -44,7 +44,8 @@ def run(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"expected {settings.folder} for this server alone, found another on it: stop it"
+                f"expected no other server on {settings.folder}, found one: stop it or choose "
+                "another --folder"
             ) from None
         audit = Audit(log)
         audit("server starts", host=host, port=port, authenticated=settings.authenticated)
@@ -52,7 +53,7 @@ def run(
             create_app(settings, audit),
             host=host,
             port=port,
-            http="h11",  # bounds the size of a request's head
+            http="h11",  # the parser that can limit the size of request headers
             ws="none",
             h11_max_incomplete_event_size=16 << 10,
             limit_concurrency=256,

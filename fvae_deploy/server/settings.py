@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""Settings of a server, fixed at its start."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from fvae_deploy.errors import UsageError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost before it is refused."""
+    """Limits on uploads and jobs; a request beyond them is rejected."""
 
-    upload: int = 2 << 30  # bytes of a body
-    volume: int = 4 << 30  # bytes of what it unpacks to
-    ratio: float = 100  # of unpacked to packed; CT have 2 to 20, label maps ten times this limit
-    silence: float = 20  # seconds without a byte of a body
-    rate: float = 16 << 10  # bytes a second that a body comes with, over all its time
-    waiting: int = 16  # jobs that queue, run or are being uploaded
-    attempts: int = 3  # times that a job may take the worker down with it
+    upload: int = 2 << 30  # maximum bytes of a request body
+    volume: int = 4 << 30  # maximum bytes after unpacking
+    ratio: float = 100  # maximum of unpacked to packed bytes: CT has 2 to 20; label maps get 10 x
+    silence: float = 20  # maximum seconds without data during an upload
+    rate: float = 16 << 10  # minimum bytes/s of an upload, averaged from its start
+    queue: int = 16  # maximum jobs that are queued, running or being uploaded
+    attempts: int = 3  # how often a job is started before it fails because its worker died
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a server keeps its jobs, what runs them, and how much of each."""
+    """Where a server keeps its jobs, what runs them, and its limits."""
 
     folder: Path
-    memory: int  # bytes a job beyond the libraries
+    memory: int  # budget of a job in bytes, without libraries
     model: str = "tiny"
     generator: str = "tiny-ldm"
     engine: str = "auto"
     precision: str = "fp32"
     device: str = "cpu"
-    keep_hours: float = 24  # that a job is kept after its end
+    keep_hours: float = 24  # how long an ended job and its result are kept
     authenticated: bool = True
-    secure: bool = False  # whether clients come by TLS, ours or a proxy's
-    hosts: tuple[str, ...] = ()  # names that a request may ask for; none: any
+    secure: bool = False  # clients connect over TLS, to this server or to a proxy
+    hosts: tuple[str, ...] = ()  # Host headers that are accepted; empty means any
     limits: Limits = Limits()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return whether an address can be reached only from this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -49,16 +49,16 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, authenticated: bool, tls: bool, proxied: bool) -> None:
-    """Raise UsageError for a server that would show scans or tokens to a network."""
+    """Raise UsageError if the server would expose scans or tokens to the network."""
     if is_loopback(host):
         return
     if not authenticated:
         raise UsageError(
-            f"expected --insecure-no-auth on a loopback address alone, found {host}: make tokens "
-            "with fvae token add NAME"
+            f"expected --insecure-no-auth only on a loopback address, found {host}: remove the "
+            "option and create tokens with fvae token add NAME"
         )
     if not (tls or proxied):
         raise UsageError(
             f"expected TLS on {host}, found none: give --tls-cert and --tls-key, or "
-            "--behind-proxy where another server ends TLS"
+            "--behind-proxy if a reverse proxy handles TLS"
         )

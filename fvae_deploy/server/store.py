@@ -1,11 +1,11 @@
-"""The job store: one SQLite file, in WAL mode, that server and worker share.
+"""The job store: one SQLite file, in WAL mode, shared by server and worker.
 
     queued --claim--> running --finish--> done | failed | cancelled
        ^                 |
-       +----recover------+   where the worker died: again, at most a few times
+       +----recover------+   if the worker died, for a limited number of attempts
 
-Every change is one transaction that is on disk before its answer leaves, so a job that was
-accepted is never lost and one that is done stays done.
+Every change is one transaction, written to disk before the response is sent. So an accepted job
+is never lost, and a job that is done stays done.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ OPEN = "state IN ('queued', 'running')"
 
 @dataclass(frozen=True)
 class Job:
-    """One row; times are seconds since 1970, `total` and `done` slices or steps of `stage`."""
+    """One row. Times are seconds since 1970; `done` and `total` are slices or steps of `stage`."""
 
     id: str
     owner: str
     key: str | None
     verb: str
-    kind: str  # of the upload: nii, nii.gz, dicom, latents, generation
+    kind: str  # kind of the upload: nii, nii.gz, dicom, latents, generation
     options: dict[str, Any]
     bytes: int
     state: str
@@ -56,7 +56,7 @@ class Job:
     stage: str | None = None
     done: int = 0
     total: int | None = None
-    result: str | None = None  # name of the result's file in the job's folder
+    result: str | None = None  # file name of the result in the job's folder
     report: dict[str, Any] | None = None
     error: str | None = None
     error_kind: str | None = None
@@ -66,7 +66,7 @@ COLUMNS = tuple(field.name for field in fields(Job))
 
 
 class _Connection(sqlite3.Connection):
-    """Closes itself: it lives as long as its thread."""
+    """A connection that is closed when its thread ends."""
 
     def __del__(self) -> None:
         self.close()
@@ -84,18 +84,18 @@ class Store:
 
     @property
     def files(self) -> Path:
-        """Where every job has a folder of its own."""
+        """The folder with one subfolder per job."""
         return self.folder / "jobs"
 
     @property
     def _sql(self) -> sqlite3.Connection:
-        """A connection of this thread; each statement is a transaction unless one is begun."""
+        """The connection of this thread; a statement outside a transaction is its own."""
         if not hasattr(self._local, "sql"):
             sql = sqlite3.connect(
                 self.folder / "store.db",
                 timeout=30,
                 isolation_level=None,
-                check_same_thread=False,  # closed by whichever thread collects it
+                check_same_thread=False,  # the garbage collector may close it in another thread
                 factory=_Connection,
             )
             sql.execute("PRAGMA journal_mode = WAL")
@@ -107,58 +107,58 @@ class Store:
     def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._sql.execute(statement, values).fetchall()
 
-    def _jobs(self, rest: str, *values: Any) -> list[Job]:
-        found = self._rows(f"SELECT {', '.join(COLUMNS)} FROM jobs {rest}", *values)
-        return [_job(row) for row in found]
+    def _jobs(self, clauses: str, *values: Any) -> list[Job]:
+        rows = self._rows(f"SELECT {', '.join(COLUMNS)} FROM jobs {clauses}", *values)
+        return [_job(row) for row in rows]
 
     def add(self, job: Job) -> Job:
-        """Queue a job; where its owner used its key before, return the job of then."""
+        """Queue a job and return it. If its owner used its key before, return that earlier job."""
         values = (job.id, job.owner, job.key, job.verb, job.kind, json.dumps(job.options))
         self._rows(
             "INSERT INTO jobs (id, owner, key, verb, kind, options, bytes, state, created) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?) ON CONFLICT (owner, key) DO NOTHING",
             *(*values, job.bytes, job.created),
         )
-        return self.get(job.id) or self.keyed(job.owner, job.key or "") or job
+        return self.get(job.id) or self.job_with_key(job.owner, job.key or "") or job
 
     def get(self, ident: str) -> Job | None:
-        """Find a job."""
+        """Return a job, or None if there is none."""
         return next(iter(self._jobs("WHERE id = ?", ident)), None)
 
-    def keyed(self, owner: str, key: str) -> Job | None:
-        """Find the job that an owner made under a key."""
+    def job_with_key(self, owner: str, key: str) -> Job | None:
+        """Return the job that an owner created with an idempotency key, or None."""
         return next(iter(self._jobs("WHERE owner = ? AND key = ?", owner, key)), None)
 
-    def owned(self, owner: str, most: int) -> list[Job]:
-        """List an owner's jobs, the newest first."""
-        return self._jobs("WHERE owner = ? ORDER BY created DESC, id LIMIT ?", owner, most)
+    def jobs_of(self, owner: str, limit: int) -> list[Job]:
+        """Return an owner's jobs, newest first."""
+        return self._jobs("WHERE owner = ? ORDER BY created DESC, id LIMIT ?", owner, limit)
 
     def claim(self) -> Job | None:
-        """Take the job that waited longest."""
-        found = self._rows(
+        """Mark the oldest queued job as running and return it; None if no job is queued."""
+        rows = self._rows(
             "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1, done = 0 "
             "WHERE id = (SELECT id FROM jobs WHERE state = 'queued' ORDER BY created, id LIMIT 1) "
             f"RETURNING {', '.join(COLUMNS)}",
             time.time(),
         )
-        return _job(found[0]) if found else None
+        return _job(rows[0]) if rows else None
 
     def tick(self, ident: str, stage: str, done: int, total: int | None) -> bool:
-        """Note how far a job is; returns whether it is to stop."""
-        found = self._rows(
+        """Store a job's progress; return whether the job must stop."""
+        rows = self._rows(
             "UPDATE jobs SET stage = ?, done = ?, total = ? WHERE id = ? RETURNING cancel",
             *(stage, done, total, ident),
         )
-        return not found or bool(found[0][0])
+        return not rows or bool(rows[0][0])
 
     def finish(self, ident: str, result: str, report: dict[str, Any]) -> None:
-        """Mark a running job done."""
+        """Mark a running job as done, with its result file and run report."""
         seconds = {f"stage:{k}": v for k, v in report["seconds"].items() if k != "total"}
         slices = {"slices": report["volume"]["slices"], "busy": report["seconds"]["total"]}
         self._end(ident, "done", {**seconds, **slices}, result=result, report=json.dumps(report))
 
     def fail(self, ident: str, kind: str, message: str, state: str = "failed") -> None:
-        """Mark a job failed, or cancelled."""
+        """Mark a job as failed or cancelled."""
         counts: dict[str, float] = {f"failed:{kind}": 1} if state == "failed" else {}
         self._end(ident, state, counts, error=message, error_kind=kind)
 
@@ -174,7 +174,7 @@ class Store:
                 (state, time.time(), *values.values(), ident),
             ).fetchone()
             if ended is None:
-                return False  # was ended before: an end is counted once
+                return False  # it had already ended: count each end once
             counts = {**counts, f"{state}_jobs:{ended[0]}": 1}
             for name, count in counts.items():
                 sql.execute(
@@ -185,67 +185,69 @@ class Store:
         return True
 
     def cancel(self, ident: str) -> bool:
-        """Stop a job: at once where it waits, at its next step where it runs.
+        """Cancel a job: a queued job at once, a running job at its next step.
 
-        Returns whether it ended here: no worker began it, so none clears its files.
+        Returns True if the job was still queued. No worker then clears its files: the caller must.
         """
-        # Asked first: a worker that takes the job between the two stops at its first step.
+        # This comes first: a worker that claims the job in between then stops at its first step.
         self._rows(f"UPDATE jobs SET cancel = 1 WHERE id = ? AND {OPEN}", ident)
-        why = {"error": "cancelled before it began", "error_kind": "cancelled"}
-        return self._end(ident, "cancelled", {}, where="state = 'queued'", **why)
+        reason = {"error": "cancelled before it started", "error_kind": "cancelled"}
+        return self._end(ident, "cancelled", {}, where="state = 'queued'", **reason)
 
     def recover(self, attempts: int) -> list[Job]:
-        """Queue again what a worker that died had begun; returns those jobs as they are now.
+        """Queue the jobs of a dead worker again; return these jobs in their new state.
 
-        A job that was cancelled meanwhile, or took its worker down `attempts` times, ends.
+        A job that was cancelled meanwhile, or was started `attempts` times, ends instead.
         """
-        left = self._jobs("WHERE state = 'running'")
-        for job in left:
+        interrupted = self._jobs("WHERE state = 'running'")
+        for job in interrupted:
             if job.cancel:
-                self.fail(job.id, "cancelled", "cancelled while it ran", "cancelled")
+                self.fail(job.id, "cancelled", "cancelled while running", "cancelled")
             elif job.attempts >= attempts:
-                message = f"expected to run this job, found the worker dead {job.attempts} times"
+                message = (
+                    f"expected the job to finish, found that its worker died {job.attempts} times"
+                )
                 self.fail(job.id, "worker", f"{message}: try a smaller volume or another format")
             else:
                 self._rows("UPDATE jobs SET state = 'queued' WHERE id = ?", job.id)
-        return [found for job in left if (found := self.get(job.id))]
+        return [current for job in interrupted if (current := self.get(job.id))]
 
-    def running(self) -> Job | None:
-        """Return the job that runs."""
+    def running_job(self) -> Job | None:
+        """Return the running job, or None."""
         return next(iter(self._jobs("WHERE state = 'running'")), None)
 
     def counts(self) -> dict[str, int]:
-        """Count jobs by state."""
+        """Return the number of jobs in each state."""
         return dict(self._rows("SELECT state, count(*) FROM jobs GROUP BY state"))
 
     def totals(self) -> list[tuple[str, str, float]]:
-        """List what was counted since the folder was made: name, label, value."""
+        """Return the totals since the folder was created: name, label, value."""
         return self._rows("SELECT name, label, value FROM totals")
 
-    def expired(self, before: float) -> list[Job]:
-        """List jobs that ended before a time."""
-        return self._jobs("WHERE state IN (?, ?, ?) AND ended < ?", *ENDED, before)
+    def ended_before(self, when: float) -> list[Job]:
+        """Return the jobs that ended before a time, in seconds since 1970."""
+        return self._jobs("WHERE state IN (?, ?, ?) AND ended < ?", *ENDED, when)
 
     def remove(self, ident: str) -> None:
-        """Forget a job."""
+        """Delete a job's row."""
         self._rows("DELETE FROM jobs WHERE id = ?", ident)
 
     def set_worker(self, facts: dict[str, Any]) -> None:
-        """Note what the worker says of itself; nothing: that there is none."""
+        """Store facts about the worker, such as its pid; an empty dict means that none is ready."""
         self._rows("INSERT OR REPLACE INTO worker VALUES (1, ?)", json.dumps(facts))
 
     def worker(self) -> dict[str, Any]:
-        """Return what the worker said of itself, once it was ready."""
-        found = self._rows("SELECT facts FROM worker")
-        facts: dict[str, Any] = json.loads(found[0][0]) if found else {}
+        """Return the facts about the worker; empty if none is ready."""
+        rows = self._rows("SELECT facts FROM worker")
+        facts: dict[str, Any] = json.loads(rows[0][0]) if rows else {}
         return facts
 
     def tokens(self) -> list[tuple[str, str]]:
-        """List the names and hashes of tokens."""
+        """Return the name and hash of every token."""
         return self._rows("SELECT name, sha256 FROM tokens ORDER BY name")
 
     def add_token(self, name: str, digest: str) -> bool:
-        """Keep a token's hash; returns whether the name was free."""
+        """Store a token's hash; return False if the name is already in use."""
         return bool(
             self._rows(
                 "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT DO NOTHING RETURNING name",
@@ -254,7 +256,7 @@ class Store:
         )
 
     def remove_token(self, name: str) -> bool:
-        """Revoke a token; returns whether there was one."""
+        """Revoke a token; return False if there was none of this name."""
         return bool(self._rows("DELETE FROM tokens WHERE name = ? RETURNING name", name))
 
 

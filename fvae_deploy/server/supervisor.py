@@ -1,6 +1,6 @@
-"""Keeps a worker running: starts it anew where it dies, ends it where it takes too much.
+"""Keep a worker running: restart it when it dies, kill it when it uses too much memory.
 
-Also forgets jobs that ended long ago, with their files.
+Also delete expired jobs with their files.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fvae_deploy.server.settings import Settings
 from fvae_deploy.server.store import ENDED, Store
 from fvae_deploy.server.worker import clear
 
-LOOK = 0.2  # seconds between looks at the worker
-RETRY = 5  # seconds until another try where the store's disk is full
-SWEEP = 60  # seconds between looks for jobs to forget
-SLACK = 1.5  # of a job's budget: plans are kept within a tenth, a bomb is not
-GENERATING = 2 << 30  # bytes of torch and a generator, beyond the budget of encoding
+CHECK = 0.2  # seconds between checks of the worker
+RETRY = 5  # seconds to wait before the next try when the disk is full
+SWEEP = 60  # seconds between searches for expired jobs
+SLACK = 1.5  # kill above this multiple of the budget; normal jobs stay within 1.1
+GENERATE_EXTRA = 2 << 30  # extra bytes for generate: torch and the generator
 
 
 class Supervisor:
-    """A thread beside the server; `stop` ends the worker, whose job goes on at the next start."""
+    """A thread in the server process. The job of a stopped worker continues at the next start."""
 
     def __init__(self, store: Store, settings: Settings, audit: Audit) -> None:
         self._store, self._settings, self._audit = store, settings, audit
@@ -38,13 +38,13 @@ class Supervisor:
         self._thread = Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
-        """Start the worker."""
+        """Remove leftovers of an earlier run and start the worker."""
         self._store.set_worker({})
-        self._sweep_strays()
+        self._remove_strays()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the worker."""
+        """Stop the worker and the thread."""
         self._stop.set()
         self._thread.join()
 
@@ -52,26 +52,26 @@ class Supervisor:
         try:
             while not self._stop.is_set():
                 try:
-                    self._watch()
-                except sqlite3.OperationalError:  # a full disk; meanwhile results can be fetched
+                    self._supervise()
+                except sqlite3.OperationalError:  # full disk; clients can still fetch results
                     self._audit("store not writable")
                     self._stop.wait(RETRY)
-        except Exception as error:  # a server without a worker would only seem to serve
+        except Exception as error:  # without a worker, no job would ever run
             self._audit("supervisor died", kind=type(error).__name__)
             os.kill(os.getpid(), signal.SIGTERM)
             raise
 
-    def _watch(self) -> None:
-        wait, swept = 0.5, 0.0
+    def _supervise(self) -> None:
+        wait, last_sweep = 0.5, 0.0
         while not self._stop.is_set():
-            worker = self._begin()
-            begun = time.monotonic()
+            worker = self._start_worker()
+            started = time.monotonic()
             try:
-                while worker.poll() is None and not self._stop.wait(LOOK):
+                while worker.poll() is None and not self._stop.wait(CHECK):
                     self._check_memory(worker)
-                    if time.monotonic() - swept > SWEEP:
-                        swept = time.monotonic()
-                        self._forget()
+                    if time.monotonic() - last_sweep > SWEEP:
+                        last_sweep = time.monotonic()
+                        self._delete_expired()
             finally:
                 worker.kill()
                 worker.wait()
@@ -82,17 +82,19 @@ class Supervisor:
             for job in self._store.recover(self._settings.limits.attempts):
                 self._audit("job interrupted", job=job.id, state=job.state, attempts=job.attempts)
             self._clear_ended()
-            wait = 0.5 if time.monotonic() - begun > 30 else min(2 * wait, 30)
+            wait = 0.5 if time.monotonic() - started > 30 else min(2 * wait, 30)
             self._stop.wait(wait)
 
-    def _begin(self) -> subprocess.Popen[bytes]:
-        of = asdict(self._settings)
+    def _start_worker(self) -> subprocess.Popen[bytes]:
+        settings = asdict(self._settings)
         names = ("memory", "model", "generator", "engine", "precision", "device")
-        options = {name: of[name] for name in names} | {"attempts": of["limits"]["attempts"]}
-        place = [str(self._settings.folder), json.dumps(options)]
-        # Its input is a pipe that nothing is written to: it ends when this process does.
+        options = {name: settings[name] for name in names}
+        options["attempts"] = settings["limits"]["attempts"]
+        arguments = [str(self._settings.folder), json.dumps(options)]
+        # The worker exits when this pipe closes, which the system does when this process ends.
         return subprocess.Popen(
-            [sys.executable, "-m", "fvae_deploy.server.worker", *place], stdin=subprocess.PIPE
+            [sys.executable, "-m", "fvae_deploy.server.worker", *arguments],
+            stdin=subprocess.PIPE,
         )
 
     def _check_memory(self, worker: subprocess.Popen[bytes]) -> None:
@@ -100,31 +102,34 @@ class Supervisor:
         if facts.get("pid") != worker.pid:
             return
         limit = facts["baseline"] + SLACK * self._settings.memory
-        job = self._store.running()
+        job = self._store.running_job()
         if job is not None and job.verb == "generate":
-            limit += GENERATING
+            limit += GENERATE_EXTRA
         if job is not None and resident(worker.pid) > limit:
             worker.kill()
             worker.wait()
-            message = f"expected to take at most {limit:.0f} bytes, found more: send a sound volume"
+            message = (
+                f"expected the job to need at most {limit:.0f} bytes of memory, found more: check "
+                "that the upload is not damaged"
+            )
             clear(self._store.files / job.id, None)
             self._store.fail(job.id, "memory", message)
 
-    def _forget(self) -> None:
-        for job in self._store.expired(time.time() - 3600 * self._settings.keep_hours):
+    def _delete_expired(self) -> None:
+        for job in self._store.ended_before(time.time() - 3600 * self._settings.keep_hours):
             shutil.rmtree(self._store.files / job.id, ignore_errors=True)
             self._store.remove(job.id)
-            self._audit("job forgotten", job=job.id)
+            self._audit("job expired", job=job.id)
 
-    def _sweep_strays(self) -> None:
-        """Remove what a killed server left of uploads and of jobs that had ended."""
+    def _remove_strays(self) -> None:
+        """Remove files that a killed server left: unfinished uploads and inputs of ended jobs."""
         for folder in self._store.files.iterdir():
             if self._store.get(folder.name) is None:
                 shutil.rmtree(folder, ignore_errors=True)
         self._clear_ended()
 
     def _clear_ended(self) -> None:
-        """Leave nothing but results of jobs whose worker died before it had tidied up."""
+        """Remove the input files of ended jobs, in case their worker died before it could."""
         for folder in self._store.files.iterdir():
             job = self._store.get(folder.name)
             if job is not None and job.state in ENDED:

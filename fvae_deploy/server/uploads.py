@@ -1,4 +1,4 @@
-"""Bodies of requests, streamed to disk: a mebibyte in memory, whatever their size."""
+"""Stream request bodies to disk, with 1 MiB in memory whatever their size."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from fvae_deploy.server.contents import HEAD, judge_head
+from fvae_deploy.server.contents import HEAD, check_head
 from fvae_deploy.server.refusals import RefusedError
 from fvae_deploy.server.settings import Limits
 
 _BUFFER = 1 << 20
-_CLOSE = {"Connection": "close"}  # to one who might go on sending for ever
+_CLOSE = {"Connection": "close"}  # for a client that might send for ever
 
 
 async def receive(request: Request, verb: str, path: Path, limits: Limits) -> str:
-    """Write a body to `path`; returns its kind, nii, nii.gz or zip, judged by its first bytes.
+    """Write a body to `path`; returns its kind, nii, nii.gz or zip, from its first bytes.
 
-    Raises RefusedError: 413 for too large a body, 415 for one of an unknown kind, 408 for one that
-    comes too slowly. What raises leaves the file to the caller.
+    Raises RefusedError: 413 for a body that is too large, 415 for an unknown kind, 422 for an
+    empty one, 408 for one that arrives too slowly. The caller must then remove the file.
     """
     length = _length(request, limits)
     kind, size, buffer = None, 0, bytearray()
@@ -36,13 +36,13 @@ async def receive(request: Request, verb: str, path: Path, limits: Limits) -> st
                 if size > limits.upload:
                     raise _too_large(size, limits, _CLOSE)
                 if kind is None and size >= HEAD:
-                    kind = judge_head(bytes(buffer), length, verb, limits)
+                    kind = check_head(bytes(buffer), length, verb, limits)
                 if len(buffer) >= _BUFFER:
                     await run_in_threadpool(file.write, bytes(buffer))
                     buffer.clear()
         if size == 0:
-            raise RefusedError(422, "expected a volume as the body, found nothing: send one")
-        kind = kind or judge_head(bytes(buffer), length or size, verb, limits)
+            raise RefusedError(422, "expected a file as the body, found no data: upload one")
+        kind = kind or check_head(bytes(buffer), length or size, verb, limits)
 
         def finish() -> None:
             file.write(buffer)
@@ -56,7 +56,7 @@ async def receive(request: Request, verb: str, path: Path, limits: Limits) -> st
 def _length(request: Request, limits: Limits) -> int | None:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RefusedError(
-            415, "expected a body without Content-Encoding, found one: send it as it is"
+            415, "expected a body without Content-Encoding, found one: send the file as it is"
         )
     text = request.headers.get("content-length")
     if text is None:
@@ -68,8 +68,8 @@ def _length(request: Request, limits: Limits) -> int | None:
 
 
 async def _pieces(request: Request, limits: Limits) -> AsyncGenerator[bytes]:
-    """Yield the body as it comes, as long as it comes fast enough."""
-    begin, size = time.monotonic(), 0
+    """Yield the body as it arrives; raise RefusedError 408 if it arrives too slowly."""
+    start, size = time.monotonic(), 0
     stream = request.stream()
     while True:
         try:
@@ -78,17 +78,26 @@ async def _pieces(request: Request, limits: Limits) -> AsyncGenerator[bytes]:
             return
         except TimeoutError:
             raise RefusedError(
-                408, f"expected the body to go on, found {limits.silence:g} s of silence", _CLOSE
+                408,
+                f"expected upload data, found none for {limits.silence:g} s: check the network and "
+                "upload again",
+                _CLOSE,
             ) from None
         size += len(piece)
         yield piece
-        if size < limits.rate * (time.monotonic() - begin - limits.silence):
+        if size < limits.rate * (time.monotonic() - start - limits.silence):
             raise RefusedError(
-                408, f"expected at least {limits.rate:g} bytes a second, found fewer", _CLOSE
+                408,
+                f"expected at least {limits.rate:g} bytes/s, found fewer: check the network and "
+                "upload again",
+                _CLOSE,
             )
 
 
 def _too_large(size: int, limits: Limits, headers: dict[str, str] | None = None) -> RefusedError:
     return RefusedError(
-        413, f"expected at most {limits.upload} bytes, found {size}: send less", headers
+        413,
+        f"expected at most {limits.upload} bytes, found {size}: send fewer slices, or ask the "
+        "operator to raise --max-upload",
+        headers,
     )

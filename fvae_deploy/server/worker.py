@@ -1,9 +1,9 @@
-"""The worker: a process with one engine that takes jobs from the store, one after the other.
+"""The worker process: one engine that runs the jobs of the store one after the other.
 
     python -m fvae_deploy.server.worker FOLDER SETTINGS
 
-It ends when its standard input does, so it never outlives the server, however that went. What
-it was at is found in the store and in the files beside the output.
+It exits when its standard input closes, so it never outlives the server, even a killed one. The
+state of an interrupted job is in the store and in the .partial files beside its output.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.rss import current_rss, reset_peak
 from fvae_deploy.volume.open import open_volume
 
-TICK = 0.2  # seconds between notes of how far a job is, at least
-IDLE = 0.05  # seconds between looks for a job
+TICK = 0.2  # minimum seconds between two writes of a job's progress
+IDLE = 0.05  # seconds between polls for a queued job
 
 
 class CancelledError(FvaeError):
-    """The job was cancelled while it ran."""
+    """The job was cancelled while running."""
 
 
 def main() -> None:
-    """Serve until standard input ends; what keeps an engine from opening is told in one line."""
+    """Run jobs until standard input closes; print an error as one line and exit."""
     try:
         serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except FvaeError as error:
@@ -48,11 +48,11 @@ def main() -> None:
 
 
 def serve(folder: Path, options: dict[str, Any]) -> None:
-    """Open the engine, then take jobs for ever."""
-    threading.Thread(target=_live_as_long_as_the_server, daemon=True).start()
-    os.nice(10)  # answers to requests come first
+    """Open the engine, then run jobs without end."""
+    threading.Thread(target=_exit_with_server, daemon=True).start()
+    os.nice(10)  # the server process has priority
     with (folder / "worker.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one that a killed server left may still be ending
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the worker of a killed server may still be exiting
         store = Store(folder)
         store.recover(options["attempts"])
         with open_codec(
@@ -69,60 +69,64 @@ def serve(folder: Path, options: dict[str, Any]) -> None:
             }
             while True:
                 reset_peak()
-                # What a job leaves, a generation's libraries for one, is not the next one's.
+                # Libraries that an earlier job loaded do not count against the next job's budget.
                 store.set_worker(facts | {"baseline": current_rss()})
                 while (job := store.claim()) is None:
                     time.sleep(IDLE)
-                work(store, job, codec, options)
+                run_job(store, job, codec, options)
 
 
-def _live_as_long_as_the_server() -> None:
+def _exit_with_server() -> None:
     sys.stdin.buffer.read()
     os._exit(0)
 
 
-def work(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
-    """Do one job, and note in the store how it ended."""
+def run_job(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
+    """Run one job and record in the store how it ended."""
     folder, state = store.files / job.id, "failed"
     try:
-        result, report = _go_on(store, job, folder, codec, options)
+        result, report = _resume_or_restart(store, job, folder, codec, options)
         _to_disk(folder / result)
     except CancelledError as error:
         kind, message, state = "cancelled", str(error), "cancelled"
     except FvaeError as error:
         kind, message = type(error).__name__, str(error).replace(f"{folder}/", "")
     except MemoryError:
-        kind, message = "MemoryError", "expected enough memory, found none left: ask for less"
+        kind = "MemoryError"
+        message = "expected enough memory, found none left: set a smaller memory option"
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
-        kind, message = "OSError", f"expected a disk that works, found {reason}: ask for room on it"
+        kind = "OSError"
+        message = (
+            f"expected to write to the server's disk, found {reason}: ask the operator to check it"
+        )
     else:
         store.finish(job.id, result, report)
         clear(folder, store.get(job.id))
         return
-    clear(folder, None)  # first: a full disk has no room to say so
+    clear(folder, None)  # first: on a full disk, the store may need the space for this message
     store.fail(job.id, kind, message, state)
 
 
 def clear(folder: Path, job: Job | None) -> None:
-    """Remove all but the result: a scan is kept no longer than its job runs."""
-    with suppress(FileNotFoundError):  # the job is being deleted, or another clears it
+    """Remove all files but the result: scans are kept only as long as their job needs them."""
+    with suppress(FileNotFoundError):  # deleted at the same time by another process
         for path in folder.iterdir():
             if job is None or path.name != job.result:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _go_on(
+def _resume_or_restart(
     store: Store, job: Job, folder: Path, codec: Codec, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Do the job, from where a worker that died left it; from the start if of another version."""
+    """Resume a job that a dead worker left; start it again if another version had begun it."""
     try:
         return _perform(store, job, folder, codec, options)
     except (LatentError, UsageError):
-        left = [path for path in folder.glob("*.partial") if path.is_dir()]
-        if not left:
+        partial = [path for path in folder.glob("*.partial") if path.is_dir()]
+        if not partial:
             raise
-    for path in left:
+    for path in partial:
         shutil.rmtree(path)
     return _perform(store, job, folder, codec, options)
 
@@ -130,38 +134,46 @@ def _go_on(
 def _perform(
     store: Store, job: Job, folder: Path, codec: Codec, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Run the verb; returns the name of the result and the run's report."""
-    asked = dict(job.options)
-    ending = asked.pop("format", "nii.gz")
-    wanted = asked.pop("memory", None)
+    """Run the verb; return the file name of the result and the run report."""
+    job_options = dict(job.options)
+    extension = job_options.pop("format", "nii.gz")
+    requested_memory = job_options.pop("memory", None)
     limit = int(options["memory"])
-    asked["memory"] = min(parse_bytes(wanted), limit) if wanted else limit
-    source, result = _input(job, folder), f"result.{ending}"
+    job_options["memory"] = min(parse_bytes(requested_memory), limit) if requested_memory else limit
+    source, result = _input(job, folder), f"result.{extension}"
     begin = _progress(store, job)
     if job.verb == "encode":
         store_path = folder / "latents.zarr"
-        reader = open_volume(source, asked.pop("series", None))
+        reader = open_volume(source, job_options.pop("series", None))
         tick = begin("encode", reader.geometry.shape[2])
-        report = api.encode(reader, store_path, model=codec, resume=True, progress=tick, **asked)
+        report = api.encode(
+            reader, store_path, model=codec, resume=True, progress=tick, **job_options
+        )
         result = "result.zip"
         _pack(store_path, folder / result)
     elif job.verb == "decode":
         tick = begin("decode", None)
-        slices = slice_range(asked.pop("slices")) if "slices" in asked else None
+        slices = slice_range(job_options.pop("slices")) if "slices" in job_options else None
         report = api.decode(
-            source, folder / result, model=codec, slices=slices, resume=True, progress=tick, **asked
+            source,
+            folder / result,
+            model=codec,
+            slices=slices,
+            resume=True,
+            progress=tick,
+            **job_options,
         )
     elif job.verb == "reconstruct":
-        reader = open_volume(source, asked.pop("series", None))
+        reader = open_volume(source, job_options.pop("series", None))
         tick = begin("reconstruct", reader.geometry.shape[2])
         report = api.reconstruct(
-            reader, folder / result, model=codec, resume=True, progress=tick, **asked
+            reader, folder / result, model=codec, resume=True, progress=tick, **job_options
         )
-        if ending == "dcm":
+        if extension == "dcm":
             _pack(folder / result, folder / "result.zip")
             result = "result.zip"
     else:
-        report = _generate(job, folder, source, folder / result, begin, asked, options)
+        report = _generate(job, folder, source, folder / result, begin, job_options, options)
     report["input"], report["output"] = f"input.{job.kind}", result
     return result, report
 
@@ -172,17 +184,17 @@ def _generate(
     mask: Path,
     output: Path,
     begin: Callable[[str, int], Callable[[int], None]],
-    asked: dict[str, Any],
+    job_options: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     from fvae_deploy.generation.pipeline import generate
 
     disease = next((folder / "input").glob("disease.nii*"), None)
-    words = folder / "input" / "findings.txt"
+    findings = folder / "input" / "findings.txt"
     report = generate(
         mask,
         output,
-        findings=str(words) if words.is_file() else None,  # as text it could name a file
+        findings=str(findings) if findings.is_file() else None,  # a path: text could name a file
         disease_mask=disease,
         model=options["generator"],
         engine=options["engine"],
@@ -190,7 +202,7 @@ def _generate(
         device=options["device"],
         resume=True,
         progress=begin,
-        **asked,
+        **job_options,
     )
     report["generator"]["disease_mask"] = disease and disease.name
     return report
@@ -205,18 +217,21 @@ def _input(job: Job, folder: Path) -> Path:
 
 
 def _progress(store: Store, job: Job) -> Callable[[str, int | None], Callable[[int], None]]:
-    """Make the function that begins a stage; its progress raises where the job is cancelled."""
+    """Return a function that starts a stage and returns the stage's progress callback.
+
+    The callback raises CancelledError if the job was cancelled.
+    """
 
     def begin(stage: str, length: int | None) -> Callable[[int], None]:
-        done, noted = 0, 0.0
+        done, last_write = 0, 0.0
 
         def tick(count: int) -> None:
-            nonlocal done, noted
+            nonlocal done, last_write
             done += count
-            if time.monotonic() - noted >= TICK or done == length:
-                noted = time.monotonic()
+            if time.monotonic() - last_write >= TICK or done == length:
+                last_write = time.monotonic()
                 if store.tick(job.id, stage, done, length):
-                    raise CancelledError("cancelled while it ran")
+                    raise CancelledError("cancelled while running")
 
         tick(0)
         return tick
@@ -224,28 +239,31 @@ def _progress(store: Store, job: Job) -> Callable[[str, int | None], Callable[[i
     return begin
 
 
-def _pack(store: Path, target: Path) -> None:
-    """Put a folder into a zip, the same bytes for the same files."""
+def _pack(folder: Path, target: Path) -> None:
+    """Move a folder into a zip; the same files give the same bytes."""
     partial = target.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(store.rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
-                entry = zipfile.ZipInfo(path.relative_to(store).as_posix())
+                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix())
                 entry.file_size = path.stat().st_size
                 with path.open("rb") as file, archive.open(entry, "w") as packed:
                     shutil.copyfileobj(file, packed, 1 << 20)
     partial.rename(target)
-    shutil.rmtree(store)
+    shutil.rmtree(folder)
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a result and its name are on disk: then only is its job done."""
-    for place in (path, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
+    """Flush a result and its directory entry to disk, before its job is marked as done."""
+    for target in (path, path.parent):
+        descriptor = os.open(target, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            raise VolumeError(f"expected to write {path}, found {error.strerror}") from None
+            raise VolumeError(
+                f"expected to write {path}, found {error.strerror}: ask the operator to check the "
+                "disk"
+            ) from None
         finally:
             os.close(descriptor)
 

@@ -1,4 +1,4 @@
-"""Derived series against dciodvfy and dcentvfy of dicom3tools, which know the standard."""
+"""Check derived series with dciodvfy and dcentvfy, the DICOM validators of dicom3tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.parametrize("dtype", ["int16", "float32"])
 @pytest.mark.parametrize("source", ["dicom", "nifti"])
-def test_a_derived_series_is_a_ct_as_the_standard_has_it(source, dtype, fake_bundle, tmp_path):
+def test_a_derived_series_is_a_valid_ct_series(source, dtype, fake_bundle, tmp_path):
     assert shutil.which("dciodvfy"), "needs the Debian package dicom3tools: make e2e"
     fake = {"model": fake_bundle, "engine": "fake"}
     write_series(tmp_path / "ct", (16, 24, 5))
@@ -25,9 +25,9 @@ def test_a_derived_series_is_a_ct_as_the_standard_has_it(source, dtype, fake_bun
         fvae.reconstruct(tmp_path / "ct", ct, **fake)
     fvae.reconstruct(ct, tmp_path / "r.dcm", dtype=dtype, **fake)
     files = sorted((tmp_path / "r.dcm").iterdir())
-    for line in (["dciodvfy", files[0]], ["dcentvfy", *files]):
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        errors = [text for text in done.stderr.splitlines() if text.startswith("Error")]
-        # Laterality is demanded of paired body parts; of which this is, nobody said.
+    for command in (["dciodvfy", files[0]], ["dcentvfy", *files]):
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        errors = [text for text in finished.stderr.splitlines() if text.startswith("Error")]
+        # Laterality is required for paired body parts; the body part of this series is unknown.
         assert [text for text in errors if "<Laterality>" not in text] == []
-        assert "CTImage" in done.stderr or line[0] == "dcentvfy"
+        assert "CTImage" in finished.stderr or command[0] == "dcentvfy"

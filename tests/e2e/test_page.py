@@ -1,4 +1,4 @@
-"""The page in a real Chromium: a CT goes in, three linked views and a table of organs come out."""
+"""The web page in a real Chromium: upload a CT, see three linked views and errors by organ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAPHICS = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server with the built-in model."""
+    """A running server with the built-in model."""
     pytest.importorskip("openvino", reason="needs the cpu extra")
     live = LiveServer(tmp_path_factory.mktemp("server"), "--memory", "1GiB")
     live.start()
@@ -30,7 +30,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def page(server):
-    """Open a page whose console is kept; what it complains of fails the test."""
+    """Open a page; console errors and requests to other hosts fail the test."""
     chromium = shutil.which("chromium")
     assert chromium, "needs the Debian package chromium: make e2e"
     with playwright.sync_playwright() as programs:
@@ -38,19 +38,19 @@ def page(server):
             executable_path=chromium, args=["--no-sandbox", *GRAPHICS]
         )
         page = browser.new_page(viewport={"width": 1500, "height": 900})
-        complaints, elsewhere = [], []
-        page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: elsewhere.append(request.url))
+        errors, urls = [], []
+        page.on("console", lambda m: m.type == "error" and errors.append(m.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: urls.append(request.url))
         yield page
-        refused = "Failed to load resource: the server responded with a status of 4"
-        assert [text for text in complaints if not text.startswith(refused)] == []
-        own = (server.url, "blob:", "data:")  # nothing is asked of any other host
-        assert [url for url in elsewhere if not url.startswith(own)] == []
+        client_error = "Failed to load resource: the server responded with a status of 4"
+        assert [text for text in errors if not text.startswith(client_error)] == []
+        own = (server.url, "blob:", "data:")  # no requests to any other host
+        assert [url for url in urls if not url.startswith(own)] == []
         browser.close()
 
 
-def test_a_ct_is_reconstructed_and_shown_with_its_errors(server, page, tmp_path):
+def test_an_uploaded_ct_is_reconstructed_and_shown_with_its_errors(server, page, tmp_path):
     ct, labels = tmp_path / "ct.nii.gz", tmp_path / "organs.nii.gz"
     write_phantom(ct, (160, 160, 96), labels=labels)
     page.goto(server.url)
@@ -58,43 +58,43 @@ def test_a_ct_is_reconstructed_and_shown_with_its_errors(server, page, tmp_path)
     page.set_input_files("#labels", labels)
     page.set_input_files("#ct", ct)
     page.wait_for_selector("#errors:not([hidden])", timeout=120_000)
-    page.wait_for_timeout(1500)  # until it is drawn
-    assert page.inner_text("#say").startswith("done: ")
+    page.wait_for_timeout(1500)  # until the views are drawn
+    assert page.inner_text("#say").startswith("Done: ")
     rows = page.locator("#errors tbody tr").all_inner_texts()
     cells = {}
     for row in rows:
         name, *numbers = row.split("\t")
         cells[name] = [float(number.replace(",", "")) for number in numbers]
     fvae.reconstruct(ct, tmp_path / "r.nii.gz")
-    wanted = fvae.compare(ct, tmp_path / "r.nii.gz", labels=labels)
-    expected = {"whole volume": wanted} | {organ.name: organ for organ in wanted.organs}
-    for name, of in expected.items():
-        found = cells[name]
-        assert found[0] == of.voxels
-        assert found[1:] == pytest.approx([of.psnr, of.mae, of.max, of.bias], abs=0.006), name
-    shown = "(n) => { const c = document.getElementById(n); return [c.width, c.height]; }"
-    assert min(page.evaluate(shown, "error")) > 100
+    comparison = fvae.compare(ct, tmp_path / "r.nii.gz", labels=labels)
+    expected = {"Whole volume": comparison} | {organ.name: organ for organ in comparison.organs}
+    for name, errors in expected.items():
+        values = [errors.psnr, errors.mae, errors.max, errors.bias]
+        assert cells[name][0] == errors.voxels
+        assert cells[name][1:] == pytest.approx(values, abs=0.006), name
+    canvas_size = "(n) => { const c = document.getElementById(n); return [c.width, c.height]; }"
+    assert min(page.evaluate(canvas_size, "error")) > 100
     pixels = page.locator("#views").screenshot()
-    assert len(set(pixels)) > 200  # not one colour
+    assert len(set(pixels)) > 200  # not a single colour
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=PICTURES / "page.png")
 
 
-def test_a_crosshair_moved_in_one_view_moves_in_all(server, page, tmp_path):
+def test_the_crosshair_moves_in_all_views_together(server, page, tmp_path):
     ct = tmp_path / "ct.nii.gz"
     write_phantom(ct, (64, 64, 32))
     page.goto(server.url)
     page.fill("#token", server.token)
     page.set_input_files("#ct", ct)
     page.wait_for_selector("#errors:not([hidden])", timeout=120_000)
-    place = (
+    crosshairs = (
         "() => ['original', 'reconstruction', 'error'].map((n) => [...view[n].scene.crosshairPos])"
     )
-    before = page.evaluate(place)
+    before = page.evaluate(crosshairs)
     box = page.locator("#original").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.3)
     page.wait_for_timeout(500)
-    after = page.evaluate(place)
+    after = page.evaluate(crosshairs)
     assert after[0] != before[0]
     assert after[1] == pytest.approx(after[0], abs=1e-4)
     assert after[2] == pytest.approx(after[0], abs=1e-4)
@@ -107,7 +107,7 @@ def test_a_crosshair_moved_in_one_view_moves_in_all(server, page, tmp_path):
     ("token", "content", "message"),
     [("wrong", b"x", "bearer token"), (None, b"no volume", "expected")],
 )
-def test_what_is_refused_is_said_in_words(server, page, token, content, message, tmp_path):
+def test_the_page_shows_why_an_upload_is_rejected(server, page, token, content, message, tmp_path):
     (tmp_path / "a.nii").write_bytes(content)
     page.goto(server.url)
     page.fill("#token", token or server.token)
@@ -116,6 +116,6 @@ def test_what_is_refused_is_said_in_words(server, page, token, content, message,
     assert message in page.inner_text("#say")
 
 
-def test_the_api_documents_are_shown(server, page):
+def test_the_api_documentation_is_shown(server, page):
     page.goto(f"{server.url}/docs")
     page.wait_for_selector("[data-path='/v1/reconstruct']", timeout=30_000)

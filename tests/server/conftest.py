@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def serve_fake(fake_bundle: Path) -> list[str]:
-    """Options with which a server runs the fake engine."""
+    """Command-line options for a server with the fake engine."""
     return ["-m", str(fake_bundle), "-e", "fake", "--memory", "300MiB"]
 
 
 @pytest.fixture(scope="module")
 def server(serve_fake: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server with the fake engine, for all tests of a file."""
+    """A running server with the fake engine, shared by the tests of one file."""
     from live_server import LiveServer
 
     live = LiveServer(tmp_path_factory.mktemp("server"), *serve_fake)

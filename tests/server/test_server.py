@@ -1,4 +1,4 @@
-"""Jobs over HTTP against a real server: what comes out, who may see it, what it says of itself."""
+"""Jobs over HTTP on a real server: results, access control, recovery, metrics and the log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fvae_deploy.cli import main as cli
 from fvae_deploy.server.auth import make_token
 from fvae_deploy.volume.open import open_volume
 
-LONG = 3000  # slices that take the fake engine seconds on fast processors, too
+LONG = 3000  # slices: enough to keep the fake engine busy for seconds, even on fast processors
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,15 @@ def long_ct(tmp_path_factory, write_ct):
     return path
 
 
-def finished(server, response):
+def finished_job(server, response):
     assert response.status_code == 202, response.text
     job = server.wait(response.json()["id"])
     assert job["state"] == "done", job["error"]
     return job
 
 
-def emptied(folder):
-    """Wait until nothing is left of a job: its worker tidies up after it says how it ended."""
+def wait_until_empty(folder):
+    """Wait until a job's folder is empty: its worker may clear it after the job has ended."""
     for _ in range(200):
         if not list(folder.iterdir()):
             return
@@ -57,8 +57,8 @@ def emptied(folder):
     raise AssertionError(list(folder.iterdir()))
 
 
-def test_a_reconstruction_is_that_of_the_command_line(server, ct, fake_bundle, tmp_path):
-    job = finished(server, server.post("reconstruct", ct.read_bytes(), format="nii"))
+def test_a_reconstruction_equals_that_of_the_api(server, ct, fake_bundle, tmp_path):
+    job = finished_job(server, server.post("reconstruct", ct.read_bytes(), format="nii"))
     fvae.reconstruct(ct, tmp_path / "r.nii", model=fake_bundle, engine="fake")
     assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
     assert (job["done"], job["total"], job["attempts"]) == (21, 21, 1)
@@ -66,26 +66,26 @@ def test_a_reconstruction_is_that_of_the_command_line(server, ct, fake_bundle, t
     assert str(server.folder) not in json.dumps(job)
 
 
-def test_latents_go_out_as_a_zip_and_come_back_in(server, ct, fake_bundle, tmp_path):
-    job = finished(server, server.post("encode", ct.read_bytes()))
+def test_latents_are_downloaded_as_a_zip_and_decoded_from_it(server, ct, fake_bundle, tmp_path):
+    job = finished_job(server, server.post("encode", ct.read_bytes()))
     latents = server.get(f"{job['id']}/result").content
     zipfile.ZipFile(io.BytesIO(latents)).extractall(tmp_path / "z.zarr")
-    job = finished(server, server.post("decode", latents, slices="3:9", format="nii"))
+    job = finished_job(server, server.post("decode", latents, slices="3:9", format="nii"))
     fake = {"model": fake_bundle, "engine": "fake"}
     fvae.decode(tmp_path / "z.zarr", tmp_path / "d.nii", slices=(3, 9), **fake)
     assert server.get(f"{job['id']}/result").content == (tmp_path / "d.nii").read_bytes()
 
 
-def test_a_zip_of_dicom_slices_is_a_ct(server, fake_bundle, tmp_path):
+def test_a_zip_of_dicom_slices_is_accepted_as_a_ct(server, fake_bundle, tmp_path):
     write_series(tmp_path / "series", (16, 24, 5))
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in (tmp_path / "series").iterdir():
             archive.write(path, f"a patient's name/{path.name}")
-    job = finished(server, server.post("reconstruct", body.getvalue(), format="nii"))
+    job = finished_job(server, server.post("reconstruct", body.getvalue(), format="nii"))
     fvae.reconstruct(tmp_path / "series", tmp_path / "r.nii", model=fake_bundle, engine="fake")
     assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
-    job = finished(server, server.post("reconstruct", body.getvalue(), format="dcm"))
+    job = finished_job(server, server.post("reconstruct", body.getvalue(), format="dcm"))
     series = io.BytesIO(server.get(f"{job['id']}/result").content)
     zipfile.ZipFile(series).extractall(tmp_path / "r.dcm")
     np.testing.assert_array_equal(
@@ -94,8 +94,8 @@ def test_a_zip_of_dicom_slices_is_a_ct(server, fake_bundle, tmp_path):
     )
 
 
-def test_a_result_is_fetched_in_ranges(server, ct):
-    job = finished(server, server.post("reconstruct", ct.read_bytes()))
+def test_a_result_can_be_downloaded_in_ranges(server, ct):
+    job = finished_job(server, server.post("reconstruct", ct.read_bytes()))
     path = f"{job['id']}/result"
     whole = server.get(path).content
     part = server.get(path, headers={"Range": "bytes=100-199"})
@@ -106,7 +106,7 @@ def test_a_result_is_fetched_in_ranges(server, ct):
     assert beyond.status_code == 416
 
 
-def test_progress_comes_as_events_until_the_end(server, long_ct):
+def test_events_report_progress_until_the_job_ends(server, long_ct):
     job = server.post("encode", long_ct.read_bytes()).json()
     with server.get(f"{job['id']}/events", stream=True) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -118,45 +118,45 @@ def test_progress_comes_as_events_until_the_end(server, long_ct):
     assert (seen[-1]["state"], seen[-1]["done"], lines[-2]) == ("done", LONG, "event: done")
 
 
-def test_a_job_that_runs_is_cancelled_and_one_that_waits_too(server, long_ct):
+def test_running_and_queued_jobs_can_be_cancelled(server, long_ct):
     first = server.post("encode", long_ct.read_bytes()).json()["id"]
     second = server.post("encode", long_ct.read_bytes()).json()["id"]
     assert server.get(f"{first}/result").status_code == 409
-    for ident in (second, first):  # the one may be running by now, the other waits
+    for ident in (second, first):  # one may be running by now, the other is queued
         url = f"{server.url}/v1/jobs/{ident}/cancel"
         answer = requests.post(url, headers=server.headers, timeout=9)
         assert answer.status_code == 200
         assert server.wait(ident)["state"] == "cancelled"
-        emptied(server.store.files / ident)
+        wait_until_empty(server.store.files / ident)
 
 
-def test_a_deleted_job_is_gone_with_its_files(server, ct):
-    job = finished(server, server.post("reconstruct", ct.read_bytes()))
+def test_deleting_a_job_removes_its_files(server, ct):
+    job = finished_job(server, server.post("reconstruct", ct.read_bytes()))
     url = f"{server.url}/v1/jobs/{job['id']}"
     assert requests.delete(url, headers=server.headers, timeout=9).status_code == 204
     assert requests.delete(url, headers=server.headers, timeout=9).status_code == 404
     assert not (server.store.files / job["id"]).exists()
 
 
-def test_the_same_key_makes_one_job(server, ct):
+def test_a_repeated_idempotency_key_creates_one_job(server, ct):
     headers = {"Idempotency-Key": "abc"}
     first = server.post("reconstruct", ct.read_bytes(), headers=headers)
     again = server.post("reconstruct", ct.read_bytes(), headers=headers)
     assert (first.status_code, again.status_code) == (202, 200)
     assert first.json()["id"] == again.json()["id"]
-    finished(server, first)
+    finished_job(server, first)
 
 
-def test_a_scan_that_fails_says_why_and_leaves_nothing(server, write_ct, tmp_path):
+def test_a_failed_job_states_the_reason_and_leaves_no_files(server, write_ct, tmp_path):
     write_ct(tmp_path / "mask.nii.gz", (16, 16, 5), low=0, high=5)
     ident = server.post("reconstruct", (tmp_path / "mask.nii.gz").read_bytes()).json()["id"]
     job = server.wait(ident)
     assert (job["state"], job["error_kind"]) == ("failed", "VolumeError")
     assert "expected a CT in HU" in job["error"]
-    emptied(server.store.files / ident)
+    wait_until_empty(server.store.files / ident)
 
 
-def test_a_budget_that_cannot_do_is_refused_with_the_least_that_would(server, ct):
+def test_a_memory_budget_that_is_too_small_fails_with_the_minimum_needed(server, ct):
     job = server.wait(server.post("encode", ct.read_bytes(), memory="1MiB").json()["id"])
     assert (job["state"], job["error_kind"]) == ("failed", "PlanError")
     assert re.search(r"at least \d+ MiB", job["error"])
@@ -173,8 +173,8 @@ def test_jobs_are_those_of_ones_own_token(server, ct):
     server.wait(mine)
 
 
-def test_tokens_are_not_in_the_folder_nor_scans_in_the_log(server, ct):
-    finished(server, server.post("reconstruct", ct.read_bytes(), series="1.2.3.4567"))
+def test_the_folder_contains_no_token_and_the_log_no_patient_data(server, ct):
+    finished_job(server, server.post("reconstruct", ct.read_bytes(), series="1.2.3.4567"))
     for path in server.folder.rglob("*"):
         if path.is_file():
             assert server.token.encode() not in path.read_bytes(), path
@@ -185,8 +185,8 @@ def test_tokens_are_not_in_the_folder_nor_scans_in_the_log(server, ct):
     assert any(event.get("route") == "/v1/reconstruct" and event["job"] for event in events)
 
 
-def test_metrics_tell_of_jobs_slices_stages_memory_and_failures(server, ct):
-    finished(server, server.post("reconstruct", ct.read_bytes()))
+def test_metrics_count_jobs_slices_stages_memory_and_failures(server, ct):
+    finished_job(server, server.post("reconstruct", ct.read_bytes()))
     server.wait(server.post("encode", ct.read_bytes(), memory="1MiB").json()["id"])
     answer = requests.get(f"{server.url}/metrics", headers=server.headers, timeout=9)
     values = dict(re.findall(r"^(\S+) (\S+)$", answer.text, re.MULTILINE))
@@ -198,7 +198,7 @@ def test_metrics_tell_of_jobs_slices_stages_memory_and_failures(server, ct):
     assert values["fvae_ready"] == "1.0"
 
 
-def test_answers_carry_headers_that_browsers_heed(server):
+def test_responses_carry_security_headers(server):
     for path in ("/", "/docs", "/page/page.js", "/healthz", "/nowhere", "/v1/jobs"):
         headers = requests.get(server.url + path, timeout=9).headers
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
@@ -207,15 +207,15 @@ def test_answers_carry_headers_that_browsers_heed(server):
         assert "server" not in headers
 
 
-def test_after_kill_9_results_are_there_and_a_job_goes_on_to_the_same_bytes(
+def test_after_kill_9_results_remain_and_a_job_resumes_to_the_same_bytes(
     serve_fake, ct, long_ct, tmp_path
 ):
     server = LiveServer(tmp_path / "server", *serve_fake)
     server.start()
     try:
-        kept = finished(server, server.post("reconstruct", ct.read_bytes()))["id"]
+        kept = finished_job(server, server.post("reconstruct", ct.read_bytes()))["id"]
         before = server.get(f"{kept}/result").content
-        whole = finished(server, server.post("encode", long_ct.read_bytes()))["id"]
+        whole = finished_job(server, server.post("encode", long_ct.read_bytes()))["id"]
         cut = server.post("encode", long_ct.read_bytes()).json()["id"]
         waiting = server.post("reconstruct", ct.read_bytes()).json()["id"]
         while server.get(cut).json()["done"] < 200:
@@ -231,40 +231,40 @@ def test_after_kill_9_results_are_there_and_a_job_goes_on_to_the_same_bytes(
         server.kill()
 
 
-def test_a_worker_that_dies_is_started_again_and_its_job_with_it(server, ct, long_ct):
-    before = finished(server, server.post("reconstruct", ct.read_bytes()))["id"]
-    left = server.store.files / before / "input.nii.gz"
-    left.write_bytes(b"a scan that it had no time to remove")
+def test_a_dead_worker_is_restarted_and_its_job_resumed(server, ct, long_ct):
+    before = finished_job(server, server.post("reconstruct", ct.read_bytes()))["id"]
+    leftover = server.store.files / before / "input.nii.gz"
+    leftover.write_bytes(b"a scan that a dead worker did not remove")
     ident = server.post("encode", long_ct.read_bytes()).json()["id"]
     server.wait(ident, "running")
     os.kill(server.store.worker()["pid"], signal.SIGKILL)
     job = server.wait(ident)
     assert (job["state"], job["attempts"]) == ("done", 2)
-    assert not left.exists()
+    assert not leftover.exists()
     assert server.get(f"{before}/result").status_code == 200
 
 
-def test_two_servers_do_not_share_a_folder(server, serve_fake):
+def test_a_second_server_on_the_same_folder_is_refused(server, serve_fake):
     other = LiveServer(server.folder, *serve_fake)
-    with pytest.raises(RuntimeError, match=r"expected .* for this server alone, found another"):
+    with pytest.raises(RuntimeError, match=r"expected no other server on .*, found one"):
         other.start()
 
 
-def test_a_network_without_tls_or_tokens_is_refused(capsys, monkeypatch):
+def test_serving_a_network_without_tls_or_tokens_is_refused(capsys, monkeypatch):
     from fvae_deploy.errors import UsageError
     from fvae_deploy.server.settings import check_exposure
 
     check_exposure("127.0.0.1", authenticated=False, tls=False, proxied=False)
     check_exposure("0.0.0.0", authenticated=True, tls=True, proxied=False)
     check_exposure("10.0.0.1", authenticated=True, tls=False, proxied=True)
-    with pytest.raises(UsageError, match="--insecure-no-auth on a loopback address alone"):
+    with pytest.raises(UsageError, match="--insecure-no-auth only on a loopback address"):
         check_exposure("0.0.0.0", authenticated=False, tls=True, proxied=False)
     with pytest.raises(UsageError, match="expected TLS"):
         check_exposure("0.0.0.0", authenticated=True, tls=False, proxied=False)
 
 
-@pytest.mark.e2e  # exports a generator first
-def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_generator):
+@pytest.mark.e2e  # slow: exports a generator first
+def test_generate_reads_findings_as_text_and_not_as_a_path(tmp_path, small_generator):
     from fvae_deploy.phantom.torso import write_phantom
 
     options = ["--generator", str(small_generator), "-e", "openvino", "--memory", "1GiB"]
@@ -277,21 +277,21 @@ def test_a_generation_reads_findings_as_words_never_as_a_file(tmp_path, small_ge
     server.start()
     try:
         before = server.store.worker()["baseline"]
-        job = finished(server, server.post("generate", body.getvalue(), steps=1))
+        job = finished_job(server, server.post("generate", body.getvalue(), steps=1))
         assert job["report"]["generator"]["findings"] == "/etc/passwd"
-        # What it imported is none of the next job's memory.
+        # The libraries it imported do not count against the next job's memory.
         end = time.monotonic() + 20
         while server.store.worker()["baseline"] < before + (64 << 20):
             assert time.monotonic() < end
             time.sleep(0.1)
-        path = tmp_path / "made.nii.gz"
+        path = tmp_path / "generated.nii.gz"
         path.write_bytes(server.get(f"{job['id']}/result").content)
         assert np.concatenate([*open_volume(path).slabs(4)]).shape == (9, 64, 64)
     finally:
         server.kill()
 
 
-def test_without_tokens_names_of_this_machine_alone_are_answered(serve_fake, ct, tmp_path):
+def test_without_tokens_only_loopback_host_names_are_accepted(serve_fake, ct, tmp_path):
     server = LiveServer(tmp_path / "server", *serve_fake, "--insecure-no-auth")
     server.start()
     try:
@@ -308,10 +308,10 @@ def test_without_tokens_names_of_this_machine_alone_are_answered(serve_fake, ct,
         server.kill()
 
 
-def test_tls_is_spoken_where_a_certificate_is_given(serve_fake, tmp_path):
+def test_with_a_certificate_the_server_uses_tls(serve_fake, tmp_path):
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("needs the program openssl, to make a certificate")
+        pytest.skip("needs the program openssl to create a certificate")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     line = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     line += ["-nodes", "-keyout", key, "-out", cert, "-subj", "/CN=localhost"]
@@ -336,10 +336,10 @@ def test_tls_is_spoken_where_a_certificate_is_given(serve_fake, tmp_path):
         (["-e", "magic"], 5, "expected auto or one of"),
         (["--tls-cert", "a.pem"], 2, "--tls-cert and --tls-key together"),
         (["--host", "0.0.0.0"], 2, "expected TLS on 0.0.0.0"),
-        (["--host", "0.0.0.0", "--insecure-no-auth"], 2, "on a loopback address alone"),
+        (["--host", "0.0.0.0", "--insecure-no-auth"], 2, "only on a loopback address"),
     ],
 )
-def test_a_server_that_could_not_serve_does_not_start(
+def test_a_server_with_invalid_options_does_not_start(
     options, code, message, tmp_path, monkeypatch, capsys
 ):
     line = ["fvae", "serve", "--folder", str(tmp_path), *options]

@@ -1,4 +1,4 @@
-"""The store's promises: no job twice, none lost, an end counted once; what a worker may take."""
+"""The store loses and duplicates no job and counts each end once; the memory limit holds."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ def job(ident, key=None, **more):
     return Job(ident, "me", key, "encode", "nii", {"k": 1}, 10, "queued", float(len(ident)), **more)
 
 
-def test_a_job_comes_back_as_it_went_in(store):
+def test_a_stored_job_is_read_back_unchanged(store):
     assert store.add(job("a")) == job("a") == store.get("a")
 
 
-def test_one_key_is_one_job_however_many_come_at_once(store):
-    found = []
+def test_concurrent_uploads_with_one_key_create_one_job(store):
+    ids = []
 
     def add(n):
-        found.append(store.add(job(f"job{n}", key="k")).id)
+        ids.append(store.add(job(f"job{n}", key="k")).id)
 
     threads = [threading.Thread(target=add, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1
-    assert len(store.owned("me", 99)) == 1
+    assert len(set(ids)) == 1
+    assert len(store.jobs_of("me", 99)) == 1
     other = Job("b", "you", "k", "encode", "nii", {}, 1, "queued", 1.0)
-    assert store.add(other).id == "b"  # another's key is another's
+    assert store.add(other).id == "b"  # the same key of another owner
 
 
-def test_no_two_workers_get_one_job(store):
+def test_no_job_is_claimed_twice(store):
     for n in range(20):
         store.add(job(f"job{n:02}"))
-    taken = []
+    claimed = []
 
-    def work():
-        while (found := store.claim()) is not None:
-            taken.append(found.id)
+    def claim_all():
+        while (job := store.claim()) is not None:
+            claimed.append(job.id)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=claim_all) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(taken) == [f"job{n:02}" for n in range(20)]
+    assert sorted(claimed) == [f"job{n:02}" for n in range(20)]
 
 
-def test_an_end_is_counted_once_and_stays(store):
+def test_the_end_of_a_job_is_counted_once_and_final(store):
     store.add(job("a"))
     store.claim()
     store.finish("a", "result.nii", REPORT)
@@ -80,37 +80,37 @@ def test_an_end_is_counted_once_and_stays(store):
     }
 
 
-def test_a_job_that_kills_its_worker_is_tried_again_and_then_given_up(store):
+def test_a_job_that_kills_its_worker_is_retried_and_then_fails(store):
     store.add(job("a"))
     for attempt in (1, 2):
         assert store.claim().attempts == attempt
-        assert [found.state for found in store.recover(3)] == ["queued"]
+        assert [recovered.state for recovered in store.recover(3)] == ["queued"]
     store.claim()
-    (found,) = store.recover(3)
-    assert (found.state, found.error_kind) == ("failed", "worker")
-    assert "found the worker dead 3 times" in found.error
+    (recovered,) = store.recover(3)
+    assert (recovered.state, recovered.error_kind) == ("failed", "worker")
+    assert "its worker died 3 times" in recovered.error
 
 
-def test_a_job_that_waits_is_cancelled_at_once_and_once(store):
+def test_a_queued_job_is_cancelled_at_once_and_only_once(store):
     store.add(job("a"))
-    assert store.cancel("a")  # its files are the caller's to clear
+    assert store.cancel("a")  # True: the caller must clear its files
     assert not store.cancel("a")
     assert store.claim() is None
     assert (store.get("a").state, store.get("a").error) == (
         "cancelled",
-        "cancelled before it began",
+        "cancelled before it started",
     )
 
 
-def test_a_job_cancelled_while_its_worker_died_is_not_tried_again(store):
+def test_a_cancelled_job_of_a_dead_worker_is_not_retried(store):
     store.add(job("a"))
     store.claim()
-    assert not store.cancel("a")  # its worker clears its files
-    assert store.tick("a", "encode", 1, 9)  # told to stop
-    assert [found.state for found in store.recover(3)] == ["cancelled"]
+    assert not store.cancel("a")  # False: its worker clears its files
+    assert store.tick("a", "encode", 1, 9)  # True: the job must stop
+    assert [recovered.state for recovered in store.recover(3)] == ["cancelled"]
 
 
-def test_what_ended_long_ago_is_forgotten_with_its_files(store, tmp_path):
+def test_expired_jobs_are_deleted_with_their_files(store, tmp_path):
     for ident in ("old", "waits", "stray"):
         (store.files / ident).mkdir()
         (store.files / ident / "result.nii").write_bytes(b"x")
@@ -118,16 +118,16 @@ def test_what_ended_long_ago_is_forgotten_with_its_files(store, tmp_path):
     store.claim()
     store.finish("old", "result.nii", REPORT)
     store.add(job("waits"))
-    Supervisor(store, Settings(tmp_path, 1, keep_hours=1), Audit())._forget()
+    Supervisor(store, Settings(tmp_path, 1, keep_hours=1), Audit())._delete_expired()
     assert store.get("old") is not None
     supervisor = Supervisor(store, Settings(tmp_path, 1, keep_hours=0), Audit())
-    supervisor._forget()
-    supervisor._sweep_strays()
+    supervisor._delete_expired()
+    supervisor._remove_strays()
     assert store.get("old") is None
     assert [path.name for path in store.files.iterdir()] == ["waits"]
 
 
-def test_tokens_are_kept_as_hashes_and_compared_whole(store):
+def test_tokens_are_stored_as_hashes_and_compared_in_full(store):
     token = make_token(store, "me")
     assert owner_of(store, token) == "me"
     assert owner_of(store, token[:-1]) is None
@@ -136,7 +136,7 @@ def test_tokens_are_kept_as_hashes_and_compared_whole(store):
     assert token not in str(store.tokens())
 
 
-def test_a_worker_that_takes_more_than_its_budget_is_ended_and_its_job_told(store, tmp_path):
+def test_a_worker_above_its_memory_limit_is_killed_and_its_job_fails(store, tmp_path):
     eater = "import time; x = bytearray(300 << 20); print('ate', flush=True); time.sleep(60)"
     worker = subprocess.Popen([sys.executable, "-c", eater], stdout=subprocess.PIPE)
     try:

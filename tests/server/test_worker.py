@@ -1,4 +1,4 @@
-"""A worker takes up what one that died left of a job, unless that was of another version."""
+"""A worker resumes a job of a dead worker, or restarts it if the version of fvae differs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import fvae_deploy as fvae
 from fvae_deploy.server.store import Job, Store
-from fvae_deploy.server.worker import work
+from fvae_deploy.server.worker import run_job
 from fvae_deploy.stream.codec import open_codec
 
 OPTIONS = {"memory": 300 << 20}
@@ -22,15 +22,15 @@ def codec(fake_bundle):
 
 
 @pytest.fixture
-def cut(tmp_path, write_ct, codec):
-    """A store, and a reconstruct in it whose first worker died after 41 of 80 slices."""
+def interrupted(tmp_path, write_ct, codec):
+    """Return a store with a reconstruct job whose worker died after 41 of 80 slices."""
     store = Store(tmp_path / "server")
     folder = store.files / "a"
     folder.mkdir()
     write_ct(folder / "input.nii", (9, 11, 80))
     shutil.copy(folder / "input.nii", tmp_path / "ct.nii")
-    asked = {"format": "nii"}
-    store.add(Job("a", "me", None, "reconstruct", "nii", asked, 1, "queued", 1.0))
+    options = {"format": "nii"}
+    store.add(Job("a", "me", None, "reconstruct", "nii", options, 1, "queued", 1.0))
     store.claim()
     done = []
 
@@ -56,17 +56,17 @@ def cut(tmp_path, write_ct, codec):
 @pytest.mark.parametrize(
     ("version", "computed"),
     [
-        pytest.param(None, range(39, 60), id="same"),  # some slabs were still on their way
+        pytest.param(None, range(39, 60), id="same"),  # some computed slabs were not yet written
         pytest.param("0.0.1", range(80, 81), id="other"),
     ],
 )
-def test_a_job_goes_on_or_starts_over_after_an_update(cut, codec, tmp_path, version, computed):
-    folder = cut.files / "a"
+def test_a_job_resumes_or_restarts_after_an_update(interrupted, codec, tmp_path, version, computed):
+    folder = interrupted.files / "a"
     if version:
-        note = folder / "result.nii.partial" / "request.json"
-        note.write_text(json.dumps(json.loads(note.read_text()) | {"fvae": version}))
-    work(cut, cut.claim(), codec, OPTIONS)
-    job = cut.get("a")
+        request = folder / "result.nii.partial" / "request.json"
+        request.write_text(json.dumps(json.loads(request.read_text()) | {"fvae": version}))
+    run_job(interrupted, interrupted.claim(), codec, OPTIONS)
+    job = interrupted.get("a")
     assert (job.state, job.done, job.error) == ("done", 80, None)
     assert job.report["volume"]["slices"] in computed
     fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", model=codec, **OPTIONS)

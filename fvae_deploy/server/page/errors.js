@@ -1,9 +1,9 @@
-// Errors of a reconstruction, voxel by voxel and organ by organ, as `fvae compare` defines them.
+// Reconstruction errors by voxel and by organ, defined as in `fvae compare`.
 "use strict";
 
-const LOW = -1000, HIGH = 1000;
+const LOW = -1000, HIGH = 1000; // HU range to which values are clipped
 
-/** Values of a NiiVue volume in HU. */
+/** Return the voxels of a NiiVue volume in HU. */
 function inHU(volume) {
   const slope = volume.hdr.scl_slope || 1, intercept = volume.hdr.scl_inter || 0;
   if (slope === 1 && intercept === 0) return volume.img;
@@ -12,14 +12,14 @@ function inHU(volume) {
 
 const clipped = (value) => Math.min(Math.max(value, LOW), HIGH);
 
-/** reconstruction - original, both clipped. */
+/** Return reconstruction - original in HU, both clipped to LOW...HIGH. */
 function differences(original, reconstruction) {
-  const made = new Float32Array(original.length);
-  for (let i = 0; i < made.length; i++) made[i] = clipped(reconstruction[i]) - clipped(original[i]);
-  return made;
+  const result = new Float32Array(original.length);
+  for (let i = 0; i < result.length; i++) result[i] = clipped(reconstruction[i]) - clipped(original[i]);
+  return result;
 }
 
-/** One row for the whole volume and one for each label: voxels, psnr, mae, max, bias. */
+/** Return a row (voxels, psnr, mae, max, bias) for the whole volume, label -1, and for each label. */
 function errorRows(difference, labels) {
   const sums = new Map();
   const add = (label, e) => {

@@ -1,12 +1,15 @@
-// The page: uploads a CT, follows its job, shows what came back beside what went in.
+// The web page: upload a CT, follow its job, show original, reconstruction and error side by side.
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const SIGNED = { // blue below, black at 0, red above
+const SIGNED = { // colour map: blue below 0, black at 0, red above
   R: [110, 0, 0, 160, 255], G: [190, 60, 0, 20, 150], B: [255, 200, 0, 20, 110],
   A: [255, 255, 255, 255, 255], I: [0, 64, 128, 192, 255],
 };
-const view = {}; // one NiiVue for each of original, reconstruction, error
+const view = {}; // the NiiVue instances: original, reconstruction, error
+const STATES = {
+  queued: "Waiting in the queue", running: "Computing", done: "Done", failed: "Failed", cancelled: "Cancelled",
+};
 let job = null;
 
 function say(text, bad = false) {
@@ -22,28 +25,28 @@ function headers() {
 async function ask(path, options = {}) {
   const answer = await fetch(path, { ...options, headers: headers() });
   if (!answer.ok) {
-    const detail = await answer.json().then((found) => found.detail, () => answer.statusText);
+    const detail = await answer.json().then((body) => body.detail, () => answer.statusText);
     throw new Error(typeof detail === "string" ? detail : detail[0].msg);
   }
   return answer;
 }
 
-/** Read server-sent events until the job has ended. EventSource cannot send a token. */
+/** Read a job's events until it ends; return its last status. EventSource cannot send a token. */
 async function follow(id) {
   const answer = await ask(`/v1/jobs/${id}/events`);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "", found = null;
+  let text = "", status = null;
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return found;
+    if (done) return status;
     text += value;
     const lines = text.split(/\r?\n/);
     text = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ")) continue;
-      found = JSON.parse(line.slice(6));
-      at("bar").value = found.total ? found.done / found.total : 0;
-      say(`${found.state}${found.total ? `: ${found.done} of ${found.total} slices` : ""}`);
+      status = JSON.parse(line.slice(6));
+      at("bar").value = status.total ? status.done / status.total : 0;
+      say(STATES[status.state] + (status.total ? `: ${status.done} of ${status.total} slices` : ""));
     }
   }
 }
@@ -53,7 +56,7 @@ async function run(file) {
   at("bar").hidden = at("stop").hidden = false;
   at("bar").removeAttribute("value");
   try {
-    say(`sending ${(file.size / 2 ** 20).toFixed(1)} MiB`);
+    say(`Uploading ${(file.size / 2 ** 20).toFixed(1)} MiB`);
     job = await (await ask("/v1/reconstruct", { method: "POST", body: file })).json();
     const ended = await follow(job.id);
     if (ended.state !== "done") throw new Error(ended.error);
@@ -62,7 +65,7 @@ async function run(file) {
     at("save").hidden = false;
     await show(file, result);
     const { slices_per_second: speed, engine, precision } = ended.report;
-    say(`done: ${speed.toFixed(1)} slices/s with ${engine} ${precision}`);
+    say(`Done: ${speed.toFixed(1)} slices/s with ${engine} in ${precision}`);
   } catch (error) {
     say(error.message, true);
   } finally {
@@ -75,7 +78,7 @@ async function load(file, name) {
 }
 
 async function show(file, result) {
-  if (typeof niivue === "undefined") throw new Error("this installation has no viewer: make page");
+  if (typeof niivue === "undefined") throw new Error("The viewer NiiVue is not installed on this server: ask the operator to run make page and install fvae again");
   at("views").hidden = false;
   const original = await load(file, file.name);
   const reconstruction = await load(result, "reconstruction.nii.gz");
@@ -92,7 +95,7 @@ async function show(file, result) {
       view[name] = new niivue.Niivue({ multiplanarShowRender: 0, isColorbar: name === "error" });
       await view[name].attachTo(name);
       view[name].setSliceType(view[name].sliceTypeMultiplanar);
-      view[name].setMultiplanarLayout(2); // a grid
+      view[name].setMultiplanarLayout(2); // views in a grid
     }
     while (view[name].volumes.length) view[name].removeVolumeByIndex(0);
     view[name].addVolume(volume);
@@ -121,13 +124,13 @@ function setWindow() {
 async function table(difference) {
   const file = at("labels").files[0];
   const labels = file ? inHU(await load(file, file.name)) : null;
-  if (labels && labels.length !== difference.length) throw new Error("the labels are of another grid");
+  if (labels && labels.length !== difference.length) throw new Error("The organ labels have another size than the CT: choose the labels of this CT");
   const names = file ? await (await fetch("/page/organs.json")).json() : {};
   const body = at("errors").tBodies[0];
   body.replaceChildren();
   for (const row of errorRows(difference, labels)) {
     const cells = [
-      row.label < 0 ? "whole volume" : names[row.label] || `label ${row.label}`,
+      row.label < 0 ? "Whole volume" : names[row.label] || `Label ${row.label}`,
       row.voxels.toLocaleString("en"),
       ...[row.psnr, row.mae, row.max, row.bias].map((n) => n.toFixed(2)),
     ];
