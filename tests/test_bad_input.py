@@ -222,7 +222,7 @@ OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
     "a foreign folder named .zarr": (["-o", "{f}/foreign.zarr"], 3, "foreign.zarr"),
     "memory that is no amount": (["-o", "{f}/o.nii", "--memory", "lots"], 2, "700MiB"),
     "memory that cannot do": (["-o", "{f}/o.nii", "--memory", "1MiB"], 6, "at least"),
-    "latents in the place of the output": (["-o", "{f}/z.zarr"], 3, "a volume of fvae's"),
+    "latents in the place of the output": (["-o", "{f}/z.zarr"], 3, "a volume that fvae wrote"),
     "a report over the scan": (["-o", "{f}/o.nii", "--run-report", "{f}/ct.nii"], 2, ".json"),
     "an unknown protocol": (["-o", "{f}/o.nii", "--protocol", "waves"], 2, "causal or windows"),
     "an unknown engine": (["-o", "{f}/o.nii", "-e", "magic"], 5, "openvino"),

@@ -16,9 +16,9 @@ HEADERS = [nibabel.Nifti1Header, nibabel.Nifti2Header]
 
 
 def values(path, *depths, start=0):
-    """All frames as an array (x, y, z)."""
+    """Return all frames as an array (x, y, z)."""
     slabs = list(open_volume(path).slabs(*(depths or (3,)), start=start))
-    assert len({slab.dtype for slab in slabs}) <= 1, "one volume, one dtype"
+    assert len({slab.dtype for slab in slabs}) <= 1, "all slabs of a volume must have one dtype"
     shape = open_volume(path).geometry.shape
     return np.concatenate([np.empty((0, *shape[:2]), np.int16), *slabs]).transpose(1, 2, 0)
 
@@ -28,14 +28,14 @@ def affines(draw):
     numbers = st.floats(-4, 4, width=32)
     matrix = np.array(draw(st.lists(numbers, min_size=9, max_size=9))).reshape(3, 3)
     affine = np.eye(4)
-    affine[:3, :3] = matrix + np.diag([9.0, -9.0, 11.0])  # diagonally dominant: can be inverted
+    affine[:3, :3] = matrix + np.diag([9.0, -9.0, 11.0])  # diagonally dominant, so invertible
     affine[:3, 3] = draw(st.lists(st.floats(-500, 500, width=32), min_size=3, max_size=3))
     return affine
 
 
 @st.composite
 def images(draw):
-    """A NIfTI image as another program may have written it, with its stored values."""
+    """Draw a NIfTI header that another program may have written, and its stored values."""
     shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12)))
     dtype = np.dtype(draw(st.sampled_from(REAL))).newbyteorder(draw(st.sampled_from("<>")))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
@@ -97,7 +97,7 @@ class TestReading:
             ("f8", 1, 0, "float32"),
         ],
     )
-    def test_frames_are_int16_where_the_header_promises_it(
+    def test_frames_are_int16_if_the_header_guarantees_it(
         self, tmp_path, dtype, slope, inter, frames
     ):
         header = nibabel.Nifti1Header()
@@ -105,9 +105,9 @@ class TestReading:
         header.set_data_shape((2, 3, 2))
         header["scl_slope"], header["scl_inter"], header["vox_offset"] = slope, inter, 352
         save(tmp_path / "a.nii", header, np.full((2, 3, 2), 100, dtype))
-        found = values(tmp_path / "a.nii")
-        assert found.dtype == frames
-        assert (found == (100 * slope + inter if slope else 100)).all()
+        loaded = values(tmp_path / "a.nii")
+        assert loaded.dtype == frames
+        assert (loaded == (100 * slope + inter if slope else 100)).all()
 
     def test_a_plane_is_a_volume_of_one_slice(self, tmp_path):
         plane = np.arange(12, dtype=np.int16).reshape(3, 4)
@@ -115,7 +115,7 @@ class TestReading:
         assert np.array_equal(values(tmp_path / "a.nii"), plane[..., None])
 
     @pytest.mark.parametrize("tail", [b"x", b"\0" * 999, b"not gzip at all", b"\x1f"])
-    def test_bytes_after_the_gzip_data_do_no_harm(self, tmp_path, tail):
+    def test_bytes_after_the_gzip_data_are_ignored(self, tmp_path, tail):
         volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii.gz")
         with (tmp_path / "a.nii.gz").open("ab") as file:
@@ -214,14 +214,14 @@ class TestWriting:
         assert values(tmp_path / "a.nii").ravel().tolist() == wanted
         assert np.array_equal(given_.ravel(), frames)
 
-    def test_bytes_depend_on_nothing_but_the_volume(self, tmp_path):
+    def test_bytes_depend_only_on_the_volume(self, tmp_path):
         frames = np.random.default_rng(2).integers(-9, 9, (12, 300, 200), np.int16)
         for name, depth in (("a.nii.gz", 1), ("b.nii.gz", 5), ("c.nii.gz", 12)):
             with create_volume(tmp_path / name, Geometry((300, 200, 12), np.eye(4))) as writer:
                 for z in range(0, 12, depth):
                     writer.write(frames[z : z + depth])
         first = (tmp_path / "a.nii.gz").read_bytes()
-        assert first[3:8] == bytes(5), "neither flags nor a time in the gzip header"
+        assert first[3:8] == bytes(5), "the gzip header must have neither flags nor a time"
         assert first == (tmp_path / "b.nii.gz").read_bytes() == (tmp_path / "c.nii.gz").read_bytes()
 
     def test_real_ct_survives(self, real_ct, tmp_path):
@@ -249,5 +249,5 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path, name):
         finally:
             tracemalloc.stop()
 
-    peak(8)  # what is imported or cached once
+    peak(8)  # warms up imports and caches
     assert peak(2000) < 1.3 * peak(200)
