@@ -185,7 +185,7 @@ RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
         lambda f: dicom(f, {}, {}, {"SeriesInstanceUID": "1.2.840.2"}), 3, "--series"),
     "DICOM of MR": (lambda f: dicom(f, *[{"Modality": "MR"}] * 3), 3, "found MR"),
     "a DICOM slice of other size": (
-        lambda f: dicom(f, {}, {"Rows": 2, "PixelData": bytes(24)}), 3, "one size"),
+        lambda f: dicom(f, {}, {"Rows": 2, "PixelData": bytes(24)}), 3, "the same size"),
     "DICOM with its pixels cut off": (
         lambda f: dicom(f, {}, {}, {"PixelData": bytes(20)}), 3, "could not decode"),
     "DICOM without positions": (

@@ -25,5 +25,5 @@ def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
 def difference(name: str, before: object, now: object) -> str:
     """Return a text on how a setting of an interrupted run differs from that of this run."""
     if name == "input":
-        return f"another input, or one that changed since ({before}, now {now})"
+        return f"an input that changed since then or is a different one ({before}, now {now})"
     return f"{'--step' if name == 'k' else name} {before!r} instead of {now!r}"

@@ -240,8 +240,8 @@ class FrameWriter(ABC):
         """Abort and raise a VolumeError if writing failed.
 
         Call this outside the `except` block: a compressor with its own thread raises the same
-        error again on close. The error would become its own context, and contextlib would follow
-        that circle for ever.
+        error again on close. The error would become its own context, and contextlib would loop
+        endlessly over the chain of contexts.
         """
         if failed is not None:
             self.abort()

@@ -79,7 +79,7 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
     """Raise VolumeError if the output exists and `overwrite` is False.
 
     Call this before any work. With `overwrite` nothing is checked here: the writers replace an
-    older output only when the new one is complete, and refuse folders that fvae did not write.
+    older output only when the new one is complete, and never replace folders of another kind.
     """
     if not overwrite and os.path.lexists(path):
         raise VolumeError(

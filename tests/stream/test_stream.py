@@ -427,7 +427,7 @@ def test_a_full_disk_leaves_no_volume(fake_bundle, write_ct, tmp_path, suffix):
         "-m", fake_bundle, "-e", "fake", "--dtype", "float32",
     )  # fmt: skip
     assert found.returncode == 3, found.stderr
-    assert re.fullmatch(r"fvae: expected room .*File too large.*\n", found.stderr)
+    assert re.fullmatch(r"fvae: expected to write .*File too large.*\n", found.stderr)
     assert [p.name for p in tmp_path.iterdir()] == ["ct.nii"]
 
 
