@@ -243,9 +243,7 @@ class Torso:
             return
         x, y = self.x[box[0]], self.y[:, box[1]] - 8 * math.sin(z / 72)
         level = min(SPINE, key=lambda v: abs(v.z - z) - v.half)
-        flat = np.float32(
-            level.half - abs(level.z - z)
-        )  # distance to the end plates; < 0 in the disc
+        flat = np.float32(level.half - abs(level.z - z))  # to the end plates; < 0 in the disc
         body = _superellipse(x, y - 48, 22, 17, 2.2)
         self._paint(box, body, 85, "")
         bone = np.minimum(body, flat)

@@ -34,11 +34,7 @@ GAP, MARGIN, HEADER, CAPTION, LEGEND = 8, 24, 92, 26, 64  # px
 TALLEST = 900  # px: taller scans are drawn at a smaller scale
 
 INK, FAINT, PAPER = (232, 234, 237), (140, 146, 155), (17, 19, 24)
-COLD, ZERO, WARM = (
-    (64, 156, 255),
-    (24, 26, 31),
-    (255, 112, 67),
-)  # colours of negative, zero and positive errors
+COLD, ZERO, WARM = (64, 156, 255), (24, 26, 31), (255, 112, 67)  # errors below, at and above 0
 
 # Patient axis normal to a plane -> name of the plane, its directions to the right and down.
 _PLANES = {"S": ("Axial", "L", "P"), "A": ("Coronal", "L", "I"), "R": ("Sagittal", "P", "I")}

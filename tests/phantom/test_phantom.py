@@ -60,9 +60,7 @@ def test_noise_has_the_promised_sigma_and_correlation():
     noise = np.stack([source._noise(k) for k in range(4)])
     assert noise.std() == pytest.approx(STANDARD.noise, rel=0.02)
     assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * STANDARD.noise**2  # neighbours correlate
-    assert (
-        abs(np.mean(noise[1:] * noise[:-1])) < 0.02 * STANDARD.noise**2
-    )  # slices do not correlate
+    assert abs(np.mean(noise[1:] * noise[:-1])) < 0.02 * STANDARD.noise**2  # slices do not
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_ssim_is_none_if_not_requested_or_slices_are_too_small(tmp_path: Path):
     assert compare(small, small).ssim is None
 
 
-def test_identical_volumes_have_no_error_and_json_says_null(tmp_path: Path):
+def test_identical_volumes_have_no_error_and_a_psnr_of_null_in_json(tmp_path: Path):
     path = store(tmp_path / "a.nii", scan(0))
     result = compare(path, path)
     assert result.psnr == math.inf
@@ -178,7 +178,7 @@ def test_values_that_are_no_labels_are_refused(tmp_path: Path, labels: np.ndarra
         compare(path, path, labels=organs)
 
 
-def test_float_labels_that_are_whole_are_labels(tmp_path: Path):
+def test_labels_stored_as_whole_floats_are_accepted(tmp_path: Path):
     path = store(tmp_path / "a.nii", scan(0))
     organs = store(tmp_path / "organs.nii", np.full((5, 12, 9), 5, np.float32))
     assert [o.name for o in compare(path, path, labels=organs).organs] == ["liver"]
@@ -186,8 +186,8 @@ def test_float_labels_that_are_whole_are_labels(tmp_path: Path):
 
 def moved(**changes: float) -> np.ndarray:
     affine = AFFINE.copy()
-    for place, value in changes.items():
-        affine[int(place[1]), int(place[2])] = value
+    for name, value in changes.items():
+        affine[int(name[1]), int(name[2])] = value
     return affine
 
 

@@ -67,9 +67,7 @@ def test_planes_stand_upright_in_every_orientation(tmp_path: Path, codes: str):
     collected = collect(tmp_path / "p.png", frames, codes)
     axial, coronal, sagittal = collected.planes()
     whole = upright(frames, codes)  # [to the left, to the back, to the feet]
-    at = [
-        size // 2 for size in whole.shape
-    ]  # sizes are odd, so the middle is the same in both directions
+    at = [size // 2 for size in whole.shape]  # the middle from both ends, as all sizes are odd
     np.testing.assert_array_equal(axial.original, whole[:, :, at[2]].T)
     np.testing.assert_array_equal(coronal.original, whole[:, at[1], :].T)
     np.testing.assert_array_equal(sagittal.original, whole[at[0], :, :].T)

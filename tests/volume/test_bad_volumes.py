@@ -163,8 +163,8 @@ class TestFuzz:
     @given(flips, kinds, st.booleans())
     def test_flipped_header_bytes(self, tmp_path_factory, flips, kind, zipped):
         data = bytearray(header(kind) + VOXELS)
-        for place, mask in flips:
-            data[place] ^= mask
+        for index, mask in flips:
+            data[index] ^= mask
         name = "a.nii.gz" if zipped else "a.nii"
         path = tmp_path_factory.mktemp("fuzz") / name
         survives(path, gzip.compress(bytes(data)) if zipped else bytes(data))
@@ -173,8 +173,8 @@ class TestFuzz:
     @given(flips, st.integers(0, 400))
     def test_flipped_and_truncated_gzip_bytes(self, tmp_path_factory, flips, cut):
         data = bytearray(gzip.compress(SOUND))
-        for place, mask in flips:
-            data[place % len(data)] ^= mask
+        for index, mask in flips:
+            data[index % len(data)] ^= mask
         survives(tmp_path_factory.mktemp("fuzz") / "a.nii.gz", bytes(data[: len(data) - cut]))
 
     @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

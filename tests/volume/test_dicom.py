@@ -303,8 +303,8 @@ def test_flipped_bytes_raise_only_volume_errors(tmp_path_factory, flips):
     folder = tmp_path_factory.mktemp("flipped")
     put(folder / "a.dcm", 0)
     data = bytearray((folder / "a.dcm").read_bytes())
-    for place, mask in flips:
-        data[place % len(data)] ^= mask
+    for index, mask in flips:
+        data[index % len(data)] ^= mask
     (folder / "a.dcm").write_bytes(data)
     try:
         values(folder)

@@ -123,7 +123,7 @@ class TestReading:
         assert np.array_equal(values(tmp_path / "a.nii.gz"), volume)
 
     @pytest.mark.parametrize("block", [7, 300, 70000])
-    def test_gzip_of_many_members_is_one_stream(self, tmp_path, block):
+    def test_several_gzip_members_are_read_as_one_stream(self, tmp_path, block):
         volume = np.random.default_rng(0).integers(-99, 99, (3, 40, 50), np.int16)
         data = nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
         members = [gzip.compress(data[i : i + block]) for i in range(0, len(data), block)]
@@ -137,7 +137,7 @@ class TestReading:
             values(tmp_path / "a.nii", start=6)
 
     @pytest.mark.parametrize("name", ["torso_3mm.nii.gz", "torso_3mm_part.nii.gz"])
-    def test_real_ct(self, real_ct, name):
+    def test_real_ct_is_read_as_nibabel_reads_it(self, real_ct, name):
         reference = nibabel.load(real_ct / name)
         assert np.array_equal(values(real_ct / name, 1, 4), reference.get_fdata())
         assert np.array_equal(open_volume(real_ct / name).geometry.affine, reference.affine)
@@ -156,9 +156,9 @@ class TestWriting:
             for slab in reader.slabs(1, 4):
                 writer.write(slab)
         source, copy = nibabel.load(folder / "in.nii"), nibabel.load(folder / name)
-        wanted = source.get_fdata().reshape(image[1].shape).astype(np.float32)
-        wanted = np.rint(wanted) if dtype == "int16" else wanted
-        assert np.array_equal(copy.get_fdata(dtype=np.float32), wanted)
+        expected = source.get_fdata().reshape(image[1].shape).astype(np.float32)
+        expected = np.rint(expected) if dtype == "int16" else expected
+        assert np.array_equal(copy.get_fdata(dtype=np.float32), expected)
         assert np.array_equal(copy.affine, source.affine)
         assert type(copy.header) is type(source.header)
         assert copy.header.endianness == source.header.endianness
@@ -172,7 +172,7 @@ class TestWriting:
 
     @settings(deadline=None, max_examples=50)
     @given(affines(), st.tuples(*[st.integers(1, 7)] * 3), st.sampled_from(["o.nii", "o.nii.gz"]))
-    def test_a_new_header_holds_the_affine(self, tmp_path_factory, affine, shape, name):
+    def test_a_new_header_contains_the_affine(self, tmp_path_factory, affine, shape, name):
         path = tmp_path_factory.mktemp("new") / name
         volume = np.random.default_rng(1).integers(-2000, 2000, shape, np.int16)
         with create_volume(path, Geometry(shape, affine)) as writer:
@@ -210,8 +210,8 @@ class TestWriting:
         given_ = frames.reshape(1, 8, 1).copy()
         with create_volume(tmp_path / "a.nii", Geometry((8, 1, 1), np.eye(4))) as writer:
             writer.write(given_)
-        wanted = [-32768, -2, 0, 0, 2, 3, 32767, 32767]
-        assert values(tmp_path / "a.nii").ravel().tolist() == wanted
+        expected = [-32768, -2, 0, 0, 2, 3, 32767, 32767]
+        assert values(tmp_path / "a.nii").ravel().tolist() == expected
         assert np.array_equal(given_.ravel(), frames)
 
     def test_bytes_depend_only_on_the_volume(self, tmp_path):
@@ -224,7 +224,7 @@ class TestWriting:
         assert first[3:8] == bytes(5), "the gzip header must have neither flags nor a time"
         assert first == (tmp_path / "b.nii.gz").read_bytes() == (tmp_path / "c.nii.gz").read_bytes()
 
-    def test_real_ct_survives(self, real_ct, tmp_path):
+    def test_a_copy_of_real_ct_has_the_same_values(self, real_ct, tmp_path):
         reader = open_volume(real_ct / "torso_3mm.nii.gz")
         with create_volume(tmp_path / "o.nii.gz", reader.geometry) as writer:
             for slab in reader.slabs(1, 4):
