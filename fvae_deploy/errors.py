@@ -1,18 +1,18 @@
-"""The one error tree.
+"""All errors that fvae raises, and their exit codes.
 
     FvaeError                 exit code
-    ├── UsageError            2   options that contradict each other
+    ├── UsageError            2   options that are invalid or contradict each other
     ├── VolumeError           3   an input or output that cannot be read or written
     │   ├── OutputError       3   an output that cannot be written: a full disk, no permission
     │   └── LatentError       3   a latent store that is incomplete, damaged or of another model
     ├── ConditionError        3   a mask or text that does not fit the generator
-    ├── BundleError           4   weights or a bundle that do not fit, or are damaged
-    ├── EngineError           5   an engine that cannot run here
-    ├── PlanError             6   a memory budget that cannot be met
-    └── StoppedError        130   Ctrl-C; 143 SIGTERM, 129 SIGHUP
+    ├── BundleError           4   weights or a bundle that are damaged or do not fit
+    ├── EngineError           5   an engine that cannot run on this machine
+    ├── PlanError             6   a memory budget that is too small
+    └── StoppedError        130   interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP
 
 Every message is one line: what was expected, what was found, and the remedy.
-Only the command line turns errors into exit codes.
+Only the command line converts errors to exit codes.
 """
 
 
@@ -22,18 +22,18 @@ class FvaeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        # Damaged files put control characters, even line breaks, into what a message quotes.
+        # Text quoted from damaged files may contain control characters and line breaks.
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 class UsageError(FvaeError):
-    """Options that contradict each other or lie outside their range."""
+    """Options that contradict each other or are outside their range."""
 
     exit_code = 2
 
 
 class VolumeError(FvaeError):
-    """A volume that cannot be read, written or understood."""
+    """A volume that cannot be read, written or interpreted."""
 
     exit_code = 3
 
@@ -43,7 +43,7 @@ class OutputError(VolumeError):
 
 
 class LatentError(VolumeError):
-    """A latent store that is incomplete, damaged, or made by another model."""
+    """A latent store that is incomplete, damaged or written by another model."""
 
 
 class ConditionError(FvaeError):
@@ -59,18 +59,18 @@ class BundleError(FvaeError):
 
 
 class EngineError(FvaeError):
-    """An engine that was asked for and cannot run here."""
+    """A requested engine that cannot run on this machine."""
 
     exit_code = 5
 
 
 class PlanError(FvaeError):
-    """A memory budget that cannot be met; the message names the least that would do."""
+    """A memory budget that is too small; the message states the smallest one that works."""
 
     exit_code = 6
 
 
 class StoppedError(FvaeError):
-    """The user stopped the run."""
+    """A run that was interrupted by the user or by a signal."""
 
     exit_code = 130

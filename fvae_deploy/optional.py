@@ -1,4 +1,4 @@
-"""Optional packages: an error that says what to install where one is missing."""
+"""Check for optional packages and report how to install a missing one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fvae_deploy.errors import EngineError
 
 
 def require(*packages: str, extra: str = "export") -> None:
-    """Raise EngineError with the pip line when an optional package is not installed."""
-    absent = [package for package in packages if find_spec(package) is None]
-    if absent:
+    """Raise EngineError with the pip command if an optional package is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
         raise EngineError(
-            f"expected the packages {', '.join(packages)}, found {', '.join(absent)} missing: "
+            f"expected the packages {', '.join(packages)}, found {', '.join(missing)} missing: "
             f"pip install 'fvae-deploy[{extra}]'"
         )

@@ -1,6 +1,7 @@
-"""Names by label number: organs of a label map, and findings of a disease mask.
+"""Names of label numbers: organs in a segmentation, and findings in a disease mask.
 
-Organs are the 117 of TotalSegmentator v2 (its "total" task), findings the 18 of CT-RATE.
+The organs are the 117 classes of TotalSegmentator v2 (task "total"), the findings the 18 of
+CT-RATE.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ FINDINGS: dict[int, str] = dict(
 
 
 def organ_name(label: int) -> str:
-    """Name of a label, or "label 205" for a number that TotalSegmentator does not use."""
+    """Return the name of a label, for example "label 205" if TotalSegmentator does not use it."""
     return ORGANS.get(label, f"label {label}")
 
 
 def organ_label(name: str) -> int:
-    """Label number of an organ's name; KeyError for a name that is not in the list."""
+    """Return the label number of an organ; raises KeyError for an unknown name."""
     return _LABELS[name]
 
 
@@ -79,7 +80,7 @@ _LABELS = {name: label for label, name in ORGANS.items()}
 
 
 def finding_label(name: str) -> int:
-    """Label number of a finding's name; KeyError for a name that is not in the list."""
+    """Return the label number of a finding; raises KeyError for an unknown name."""
     return _FINDING_LABELS[name]
 
 

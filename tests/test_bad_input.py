@@ -185,7 +185,7 @@ RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
         lambda f: dicom(f, {}, {}, {"SeriesInstanceUID": "1.2.840.2"}), 3, "--series"),
     "DICOM of MR": (lambda f: dicom(f, *[{"Modality": "MR"}] * 3), 3, "found MR"),
     "a DICOM slice of other size": (
-        lambda f: dicom(f, {}, {"Rows": 2, "PixelData": bytes(24)}), 3, "one size"),
+        lambda f: dicom(f, {}, {"Rows": 2, "PixelData": bytes(24)}), 3, "the same size"),
     "DICOM with its pixels cut off": (
         lambda f: dicom(f, {}, {}, {"PixelData": bytes(20)}), 3, "could not decode"),
     "DICOM without positions": (
@@ -222,7 +222,12 @@ OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
     "a foreign folder named .zarr": (["-o", "{f}/foreign.zarr"], 3, "foreign.zarr"),
     "memory that is no amount": (["-o", "{f}/o.nii", "--memory", "lots"], 2, "700MiB"),
     "memory that cannot do": (["-o", "{f}/o.nii", "--memory", "1MiB"], 6, "at least"),
-    "latents in the place of the output": (["-o", "{f}/z.zarr"], 3, "a volume of fvae's"),
+    "latents in the place of the output": (
+        ["-o", "{f}/z.zarr", "--overwrite"],
+        3,
+        "a volume that fvae wrote",
+    ),
+    "an output that exists": (["-o", "{f}/z.zarr"], 3, "pass --overwrite"),
     "a report over the scan": (["-o", "{f}/o.nii", "--json", "{f}/ct.nii"], 2, ".json"),
     "an unknown protocol": (["-o", "{f}/o.nii", "--protocol", "waves"], 2, "causal or windows"),
     "an unknown engine": (["-o", "{f}/o.nii", "-e", "magic"], 5, "openvino"),

@@ -32,7 +32,7 @@ from fvae_deploy.cli.options import (
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.parse import slice_range
 from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.volume.dicomweb import at_hand, is_remote
+from fvae_deploy.volume.dicomweb import local_copies, is_remote
 
 app = typer.Typer(
     cls=Verbs,
@@ -172,7 +172,7 @@ def _run_one(
     from fvae_deploy import api
     from fvae_deploy.volume.open import open_volume
 
-    with at_hand(ct, output, push=not dry_run) as (source, target):
+    with local_copies(ct, output, push=not dry_run) as (source, target):
         if dry_run:
             found = api.dry_run(verb, source, target, options, series=series)
         else:

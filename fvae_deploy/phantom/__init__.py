@@ -1,1 +1,1 @@
-"""A synthetic torso, drawn slab by slab, and other patients of it."""
+"""A synthetic CT of the torso, drawn slice by slice, and random variations of its patient."""

@@ -1,8 +1,8 @@
-"""Where the organs of the phantom lie, and how dense they are: tables, and two growing rules.
+"""Positions, sizes and HU of the phantom's organs: tables, plus rules for spine and lung vessels.
 
-Positions are millimetres in scanner axes (LPS): x grows to the patient's left, y to the back,
-z to the head; the origin is the middle of the volume. HU are those of a portal-venous scan.
-Organs are named as in `organs.py`; "" stands for tissue without a label.
+Positions are in millimetres in scanner axes (LPS): x grows to the patient's left, y to the back,
+z to the head; the origin is the centre of the volume. HU are those of a portal venous scan.
+Organ names are those of `organs.py`; "" stands for tissue without a label.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Point = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Blob:
-    """An ellipsoid: `rind` is a wall (mm, HU); what lies in front of y = `gas` (mm) is air."""
+    """An ellipsoid with a `wall` (thickness in mm, HU); in front of y = `gas` (mm) it has air."""
 
     organ: str
     hu: float
     centre: Point
     radii: Point
-    rind: tuple[float, float] = (0.0, 0.0)
+    wall: tuple[float, float] = (0.0, 0.0)
     gas: float = -math.inf
 
 
 @dataclass(frozen=True)
 class Tube:
-    """A straight piece of vessel or airway with round ends; organ "" keeps the label below."""
+    """A straight piece of vessel or airway with round ends; organ "" clears the label."""
 
     organ: str
     hu: float
@@ -43,51 +43,51 @@ class Tube:
 
 @dataclass(frozen=True)
 class Vertebra:
-    """One level of the spine: the body's middle and half height in mm, disc left out."""
+    """One level of the spine: centre `z` and `half` height of the body in mm, without the disc."""
 
     organ: str
     z: float
     half: float
 
 
-_GUT = (2.5, 60.0)  # wall of the bowel
-# Outside the cavity: muscles of the back, and hip bones.
+_BOWEL = (2.5, 60.0)  # wall
+# Outside the body cavity: back muscles, hip bones and sternum.
 FRAME = (
     Blob("autochthon_left", 55, (32, 86, 0), (28, 17, 900)),
     Blob("autochthon_right", 55, (-32, 86, 0), (28, 17, 900)),
-    Blob("hip_left", 250, (96, 40, -232), (12, 62, 66), rind=(3, 750)),
-    Blob("hip_right", 250, (-96, 40, -232), (12, 62, 66), rind=(3, 750)),
-    Blob("sternum", 180, (0, -92, 75), (17, 6, 85), rind=(1.5, 500)),
+    Blob("hip_left", 250, (96, 40, -232), (12, 62, 66), wall=(3, 750)),
+    Blob("hip_right", 250, (-96, 40, -232), (12, 62, 66), wall=(3, 750)),
+    Blob("sternum", 180, (0, -92, 75), (17, 6, 85), wall=(1.5, 500)),
 )
-# Inside the cavity, from the diaphragm down and from large to small. "" is unlabelled fat.
+# Inside the body cavity; later blobs are painted over earlier ones. "" is fat without a label.
 ORGAN_BLOBS = (
     Blob("", -95, (72, 0, -45), (78, 84, 78)),
     Blob("liver", 110, (-66, -6, -22), (86, 80, 80)),
     Blob("liver", 110, (0, -40, -10), (70, 34, 42)),
     Blob("gallbladder", 10, (-48, -52, -88), (14, 20, 24)),
-    Blob("stomach", 30, (56, -34, -8), (44, 42, 46), rind=(4, 70), gas=-48),
+    Blob("stomach", 30, (56, -34, -8), (44, 42, 46), wall=(4, 70), gas=-48),
     Blob("spleen", 120, (104, 42, -14), (26, 40, 46)),
     Blob("pancreas", 85, (22, 4, -62), (52, 12, 14)),
-    Blob("kidney_left", 30, (62, 44, -80), (27, 28, 54), rind=(10, 180)),
-    Blob("kidney_right", 30, (-62, 46, -94), (27, 28, 54), rind=(10, 180)),
+    Blob("kidney_left", 30, (62, 44, -80), (27, 28, 54), wall=(10, 180)),
+    Blob("kidney_right", 30, (-62, 46, -94), (27, 28, 54), wall=(10, 180)),
     Blob("adrenal_gland_left", 50, (36, 40, -30), (5, 14, 12)),
     Blob("adrenal_gland_right", 50, (-34, 42, -36), (5, 14, 12)),
     Blob("iliopsoas_left", 55, (42, 44, -175), (20, 22, 78)),
     Blob("iliopsoas_right", 55, (-42, 44, -175), (20, 22, 78)),
-    Blob("colon", 20, (-112, 14, -170), (25, 27, 72), rind=_GUT, gas=4),
-    Blob("colon", 20, (110, 30, -140), (20, 22, 92), rind=_GUT, gas=20),
-    Blob("colon", 10, (0, -66, -110), (104, 19, 20), rind=_GUT, gas=-70),
-    Blob("small_bowel", 30, (-58, -38, -160), (30, 24, 22), rind=_GUT, gas=-54),
-    Blob("small_bowel", 25, (-8, -46, -152), (26, 26, 24), rind=_GUT),
-    Blob("small_bowel", 35, (48, -40, -160), (32, 24, 20), rind=_GUT, gas=-50),
-    Blob("small_bowel", 30, (-40, -42, -205), (34, 26, 24), rind=_GUT),
-    Blob("small_bowel", 20, (30, -44, -208), (36, 28, 26), rind=_GUT, gas=-58),
-    Blob("small_bowel", 40, (70, 0, -186), (30, 26, 24), rind=_GUT),
-    Blob("small_bowel", 25, (-62, 0, -192), (26, 24, 26), rind=_GUT),
-    Blob("small_bowel", 35, (20, -6, -132), (36, 20, 18), rind=_GUT),
-    Blob("small_bowel", 20, (62, -30, -116), (24, 22, 20), rind=_GUT, gas=-44),
-    Blob("small_bowel", 45, (-24, -10, -170), (28, 20, 20), rind=_GUT),
-    Blob("heart", 190, (24, -34, 66), (60, 48, 54), rind=(11, 100)),
+    Blob("colon", 20, (-112, 14, -170), (25, 27, 72), wall=_BOWEL, gas=4),
+    Blob("colon", 20, (110, 30, -140), (20, 22, 92), wall=_BOWEL, gas=20),
+    Blob("colon", 10, (0, -66, -110), (104, 19, 20), wall=_BOWEL, gas=-70),
+    Blob("small_bowel", 30, (-58, -38, -160), (30, 24, 22), wall=_BOWEL, gas=-54),
+    Blob("small_bowel", 25, (-8, -46, -152), (26, 26, 24), wall=_BOWEL),
+    Blob("small_bowel", 35, (48, -40, -160), (32, 24, 20), wall=_BOWEL, gas=-50),
+    Blob("small_bowel", 30, (-40, -42, -205), (34, 26, 24), wall=_BOWEL),
+    Blob("small_bowel", 20, (30, -44, -208), (36, 28, 26), wall=_BOWEL, gas=-58),
+    Blob("small_bowel", 40, (70, 0, -186), (30, 26, 24), wall=_BOWEL),
+    Blob("small_bowel", 25, (-62, 0, -192), (26, 24, 26), wall=_BOWEL),
+    Blob("small_bowel", 35, (20, -6, -132), (36, 20, 18), wall=_BOWEL),
+    Blob("small_bowel", 20, (62, -30, -116), (24, 22, 20), wall=_BOWEL, gas=-44),
+    Blob("small_bowel", 45, (-24, -10, -170), (28, 20, 20), wall=_BOWEL),
+    Blob("heart", 190, (24, -34, 66), (60, 48, 54), wall=(11, 100)),
     Blob("heart", 100, (26, -30, 62), (7, 34, 40)),
 )
 
@@ -115,7 +115,7 @@ TUBES = (
 
 
 def _spine() -> Iterator[Vertebra]:
-    """From C7 down: 23 mm a level in the chest, 33 mm in the loin."""
+    """Yield C7 to L5 and the sacrum: 23 mm per level down to T12, 33 mm in the lumbar spine."""
     names = ["C7", *(f"T{n}" for n in range(1, 13)), *(f"L{n}" for n in range(1, 6))]
     top = 221.5 + 23.0
     for name in names:
@@ -129,15 +129,18 @@ SPINE = tuple(_spine())
 
 
 def _branches(
-    random: np.random.Generator, start: NDArray[np.float64], way: NDArray[np.float64], level: int
+    random: np.random.Generator,
+    start: NDArray[np.float64],
+    direction: NDArray[np.float64],
+    level: int,
 ) -> Iterator[Tube]:
-    """Grow a vessel of the lung and all that fork from it, each thinner and shorter."""
-    end = start + way * 32.0 * 0.85**level
+    """Yield a lung vessel and all its branches; each level is thinner and shorter."""
+    end = start + direction * 32.0 * 0.85**level
     radius = 5.0 * 0.75**level
     yield Tube("", 60 + 40 * random.random(), _point(start), _point(end), radius)
     if level < 5:
         for _ in range(2):
-            turned = way + 0.4 * random.standard_normal(3)
+            turned = direction + 0.4 * random.standard_normal(3)
             yield from _branches(random, end, turned / np.linalg.norm(turned), level + 1)
 
 
@@ -154,12 +157,12 @@ _FROM_HILUM = (
 
 
 def lung_vessels(seed: int) -> tuple[Tube, ...]:
-    """Grow the vessel trees of both lungs from their hila; the seed bends the branches."""
+    """Return the vessel trees of both lungs; the seed determines the directions of branches."""
     random = np.random.default_rng(seed)
     tubes: list[Tube] = []
     for side in (-1, 1):
         hilum = np.array((side * 44.0, 12.0, 86.0))
         for outward, back, head in _FROM_HILUM:
-            way = np.array((side * outward, back, head))
-            tubes.extend(_branches(random, hilum, way / np.linalg.norm(way), 0))
+            direction = np.array((side * outward, back, head))
+            tubes.extend(_branches(random, hilum, direction / np.linalg.norm(direction), 0))
     return tuple(tubes)

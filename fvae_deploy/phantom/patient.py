@@ -1,7 +1,7 @@
-"""Whom the phantom shows: size, organs, contrast phase, noise and findings, drawn by a seed.
+"""The phantom's patient: size, organs, contrast phase, noise and findings.
 
-`STANDARD` is the torso of `anatomy.py` as it stands. `varied(seed)` is one of endlessly many
-patients around it, for training and judging generation: the same seed, the same patient.
+`STANDARD` is the unchanged torso of `anatomy.py`. `varied(seed)` returns a random variation of
+it, for training and evaluating generation; the same seed gives the same patient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fvae_deploy.phantom.anatomy import FRAME, ORGAN_BLOBS, TUBES, Blob, Point, 
 
 Shape = TypeVar("Shape", Blob, Tube)
 
-# HU without contrast medium of what takes it up; all other organs stay as they are.
+# HU without contrast medium of the organs that take it up; other organs do not change.
 NATIVE = {
     "liver": 58.0,
     "spleen": 48.0,
@@ -36,7 +36,7 @@ NATIVE = {
     "pulmonary_vein": 42.0,
 }
 ARTERIES = ("aorta", "iliac_artery", "brachiocephalic_trunk", "common_carotid_artery")
-# Uptake as a share of the portal venous phase's: of arteries, of the heart, of all else.
+# Uptake of arteries, heart and other organs, relative to the portal venous phase.
 PHASES = {
     "portal venous phase": (1.0, 1.0, 1.0),
     "arterial phase": (1.7, 1.4, 0.4),
@@ -46,7 +46,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something ill in a lung: an ellipsoid, or for an effusion what lies behind y = `level`."""
+    """A lesion of a lung: an ellipsoid; an effusion fills only its part behind y = `level`."""
 
     name: str  # one of `organs.FINDINGS`
     side: str  # left or right
@@ -57,26 +57,26 @@ class Finding:
 
     @property
     def label(self) -> int:
-        """Its number in a disease mask."""
+        """The label number in a disease mask."""
         return finding_label(self.name)
 
 
 @dataclass(frozen=True)
 class Patient:
-    """One patient; lengths are relative to the standard torso's."""
+    """One patient; `size` and `fat` are factors relative to the standard torso."""
 
     size: Point = (1.0, 1.0, 1.0)
-    shift: float = 0.0  # of the body along z, mm
+    shift: float = 0.0  # of the body along z, in mm
     frame: tuple[Blob, ...] = FRAME
     organs: tuple[Blob, ...] = ORGAN_BLOBS
     tubes: tuple[Tube, ...] = TUBES
-    fat: float = 1.0  # thickness under the skin
+    fat: float = 1.0  # thickness of the subcutaneous fat
     phase: str = "portal venous phase"
     noise: float = 12.0  # HU, standard deviation
     findings: tuple[Finding, ...] = ()
 
     def report(self, seed: int = 0) -> str:
-        """Tell findings and phase in words; the seed chooses among phrasings."""
+        """Return findings and contrast phase as text; the seed chooses the wording."""
         random = np.random.default_rng([seed, 7])
         sentences = [_phrase(finding, random) for finding in self.findings]
         if not sentences:
@@ -88,28 +88,28 @@ STANDARD = Patient()
 
 
 def varied(seed: int, findings: Iterable[Finding] | None = None) -> Patient:
-    """Draw a patient: size, organs, phase and noise, with these findings or up to two drawn."""
+    """Return a random patient, with the given findings or with up to two random ones."""
     random = np.random.default_rng([seed, 3])
     phase = str(random.choice(list(PHASES)))
-    whole = random.uniform(0.9, 1.1)
-    across, down, along = whole * random.uniform(0.95, 1.05, 3)
-    moved = _moved(random)
-    drawn = tuple(draw_findings(random)) if findings is None else tuple(findings)
+    overall = random.uniform(0.9, 1.1)
+    size_x, size_y, size_z = overall * random.uniform(0.95, 1.05, 3)
+    move = _organ_moves(random)
+    chosen = tuple(draw_findings(random)) if findings is None else tuple(findings)
     return Patient(
-        size=(float(across), float(down), float(along)),
+        size=(float(size_x), float(size_y), float(size_z)),
         shift=float(random.uniform(-20, 20)),
         frame=tuple(_in_phase(blob, phase) for blob in FRAME),
-        organs=tuple(_in_phase(moved(blob), phase) for blob in ORGAN_BLOBS),
+        organs=tuple(_in_phase(move(blob), phase) for blob in ORGAN_BLOBS),
         tubes=tuple(_in_phase(tube, phase) for tube in TUBES),
         fat=float(random.uniform(0.8, 1.3)),
         phase=phase,
         noise=float(random.uniform(5, 18)),
-        findings=drawn,
+        findings=chosen,
     )
 
 
 def draw_findings(random: np.random.Generator) -> Iterator[Finding]:
-    """Draw none, one or two findings; at most one of a kind in a lung."""
+    """Yield up to two random findings, at most one of each kind per lung."""
     taken: set[tuple[str, str]] = set()
     for _ in range(int(random.choice(3, p=(0.25, 0.5, 0.25)))):
         name = str(random.choice(["Lung nodule", "Pleural effusion", "Consolidation"]))
@@ -121,7 +121,7 @@ def draw_findings(random: np.random.Generator) -> Iterator[Finding]:
 
 
 def draw_finding(name: str, side: str, random: np.random.Generator) -> Finding:
-    """Place a finding in a lung; x grows to the left, y to the back, z to the head."""
+    """Return a finding at a random place in a lung; x grows left, y to the back, z to the head."""
     sign = 1.0 if side == "left" else -1.0
     x = sign * random.uniform(68, 100)
     y, z = random.uniform(-30, 45), random.uniform(40, 150)
@@ -144,15 +144,15 @@ def _phrase(finding: Finding, random: np.random.Generator) -> str:
         "Consolidation": "consolidation",
     }[finding.name]
     if finding.name == "Pleural effusion":
-        ways = [f"{side} pleural effusion", f"pleural effusion on the {side}"]
+        phrases = [f"{side} pleural effusion", f"pleural effusion on the {side}"]
     else:
-        ways = [f"{noun} in the {side} lung", f"{side} lung {noun}"]
-    text = str(random.choice(ways))
+        phrases = [f"{noun} in the {side} lung", f"{side} lung {noun}"]
+    text = str(random.choice(phrases))
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _moved(random: np.random.Generator) -> Callable[[Blob], Blob]:
-    """Shift and scale every organ by itself; blobs of one organ move as one."""
+def _organ_moves(random: np.random.Generator) -> Callable[[Blob], Blob]:
+    """Return a function that shifts and scales each organ at random, all its blobs alike."""
     changes: dict[str, tuple[list[float], float]] = {}
 
     def move(blob: Blob) -> Blob:
@@ -171,7 +171,7 @@ def _moved(random: np.random.Generator) -> Callable[[Blob], Blob]:
 
 
 def _in_phase(shape: Shape, phase: str) -> Shape:
-    """Give a blob or tube the HU of a contrast phase, its wall too."""
+    """Return a blob or tube with the HU of a contrast phase, also in its wall."""
     native = next((hu for name, hu in NATIVE.items() if shape.organ.startswith(name)), None)
     if native is None:
         return shape
@@ -186,6 +186,6 @@ def _in_phase(shape: Shape, phase: str) -> Shape:
         return native + share * (hu - native) if hu > native else hu
 
     changes: dict[str, Any] = {"hu": enhanced(shape.hu)}
-    if isinstance(shape, Blob) and shape.rind[0]:
-        changes["rind"] = (shape.rind[0], enhanced(shape.rind[1]))
+    if isinstance(shape, Blob) and shape.wall[0]:
+        changes["wall"] = (shape.wall[0], enhanced(shape.wall[1]))
     return dataclasses.replace(shape, **changes)

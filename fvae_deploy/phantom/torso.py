@@ -1,13 +1,13 @@
 """A synthetic torso with plausible Hounsfield units, drawn one slice at a time.
 
-Every structure is a signed distance in mm, positive inside, and its edge is blended over one
-voxel as partial volume does. `anatomy.py` says where the organs lie.
+Every structure is a signed distance in mm, positive inside. Its edge is blended over one voxel,
+like the partial volume effect. `anatomy.py` has the positions of the organs.
 
                  y = -112  sternum
-              ┌───────────────────┐        A slice is painted from the outside in:
+              ┌───────────────────┐        A slice is painted from outside to inside:
      right    │ liver   heart     │ left   couch, skin, fat, muscle, ribs, cavity, lungs with
-     x = -165 │         aorta  sp.│ +165   vessels, organs, tubes, spine; at last the slow
-              │ kidney SPINE  kid.│        heterogeneity of tissue and the scanner's noise.
+     x = -165 │         aorta  sp.│ +165   vessels, organs, tubes, spine. At last the slow
+              │ kidney SPINE  kid.│        variation of tissue and the scanner's noise are added.
               └───────────────────┘
                  y = +112  couch
 """
@@ -28,32 +28,32 @@ from fvae_deploy.organs import organ_label
 from fvae_deploy.phantom.anatomy import SPINE, Blob, Point, Tube, lung_vessels
 from fvae_deploy.phantom.patient import STANDARD, Finding, Patient
 from fvae_deploy.volume.base import Geometry, Writer
-from fvae_deploy.volume.open import create_volume
+from fvae_deploy.volume.open import check_output, create_volume
 
 Map = NDArray[np.floating[Any]]  # float32 [x, y]: the body's rectangle or a box in it
 Box = tuple[slice, slice]
 
-FIELD_OF_VIEW = (360.0, 360.0, 450.0)  # mm, unless the spacing is given
+FIELD_OF_VIEW = (360.0, 360.0, 450.0)  # mm, if no spacing is given
 HALF_BODY = (165.0, 112.0)  # mm, x and y
-NOTE = "a drawn torso, no patient's scan"
-BATCH = 8  # slices handed to the writer at once
+NOTE = "a synthetic torso, not a scan of a patient"
+BATCH = 8  # slices per call of the writer
 EVERYWHERE: Box = (slice(None), slice(None))
 
 
 class Slice(NamedTuple):
-    """One slice, each map [x, y]."""
+    """One slice as arrays [x, y]."""
 
-    hu: NDArray[np.int16]  # noise included
+    hu: NDArray[np.int16]  # with noise
     organs: NDArray[np.uint8]  # labels of `organs.ORGANS`
     findings: NDArray[np.uint8]  # labels of `organs.FINDINGS`
 
 
 class Torso:
-    """The torso sampled on a grid; each slice is drawn by itself and only when asked for.
+    """The torso sampled on a grid; each slice is drawn independently, on request.
 
-    `shape` is (x, y, z) voxels, `spacing` millimetres. The maps kept between slices are all
-    of one slice's size, so memory does not depend on z. Only the body's rectangle is drawn
-    anew: what surrounds it is the same in every slice but for noise.
+    `shape` is (x, y, z) in voxels, `spacing` in millimetres. Only maps of the size of one slice
+    are stored, so memory does not depend on z. Per slice only the bounding rectangle of the body
+    is drawn: except for noise, its surroundings are the same in all slices.
     """
 
     def __init__(
@@ -64,28 +64,27 @@ class Torso:
         patient: Patient = STANDARD,
     ) -> None:
         self.shape, self.spacing, self.seed, self.patient = shape, spacing, seed, patient
-        # Everything is drawn in the standard torso's millimetres.
+        # Everything is drawn in the coordinates of the standard torso, in mm.
         across, down = spacing[0] / patient.size[0], spacing[1] / patient.size[1]
         self.edge = max(across, down)
-        self._take(_axis(shape[0], across), _axis(shape[1], down))
+        self._set_grid(_axis(shape[0], across), _axis(shape[1], down))
         self.surroundings = self._couch()
         across, down = HALF_BODY
         self.body_box = self._box((-across, -down), (across, down)) or EVERYWHERE
-        self._take(self.x[self.body_box[0], 0], self.y[0, self.body_box[1]])
+        self._set_grid(self.x[self.body_box[0], 0], self.y[0, self.body_box[1]])
         self.outline = _superellipse(self.x, self.y, across, down, 2.5)
-        self.fat = patient.fat * (11 + 4 * np.tanh(-self.y / 60))  # [1, y] mm, thicker in front
+        self.fat = patient.fat * (11 + 4 * np.tanh(-self.y / 60))  # [1, y] mm, thicker at the front
         self.vessels = lung_vessels(seed)
         random, waves = np.random.default_rng([seed, 1]), 24
-        self.wave_rates = random.normal(0, 0.08, (3, waves)).astype(np.float32)  # radians a mm
+        self.wave_rates = random.normal(0, 0.08, (3, waves)).astype(np.float32)  # rad/mm
         self.wave_phases = random.uniform(0, 2 * math.pi, waves).astype(np.float32)
 
     def slice(self, k: int) -> Slice:
-        """Draw slice k."""
+        """Return slice k."""
         patient = self.patient
-        z = (k - (self.shape[2] - 1) / 2) * self.spacing[2] - patient.shift
-        z /= patient.size[2]
+        z = ((k - (self.shape[2] - 1) / 2) * self.spacing[2] - patient.shift) / patient.size[2]
         self.hu = self.surroundings[self.body_box].copy()
-        self.labels, self.ill = (np.zeros(self.hu.shape, np.uint8) for _ in range(2))
+        self.labels, self.findings = (np.zeros(self.hu.shape, np.uint8) for _ in range(2))
         body = self.outline - 7 * math.exp(-(((z + 70) / 60) ** 2))
         apex = 48 * max(0.0, (z - 115) / 110) ** 2
         cage = self.outline - (self.fat + (8 + apex))
@@ -105,20 +104,20 @@ class Torso:
         hu += self.surroundings
         hu[self.body_box] += self.hu - self.surroundings[self.body_box]
         np.rint(np.clip(hu, -1024, 3071, out=hu), out=hu)
-        return Slice(hu.astype(np.int16), self._framed(self.labels), self._framed(self.ill))
+        return Slice(hu.astype(np.int16), self._whole(self.labels), self._whole(self.findings))
 
-    def _framed(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Put labels of the body's rectangle into the whole plane."""
+    def _whole(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a whole plane with the labels of the body's rectangle in it."""
         plane = np.zeros(self.shape[:2], np.uint8)
         plane[self.body_box] = labels
         return plane
 
-    def _take(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        """Draw from now on at these positions, in mm."""
+    def _set_grid(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+        """Set the positions in mm of the voxels that the following calls draw."""
         self.x, self.y = x[:, None], y[None, :]  # [x, 1] and [1, y]
 
     def _box(self, low: tuple[float, float], high: tuple[float, float]) -> Box | None:
-        """Find the indices of the rectangle between two corners (x, y) in mm; None when empty."""
+        """Return the index rectangle between two corners (x, y) in mm; None if it is empty."""
         left, right = np.searchsorted(self.x[:, 0], (low[0] - self.edge, high[0] + self.edge))
         front, back = np.searchsorted(self.y[0], (low[1] - self.edge, high[1] + self.edge))
         if left == right or front == back:
@@ -126,7 +125,7 @@ class Torso:
         return slice(int(left), int(right)), slice(int(front), int(back))
 
     def _paint(self, box: Box, distance: Map, hu: float | Map, organ: str | None = None) -> None:
-        """Blend `hu` in where distance > 0; organ "" clears the label, None leaves it."""
+        """Blend `hu` in where distance > 0; organ "" clears the label, None keeps it."""
         part = self.hu[box]
         change = _blend(distance, self.edge)
         change *= hu - part
@@ -135,7 +134,7 @@ class Torso:
             self.labels[box][distance > 0] = organ_label(organ) if organ else 0
 
     def _couch(self) -> Map:
-        """Air, and the patient's table: a carbon shell around foam."""
+        """Draw air and the couch, a carbon shell around foam; return the map."""
         self.hu = np.full(self.shape[:2], -1000, np.float32)
         depth = self.y - 114 + (self.x / 60) ** 2
         slab = np.minimum(np.minimum(depth, 42 - depth), 205 - np.abs(self.x))
@@ -144,32 +143,32 @@ class Torso:
         return self.hu
 
     def _wall(self, body: Map, cavity: Map) -> None:
-        """Skin, fat under it, muscle, and the fat of the cavity."""
+        """Paint skin, subcutaneous fat, muscle, and the fat of the body cavity."""
         self._paint(EVERYWHERE, body, 10)
         self._paint(EVERYWHERE, body - 2, -100)
         self._paint(EVERYWHERE, body - self.fat, 50)
         self._paint(EVERYWHERE, cavity, -95)
 
     def _ribs(self, cage: Map, z: float) -> None:
-        """Ribs run on the cage's surface and fall by 70 mm from the spine to the front."""
+        """Paint ribs on the surface of the rib cage, 70 mm lower at the front than at the spine."""
         at_x, at_y = np.nonzero(np.abs(cage) < 5 + self.edge)
-        off, x, y = cage[at_x, at_y], self.x[at_x, 0], self.y[0, at_y]
+        offset, x, y = cage[at_x, at_y], self.x[at_x, 0], self.y[0, at_y]
         height = z + 70 * (90 - y) / 180 - SPINE[1].z  # above the first rib's head
         number = np.clip(np.rint(1 - height / 23), 1, 12)
-        distance = 5 - np.hypot(off, 0.8 * (height + 23 * (number - 1)))
+        distance = 5 - np.hypot(offset, 0.8 * (height + 23 * (number - 1)))
         front = np.where(number > 10, 30.0, np.where(number > 7, -50.0, -110.0))
         distance = np.minimum(np.minimum(distance, np.abs(x) - 18), y - front).astype(np.float32)
-        gristle = y < -62  # the costal cartilages reach the sternum
-        hu = np.where(gristle, 110, np.where(distance > 1.6, 280, 800))
+        cartilage = y < -62  # the costal cartilages reach the sternum
+        hu = np.where(cartilage, 110, np.where(distance > 1.6, 280, 800))
         under = self.hu[at_x, at_y]
         self.hu[at_x, at_y] = under + _blend(distance, self.edge) * (hu - under)
         first = np.where(x > 0, organ_label("rib_left_1"), organ_label("rib_right_1"))
-        label = np.where(gristle, organ_label("costal_cartilages"), first + number - 1)
+        label = np.where(cartilage, organ_label("costal_cartilages"), first + number - 1)
         inside = distance > 0
         self.labels[at_x[inside], at_y[inside]] = label[inside]
 
     def _lungs(self, cavity: Map, z: float) -> None:
-        """Both lungs, denser to the back as gravity has it; lobes by oblique planes; vessels."""
+        """Paint lungs (denser at the back due to gravity), their lobes, vessels and findings."""
         lung = np.minimum(cavity - 1, np.abs(self.x) - (18 + 0.06 * self.y))
         np.minimum(lung, z + 18 + 0.55 * self.y, out=lung)
         if not (lung > -self.edge).any():
@@ -189,7 +188,7 @@ class Torso:
             self._finding(finding, z, lung)
 
     def _finding(self, finding: Finding, z: float, lung: Map) -> None:
-        """Paint a finding within its lung; the lung keeps its label."""
+        """Paint a finding inside its lung; the organ label stays that of the lung."""
         (cx, cy, cz), (rx, ry, rz) = finding.centre, finding.radii
         u, v, w = (self.x - cx) / rx, (self.y - cy) / ry, (z - cz) / rz
         distance = (1 - np.sqrt(u * u + v * v + w * w)) * min(rx, ry, rz)
@@ -197,7 +196,7 @@ class Torso:
         side = self.x if finding.side == "left" else -self.x
         distance = np.minimum(np.minimum(distance, lung), side)
         self._paint(EVERYWHERE, distance, finding.hu)
-        self.ill[distance > 0] = finding.label
+        self.findings[distance > 0] = finding.label
 
     def _blob(self, blob: Blob, z: float, within: Map) -> None:
         (cx, cy, cz), (rx, ry, rz) = blob.centre, blob.radii
@@ -209,11 +208,11 @@ class Torso:
         if box is None:
             return
         u, v = (self.x[box[0]] - cx) / rx, (self.y[:, box[1]] - cy) / ry
-        # To first order (1 - f) / |grad f| for f = sqrt(u² + v² + w²), finite at the centre.
+        # First-order distance (1 - f) / |grad f| with f = sqrt(u² + v² + w²), finite at the centre.
         square = u * u + (v * v + (w * w + 1e-6))
         slope = (u / rx) ** 2 + ((v / ry) ** 2 + ((w / rz) ** 2 + 1e-6 / rx**2))
         distance = np.minimum((np.sqrt(square) - square) / np.sqrt(slope), within[box])
-        wall, wall_hu = blob.rind
+        wall, wall_hu = blob.wall
         self._paint(box, distance, wall_hu if wall else blob.hu, blob.organ)
         if wall:
             self._paint(box, distance - wall, blob.hu)
@@ -221,7 +220,7 @@ class Torso:
             self._paint(box, np.minimum(distance - wall, blob.gas - self.y[:, box[1]]), -970)
 
     def _tube(self, tube: Tube, z: float, within: Map | None = None) -> None:
-        """Paint a tube; one drawn `within` an organ keeps that organ's label."""
+        """Paint a tube; with `within` it is cut to that organ and keeps the organ's label."""
         (ax, ay, az), (bx, by, bz), r = tube.start, tube.end, tube.radius
         if not min(az, bz) - r < z < max(az, bz) + r:
             return
@@ -238,31 +237,31 @@ class Torso:
         self._paint(box, distance, tube.hu, tube.organ if within is None else None)
 
     def _vertebrae(self, z: float) -> None:
-        """Paint the vertebra or disc at this height, its arch, and the cord."""
+        """Paint the vertebra or disc at this height, the vertebral arch and the spinal cord."""
         box = self._box((-55, 10), (55, 108))
         if box is None:
             return
         x, y = self.x[box[0]], self.y[:, box[1]] - 8 * math.sin(z / 72)
         level = min(SPINE, key=lambda v: abs(v.z - z) - v.half)
-        flat = np.float32(level.half - abs(level.z - z))  # inside the end plates; < 0 in the disc
+        flat = np.float32(level.half - abs(level.z - z))  # to the end plates; < 0 in the disc
         body = _superellipse(x, y - 48, 22, 17, 2.2)
         self._paint(box, body, 85, "")
         bone = np.minimum(body, flat)
         self._paint(box, bone, 900, level.organ)
         self._paint(box, bone - 2, 200)
         canal = _superellipse(x, y - 74, 10, 9, 2)
-        spike = _superellipse(x, y - 92, 3.5, 14, 2)
-        wings = _superellipse(x, y - 70, 40, 5, 2)
-        arch = np.minimum(np.maximum(np.maximum(canal + 5, spike), wings), flat - 2)
+        spinous = _superellipse(x, y - 92, 3.5, 14, 2)
+        transverse = _superellipse(x, y - 70, 40, 5, 2)
+        arch = np.minimum(np.maximum(np.maximum(canal + 5, spinous), transverse), flat - 2)
         self._paint(box, arch, 700, level.organ)
         self._paint(box, arch - 2, 300)
         self._paint(box, canal, 5, "")
         self._paint(box, canal - 3.5, 38, "spinal_cord")
 
     def _heterogeneity(self, z: float) -> Map:
-        """Slow variation of tissue, sigma 6 HU: a sum of plane waves.
+        """Return a slow variation of tissue with sigma 6 HU, a sum of plane waves.
 
-        cos(a + b) = cos a cos b - sin a sin b turns the sum into one thin matrix product.
+        cos(a + b) = cos a cos b - sin a sin b turns the sum into one small matrix product.
         """
         a = self.x * self.wave_rates[0] + (z * self.wave_rates[2] + self.wave_phases)
         b = self.y.T * self.wave_rates[1]
@@ -272,10 +271,10 @@ class Torso:
         return field
 
     def _noise(self, k: int) -> Map:
-        """Noise of slice k, seeded by k: correlated over a few voxels, without slow drift.
+        """Return the noise of slice k: correlated over a few voxels, without low frequencies.
 
-        Uniform bytes are seven times as fast as normal deviates, and the filter, a mean of
-        some twenty of them, leaves little difference.
+        Uniform bytes are generated seven times as fast as normal deviates. The filter averages
+        about twenty of them, so the result is nearly the same.
         """
         nx, ny = self.shape[0] + 6, self.shape[1] + 6
         random = np.random.Generator(np.random.SFC64([self.seed, 2, k]))
@@ -286,12 +285,12 @@ class Torso:
 
 
 def _axis(count: int, step: float) -> NDArray[np.float32]:
-    """Positions of voxel centres in mm, symmetric about 0."""
+    """Return the positions of voxel centres in mm, symmetric about 0."""
     return ((np.arange(count) - (count - 1) / 2) * step).astype(np.float32)
 
 
 def _blend(distance: Map, width: float) -> Map:
-    """Share of a voxel inside, from its centre's signed distance in mm: a smooth step."""
+    """Return the share of a voxel inside, a smooth step of its centre's signed distance in mm."""
     t = distance * (1 / width)
     t += 0.5
     np.clip(t, 0, 1, out=t)
@@ -303,7 +302,7 @@ def _blend(distance: Map, width: float) -> Map:
 
 
 def _superellipse(x: Map, y: Map, a: float, b: float, power: float) -> Map:
-    """Signed distance to |x/a|^p + |y/b|^p = 1, to first order; positive inside."""
+    """Return the first-order signed distance to |x/a|^p + |y/b|^p = 1, positive inside."""
     u, v = np.abs(x) / a + 1e-4, np.abs(y) / b + 1e-4
     f = (u**power + v**power) ** (1 / power)
     slope = np.hypot((u / f) ** (power - 1) / a, (v / f) ** (power - 1) / b)
@@ -312,7 +311,7 @@ def _superellipse(x: Map, y: Map, a: float, b: float, power: float) -> Map:
 
 
 def _smooth(image: Map) -> Map:
-    """Binomial filter (1, 2, 1)/4 along both axes; the result is smaller by 2."""
+    """Filter with (1, 2, 1)/4 along both axes; the result is smaller by 2 along each."""
     rows = image[:-2] + image[2:]
     rows *= 0.25
     rows += 0.5 * image[1:-1]
@@ -323,7 +322,7 @@ def _smooth(image: Map) -> Map:
 
 
 def _grain(white: Map) -> Map:
-    """Band of frequencies that a CT's noise has: smooth, less smoother; smaller by 6."""
+    """Filter to the frequency band of CT noise (smooth minus smoother); smaller by 6."""
     fine = _smooth(white)
     band = _smooth(_smooth(fine))
     np.subtract(fine[2:-2, 2:-2], band, out=band)
@@ -331,7 +330,7 @@ def _grain(white: Map) -> Map:
 
 
 def _grain_sigma() -> float:
-    """Return the standard deviation that the filter leaves of white bytes: its norm, scaled."""
+    """Return the standard deviation of filtered white bytes: the norm of the filter, scaled."""
     pulse = np.zeros((13, 13), np.float32)
     pulse[6, 6] = math.sqrt((256**2 - 1) / 12)
     return float(np.linalg.norm(_grain(pulse)))
@@ -341,7 +340,7 @@ _GRAIN_SIGMA = _grain_sigma()
 
 
 def _affine(shape: tuple[int, int, int], spacing: Point) -> NDArray[np.float64]:
-    """Axes LPS as scanners have them: x and y of RAS fall with the index; origin central."""
+    """Return an affine with LPS axes, as scanners use, and the origin at the centre."""
     steps = np.array((-spacing[0], -spacing[1], spacing[2]), np.float64)
     affine = np.diag([*steps, 1.0])
     affine[:3, 3] = -steps * (np.array(shape) - 1) / 2
@@ -358,26 +357,28 @@ def write_phantom(
     *,
     patient: Patient = STANDARD,
     findings: Path | str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a synthetic torso slice by slice, and with `labels` and `findings` its label maps.
+    """Write a synthetic torso and, if `labels` and `findings` are given, its label maps.
 
-    The same shape, spacing and seed give the same volume. Without `spacing` (mm) any shape
-    samples the same 360 x 360 x 450 mm, finer or coarser. HU are int16 in -1024..3071; the
-    labels are TotalSegmentator v2 numbers, findings those of `organs.FINDINGS`. `progress` is
-    called with the number of slices done since the last call. Raises UsageError for a shape
-    below 8 x 8 x 1 or a spacing that is not positive, and VolumeError when a file cannot be
-    written.
+    The same arguments give the same volume. Without `spacing` (mm) every shape samples the same
+    360 x 360 x 450 mm. HU are int16 in -1024..3071; labels are TotalSegmentator v2 numbers,
+    findings those of `organs.FINDINGS`. `progress` is called with the number of slices done
+    since the last call. Raises UsageError for a shape below 8 x 8 x 1 or a spacing that is not
+    positive, VolumeError if an output exists without `overwrite` or cannot be written.
     """
     nx, ny, nz = shape
     if min(nx, ny) < 8 or nz < 1:
-        raise UsageError(f"expected a shape of at least 8x8x1, found {nx}x{ny}x{nz}: enlarge it")
+        raise UsageError(f"expected at least 8x8x1 voxels, found {nx}x{ny}x{nz}: enlarge the shape")
     default = (FIELD_OF_VIEW[0] / nx, FIELD_OF_VIEW[1] / ny, FIELD_OF_VIEW[2] / nz)
     sx, sy, sz = default if spacing is None else map(float, spacing)
     if min(sx, sy, sz) <= 0:
         raise UsageError(f"expected a spacing above 0 mm, found {sx} x {sy} x {sz}: correct it")
-    places = [Path(file).resolve() for file in (path, labels, findings) if file is not None]
-    if len(set(places)) < len(places):
-        raise UsageError(f"expected a file for each of CT and labels, found {path}: rename one")
+    outputs = [Path(file) for file in (path, labels, findings) if file is not None]
+    if len({output.resolve() for output in outputs}) < len(outputs):
+        raise UsageError(f"expected different outputs, found {path} for two: rename one")
+    for output in outputs:
+        check_output(output, overwrite=overwrite)
     torso = Torso((nx, ny, nz), (sx, sy, sz), seed, patient)
     geometry = Geometry(torso.shape, _affine(torso.shape, torso.spacing))
     with ExitStack() as stack:
@@ -388,9 +389,10 @@ def write_phantom(
             if file is not None
         }
         for start in range(0, nz, BATCH):
-            drawn = [torso.slice(k) for k in range(start, min(start + BATCH, nz))]
-            volume.write(np.stack([one.hu for one in drawn]))
+            batch = [torso.slice(k) for k in range(start, min(start + BATCH, nz))]
+            volume.write(np.stack([slice_.hu for slice_ in batch]))
             for name, writer in maps.items():
-                writer.write(np.stack([getattr(one, name) for one in drawn]).astype(np.int16))
+                frames = np.stack([getattr(slice_, name) for slice_ in batch])
+                writer.write(frames.astype(np.int16))
             if progress is not None:
-                progress(len(drawn))
+                progress(len(batch))

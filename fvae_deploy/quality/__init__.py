@@ -1,1 +1,1 @@
-"""Reconstruction errors in HU, as numbers and as a picture."""
+"""Errors of a reconstruction in HU, as numbers and as a picture."""

@@ -1,12 +1,12 @@
-"""How far a reconstruction is from its original, in Hounsfield units, streamed.
+"""Compare a reconstruction with its original in Hounsfield units, slab by slab.
 
-All measures are of values clipped to [-1000, 1000] HU, the window that models see; what lies
-outside cannot come back, and its share is told beside them.
+All metrics are computed on values clipped to [-1000, 1000] HU, the window that models see. Values
+outside cannot be reconstructed; the share of such voxels is reported as `clipped`.
 
     e    = reconstruction - original              bias = mean e, MAE = mean |e|
-    PSNR = 10 log10(2000² / mean e²) in dB        infinite where every e is 0
-    p99  = the smallest whole number of HU that 99 % of the |e| do not exceed: the exact
-           percentile of whole numbers, and of fractions that percentile rounded up
+    PSNR = 10 log10(2000² / mean e²) in dB        infinite if every e is 0
+    p99  = the smallest whole number of HU that 99 % of all |e| do not exceed: exact for int16
+           volumes; for float32 volumes the percentile rounded up
     SSIM = mean over axial slices of scikit-image's structural_similarity, data range 2000
 """
 
@@ -31,18 +31,18 @@ from fvae_deploy.volume.open import open_volume
 
 WINDOW = (-1000, 1000)  # HU
 PEAK = WINDOW[1] - WINDOW[0]  # HU
-SSIM_SIDE = 7  # voxels: the window of structural_similarity
+SSIM_SIDE = 7  # voxels: the window size of structural_similarity
 AFFINE_TOLERANCE = 1e-3  # mm
 SLAB_VOXELS = 1 << 21  # voxels of each volume in memory at once
-MOST_LABEL = 1 << 15
-MOST_ORGANS = 1024  # 16 MB of histograms
+LABEL_LIMIT = 1 << 15  # labels are below this
+MAX_ORGANS = 1024  # 16 MB of histograms
 
-Index = NDArray[np.intp]  # [t, x, y]: which row of a tally a voxel belongs to
+Index = NDArray[np.intp]  # [t, x, y]: the row of a tally for each voxel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Errors over some voxels; all in HU but for `psnr` (dB, infinite without any error)."""
+    """Errors over a set of voxels, all in HU except `psnr` (dB, infinite if there is no error)."""
 
     voxels: int
     psnr: float
@@ -63,10 +63,11 @@ class OrganErrors(Errors):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Errors):
-    """Errors over a whole volume, and organ by organ where labels were given.
+    """Errors over a whole volume, and for each organ if labels were given.
 
-    `shape` is (x, y, z), `spacing` mm. `clipped` is the share of the original's voxels outside
-    [-1000, 1000] HU. `ssim` is None where it was not asked for, or slices are below 7 x 7.
+    `shape` is (x, y, z), `spacing` is in mm. `clipped` is the share of the original's voxels
+    outside [-1000, 1000] HU. `ssim` is None if it was not requested or slices are smaller than
+    7 x 7.
     """
 
     original: str
@@ -78,7 +79,7 @@ class Comparison(Errors):
     organs: tuple[OrganErrors, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON has them; an infinite PSNR, which JSON lacks, is null."""
+        """Return the fields as JSON values; an infinite PSNR is None, as JSON has no infinity."""
         fields = asdict(self)
         for errors in (fields, *fields["organs"]):
             if math.isinf(errors["psnr"]):
@@ -87,23 +88,23 @@ class Comparison(Errors):
 
 
 class ErrorTally:
-    """Running sums of errors, one row per group of voxels; rows are added as they appear.
+    """Running sums of errors, one row per group of voxels; rows are appended as labels appear.
 
-    Whole numbers are counted, value by value, so their sums are exact. Fractions are summed in
-    float64, and only the percentile comes from counts, of |e| rounded up.
+    Integer errors are counted in a histogram, so their sums are exact. Other errors are summed in
+    float64; only their percentile comes from a histogram, of |e| rounded up.
     """
 
     def __init__(self) -> None:
-        self.sums = np.zeros((0, 4))  # of 1, e, |e|, e²; exact below 2^53
-        self.most = np.zeros(0)
-        self.counts = np.zeros((0, PEAK + 1), np.int64)  # of |e| rounded up
+        self.sums = np.zeros((0, 4))  # sums of 1, e, |e|, e²; exact below 2^53
+        self.largest = np.zeros(0)  # maximum of |e|
+        self.counts = np.zeros((0, PEAK + 1), np.int64)  # histogram of |e| rounded up
 
     def add(self, error: NDArray[Any], row: Index | None = None, rows: int = 1) -> None:
-        """Count errors (HU, within ±2000, any shape) into `row` of `rows`, by default the first."""
+        """Add errors (HU, within ±2000, any shape) to `row` of `rows`, by default the first row."""
         more = rows - len(self.sums)
         if more > 0:
             self.sums = np.pad(self.sums, ((0, more), (0, 0)))
-            self.most = np.pad(self.most, (0, more))
+            self.largest = np.pad(self.largest, (0, more))
             self.counts = np.pad(self.counts, ((0, more), (0, 0)))
         if error.dtype.kind == "i":
             self._add_whole(error, row, len(self.sums))
@@ -116,75 +117,75 @@ class ErrorTally:
         key += PEAK
         if row is not None:
             key += row * values.size
-        found = np.bincount(key.ravel("K"), minlength=rows * values.size)
-        found = found.reshape(rows, values.size)
-        self.sums += found @ np.stack((values**0, values, abs(values), values**2), axis=1)
-        folded = found[:, PEAK:].copy()
-        folded[:, 1:] += found[:, PEAK - 1 :: -1]
-        self.counts += folded
-        self.most = np.maximum(self.most, ((folded > 0) * values[PEAK:]).max(axis=1))
+        histogram = np.bincount(key.ravel("K"), minlength=rows * values.size)
+        histogram = histogram.reshape(rows, values.size)
+        self.sums += histogram @ np.stack((values**0, values, abs(values), values**2), axis=1)
+        absolute = histogram[:, PEAK:].copy()
+        absolute[:, 1:] += histogram[:, PEAK - 1 :: -1]
+        self.counts += absolute
+        self.largest = np.maximum(self.largest, ((absolute > 0) * values[PEAK:]).max(axis=1))
 
     def _add_fractions(self, error: NDArray[Any], row: Index | None, rows: int) -> None:
         e = error.astype(np.float64).ravel()
-        size, place = np.abs(e), np.zeros(e.size, np.intp) if row is None else row.ravel()
-        weights = (np.ones_like(e), e, size, e * e)
-        self.sums += np.stack([np.bincount(place, w, minlength=rows) for w in weights], axis=1)
-        np.maximum.at(self.most, place, size)
-        key = place * (PEAK + 1) + np.ceil(size).astype(np.intp)
-        found = np.bincount(key, minlength=rows * (PEAK + 1))
-        self.counts += found.reshape(rows, PEAK + 1)
+        absolute, index = np.abs(e), np.zeros(e.size, np.intp) if row is None else row.ravel()
+        weights = (np.ones_like(e), e, absolute, e * e)
+        self.sums += np.stack([np.bincount(index, w, minlength=rows) for w in weights], axis=1)
+        np.maximum.at(self.largest, index, absolute)
+        key = index * (PEAK + 1) + np.ceil(absolute).astype(np.intp)
+        histogram = np.bincount(key, minlength=rows * (PEAK + 1))
+        self.counts += histogram.reshape(rows, PEAK + 1)
 
     def total(self) -> ErrorTally:
-        """All rows added into one."""
+        """Return a tally with all rows added up in one row."""
         whole = ErrorTally()
         whole.sums = self.sums.sum(axis=0, keepdims=True)
-        whole.most = self.most.max(keepdims=True)
+        whole.largest = self.largest.max(keepdims=True)
         whole.counts = self.counts.sum(axis=0, keepdims=True)
         return whole
 
     def errors(self, row: int = 0) -> dict[str, Any]:
-        """Fields of an `Errors` over one row's voxels, of which there must be some."""
-        voxels, total, size, square = self.sums[row].tolist()
+        """Return the fields of an `Errors` for one row, which must contain voxels."""
+        voxels, total, absolute, square = self.sums[row].tolist()
         mean_square = square / voxels
-        below = np.cumsum(self.counts[row])
+        cumulative = np.cumsum(self.counts[row])
         return {
             "voxels": int(voxels),
             "psnr": 10 * math.log10(PEAK**2 / mean_square) if mean_square else math.inf,
-            "mae": size / voxels,
+            "mae": absolute / voxels,
             "rmse": math.sqrt(mean_square),
-            "p99": int(np.argmax(below * 100 >= below[-1] * 99)),
-            "max": float(self.most[row]),
+            "p99": int(np.argmax(cumulative * 100 >= cumulative[-1] * 99)),
+            "max": float(self.largest[row]),
             "bias": total / voxels,
         }
 
 
 class OrganRows:
-    """Gives each label that occurs a row of a tally, in order of appearance."""
+    """Assigns a row of a tally to each label of a segmentation, in order of appearance."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.labels: list[int] = []
-        self._row = np.full(MOST_LABEL, -1, np.intp)
+        self._row = np.full(LABEL_LIMIT, -1, np.intp)
 
-    def of(self, frames: HuFrames) -> Index:
-        """Rows of a slab of labels; VolumeError for what no label is."""
+    def look_up(self, frames: HuFrames) -> Index:
+        """Return the rows of a slab of labels; raises VolumeError for values that are no labels."""
         if frames.dtype.kind == "f" and (frames != np.rint(frames)).any():
-            raise self._refused("a fraction")
-        if (low := frames.min()) < 0 or (high := frames.max()) >= MOST_LABEL:
-            raise self._refused(f"{low:g}" if low < 0 else f"{high:g}")
-        number = frames.astype(np.intp, copy=False)
-        for label in np.flatnonzero(np.bincount(number.ravel("K"))).tolist():
+            raise self._label_error("a fraction")
+        if (low := frames.min()) < 0 or (high := frames.max()) >= LABEL_LIMIT:
+            raise self._label_error(f"{low:g}" if low < 0 else f"{high:g}")
+        labels = frames.astype(np.intp, copy=False)
+        for label in np.flatnonzero(np.bincount(labels.ravel("K"))).tolist():
             if self._row[label] < 0:
                 self._row[label] = len(self.labels)
                 self.labels.append(label)
-        if len(self.labels) > MOST_ORGANS:
-            raise self._refused(f"more than {MOST_ORGANS} different ones")
-        return self._row[number]
+        if len(self.labels) > MAX_ORGANS:
+            raise self._label_error(f"more than {MAX_ORGANS} different labels")
+        return self._row[labels]
 
-    def _refused(self, found: str) -> VolumeError:
+    def _label_error(self, found: str) -> VolumeError:
         return VolumeError(
-            f"expected labels, whole numbers from 0 to {MOST_LABEL - 1}, found {found} in "
-            f"{self.path}: give a segmentation of the original"
+            f"expected labels, whole numbers from 0 to {LABEL_LIMIT - 1}, found {found} in "
+            f"{self.path}: pass a segmentation of the original"
         )
 
 
@@ -196,13 +197,13 @@ def compare(
     progress: Callable[[int], None] | None = None,
     ssim: bool = True,
 ) -> Comparison:
-    """Measure a reconstruction against its original, slab by slab.
+    """Compare a reconstruction with its original, slab by slab.
 
-    `labels` is a segmentation of the same geometry: each label but 0 is measured by itself.
-    `picture` names a PNG to draw. `progress` is called with the number of slices done since
-    the last call. `ssim=False` leaves out what takes most of the time. Memory does not depend
-    on z (the picture keeps two lines a slice). Raises VolumeError for volumes that cannot be
-    read or whose shapes or affines differ, UsageError for a picture that is no .png.
+    `labels` is a segmentation with the same geometry; each label except 0 also gets its own
+    errors. `picture` is the path of a PNG to draw. `progress` is called with the number of slices
+    done since the last call. `ssim=False` skips SSIM, which takes most of the time. Memory does
+    not depend on z, except that the picture stores two lines per slice. Raises VolumeError if a
+    volume cannot be read or the shapes or affines differ, UsageError if `picture` is not a .png.
     """
     with ExitStack() as stack:
         first, second = (
@@ -216,10 +217,10 @@ def compare(
         planes = ThreePlanes(Path(picture), first.geometry) if picture is not None else None
         running = _Running(first.geometry, OrganRows(Path(labels or "")), ssim)
         for a, b, organs in _slabs(first, second, segmentation):
-            done = running.slices
+            z = running.slices
             a, b = running.add(a, b, organs)
             if planes is not None:
-                planes.add(done, a, b)
+                planes.add(z, a, b)
             if progress is not None:
                 progress(len(a))
     result = running.result(str(original), str(reconstruction))
@@ -229,7 +230,7 @@ def compare(
 
 
 class _Running:
-    """What `compare` has measured so far."""
+    """The running metrics of `compare`."""
 
     def __init__(self, geometry: Geometry, rows: OrganRows, ssim: bool) -> None:
         self.geometry, self.rows, self.tally = geometry, rows, ErrorTally()
@@ -237,13 +238,13 @@ class _Running:
         self.slices, self.clipped, self.similarity = 0, 0, 0.0
 
     def add(self, a: HuFrames, b: HuFrames, organs: HuFrames | None) -> tuple[HuFrames, HuFrames]:
-        """Measure one slab [t, x, y] of the original, a, and of b; return both clipped."""
+        """Add a slab [t, x, y] of the original, `a`, and of `b`; return both clipped."""
         self.clipped += int(np.count_nonzero((a < WINDOW[0]) | (a > WINDOW[1])))
         a, b = np.clip(a, *WINDOW), np.clip(b, *WINDOW)
         if organs is None:
             self.tally.add(_difference(a, b))
         else:
-            row = self.rows.of(organs)
+            row = self.rows.look_up(organs)
             self.tally.add(_difference(a, b), row, len(self.rows.labels))
         if self.ssim:
             self.similarity += sum(map(_similarity, a, b))
@@ -279,40 +280,40 @@ def _slabs(
 
 
 def _difference(a: HuFrames, b: HuFrames) -> NDArray[Any]:
-    """Subtract a from b without rounding: int16 holds ±2000, and float64 what float32 holds."""
+    """Return b - a without rounding: ±2000 fits into int16, and float64 is exact for float32."""
     if a.dtype == b.dtype == np.int16:
         return b - a
     return b.astype(np.float64) - a
 
 
 def _similarity(a: HuFrames, b: HuFrames) -> float:
-    """SSIM of one slice [x, y]. float32 is 1e-9 from float64 here, and takes half the time."""
+    """Return the SSIM of one slice [x, y]; float32 halves the time and differs by 1e-9."""
     from skimage import metrics
 
-    measure: Any = metrics.structural_similarity  # it carries no types
-    # Transposed because volumes on disk have x fastest; the measure is the same.
+    measure: Any = metrics.structural_similarity  # has no type annotations
+    # Transposed because x varies fastest in memory; SSIM does not change.
     x, y = a.T.astype(np.float32, copy=False), b.T.astype(np.float32, copy=False)
     return float(measure(x, y, data_range=PEAK))
 
 
 def check_same_place(original: Reader, other: Reader, role: str) -> None:
-    """Raise VolumeError unless both have one shape and, within 0.001 mm, one affine."""
+    """Raise VolumeError unless shapes are equal and affines agree within 0.001 mm."""
     a, b = original.geometry, other.geometry
     if a.shape != b.shape:
         raise VolumeError(
-            f"expected {role} of shape {'x'.join(map(str, a.shape))} as {original.path} has, "
-            f"found {'x'.join(map(str, b.shape))} in {other.path}: give the {role} of this scan, "
+            f"expected {role} of shape {'x'.join(map(str, a.shape))} as in {original.path}, "
+            f"found {'x'.join(map(str, b.shape))} in {other.path}: pass the {role} of this scan, "
             "resampled to its grid"
         )
     if (difference := _affine_difference(a, b)) is not None:
         raise VolumeError(
-            f"expected {role} to lie where {original.path} lies, found {difference} in "
+            f"expected {role} with the affine of {original.path}, found {difference} in "
             f"{other.path}: resample it to the original's grid, or correct its header"
         )
 
 
 def _affine_difference(a: Geometry, b: Geometry) -> str | None:
-    """Name what differs between two affines, the most telling first; None if nothing does."""
+    """Describe how affine b differs from a: spacing, axes or origin; None if they agree."""
     if np.abs(a.affine - b.affine).max() <= AFFINE_TOLERANCE:
         return None
     if np.abs(np.subtract(a.spacing, b.spacing)).max() > AFFINE_TOLERANCE:
@@ -320,7 +321,7 @@ def _affine_difference(a: Geometry, b: Geometry) -> str | None:
     if np.abs(a.affine[:3, :3] - b.affine[:3, :3]).max() > AFFINE_TOLERANCE:
         if a.orientation != b.orientation:
             return f"axes {b.orientation} instead of {a.orientation}"
-        return "axes turned by a small angle"
+        return "axes rotated by a small angle"
     return f"the origin at {_mm(b.affine[:3, 3])} instead of {_mm(a.affine[:3, 3])} mm"
 
 
@@ -329,7 +330,7 @@ def _mm(values: Any) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """One line for people: the measures that are read first."""
+    """Return the most important metrics in one line of text."""
     parts = [f"PSNR {comparison.psnr:.2f} dB"]
     if comparison.ssim is not None:
         parts.append(f"SSIM {comparison.ssim:.4f}")

@@ -3,11 +3,10 @@
             soft tissue (L 40, W 400)     lung (L -600, W 1500)      error
             original | reconstruction     original | reconstruction  ±100 HU
     axial
-    coronal     the patient stands upright: head at the top, front at the top of the axial
-    sagittal    plane and at the left of the sagittal one, the patient's right at the left
+    coronal     head at the top; front at the top of the axial plane and at the left of the
+    sagittal    sagittal plane; the patient's right at the left
 
-A plane is named by the patient's axis that it cuts, so any orientation of the volume's axes
-comes out upright.
+Planes are oriented by the patient's axes, so volumes of every axis orientation are shown upright.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ ERROR_RANGE = 100.0  # HU
 
 CELL = 308  # px, width of a panel
 GAP, MARGIN, HEADER, CAPTION, LEGEND = 8, 24, 92, 26, 64  # px
-TALLEST = 900  # px: a scan of the whole body is made smaller rather than the picture endless
+TALLEST = 900  # px: taller scans are drawn at a smaller scale
 
 INK, FAINT, PAPER = (232, 234, 237), (140, 146, 155), (17, 19, 24)
-COLD, ZERO, WARM = (64, 156, 255), (24, 26, 31), (255, 112, 67)  # errors below, at, above 0
+COLD, ZERO, WARM = (64, 156, 255), (24, 26, 31), (255, 112, 67)  # errors below, at and above 0
 
-# Patient's axis that a plane cuts -> its name and the directions to the right and downwards.
+# Patient axis normal to a plane -> name of the plane, its directions to the right and down.
 _PLANES = {"S": ("Axial", "L", "P"), "A": ("Coronal", "L", "I"), "R": ("Sagittal", "P", "I")}
 _OPPOSITE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A plane as the viewer sees it: arrays [row, column] in HU; `spacing` (row, column) in mm."""
+    """A plane as displayed: arrays [row, column] in HU, `spacing` (row, column) in mm."""
 
     name: str
     index: int
@@ -57,11 +56,11 @@ class Plane:
 
 
 class ThreePlanes:
-    """Collects one plane across each axis from slabs that pass by, and draws them.
+    """Collects one plane normal to each axis from the slabs of a stream, and draws them.
 
-    `at` is (x, y, z) of the planes, by default the middle. Two lines a slice and one slice are
-    kept. Raises UsageError for a path that does not end in .png, VolumeError where there is no
-    folder to write it into.
+    `at` is the voxel (x, y, z) that the planes go through, by default the middle. Memory holds two
+    lines per slice and one whole slice. Raises UsageError for a path that does not end in .png,
+    VolumeError if its folder does not exist.
     """
 
     def __init__(
@@ -77,13 +76,13 @@ class ThreePlanes:
         self.path, self.geometry = path, geometry
         nx, ny, nz = geometry.shape
         self.at = at or (nx // 2, ny // 2, nz // 2)
-        # Planes across x, y and z, of the original [0] and the reconstruction [1].
+        # Planes normal to x, y and z, of the original [0] and the reconstruction [1].
         self._cuts = tuple(
             np.zeros((2, *shape), np.float32) for shape in ((ny, nz), (nx, nz), (nx, ny))
         )
 
     def add(self, z: int, original: HuFrames, reconstruction: HuFrames) -> None:
-        """Take what the planes need of slabs [t, x, y] in HU whose first slice is z."""
+        """Copy the lines of the planes from slabs [t, x, y] in HU whose first slice is z."""
         x, y, middle = self.at
         across_x, across_y, across_z = self._cuts
         for which, frames in enumerate((original, reconstruction)):
@@ -93,14 +92,14 @@ class ThreePlanes:
                 across_z[which] = frames[middle - z]
 
     def planes(self) -> tuple[Plane, ...]:
-        """Axial, coronal and sagittal plane, upright."""
+        """Return the axial, coronal and sagittal plane, upright."""
         codes = self.geometry.orientation
-        if "?" in codes:  # a degenerate affine: as scanners mostly have it
+        if "?" in codes:  # a degenerate affine: assume the usual axes of scanners
             codes = "LPS"
         upright = {}
         for axis, code in enumerate(codes):
-            cut = code if code in _PLANES else _OPPOSITE[code]
-            name, right, down = _PLANES[cut]
+            normal = code if code in _PLANES else _OPPOSITE[code]
+            name, right, down = _PLANES[normal]
             across, along = (other for other in range(3) if other != axis)
             pair, order = self._cuts[axis], (along, across)
             if codes[across] in (down, _OPPOSITE[down]):
@@ -112,14 +111,14 @@ class ThreePlanes:
             if codes[order[1]] != right:
                 pair = pair[:, :, ::-1]
             spacing = self.geometry.spacing[order[0]], self.geometry.spacing[order[1]]
-            place = self.at[axis], self.geometry.shape[axis]
-            upright[name] = Plane(name, *place, right, down, spacing, pair[0], pair[1])
+            position = self.at[axis], self.geometry.shape[axis]
+            upright[name] = Plane(name, *position, right, down, spacing, pair[0], pair[1])
         return tuple(upright[name] for name, _, _ in _PLANES.values())
 
     def save(self, headline: str = "") -> None:
-        """Draw the picture and give the file its name when it is whole.
+        """Draw the picture and write it; the file gets its name only when complete.
 
-        Raises VolumeError when it cannot be written.
+        Raises VolumeError if it cannot be written.
         """
         picture = draw(self.planes(), headline)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
@@ -128,22 +127,22 @@ class ThreePlanes:
             os.replace(partial, self.path)
         except OSError as error:
             raise VolumeError(
-                f"expected room and permission to write {self.path}, found: "
-                f"{error.strerror or error}; free some space or choose another folder"
+                f"expected to write {self.path}, found: {error.strerror or error}: check that the "
+                "path is writable and the disk is not full"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
 
 
 def window(hu: HuFrames, level: float, width: float) -> NDArray[np.uint8]:
-    """Grey of HU: 0 at level - width/2 and below, 255 at level + width/2 and above."""
+    """Map HU to grey: 0 up to level - width/2, 255 from level + width/2."""
     share = (hu.astype(np.float32) - (level - width / 2)) / width
     grey: NDArray[np.uint8] = np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8)
     return grey
 
 
 def error_colours(error: NDArray[Any], limit: float = ERROR_RANGE) -> NDArray[np.uint8]:
-    """Colour of errors in HU [...] -> [..., 3]: dark at 0, blue below, orange above."""
+    """Map errors in HU [...] to RGB [..., 3]: dark at 0, blue below, orange above."""
     share = np.clip(error / limit, -1, 1).astype(np.float32)[..., None]
     cold, zero, warm = (np.array(colour, np.float32) for colour in (COLD, ZERO, WARM))
     colours = zero + np.abs(share) * (np.where(share < 0, cold, warm) - zero)
@@ -152,7 +151,7 @@ def error_colours(error: NDArray[Any], limit: float = ERROR_RANGE) -> NDArray[np
 
 
 def draw(planes: tuple[Plane, ...], headline: str = "") -> Image:
-    """Lay out planes as rows of five panels, all at one scale of px per mm."""
+    """Draw one row of five panels per plane, all at the same scale in px per mm."""
     from PIL import Image, ImageDraw
 
     scale = pixels_per_mm(planes)
@@ -178,19 +177,19 @@ def draw(planes: tuple[Plane, ...], headline: str = "") -> Image:
 
 
 def pixels_per_mm(planes: tuple[Plane, ...]) -> float:
-    """Scale at which the widest plane fills a panel, unless one would be taller than 900 px."""
+    """Return the scale at which the widest plane fills a panel, and none is taller than 900 px."""
     rows, columns = zip(*(np.multiply(p.original.shape, p.spacing) for p in planes), strict=True)
     return float(min(CELL / max(columns), TALLEST / max(rows)))
 
 
 def panel_size(plane: Plane, scale: float) -> tuple[int, int]:
-    """Rows and columns of a plane in px: its extent in mm, so that pixels are square."""
+    """Return rows and columns of a plane in px; both are to scale in mm, so pixels are square."""
     rows, columns = np.multiply(plane.original.shape, plane.spacing) * scale
     return max(1, round(rows)), max(1, round(columns))
 
 
 def panel_left(column: int) -> int:
-    """Left edge of a column of panels in px."""
+    """Return the left edge of a column of panels in px."""
     return MARGIN + column * (CELL + GAP)
 
 
@@ -199,7 +198,9 @@ def _panels(plane: Plane) -> list[Image]:
 
     pair = (plane.original, plane.reconstruction)
     grey = [
-        Image.fromarray(window(hu, *look)).convert("RGB") for look in (SOFT, LUNG) for hu in pair
+        Image.fromarray(window(hu, level, width)).convert("RGB")
+        for level, width in (SOFT, LUNG)
+        for hu in pair
     ]
     return [*grey, Image.fromarray(error_colours(plane.reconstruction - plane.original))]
 
@@ -211,28 +212,28 @@ def _header(pen: ImageDraw, headline: str) -> None:
         for tissue, (level, width) in (("soft tissue", SOFT), ("lung", LUNG))
         for name in ("Original", "Reconstruction")
     ]
-    for column, (name, look) in enumerate([*columns, ("Error", "reconstruction - original")]):
+    for column, (name, detail) in enumerate([*columns, ("Error", "reconstruction - original")]):
         left = panel_left(column)
         pen.text((left, 52), name, INK, _font(16))
-        pen.text((left, 72), look, FAINT, _font(13))
+        pen.text((left, 72), detail, FAINT, _font(13))
 
 
 def _directions(pen: ImageDraw, plane: Plane, top: int, rows: int) -> None:
-    """Letters at the edges of the first panel: where the patient's sides are."""
+    """Write the letters of the patient's directions at the edges of the first panel."""
     if rows < 80:
         return
     left, right, bottom = panel_left(0), panel_left(0) + CELL, top + rows
-    for place, anchor, letter in (
+    for position, anchor, letter in (
         ((left + 5, top + rows // 2), "lm", _OPPOSITE[plane.right]),
         ((right - 5, top + rows // 2), "rm", plane.right),
         ((left + CELL // 2, top + 5), "mt", _OPPOSITE[plane.down]),
         ((left + CELL // 2, bottom - 5), "mb", plane.down),
     ):
-        pen.text(place, letter, INK, _font(13), anchor, stroke_width=2, stroke_fill=PAPER)
+        pen.text(position, letter, INK, _font(13), anchor, stroke_width=2, stroke_fill=PAPER)
 
 
 def _legend(picture: Image, pen: ImageDraw, top: int, rows: int) -> None:
-    """Colour bar of the error beside the axial plane."""
+    """Draw the colour bar of the error next to the axial plane."""
     from PIL import Image
 
     rows = max(rows, 60)

@@ -1,1 +1,1 @@
-"""What lies on disk between runs: latent stores, journals for --resume, locks and fingerprints."""
+"""Files that outlive a run: latent stores, partial outputs for --resume, locks, fingerprints."""

@@ -1,8 +1,8 @@
-"""What a run computed, kept beside its output until it is done: `OUT.partial`.
+"""Intermediate results for --resume, stored in the folder `OUT.partial` next to the output.
 
-A generation that was stopped goes through the same steps again and finds here what the network
-predicted, so it ends in the same bytes, whatever history its scheduler keeps. A decode or
-reconstruct finds the slabs that are decoded.
+A resumed generation repeats all its steps and loads the network's predictions from here. So it
+produces the same bytes even if its scheduler depends on earlier steps. A resumed decode or
+reconstruct loads the slabs that were already decoded.
 """
 
 from __future__ import annotations
@@ -26,62 +26,65 @@ Array = NDArray[np.float32]
 
 
 class Journal:
-    """A folder of arrays by name, of one request; `facts` tell it from others.
+    """A folder of named arrays that belong to one request, which `facts` describe.
 
-    Raises VolumeError where the folder holds something else or cannot be made, and UsageError
-    where `resume` meets what another request left.
+    With `resume` the arrays of an interrupted run are kept, otherwise they are removed. Raises
+    VolumeError if the folder contains anything else or cannot be created, and UsageError if
+    `resume` finds the partial output of a request with other `facts`.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], resume: bool) -> None:
         self.folder, self._note = folder, folder / "request.json"
-        self._hold: Lock | None = None
+        self._lock: Lock | None = None
         if folder.exists() and not self._note.is_file() and any(folder.iterdir()):
             raise VolumeError(
-                f"expected what a stopped run left, found something else at {folder}: move it away"
+                f"expected the partial output of an interrupted run, found something else at "
+                f"{folder}: move it away"
             )
         try:
             folder.mkdir(exist_ok=True)
-            self._hold = Lock(folder)
+            self._lock = Lock(folder)
             self._begin(facts, resume)
         except OSError as error:
             self.close()
             raise VolumeError(
-                f"expected to write {folder}, found {error.strerror or error}: choose another place"
+                f"expected to write {folder}, found: {error.strerror or error}: check that the "
+                "path is writable and the disk is not full"
             ) from None
         except FvaeError:
             self.close()
             raise
 
     def _begin(self, facts: dict[str, Any], resume: bool) -> None:
-        """Go on with what is there, or begin."""
+        """Check the facts of the partial output to resume, or start with an empty folder."""
         if not (resume and self._note.is_file()):
             empty(self.folder)
             self._note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             return
-        left = _read(self._note)
+        before = _read(self._note)
         for name, value in facts.items():
-            if left.get(name) != value:
+            if before.get(name) != value:
                 raise UsageError(
-                    f"expected {self.folder} to be of the same request, found "
-                    f"{difference(name, left.get(name), value)}: resume with the same, or start "
-                    "over without --resume"
+                    f"expected {self.folder} to belong to the same request, found "
+                    f"{difference(name, before.get(name), value)}: resume with the same input and "
+                    "options, or start over without --resume"
                 )
 
     def kept(self, name: str, compute: Callable[[], Array]) -> Array:
-        """Return what was computed under this name, now or by the run that was stopped."""
-        found = self.found(name)
-        return self.keep(name, compute()) if found is None else found
+        """Return the array of this name from the interrupted run, or compute and store it."""
+        stored = self.found(name)
+        return self.keep(name, compute()) if stored is None else stored
 
     def found(self, name: str) -> Array | None:
-        """Return what is kept under this name; nothing where that is damaged."""
+        """Return the stored array of this name; None if it is missing or damaged."""
         try:
-            kept: Array = np.load(self._path(name), allow_pickle=False)
+            stored: Array = np.load(self._path(name), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        return kept
+        return stored
 
     def keep(self, name: str, computed: Array) -> Array:
-        """Keep an array under this name."""
+        """Store an array under this name and return it."""
         path = self._path(name)
         try:
             with path.with_suffix(".new").open("wb") as file:
@@ -89,8 +92,8 @@ class Journal:
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise OutputError(
-                f"expected space to write {path}, found {error.strerror or error}: free some space "
-                "and continue with --resume"
+                f"expected to write {path}, found: {error.strerror or error}: check that the disk "
+                "is not full, then continue with --resume"
             ) from None
         return computed
 
@@ -99,19 +102,19 @@ class Journal:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was kept yet."""
+        """True if no array is stored."""
         return not any(self.folder.glob("*.npy"))
 
     def done(self) -> None:
-        """Remove it all, where that has not been done."""
+        """Remove the folder, if it still exists, and release the lock."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.close()
 
     def close(self) -> None:
-        """Leave it as it is; another run may go on with it."""
-        if self._hold is not None:
-            self._hold.close()
+        """Release the lock and keep the arrays, so that another run can resume."""
+        if self._lock is not None:
+            self._lock.close()
 
 
 @contextlib.contextmanager
@@ -137,7 +140,7 @@ def journal_of(path: Path, facts: dict[str, Any], resume: bool) -> Iterator[Jour
 
 
 def _read(note: Path) -> dict[str, Any]:
-    """Read what a stopped run left; nothing where that is damaged."""
+    """Return the facts of an interrupted run; empty if the file is missing or damaged."""
     try:
         content = json.loads(note.read_bytes())
     except (OSError, ValueError):

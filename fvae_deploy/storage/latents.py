@@ -1,10 +1,10 @@
 """The latent store: a Zarr v3 array (D, T, h, w), one checksummed chunk per latent frame.
 
-A store under construction is called `NAME.partial` and says in its attributes that it is
-incomplete; it gets its name when its last frame is in. So what stands under the name is
-always whole, and what a killed run leaves can be resumed. The attributes hold everything
-that decoding needs besides the model: the geometry of the volume and the protocol.
-Nothing in the store depends on when or where it was made.
+A store is written as `NAME.partial`, with the attribute `complete` set to false. It is renamed to
+its final name after the last frame, so a store under its final name is always complete, and the
+partial output of an interrupted run can be resumed. The attributes contain everything that
+decoding needs besides the model: the geometry of the volume and the protocol. The bytes of a
+store do not depend on when or where it was written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What a store says about itself."""
+    """The metadata of a store: model, settings of the encoding and geometry of the volume."""
 
     model: str
     identity: str
@@ -45,10 +45,10 @@ class LatentInfo:
     geometry: Geometry
     hu_window: tuple[float, float]
     fvae_version: str
-    tile: tuple[int, ...] = ()  # extents, stage by stage; other ones round differently
+    tile: tuple[int, ...] = ()  # extents, stage by stage; other tiles round differently
 
     def to_attributes(self) -> dict[str, Any]:
-        """Flatten to JSON: arrays as lists, the NIfTI header in base64."""
+        """Convert to JSON values: arrays as lists, the NIfTI header in base64."""
         attributes = {k: v for k, v in asdict(self).items() if k != "geometry"}
         header = self.geometry.nifti_header
         return {
@@ -65,20 +65,20 @@ class LatentInfo:
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any], path: Path) -> LatentInfo:
-        """Undo `to_attributes`; raises LatentError for another format or damaged values."""
+        """Invert `to_attributes`; raises LatentError for another format or damaged values."""
         if attributes.get("fvae_latents") != FORMAT:
             raise LatentError(
                 f"expected an fvae latent store (format {FORMAT}) at {path}, found "
-                f"format {attributes.get('fvae_latents')}: make it with fvae encode"
+                f"format {attributes.get('fvae_latents')}: create one with fvae encode"
             )
         try:
             text = attributes["nifti_header"]
             header = None if text is None else base64.b64decode(text, validate=True)
             if header is not None and len(header) not in (348, 540):
-                raise ValueError(f"a NIfTI header of {len(header)} bytes")
+                raise ValueError(f"NIfTI header of {len(header)} bytes")
             x, y, z = (int(n) for n in attributes["shape"])
             if min(x, y, z) < 1 or int(attributes["slices"]) != z:
-                raise ValueError(f"{attributes['slices']} slices of a volume {x}x{y}x{z}")
+                raise ValueError(f"{attributes['slices']} slices for a volume {x}x{y}x{z}")
             low, high = (float(n) for n in attributes["hu_window"])
             tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
@@ -98,24 +98,24 @@ class LatentInfo:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LatentError(
-                f"expected whole attributes in {path}, found {type(error).__name__} at {error}: "
-                "encode the CT again"
+                f"expected complete and valid attributes in {path}, found "
+                f"{type(error).__name__}: {error}: encode the CT again"
             ) from None
 
 
 def partial_path(path: Path) -> Path:
-    """Name of what is kept of an output while it is being written."""
+    """Return the path of the partial output that is written before `path` is complete."""
     return path.with_name(path.name + ".partial")
 
 
 class LatentReader:
-    """A complete store, to be decoded."""
+    """Reads a complete store. Raises LatentError if the store is incomplete or damaged."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists() and partial_path(path).exists():
             raise LatentError(
-                f"expected a complete store {path}, found only {partial_path(path).name}, which "
-                "is incomplete: finish it with fvae encode … --resume"
+                f"expected a complete store {path}, found only the partial output "
+                f"{partial_path(path).name}: finish it with fvae encode … --resume"
             )
         self.path = path
         self._array, attributes = _open(path)
@@ -129,22 +129,22 @@ class LatentReader:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(D, T, h, w)."""
+        """Channels, latent frames, height and width: (D, T, h, w)."""
         d, t, h, w = self._array.shape
         return d, t, h, w
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Latent frames [D, stop - start, h, w]; raises LatentError for a damaged chunk."""
-        with _damage(self.path, start, stop):
+        """Return latent frames [D, stop - start, h, w]; raises LatentError for a damaged chunk."""
+        with _reading(self.path, start, stop):
             return np.asarray(self._array[:, start:stop], dtype=np.float32)
 
 
 class LatentWriter:
-    """A store under construction.
+    """Writes a store as a partial output and renames it when complete.
 
-    With `resume`, an existing partial store of the same content and of the same `source`, as
-    `volume.fingerprint_of` tells it, is continued: `done` counts the leading latent frames that are
-    there and undamaged.
+    With `resume`, the partial output of an interrupted run is continued if it has the same metadata
+    and the same `source`, a fingerprint from `fingerprint_of`. `done` is the number of leading
+    latent frames that it already contains undamaged.
     """
 
     def __init__(
@@ -155,25 +155,28 @@ class LatentWriter:
         resume: bool = False,
         source: str = "",
     ) -> None:
-        path = Path(os.path.realpath(path))  # through a link: what it points at is replaced
+        path = Path(os.path.realpath(path))  # a symbolic link stays, its target is replaced
         self.path, self.partial, self.done = path, partial_path(path), 0
         if path.exists() and not is_latents(path):
             raise LatentError(
-                f"expected a new name or an fvae latent store to replace, found {path}: "
-                "choose another name"
+                f"expected a new name or an fvae latent store to replace, found something else at "
+                f"{path}: choose another name"
             )
         if not path.absolute().parent.is_dir():
-            raise LatentError(f"expected a folder {path.absolute().parent}, found none: create it")
+            raise LatentError(
+                f"expected a folder {path.absolute().parent} to write {path.name} into, found "
+                "none: create it first"
+            )
         self._attributes = info.to_attributes()
         attributes = {**self._attributes, "complete": False, "input": source}
         if self.partial.exists() and not _is_partial(self.partial):
             raise LatentError(
-                f"expected a new name or what a stopped run left, found something else than a "
-                f"latent store at {self.partial}: move it away"
+                "expected a new name or the partial output of an interrupted run, found something "
+                f"else at {self.partial}: move it away"
             )
         with _writing(self.partial):
             self.partial.mkdir(exist_ok=True)
-            self._hold = Lock(self.partial)
+            self._lock = Lock(self.partial)
         try:
             self._begin(attributes, shape, resume)
         except BaseException:
@@ -183,13 +186,14 @@ class LatentWriter:
     def _begin(
         self, attributes: dict[str, Any], shape: tuple[int, int, int, int], resume: bool
     ) -> None:
-        """Go on with what is there, or begin."""
+        """Check the partial output to resume, or start with an empty store."""
         if resume and (self.partial / "zarr.json").exists():
-            for stray in self.partial.rglob("*.partial"):  # of a killed write of zarr's
-                stray.unlink()
-            self._array, found = _open(self.partial)
-            if not found.get("complete"):  # else killed at its last rename: it says no more of what
-                _check_same(found, attributes, self.partial)
+            for temporary in self.partial.rglob("*.partial"):  # zarr was killed while writing
+                temporary.unlink()
+            self._array, stored = _open(self.partial)
+            # A store killed just before its last rename is complete, but no longer names its input.
+            if not stored.get("complete"):
+                _check_same(stored, attributes, self.partial)
                 self.done = self._undamaged()
                 return
         d, _, h, w = shape
@@ -200,7 +204,7 @@ class LatentWriter:
                 shape=shape,
                 chunks=(d, 1, h, w),
                 dtype="float32",
-                compressors=Crc32cCodec(),  # float latents shrink by a tenth at best
+                compressors=Crc32cCodec(),  # compression would save a tenth at best
                 fill_value=0.0,
                 attributes=attributes,
                 config={"write_empty_chunks": True},
@@ -212,16 +216,16 @@ class LatentWriter:
             self._array[:, start : start + z.shape[1]] = z
 
     def commit(self) -> None:
-        """Mark the store complete and give it its name, replacing an older one.
+        """Mark the store complete and rename it to its final name, replacing an older store.
 
-        Raises LatentError when a frame was never written, or was taken away since.
+        Raises LatentError if a frame was never written or has been removed since.
         """
         _check_complete(self.partial, self._array.shape[1])
         with _writing(self.partial):
             self._array.attrs.put({**self._attributes, "complete": True})
             if self.path.exists():
                 old = self.path.with_name(f".{self.path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)  # of a run killed at this very place
+                shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed here
                 self.path.rename(old)
                 self.partial.rename(self.path)
                 shutil.rmtree(old)
@@ -230,15 +234,16 @@ class LatentWriter:
         self.close()
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove the partial output and release the lock."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Leave what was written as it is; another run may go on with it."""
-        self._hold.close()
+        """Release the lock and keep the partial output, so that another run can resume."""
+        self._lock.close()
 
     def _undamaged(self) -> int:
+        """Count the leading latent frames whose chunks exist and pass their checksum."""
         for t in range(self._array.shape[1]):
             if not _chunk(self.partial, t).exists():
                 return t
@@ -271,7 +276,7 @@ def is_latents(path: Path) -> bool:
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether a folder holds nothing but what a store under construction holds."""
+    """Return True for a folder that contains only files of an unfinished store."""
     names = (entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
     return all(name in ("c", "zarr.json") or name.endswith(".partial") for name in names)
 
@@ -284,29 +289,29 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
         if array.ndim != 4:
             raise ValueError(f"{array.ndim} dimensions")
         return array, dict(array.attrs)
-    except Exception as error:  # zarr raises many classes for a damaged store
+    except Exception as error:  # zarr raises many exception types for a damaged store
         raise LatentError(
             f"expected a latent store (D, T, h, w) at {path}, found "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "make it with fvae encode"
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}: "
+            "create one with fvae encode"
         ) from None
 
 
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            found_here = difference(key, found.get(key), value)
+def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    for key, value in now.items():
+        if before.get(key) != value:
             raise LatentError(
-                f"expected {path} to be of the same run, found {found_here}: "
-                "resume with the same, or start over without --resume"
+                f"expected {path} to belong to the same run, found "
+                f"{difference(key, before.get(key), value)}: resume with the same input and "
+                "options, or start over without --resume"
             )
 
 
 @contextlib.contextmanager
-def _damage(path: Path, start: int, stop: int) -> Iterator[None]:
+def _reading(path: Path, start: int, stop: int) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a checksum, a codec or the file system
+    except Exception as error:  # from the checksum, a codec or the file system
         raise LatentError(
             f"expected undamaged latent frames {start} to {stop - 1} in {path}, found "
             f"{str(error).splitlines()[0]}: encode the CT again"
@@ -319,6 +324,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise LatentError(
-            f"expected to write {path}, found {error.strerror or error}: free space or choose "
-            "another place, then continue with --resume"
+            f"expected to write {path}, found: {error.strerror or error}: check that the path is "
+            "writable and the disk is not full, then continue with --resume"
         ) from None

@@ -1,4 +1,4 @@
-"""A folder that one run alone writes to: of two that are given the same output, one is refused."""
+"""A lock on a folder, so that two runs cannot write the same output at the same time."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from fvae_deploy.errors import VolumeError
 
 
 class Lock:
-    """Holds a folder until it is closed or the process ends, however that goes.
+    """An exclusive lock on a folder, released by `close` or when the process ends or is killed.
 
-    Raises VolumeError where another run holds it.
+    Raises VolumeError if another run holds the lock.
     """
 
     _descriptor: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder, os.O_RDONLY)
-        free = True
-        with contextlib.suppress(OSError):  # a file system that knows no locks
+        available = True
+        with contextlib.suppress(OSError):  # some file systems do not support locks
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                free = False
-        # The one that held it may have given it another name meanwhile.
-        here, held = _identity(folder), _identity(self._descriptor)
-        if not free or here != held:
+                available = False
+        # The other run may have renamed the folder before this run got the lock.
+        if not available or _identity(folder) != _identity(self._descriptor):
             self.close()
             raise VolumeError(
-                f"expected {folder} for this run alone, found another that writes it: wait for it, "
-                "or choose another output"
+                f"expected {folder} for this run alone, found another run that writes to it: wait "
+                "until it ends or choose another output"
             )
 
     def close(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -47,7 +46,7 @@ class Lock:
 
 
 def empty(folder: Path) -> None:
-    """Remove all that is in a folder, which stays."""
+    """Remove the contents of a folder, but not the folder itself."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -55,9 +54,10 @@ def empty(folder: Path) -> None:
             path.unlink()
 
 
-def _identity(place: Path | int) -> tuple[int, int] | None:
+def _identity(folder: Path | int) -> tuple[int, int] | None:
+    """Return device and inode of a path or an open descriptor; None if it does not exist."""
     try:
-        found = os.stat(place)
+        stat = os.stat(folder)
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino

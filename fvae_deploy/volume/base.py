@@ -1,4 +1,4 @@
-"""What every reader and writer of volumes offers, and the choice by suffix."""
+"""The interfaces of volume readers and writers, and the code that all formats share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HuFrames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a volume lie.
+    """The voxel grid of a volume: its shape and its position in space.
 
-    `affine` maps voxel indices (i, j, k) to RAS millimetres, as nibabel does.
-    `nifti_header` is the source's own header when it was NIfTI (348 or 540 bytes), so that
-    qform, sform, zooms and units reach the output bit for bit; None otherwise.
-    `dicom_files` are the source's slices, in order, when it was DICOM: a derived series refers
-    to them.
+    `affine` maps voxel indices (i, j, k) to RAS millimetres, as in nibabel.
+    `nifti_header` is the raw header of a NIfTI source (348 or 540 bytes), kept so that qform,
+    sform, zooms and units reach the output bit for bit; None for other sources.
+    `dicom_files` lists the slices of a DICOM source in order, because a derived series must
+    refer to them.
     """
 
     shape: tuple[int, int, int]
@@ -44,7 +44,7 @@ class Geometry:
 
     @property
     def orientation(self) -> str:
-        """Axis codes such as "LPS": the direction in which each axis grows."""
+        """Axis codes such as "LPS": the anatomical direction in which each index grows."""
         from nibabel.orientations import aff2axcodes
 
         codes = aff2axcodes(self.affine)  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ class Geometry:
 
 
 class Reader(Protocol):
-    """A volume to be read from front to back."""
+    """A volume that is read in slabs along z."""
 
     path: Path
     geometry: Geometry
@@ -60,7 +60,7 @@ class Reader(Protocol):
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield the frames from `start` on, in slabs of the given depths.
 
-        The last depth repeats until the volume ends; the last slab may be shorter.
+        The last depth repeats to the end of the volume; the last slab may be shorter.
         Raises VolumeError for truncated or damaged data and for values that are not finite.
         """
         ...
@@ -71,35 +71,35 @@ class Reader(Protocol):
 
 
 class Primed:
-    """A reader whose first slices are read already, so that a stream begins at once.
+    """A reader whose first slices are read ahead, so that a stream starts without waiting.
 
-    Made in one thread while another computes; `slabs` is that of the reader.
+    It can be created in one thread while another thread computes.
     """
 
     def __init__(self, reader: Reader, slices: int = 8) -> None:
         self.path, self.geometry, self._reader = reader.path, reader.geometry, reader
         self._rest = reader.slabs(1)
-        self._held = list(islice(self._rest, slices))
+        self._first = list(islice(self._rest, slices))
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
-        """Yield what the reader would; once from the slices that are held."""
-        if start or not self._held:
+        """Yield the reader's slabs; the first call from slice 0 uses the slices read ahead."""
+        if start or not self._first:
             yield from self._reader.slabs(*depths, start=start)
             return
-        planes = chain(self._held, self._rest)
-        self._held = []
+        planes = chain(self._first, self._rest)
+        self._first = []
         for indices in slab_ranges(self.geometry.shape[2], depths, 0):
             yield np.concatenate([*islice(planes, len(indices))])
 
     def close(self) -> None:
         """Release the file."""
-        self._held = []
+        self._first = []
         self._rest.close()  # type: ignore[attr-defined]
         self._reader.close()
 
 
 class Writer(Protocol):
-    """A volume to be written from front to back; it appears under its name only when whole."""
+    """A volume that is written in order along z; it gets its name only when complete."""
 
     path: Path
 
@@ -108,11 +108,11 @@ class Writer(Protocol):
         ...
 
     def commit(self) -> None:
-        """Finish, check that every frame came, and give the file its final name."""
+        """Check that all frames were written, finish the file and give it its final name."""
         ...
 
     def abort(self) -> None:
-        """Remove what was written; nothing is left under the final or a temporary name."""
+        """Remove the partial output, so that no temporary file stays behind."""
         ...
 
     def __enter__(self) -> Writer: ...
@@ -130,14 +130,14 @@ class Writer(Protocol):
 def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[range]:
     """Split the slices from `start` to `count` into ranges of the given depths.
 
-    The last depth repeats; the last range may be shorter. Raises VolumeError when `start`
-    lies outside the volume, ValueError when a depth is not positive.
+    The last depth repeats; the last range may be shorter. Raises VolumeError if `start` lies
+    outside the volume, ValueError if a depth is not positive.
     """
     if not depths or min(depths) < 1:
         raise ValueError(f"expected slab depths of at least 1, found {depths}")
     if not 0 <= start <= count:
         raise VolumeError(
-            f"expected a first slice from 0 to {count}, found {start}: choose one that exists"
+            f"expected a first slice from 0 to {count}, found {start}: choose one in this range"
         )
     for depth in chain(depths, repeat(depths[-1])):
         if start >= count:
@@ -147,7 +147,7 @@ def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[ran
 
 
 def check_finite(planes: HuFrames, first: int, path: Path) -> None:
-    """Raise VolumeError naming the first slice that holds NaN or infinity."""
+    """Raise VolumeError with the index of the first slice that contains NaN or infinity."""
     if planes.dtype.kind == "f":
         for index, plane in enumerate(planes, first):
             if not np.isfinite(plane).all():
@@ -158,20 +158,20 @@ def check_finite(planes: HuFrames, first: int, path: Path) -> None:
 
 
 class FrameWriter(ABC):
-    """What every Writer shares: it checks frames, counts them, and leaves all or nothing.
+    """Base class of all writers: checks and counts frames, and never leaves half an output.
 
-    A format adds `_append` (one frame), `_publish` (finish under the final name) and `_discard`
-    (remove everything).
+    A format implements `_append` (store one frame), `_publish` (finish and rename) and `_discard`
+    (remove the partial output).
     """
 
     def __init__(self, path: Path, geometry: Geometry, dtype: str) -> None:
-        # Through a link, so that the link stays and what it points at is replaced.
+        # Resolve symbolic links, so that the target is replaced and the link stays.
         self.path = Path(os.path.realpath(path))
         self.geometry = geometry
         self._dtype = np.dtype(dtype)
         self._count = 0
         self._open = True
-        # Hidden and beside the target: a rename within one folder is atomic.
+        # In the same folder as the output, because a rename within one folder is atomic.
         self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         if not self.path.parent.is_dir():
             raise VolumeError(
@@ -181,69 +181,74 @@ class FrameWriter(ABC):
 
     @abstractmethod
     def _append(self, frame: HuFrames) -> None:
-        """Store one frame [x, y], already of the stored dtype."""
+        """Store one frame [x, y] that already has the stored dtype."""
 
     @abstractmethod
     def _publish(self) -> None:
-        """Finish the partial output and give it its final name."""
+        """Finish the partial output and rename it to its final name."""
 
     @abstractmethod
     def _discard(self) -> None:
-        """Remove the partial output; called once, also after `_append` failed."""
+        """Remove the partial output; called at most once, also after `_append` failed."""
 
     def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU, int16 or float32; `frames` itself is not changed."""
         if not self._open:
-            raise VolumeError(f"expected {self.path} to be open, found it closed: create it anew")
+            raise VolumeError(
+                f"expected {self.path} to be open, found it closed: create a new writer"
+            )
         nx, ny, nz = self.geometry.shape
         if frames.ndim != 3 or frames.shape[1:] != (nx, ny) or self._count + len(frames) > nz:
             raise VolumeError(
                 f"expected at most {nz - self._count} more slices of {nx}x{ny}, found frames of "
-                f"shape {frames.shape}: the geometry must be that of what is written"
+                f"shape {frames.shape}: create the writer with the geometry of these frames"
             )
         if frames.dtype not in (np.int16, np.float32):
-            raise VolumeError(f"expected int16 or float32 frames, found {frames.dtype}: convert it")
+            raise VolumeError(
+                f"expected int16 or float32 frames, found {frames.dtype}: convert them first"
+            )
         failed: OSError | None = None
         try:
-            # One frame at a time: temporaries stay small, and the bytes of a compressed file
-            # do not depend on how its frames were grouped.
+            # One frame at a time: temporary arrays stay small, and the bytes of a compressed
+            # file do not depend on how the frames were grouped.
             for frame in frames:
                 self._append(self._stored(frame))
                 self._count += 1
         except OSError as error:
             failed = error
-        self._end(failed)
+        self._raise_failure(failed)
 
     def commit(self) -> None:
-        """Finish, check that every frame came, and give the output its final name."""
+        """Check that all frames were written, and give the output its final name."""
         if not self._open:
             return
         if self._count != self.geometry.shape[2]:
             self.abort()
             raise VolumeError(
                 f"expected {self.geometry.shape[2]} slices for {self.path}, found {self._count}: "
-                "nothing was written"
+                "the partial output was removed, write all slices before commit"
             )
         failed: OSError | None = None
         try:
             self._publish()
         except OSError as error:
             failed = error
-        self._end(failed)
+        self._raise_failure(failed)
         self._open = False
 
-    def _end(self, failed: OSError | None) -> None:
-        """Abort after an error, and say so.
+    def _raise_failure(self, failed: OSError | None) -> None:
+        """Abort and raise a VolumeError if writing failed.
 
-        Not while it is being handled: a compressor with a thread raises the same error once more
-        as it closes, which would then be its own context, and contextlib never sees the end.
+        Call this outside the `except` block: a compressor with its own thread raises the same
+        error again on close. The error would become its own context, and contextlib would loop
+        endlessly over the chain of contexts.
         """
         if failed is not None:
             self.abort()
-            raise self._refused(failed) from failed
+            raise self._write_error(failed) from failed
 
     def abort(self) -> None:
-        """Remove what was written; nothing is left under the final or a temporary name."""
+        """Remove the partial output, so that no temporary file stays behind."""
         if self._open:
             self._open = False
             self._discard()
@@ -261,10 +266,10 @@ class FrameWriter(ABC):
                 np.clip(frame, limits.min, limits.max, out=frame)
         return frame.astype(self._dtype, copy=False)
 
-    def _refused(self, error: OSError) -> OutputError:
+    def _write_error(self, error: OSError) -> OutputError:
         return OutputError(
-            f"expected room and permission to write {self.path}, found: {error.strerror or error}; "
-            "free some space or choose another folder"
+            f"expected to write {self.path}, found: {error.strerror or error}: check that the path "
+            "is writable and the disk is not full"
         )
 
     def __enter__(self) -> Self:
@@ -283,10 +288,10 @@ class FrameWriter(ABC):
 
 
 def publish_folder(partial: Path, path: Path) -> None:
-    """Give a folder its final name, in place of an older one.
+    """Rename a folder to its final name and remove the older folder of that name, if any.
 
-    It cannot be replaced in one step: the old one moves aside and comes back if the new one
-    cannot take its place.
+    A folder cannot be replaced in one step. The old one is renamed first, and renamed back if the
+    new one cannot be moved into place.
     """
     aside = partial.with_suffix(".old")
     if path.exists():

@@ -1,8 +1,9 @@
-"""A volume as a new, derived CT series: a folder of slices, 000001.dcm and so on.
+"""Writer for a derived CT series: a folder of slices named 000001.dcm, 000002.dcm and so on.
 
-Where the source was DICOM, patient, study, frame of reference and position are those of its
-slices, which every slice refers to (PS3.3 C.7.6.1, C.12.4); else the series is of a new study of
-nobody. What is copied is listed here: nothing else of the source's headers goes in.
+If the source was DICOM, the patient, study, frame of reference and slice positions are copied from
+it, and every slice refers to its source slice (PS3.3 C.7.6.1, C.12.4). For other sources the
+series belongs to a new study with empty patient data. Only the elements listed in this file are
+copied from the headers of the source.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _PATIENT = "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex 
 _PATIENT += " PatientSize PatientWeight PatientIdentityRemoved DeidentificationMethod"
 _STUDY = "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName"
 _STUDY += " StudyDescription"
-_PLACE = "FrameOfReferenceUID PositionReferenceIndicator PatientPosition BodyPartExamined"
-_PLACE += " Laterality ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness"
-_PLACE += " SpacingBetweenSlices SliceLocation GantryDetectorTilt"
+_POSITION = "FrameOfReferenceUID PositionReferenceIndicator PatientPosition BodyPartExamined"
+_POSITION += " Laterality ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness"
+_POSITION += " SpacingBetweenSlices SliceLocation GantryDetectorTilt"
 _SCAN = "AcquisitionDate AcquisitionTime AcquisitionNumber KVP ContrastBolusAgent"
 _SCAN += " WindowCenter WindowWidth LossyImageCompression LossyImageCompressionRatio"
 _SCAN += " LossyImageCompressionMethod SpecificCharacterSet"
-_COPIED = f"{_PATIENT} {_STUDY} {_PLACE} {_SCAN}".split()
+_COPIED = f"{_PATIENT} {_STUDY} {_POSITION} {_SCAN}".split()
 _EQUIPMENT = "Manufacturer InstitutionName StationName ManufacturerModelName DeviceSerialNumber"
 _EQUIPMENT = f"{_EQUIPMENT} SoftwareVersions"
 _READ = [*_COPIED, *_EQUIPMENT.split(), "SOPClassUID", "SOPInstanceUID", "ImageType"]
 _READ += ["SeriesNumber", "SeriesDescription"]
-_EMPTY = [
+_REQUIRED = [  # may be empty, but must be present
     "PatientName",
     "PatientID",
     "PatientBirthDate",
@@ -56,12 +57,12 @@ _EMPTY = [
 
 
 class DicomWriter(FrameWriter):
-    """Writes a folder of slices that appears under its name only when whole.
+    """Writes a folder of slices, which gets its name only when complete.
 
-    Stored as int16 in HU, or where the dtype is float32 as uint16 with a slope and an intercept a
-    slice, so that each uses all 16 bits. `kind` says in a word or two what they are, `note` how
-    they were made. Raises VolumeError when the place cannot be written, or holds anything but such
-    a folder.
+    The dtype int16 stores HU directly. The dtype float32 is stored as uint16 with a slope and an
+    intercept per slice, so that each slice uses all 16 bits. `kind` describes the series in one or
+    two words, `note` says how it was computed. Raises VolumeError if the path cannot be written,
+    or exists and is not a folder that contains only .dcm files.
     """
 
     def __init__(
@@ -75,19 +76,20 @@ class DicomWriter(FrameWriter):
         super().__init__(Path(path), geometry, dtype)
         if self.path.exists() and not _is_series(self.path):
             raise VolumeError(
-                f"expected a new name or a folder of .dcm to replace, found something else at "
-                f"{self.path}: choose another name"
+                "expected a new name or a folder with only .dcm files to replace, found something "
+                f"else at {self.path}: choose another name"
             )
         self._kind, self._note = kind, ": ".join(filter(None, [f"fvae {__version__}", note]))
         self._now = datetime.now()
         self._series = generate_uid()
-        self._alone = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
+        self._new_uids = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
         try:
-            shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process of the same id
+            # A killed process with the same id may have left this folder.
+            shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
         except OSError as error:
             self.abort()
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def _append(self, frame: HuFrames) -> None:
         source = self._source(self._count)
@@ -103,36 +105,36 @@ class DicomWriter(FrameWriter):
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _source(self, k: int) -> Dataset:
-        """Read what is wanted of the source's slice, or make it up from the affine."""
+        """Return the header of source slice k, or one computed from the affine if there is none."""
         files = self.geometry.dicom_files
         if files:
             try:
                 return pydicom.dcmread(files[k], stop_before_pixels=True, specific_tags=[*_READ])
-            except Exception as error:  # a damaged element can raise almost any kind
+            except Exception as error:  # a damaged element can raise almost any exception
                 raise VolumeError(
-                    f"expected a sound DICOM header, found damage in {files[k]}: copy it again"
+                    f"expected an intact DICOM header, found damage in {files[k]}: copy it again"
                 ) from error
         data = Dataset()
         lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.geometry.affine
         spacing = self.geometry.spacing
-        place = lps[:3, 3] + k * lps[:3, 2]
+        position = lps[:3, 3] + k * lps[:3, 2]
         axes = np.concatenate([lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]])
-        data.ImagePositionPatient = [_ds(n) for n in place]
+        data.ImagePositionPatient = [_ds(n) for n in position]
         data.ImageOrientationPatient = [_ds(n) for n in axes]
         data.PixelSpacing = [_ds(spacing[1]), _ds(spacing[0])]
         data.SliceThickness = _ds(spacing[2])
         return data
 
     def _header(self, source: Dataset) -> Dataset:
-        """Make everything but the pixels."""
+        """Return the header of the next slice, without the pixels."""
         data = Dataset()
         for name in _COPIED:
             if name in source:
                 data[name] = source[name]
-        for name in _EMPTY:
+        for name in _REQUIRED:
             if name not in data:
                 setattr(data, name, "")
-        for name, uid in self._alone.items():  # what was anonymised may have left it empty
+        for name, uid in self._new_uids.items():  # anonymisation may have emptied them
             if not data.get(name):
                 setattr(data, name, uid)
         data.file_meta = FileMetaDataset()
@@ -142,11 +144,11 @@ class DicomWriter(FrameWriter):
         data.SeriesInstanceUID = self._series
         data.Modality = "CT"
         data.SeriesNumber = int(source.get("SeriesNumber") or 0) + 1000
-        about = str(source.get("SeriesDescription", ""))
-        data.SeriesDescription = f"{about[:44]} fvae {self._kind}".strip()
+        description = str(source.get("SeriesDescription", ""))
+        data.SeriesDescription = f"{description[:44]} fvae {self._kind}".strip()
         data.InstanceNumber = self._count + 1
-        kinds = list(source.get("ImageType", []))
-        data.ImageType = ["DERIVED", "SECONDARY", *(kinds[2:3] or ["AXIAL"])]
+        image_type = list(source.get("ImageType", []))
+        data.ImageType = ["DERIVED", "SECONDARY", *(image_type[2:3] or ["AXIAL"])]
         data.DerivationDescription = self._note[:1024]
         data.SeriesDate = data.ContentDate = data.InstanceCreationDate = self._now.strftime(
             "%Y%m%d"
@@ -167,26 +169,26 @@ class DicomWriter(FrameWriter):
         return data
 
     def _equipment(self, source: Dataset) -> list[Dataset]:
-        """Name the scanner, where it is known, and fvae."""
-        made = Dataset()
-        made.PurposeOfReferenceCodeSequence = Sequence([_code("109102", "Processing Equipment")])
-        made.Manufacturer, made.ManufacturerModelName = "fvae", "fvae-deploy"
-        made.SoftwareVersions = __version__
-        made.ContributionDateTime = self._now.strftime("%Y%m%d%H%M%S")
-        made.ContributionDescription = self._note[:1024]
+        """List the scanner, if the source names it, and fvae."""
+        fvae = Dataset()
+        fvae.PurposeOfReferenceCodeSequence = Sequence([_code("109102", "Processing Equipment")])
+        fvae.Manufacturer, fvae.ManufacturerModelName = "fvae", "fvae-deploy"
+        fvae.SoftwareVersions = __version__
+        fvae.ContributionDateTime = self._now.strftime("%Y%m%d%H%M%S")
+        fvae.ContributionDescription = self._note[:1024]
         if "Manufacturer" not in source:
-            return [made]
+            return [fvae]
         scanner = Dataset()
         purpose = _code("109101", "Acquisition Equipment")
         scanner.PurposeOfReferenceCodeSequence = Sequence([purpose])
         for name in _EQUIPMENT.split():
             if name in source:
                 scanner[name] = source[name]
-        return [scanner, made]
+        return [scanner, fvae]
 
 
 def _put_pixels(data: Dataset, frame: HuFrames) -> None:
-    """Store a frame [x, y] of HU, and how its numbers are to be read."""
+    """Store a frame [x, y] in HU, with its pixel format, rescale values and display window."""
     slope, intercept, signed = 1.0, 0.0, 1
     pixels: Any = frame.T
     if frame.dtype.kind == "f":
@@ -207,7 +209,7 @@ def _put_pixels(data: Dataset, frame: HuFrames) -> None:
 
 
 def _ds(value: float) -> str:
-    """Write a decimal string, of at most 16 characters."""
+    """Format a number as a DICOM decimal string of at most 16 characters."""
     return format_number_as_ds(float(value) + 0.0)
 
 

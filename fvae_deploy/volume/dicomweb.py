@@ -1,11 +1,12 @@
-"""Series on a DICOMweb server: pulled by WADO-RS before a run, results pushed by STOW-RS after.
+"""Input and output on a DICOMweb server.
 
-    dicomweb+https://host/dicom-web/studies/1.2.3/series/4.5.6    a series, as CT
-    dicomweb+https://host/dicom-web                               where a result goes
+    dicomweb+https://host/dicom-web/studies/1.2.3/series/4.5.6    a CT series to read
+    dicomweb+https://host/dicom-web                               a server to store the result on
 
-What the environment variable FVAE_DICOMWEB_AUTHORIZATION holds is sent as the header
-Authorization: secrets on a command line are seen by others. Slices wait in a private folder of
-the system's place for temporary files.
+The series is downloaded with WADO-RS before a run, and the result is uploaded with STOW-RS after
+it. The value of the environment variable FVAE_DICOMWEB_AUTHORIZATION is sent as the Authorization
+header; it is no command-line option because other users of the machine can see those. Slices are
+kept in a private temporary folder during the run.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from fvae_deploy.errors import UsageError, VolumeError
 if TYPE_CHECKING:
     from dicomweb_client.api import DICOMwebClient
 
-# A path has lost one of two slashes.
+# pathlib.Path turns the "//" after the scheme into "/".
 _URL = re.compile(r"dicomweb\+(https?):/+(.+?)(?:/studies/([0-9.]+)/series/([0-9.]+))?/*")
-_BATCH = 16  # slices in a request: 8 MiB of 512 x 512
+_BATCH = 16  # slices per request: 8 MiB at 512 x 512
 
 
 def is_remote(path: Path) -> bool:
-    """Whether this names something on a DICOMweb server."""
+    """Return True for a DICOMweb URL."""
     return str(path).startswith("dicomweb+")
 
 
 @contextmanager
-def at_hand(ct: Path, output: Path, *, push: bool = True) -> Iterator[tuple[Path, Path]]:
-    """Bring a series here, and afterwards the result to where it goes; yields local paths.
+def local_copies(ct: Path, output: Path, *, push: bool = True) -> Iterator[tuple[Path, Path]]:
+    """Download a remote input, yield local paths, then upload the result to a remote output.
 
-    Local paths are passed through. Raises UsageError for what is no such URL, VolumeError where
-    the server refuses or cannot be reached.
+    Local paths are yielded unchanged. Raises UsageError for a malformed URL, VolumeError if the
+    server refuses a request or cannot be reached.
     """
     if not (is_remote(ct) or is_remote(output)):
         yield ct, output
@@ -50,21 +51,22 @@ def at_hand(ct: Path, output: Path, *, push: bool = True) -> Iterator[tuple[Path
             _pull(ct, source)
         if is_remote(output):
             target = Path(folder) / "result.dcm"
-            _parse(output)  # refuses now, not after the work
+            _parse(output)  # refuses a malformed URL now, not after the work
         yield source, target
         if push and is_remote(output):
             _push(target, output)
 
 
 def _parse(path: Path) -> tuple[str, str | None, str | None]:
-    """Split into the server's URL, study and series."""
+    """Split a DICOMweb path into the server's URL, study UID and series UID."""
     match = _URL.fullmatch(str(path))
     if match is None:
         raise UsageError(
-            f"expected dicomweb+https://HOST/ROOT/studies/UID/series/UID, found {path}: correct it"
+            f"expected dicomweb+https://HOST/ROOT/studies/UID/series/UID, found {path}: correct "
+            "the URL"
         )
-    scheme, place, study, series = match.groups()
-    return f"{scheme}://{place}", study, series
+    scheme, server, study, series = match.groups()
+    return f"{scheme}://{server}", study, series
 
 
 def _client(url: str) -> DICOMwebClient:
@@ -80,7 +82,7 @@ def _client(url: str) -> DICOMwebClient:
 
 
 @contextmanager
-def _speaking(path: Path, what: str) -> Iterator[None]:
+def _network_errors(path: Path, action: str) -> Iterator[None]:
     from requests import RequestException
 
     try:
@@ -88,24 +90,26 @@ def _speaking(path: Path, what: str) -> Iterator[None]:
     except (RequestException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VolumeError(
-            f"expected to {what} {path}, found: {reason}; check server and UID"
+            f"expected to {action} {path}, found: {reason}: check the server and the UIDs"
         ) from None
 
 
 def _pull(path: Path, folder: Path) -> None:
     url, study, series = _parse(path)
     if study is None or series is None:
-        raise UsageError(f"expected …/studies/UID/series/UID, found {path}: name a series")
+        raise UsageError(
+            f"expected …/studies/UID/series/UID, found {path}: add the UIDs of study and series"
+        )
     client = _client(url)
     folder.mkdir()
     count = 0
-    with _speaking(path, "fetch"):
+    with _network_errors(path, "fetch"):
         for count, data in enumerate(client.iter_series(study, series), start=1):
             file = folder / f"{count:06}.dcm"
             data.save_as(file, enforce_file_format=True)
-            os.utime(file, (0, 0))  # fetched again it is the same input, which --resume asks for
+            os.utime(file, (0, 0))  # a fixed mtime, so that --resume accepts a second download
     if not count:
-        raise VolumeError(f"expected slices of {path}, found none: check the UIDs")
+        raise VolumeError(f"expected slices in {path}, found none: check the UIDs")
 
 
 def _push(folder: Path, path: Path) -> None:
@@ -115,11 +119,11 @@ def _push(folder: Path, path: Path) -> None:
     files = sorted(folder.glob("*.dcm"))
     for begin in range(0, len(files), _BATCH):
         batch = [pydicom.dcmread(file) for file in files[begin : begin + _BATCH]]
-        with _speaking(path, "store at"):
-            answer: Any = client.store_instances(batch)
-        refused = answer.get("FailedSOPSequence") if answer is not None else None
+        with _network_errors(path, "store the result at"):
+            response: Any = client.store_instances(batch)
+        refused = response.get("FailedSOPSequence") if response is not None else None
         if refused:
             raise VolumeError(
-                f"expected {path} to take {len(files)} slices, found {len(refused)} refused after "
-                f"{begin}: remove the series there, and try again"
+                f"expected {path} to store {len(files)} slices, found {len(refused)} refused after "
+                f"the first {begin}: delete the incomplete series there and run again"
             )

@@ -1,10 +1,10 @@
-"""NIfTI files, read and written as a stream of slices.
+"""Reader and writer for NIfTI files, which are streamed slice by slice.
 
-nibabel understands the header; the voxels are streamed here, because nibabel reads a `.nii.gz`
-either whole or through an index (5 to 10 times slower). On disk x varies fastest, so a slice is
-an array (y, x) and a frame [x, y] is its transpose: a view, which costs nothing. A consumer that
-needs C order makes one converting copy (512x512x4 int16 to float32: 1.8 ms; copying here first
-would make it 2.0 ms, and 0.2 ms suffices where the order does not matter).
+nibabel parses the header. The voxels are streamed here, because nibabel reads a `.nii.gz` either
+as a whole or through an index (5 to 10 times slower). On disk x varies fastest, so a slice is an
+array (y, x) and a frame [x, y] is its transpose: a view, which costs nothing. A consumer that
+needs C order makes one converting copy (512x512x4 int16 to float32: 1.8 ms). Copying here first
+would take 2.0 ms in total; a consumer that accepts any order needs only 0.2 ms.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, check_finite, slab_ranges
 
-_gzip: Any = igzip_threaded  # its functions carry no types
-_BLOCK = 1 << 20  # bytes decompressed at a time, so that a header that lies cannot claim memory
-_DEFLATE_LIMIT = 1032  # deflate expands no byte to more than this many
+_gzip: Any = igzip_threaded  # has no type annotations
+_BLOCK = 1 << 20  # bytes decompressed at a time, so that a false header cannot exhaust memory
+_DEFLATE_LIMIT = 1032  # maximum expansion ratio of deflate
 _REAL = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
-_HEADERS: dict[int, Any] = {348: Nifti1Header, 540: Nifti2Header}  # by the bytes they take
-_SINGLE = {348: b"n+1\0", 540: b"n+2\0\r\n\x1a\n"}  # magic of header and voxels in one file
+_HEADERS: dict[int, Any] = {348: Nifti1Header, 540: Nifti2Header}  # by size in bytes
+_SINGLE = {348: b"n+1\0", 540: b"n+2\0\r\n\x1a\n"}  # magic if header and voxels are in one file
 _PAIR = {348: b"ni1\0", 540: b"ni2\0\r\n\x1a\n"}
 
-# nibabel repairs harmless faults (a zoom of 0, an unknown xform code) and logs each: not news here.
+# nibabel repairs harmless faults (a zoom of 0, an unknown xform code) and logs each: hide that.
 _silent = logging.Logger("fvae.nifti", level=logging.CRITICAL + 1)
 
 
@@ -47,24 +47,24 @@ class _Stream(Protocol):
 
 
 class NiftiReader:
-    """A `.nii` or `.nii.gz` file, NIfTI-1 or NIfTI-2, of either byte order.
+    """A `.nii` or `.nii.gz` file, NIfTI-1 or NIfTI-2, in either byte order.
 
-    HuFrames are int16 if the header alone promises whole numbers within int16 (its integer type,
-    slope and intercept), else float32; all slabs of a volume have the same type. Trailing
-    dimensions of 1 are dropped and a plane is a volume of one slice. A file is open only while
-    its slabs are being drawn.
+    Frames are int16 if the header guarantees whole numbers within int16 (by its data type, slope
+    and intercept), else float32; all slabs of a volume have the same type. Trailing dimensions of
+    1 are dropped, and a 2-D image is a volume of one slice. The file is open only while slabs are
+    being read.
 
-    Raises VolumeError for whatever cannot be read as one volume of finite numbers.
+    Raises VolumeError if the file cannot be read as one volume of finite numbers.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with _reading(self.path):
             if not self.path.is_file():
-                raise VolumeError(f"expected a file, found a folder or device: {self.path}")
+                raise VolumeError(f"expected a file, found no file at {self.path}: check the path")
             size = self.path.stat().st_size
             if size == 0:
-                raise VolumeError(f"expected a volume, {self.path} is empty: copy it again")
+                raise VolumeError(f"expected a volume, found {self.path} empty: copy it again")
             self._layout = self._read_layout(size)
         self.geometry = Geometry(self._layout.shape, self._layout.affine, self._layout.header)
 
@@ -76,8 +76,8 @@ class NiftiReader:
         layout = self._layout
         nx, ny, nz = layout.shape
         with _reading(self.path), self.path.open("rb", buffering=0) as file:
-            # Plain files are read, not mapped: mapped pages count as resident memory, which
-            # must not grow with the number of slices.
+            # Uncompressed files are not memory-mapped: mapped pages count as resident memory,
+            # which must not grow with the number of slices.
             stream = _Gunzip(file) if self._is_gzip else file
             stream.seek(layout.offset + start * layout.frame_bytes)
             for slices in slab_ranges(nz, depths, start):
@@ -88,7 +88,7 @@ class NiftiReader:
                 yield layout.to_hu(stored, slices.start, self.path).transpose(0, 2, 1)
 
     def close(self) -> None:
-        """Release the file: nothing is held between slabs."""
+        """Do nothing: the file is closed after each pass over its slabs."""
 
     @property
     def _is_gzip(self) -> bool:
@@ -98,32 +98,32 @@ class NiftiReader:
         with self.path.open("rb", buffering=0) as file:
             zipped = file.read(2) == b"\x1f\x8b"
             if zipped != self._is_gzip:
-                found, suffix = ("gzip", ".nii.gz") if zipped else ("no gzip", ".nii")
+                kind, suffix = ("gzip", ".nii.gz") if zipped else ("no gzip", ".nii")
                 raise VolumeError(
-                    f"expected data that fit the name, found {found} data in {self.path}: "
+                    f"expected data that match the suffix, found {kind} data in {self.path}: "
                     f"if it is NIfTI, rename it to end in {suffix}"
                 )
             file.seek(0)
-            start = np.zeros(540, np.uint8)  # zeros follow where a small NIfTI-1 file ends
+            start = np.zeros(540, np.uint8)  # stays 0 after the end of a small NIfTI-1 file
             _fill(_Gunzip(file) if zipped else file, start, short=True)
         layout = _parse(start.tobytes(), self.path)
-        held = size * _DEFLATE_LIMIT if zipped else size
-        need = layout.offset + layout.frame_bytes * layout.shape[2]
-        if need > held:
+        available = size * _DEFLATE_LIMIT if zipped else size
+        needed = layout.offset + layout.frame_bytes * layout.shape[2]
+        if needed > available:
             raise VolumeError(
-                f"expected {need} bytes for {'x'.join(map(str, layout.shape))} voxels of "
-                f"{layout.dtype.name}, {self.path} can hold {held}: it is truncated or its header "
-                "is damaged, copy it again"
+                f"expected {needed} bytes for {'x'.join(map(str, layout.shape))} voxels of "
+                f"{layout.dtype.name}, found at most {available} in {self.path}, which is "
+                "truncated or has a damaged header: copy it again"
             )
         return layout
 
 
 class NiftiWriter(FrameWriter):
-    """Writes a `.nii` or `.nii.gz` file that appears under its name only when whole.
+    """Writes a `.nii` or `.nii.gz` file, which gets its name only when complete.
 
-    The header of a NIfTI source (`geometry.nifti_header`) is kept bit for bit but for what the
-    new voxels change, and for its extensions, which are dropped. The bytes of a `.nii.gz` depend
-    on nothing but header and voxels. Raises VolumeError when the place cannot be written.
+    The header of a NIfTI source (`geometry.nifti_header`) is kept bit for bit, except for the
+    fields that describe the new voxels. Header extensions are dropped. The bytes of a `.nii.gz`
+    depend only on header and voxels. Raises VolumeError if the path cannot be written.
     """
 
     def __init__(self, path: Path | str, geometry: Geometry, dtype: str = "int16") -> None:
@@ -133,16 +133,19 @@ class NiftiWriter(FrameWriter):
         self._file: Any = None
         try:
             if self.path.exists() and not self.path.is_file():
-                raise VolumeError(f"expected an output file, found a folder or device: {self.path}")
+                raise VolumeError(
+                    f"expected an output file, found a folder or device at {self.path}: "
+                    "choose another name"
+                )
             if self.path.name.endswith(".gz"):
-                # Level 1: half the time of level 2 for 4 % more bytes; in a thread of its own.
+                # Level 1 takes half the time of level 2 for 4 % more bytes. It runs in a thread.
                 self._file = _gzip.open(self._partial, "wb", 1, threads=1)
             else:
                 self._file = self._partial.open("wb")
             self._file.write(header.binaryblock + bytes(4))  # 4 zero bytes: no extensions
         except OSError as error:
             self.abort()
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def _append(self, frame: HuFrames) -> None:
         self._file.write(np.ascontiguousarray(frame.T).view(np.uint8).data.cast("B"))
@@ -153,7 +156,7 @@ class NiftiWriter(FrameWriter):
 
     def _discard(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # a full disk complains once more
+            with suppress(OSError):  # on a full disk, closing fails again
                 self._file.close()
         with suppress(OSError):
             self._partial.unlink()
@@ -161,7 +164,7 @@ class NiftiWriter(FrameWriter):
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a header says about the voxels that follow it."""
+    """The header fields that are needed to read the voxels."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -177,7 +180,7 @@ class _Layout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every value that could be stored is a whole number within int16."""
+        """True if every value that the data type can store is a whole number within int16."""
         if self.dtype.kind == "f" or not (self.slope.is_integer() and self.inter.is_integer()):
             return False
         limits = np.iinfo(self.dtype)
@@ -185,7 +188,7 @@ class _Layout:
         return min(ends) >= -32768 and max(ends) <= 32767
 
     def to_hu(self, stored: HuFrames, first: int, path: Path) -> HuFrames:
-        """Scale stored slices, of which the first is slice `first` of the volume."""
+        """Scale stored slices to HU; `first` is the index of the first one in the volume."""
         values: HuFrames
         if (self.slope, self.inter) == (1.0, 0.0):
             with np.errstate(over="ignore", invalid="ignore"):
@@ -193,16 +196,16 @@ class _Layout:
         else:
             values = np.empty(stored.shape, np.int16 if self.is_whole else np.float32)
             with np.errstate(over="ignore", invalid="ignore"):
-                for index, plane in enumerate(stored):  # float64 of a slice, never of a volume
+                for index, plane in enumerate(stored):  # float64 for one slice at a time
                     values[index] = plane.astype(np.float64) * self.slope + self.inter
         check_finite(values, first, path)
         return values
 
 
 class _Gunzip:
-    """Sequential gzip decompression, of several members if need be.
+    """Sequential decompression of one or more gzip members.
 
-    Unlike `igzip.open` it accepts trailing bytes that are not gzip, as gunzip does.
+    Unlike `igzip.open`, but like gunzip, it accepts trailing bytes that are not gzip data.
     """
 
     def __init__(self, file: BinaryIO | Any) -> None:
@@ -210,7 +213,7 @@ class _Gunzip:
         self._member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
 
     def readinto(self, target: memoryview, /) -> int:
-        """Fill at least one byte of `target`, unless the data end; return the number filled."""
+        """Fill part of `target` and return the number of bytes, which is 0 only at the end."""
         while True:
             data = b""
             if self._member.eof:
@@ -230,7 +233,7 @@ class _Gunzip:
                 return len(plain)
 
     def seek(self, offset: int, /) -> None:
-        """Go forward to `offset` from the beginning, by decompressing what lies between."""
+        """Skip `offset` bytes from the beginning by decompressing them."""
         scratch = memoryview(bytearray(_BLOCK))
         while offset > 0:
             count = self.readinto(scratch[: min(offset, _BLOCK)])
@@ -239,7 +242,7 @@ class _Gunzip:
             offset -= count
 
     def finish(self) -> None:
-        """Read on a little after the last voxel: only a member's end shows its checksum."""
+        """Read past the last voxel, because the checksum is checked only at a member's end."""
         self.readinto(memoryview(bytearray(_BLOCK)))
 
 
@@ -256,38 +259,38 @@ def _fill(stream: _Stream, array: NDArray[Any], short: bool = False) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what can go wrong below into the one error a user sees."""
+    """Convert the errors of damaged or unreadable files into VolumeError."""
     try:
         yield
     except EOFError as error:
         raise VolumeError(
-            f"expected as many voxels as the header promises, {path} ends before: copy it again"
+            f"expected all voxels that the header announces, found {path} truncated: copy it again"
         ) from error
     except igzip_lib.IsalError as error:  # type: ignore[misc]
         raise VolumeError(
-            f"expected sound gzip data, found damage in {path} ({error}): copy it again"
+            f"expected intact gzip data, found damage in {path} ({error}): copy it again"
         ) from error
     except OSError as error:
         raise VolumeError(
-            f"expected to read {path}, found: {error.strerror or error}; check its permissions"
+            f"expected to read {path}, found: {error.strerror or error}: check its permissions"
         ) from error
     except MemoryError as error:
         raise VolumeError(
-            f"expected slices that fit in memory, {path} has larger ones: is its header damaged?"
+            f"expected slices that fit in memory, found larger ones in {path}: check its header"
         ) from error
 
 
 def promised_bytes(block: bytes, path: Path) -> int:
-    """Size of the file, unpacked, that begins with these bytes (540 of them, where it has them).
+    """Return the uncompressed size of a file in bytes, computed from its first 540 bytes.
 
-    Raises VolumeError unless they are a sound header.
+    A file that is shorter passes all its bytes. Raises VolumeError if the header is not valid.
     """
     layout = _parse(block.ljust(540, b"\0"), path)
     return layout.offset + layout.frame_bytes * layout.shape[2]
 
 
 def _parse(block: bytes, path: Path) -> _Layout:
-    """Read the first 540 bytes of a file: everything that reading its voxels needs."""
+    """Parse the first 540 bytes of a file into the layout of its voxels."""
     header = _header(block, path)
     size = header.sizeof_hdr
     shape = _shape(header, path)
@@ -301,8 +304,8 @@ def _parse(block: bytes, path: Path) -> _Layout:
     offset = float(header["vox_offset"])
     if not (offset == 0 or (offset >= size + 4 and offset.is_integer())):
         raise VolumeError(
-            f"expected voxels from byte {size + 4} on, found vox_offset {offset:g} in {path}: "
-            "its header is damaged, write it anew"
+            f"expected voxels at byte {size + 4} or later, found vox_offset {offset:g} in {path}: "
+            "write the file again with a correct header"
         )
     try:
         with np.errstate(all="ignore"):
@@ -312,11 +315,12 @@ def _parse(block: bytes, path: Path) -> _Layout:
             singular = not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0
     except (HeaderDataError, ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
         raise VolumeError(
-            f"expected a sound NIfTI header, found a damaged one in {path} ({error}): write it anew"
+            f"expected a valid NIfTI header, found a damaged one in {path} ({error}): write the "
+            "file again"
         ) from error
     if singular:
         raise VolumeError(
-            f"expected an affine that can be inverted, found {affine[:3].tolist()} in {path}: "
+            f"expected an invertible affine, found {affine[:3].tolist()} in {path}: "
             "correct sform or qform"
         )
     return _Layout(
@@ -340,10 +344,10 @@ def _header(block: bytes, path: Path) -> Any:
                 return kind(block[:size], endianness=order, check=False)
             if magic == _PAIR[size]:
                 raise VolumeError(
-                    f"expected header and voxels in one file, {path} is the header of a .hdr/.img "
-                    "pair: convert the pair to .nii"
+                    f"expected header and voxels in one file, found a .hdr/.img pair in {path}: "
+                    "convert it to .nii"
                 )
-    raise VolumeError(f"expected a NIfTI file, {path} does not begin as one: copy it again")
+    raise VolumeError(f"expected a NIfTI file, found no NIfTI header in {path}: copy it again")
 
 
 def _shape(header: Any, path: Path) -> tuple[int, int, int]:
@@ -351,7 +355,7 @@ def _shape(header: Any, path: Path) -> tuple[int, int, int]:
     used = dims[:ndim] if 1 <= ndim <= 7 else []
     text = "x".join(map(str, used)) or f"{ndim} dimensions"
     if len(used) < 2 or min(used) < 1:
-        raise VolumeError(f"expected a 3-D volume, found {text} in {path}: is its header damaged?")
+        raise VolumeError(f"expected a 3-D volume, found {text} in {path}: check its header")
     if any(n > 1 for n in used[3:]):
         raise VolumeError(
             f"expected a 3-D volume, found {len(used)}-D {text} in {path}: split it first, "
@@ -370,7 +374,7 @@ def _dtype(header: Any, code: int) -> np.dtype[Any] | None:
 
 
 def _header_for(geometry: Geometry, dtype: np.dtype[Any], path: Path) -> Any:
-    """Make the header of a file with this geometry, from the source's own if there is one."""
+    """Return a header for this geometry, based on the header of a NIfTI source if there is one."""
     if geometry.nifti_header is None:
         large = max(geometry.shape) > np.iinfo(np.int16).max
         header = _HEADERS[540 if large else 348]()
@@ -384,8 +388,8 @@ def _header_for(geometry: Geometry, dtype: np.dtype[Any], path: Path) -> Any:
         if header["dim"][0] != 3 or tuple(header["dim"][1:4]) != geometry.shape:
             header["dim"] = (3, *geometry.shape, 1, 1, 1, 1)
     if moved:
-        for place in (header.set_sform, header.set_qform):
-            place(geometry.affine, code="scanner")
+        for set_affine in (header.set_sform, header.set_qform):
+            set_affine(geometry.affine, code="scanner")
     header.set_data_dtype(dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0

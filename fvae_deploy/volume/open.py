@@ -1,4 +1,4 @@
-"""The choice of a reader or writer by a path's suffix, or by what a folder holds."""
+"""Choose the reader or writer of a path, and protect files that must not be replaced."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fvae_deploy.volume.base import Geometry, Reader, Writer
 
 
 def open_volume(path: Path | str, series: str | None = None) -> Reader:
-    """Open a .nii, .nii.gz, Zarr array or folder of DICOM slices.
+    """Open a .nii or .nii.gz file, a Zarr array or a folder of DICOM slices.
 
-    `series` chooses a DICOM series by its SeriesInstanceUID (or a unique end of it) where
-    the folder holds several. Raises VolumeError with the remedy.
+    If a DICOM folder contains several series, `series` chooses one by its SeriesInstanceUID or by
+    a unique end of it. Raises VolumeError if the path cannot be read as a CT volume.
     """
     path = Path(path)
     if not path.exists():
@@ -35,7 +35,8 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
     with suppress(OSError), path.open("rb") as file:
         if file.read(132)[128:] == b"DICM":
             raise VolumeError(
-                f"expected a folder of DICOM slices, found {path.name}, one slice: give its folder"
+                f"expected a folder of DICOM slices, found the single slice {path.name}: "
+                "give its folder"
             )
     raise VolumeError(
         f"expected .nii, .nii.gz, .zarr or a folder of DICOM slices, found {path.name}: "
@@ -48,13 +49,15 @@ def create_volume(
 ) -> Writer:
     """Create a .nii, .nii.gz, .zarr or .dcm volume of this geometry, stored as int16 or float32.
 
-    float32 frames written to an int16 volume are rounded to the nearest and clipped. `.dcm` is a
-    folder of DICOM slices, in which `note` says how they were made and `kind` what they are.
-    Raises VolumeError when the suffix is unknown or the place cannot be written.
+    float32 frames written to an int16 volume are rounded to the nearest integer and clipped.
+    `.dcm` is a folder of DICOM slices; `note` goes into their DerivationDescription, `kind` into
+    their SeriesDescription. An existing volume is replaced when the new one is committed: call
+    `check_output` first to refuse that. Raises VolumeError if the suffix is unknown or the path
+    cannot be written.
     """
     path = Path(path)
     if dtype not in ("int16", "float32"):
-        raise VolumeError(f"expected dtype int16 or float32, found {dtype}")
+        raise VolumeError(f"expected dtype int16 or float32, found {dtype}: choose one of them")
     if path.name.endswith((".nii", ".nii.gz")):
         from fvae_deploy.volume.nifti import NiftiWriter
 
@@ -67,7 +70,22 @@ def create_volume(
         from fvae_deploy.volume.dicom_writer import DicomWriter
 
         return DicomWriter(path, geometry, dtype, note, kind)
-    raise VolumeError(f"expected an output named .nii, .nii.gz, .zarr or .dcm, found {path.name}")
+    raise VolumeError(
+        f"expected an output named .nii, .nii.gz, .zarr or .dcm, found {path.name}: rename it"
+    )
+
+
+def check_output(path: Path | str, *, overwrite: bool) -> None:
+    """Raise VolumeError if the output exists and `overwrite` is False.
+
+    Call this before any work. With `overwrite` nothing is checked here: the writers replace an
+    older output only when the new one is complete, and never replace folders of another kind.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise VolumeError(
+            f"expected a new output, found that {path} exists: choose another name or pass "
+            "--overwrite"
+        )
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -79,11 +97,14 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def protect_input(output: Path | str, source: Path | str, files: Iterable[Path] = ()) -> None:
-    """Refuse an output that would replace its input, or a folder that holds some of it.
+    """Raise UsageError if the output would replace the input or a folder that contains it.
 
-    An original scan may be the only one. Raises UsageError.
+    `files` are further input files. An original scan may have no second copy, so `--overwrite`
+    does not allow this.
     """
     target = Path(output).resolve()
-    for place in {Path(source).resolve(), *(file.resolve() for file in files)}:
-        if target == place or target in place.parents:
-            raise UsageError(f"expected an output apart from the input, found {output}: rename it")
+    for original in {Path(source).resolve(), *(file.resolve() for file in files)}:
+        if target == original or target in original.parents:
+            raise UsageError(
+                f"expected an output apart from the input, found {output}: choose another name"
+            )

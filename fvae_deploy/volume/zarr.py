@@ -1,13 +1,13 @@
-"""Volumes as Zarr arrays (x, y, z), a few slices a chunk.
+"""Reader and writer for volumes in Zarr: arrays (x, y, z) with a few slices per chunk.
 
-Written as Zarr v3 with zstd and its checksum; within a chunk x varies fastest (a transpose
-codec), as in NIfTI, so that a frame is contiguous. Attributes of the array:
+They are written as Zarr v3 with zstd and its checksum. Within a chunk x varies fastest, as in
+NIfTI (by a transpose codec), so that a frame is contiguous. Attributes of the array:
 
     fvae_volume   1, the version of this layout
-    affine        4 x 4, voxel indices to RAS millimetres
+    affine        4 x 4, maps voxel indices to RAS millimetres
     spacing       millimetres along x, y, z
     units         "HU"
-    nifti_header  base64 of the source's header, where it was NIfTI
+    nifti_header  the header of a NIfTI source in base64
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from fvae_deploy.volume.base import (
     slab_ranges,
 )
 
-_DEPTH = 4  # slices in a chunk: 2 MiB of int16 at 512 x 512
-_MARKS = ("zarr.json", ".zarray", ".zgroup")  # one of these lies in every Zarr store
+_DEPTH = 4  # slices per chunk: 2 MiB of int16 at 512 x 512
+_METADATA = ("zarr.json", ".zarray", ".zgroup")  # every Zarr store has one of these files
 
 
 class ZarrReader:
-    """An array (x, y, z), Zarr v2 or v3, or a group that holds just one 3-D array.
+    """An array (x, y, z) in Zarr v2 or v3, or a group that contains exactly one 3-D array.
 
-    HuFrames are int16 if the stored type promises whole numbers within int16, else float32.
-    Memory is that of a slab and of one layer of chunks. Without an `affine` attribute the
+    Frames are int16 if the stored type guarantees whole numbers within int16, else float32. The
+    reader needs memory for one slab and one layer of chunks. Without an `affine` attribute the
     affine is the identity: 1 mm voxels.
 
-    Raises VolumeError for stores of something else and for damaged or missing chunks.
+    Raises VolumeError for stores without such an array and for damaged or missing chunks.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -70,21 +70,21 @@ class ZarrReader:
         """
         nx, ny, nz = self.geometry.shape
         layer: NDArray[Any] = np.empty((0, ny, nx))
-        first = 0  # slice of the volume at which `layer` begins
-        thick = (self._array.shards or self._array.chunks)[2]
+        first = 0  # index in the volume of the first slice of `layer`
+        thickness = (self._array.shards or self._array.chunks)[2]
         for slices in slab_ranges(nz, depths, start):
             slab = np.empty((len(slices), ny, nx), np.int16 if self._whole else np.float32)
             for plane, z in zip(slab, slices, strict=True):
                 if not first <= z < first + len(layer):
-                    first = z - z % thick
-                    layer = self._layer(first, min(first + thick, nz))
+                    first = z - z % thickness
+                    layer = self._layer(first, min(first + thickness, nz))
                 with np.errstate(over="ignore"):
                     plane[:] = layer[z - first]
             check_finite(slab, slices.start, self.path)
             yield slab.transpose(0, 2, 1)
 
     def close(self) -> None:
-        """Release the store: nothing is held between slabs."""
+        """Do nothing: no file stays open between slabs."""
 
     def _layer(self, start: int, stop: int) -> NDArray[Any]:
         with _reading(self.path):
@@ -92,23 +92,24 @@ class ZarrReader:
 
 
 class ZarrWriter(FrameWriter):
-    """Writes a Zarr v3 array that appears under its name only when whole.
+    """Writes a Zarr v3 array, which gets its name only when complete.
 
-    A volume that was written so is replaced at the end; anything else is never touched.
-    Raises VolumeError when the place cannot be written.
+    An older volume that fvae wrote is replaced at the end; nothing else is ever replaced.
+    Raises VolumeError if the path cannot be written.
     """
 
     def __init__(self, path: Path | str, geometry: Geometry, dtype: str = "int16") -> None:
         super().__init__(Path(path), geometry, dtype)
         if os.path.lexists(self.path) and not _is_volume(self.path):
             raise VolumeError(
-                f"expected a new name or a volume of fvae's to replace, found something else at "
+                "expected a new name or a volume that fvae wrote, found something else at "
                 f"{self.path}: choose another name"
             )
         nx, ny, nz = geometry.shape
         self._layer = np.empty((min(_DEPTH, nz), ny, nx), self._dtype)  # the chunk being filled
         try:
-            shutil.rmtree(self._partial, ignore_errors=True)  # of a killed process of the same id
+            # A killed process with the same id may have left this folder.
+            shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
             self._array = zarr.create_array(
                 str(self._partial),
@@ -119,11 +120,11 @@ class ZarrWriter(FrameWriter):
                 compressors=[zarr.codecs.ZstdCodec(level=1, checksum=True)],
                 fill_value=0,
                 attributes=_attributes(geometry),
-                config={"write_empty_chunks": True},  # so that a lost chunk can be told from zeros
+                config={"write_empty_chunks": True},  # to tell a lost chunk from zeros
             )
         except OSError as error:
             self.abort()
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def _append(self, frame: HuFrames) -> None:
         self._layer[self._count % len(self._layer)] = frame.T
@@ -140,14 +141,14 @@ class ZarrWriter(FrameWriter):
 
 
 def _is_store(path: Path) -> bool:
-    return path.is_dir() and any((path / mark).is_file() for mark in _MARKS)
+    return path.is_dir() and any((path / name).is_file() for name in _METADATA)
 
 
 def _is_volume(path: Path) -> bool:
-    """Whether what lies here is what ZarrWriter writes."""
+    """Return True for a store that ZarrWriter wrote."""
     try:
         return _is_store(path) and "fvae_volume" in zarr.open_array(str(path), mode="r").attrs
-    except Exception:  # zarr raises many kinds for what is none
+    except Exception:  # zarr raises many exception types for other data
         return False
 
 
@@ -157,29 +158,29 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except VolumeError:
         raise
-    except Exception as error:  # zarr and its codecs raise many kinds for damaged stores
+    except Exception as error:  # damage makes zarr raise many exception types
         reason = " ".join(str(error).split())[:200]
         raise VolumeError(
-            f"expected a sound Zarr store, found damage in {path} ({reason}): copy it again"
+            f"expected an intact Zarr store, found damage in {path} ({reason}): copy it again"
         ) from error
 
 
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     if not _is_store(path):
         raise VolumeError(
-            f"expected a Zarr store, found no {' or '.join(_MARKS)} in {path}: check the path"
+            f"expected a Zarr store, found no {' or '.join(_METADATA)} in {path}: check the path"
         )
-    # Fortran order in memory makes a frame contiguous: reading takes half the time.
+    # With Fortran order in memory a frame is contiguous, which halves the time of reading.
     with zarr.config.set({"array.order": "F"}):
         node = zarr.open(str(path), mode="r")
     attributes = dict(node.attrs)
     if "fvae_latents" in attributes:
-        raise VolumeError(f"expected a CT, {path} holds latents: use fvae decode")
+        raise VolumeError(f"expected a CT, found latents in {path}: use fvae decode")
     if isinstance(node, zarr.Group):
         arrays = [array for _, array in node.arrays() if array.ndim == 3]
         if len(arrays) != 1:
             raise VolumeError(
-                f"expected one 3-D array, found {len(arrays)} in {path}: give the path of the array"
+                f"expected one 3-D array, found {len(arrays)} in {path}: pass the path of one array"
             )
         node = arrays[0]
         attributes |= dict(node.attrs)
@@ -214,12 +215,12 @@ def _geometry(shape: tuple[int, int, int], attributes: dict[str, Any], path: Pat
         affine = np.asarray(attributes.get("affine", np.eye(4)), np.float64)
         text = attributes.get("nifti_header")
         header = None if text is None else base64.b64decode(text, validate=True)
-        sound = affine.shape == (4, 4) and np.isfinite(affine).all() and np.linalg.det(affine) != 0
+        valid = affine.shape == (4, 4) and np.isfinite(affine).all() and np.linalg.det(affine) != 0
     except (TypeError, ValueError):
-        sound, header = False, None
-    if not sound or (header is not None and len(header) not in (348, 540)):
+        valid, header = False, None
+    if not valid or (header is not None and len(header) not in (348, 540)):
         raise VolumeError(
-            f"expected an affine of 4 x 4 numbers that can be inverted and a NIfTI header of "
-            f"348 or 540 bytes in the attributes of {path}: correct them"
+            "expected an affine of 4 x 4 numbers that can be inverted and a NIfTI header of 348 or "
+            f"540 bytes, found other attributes in {path}: correct them"
         )
     return Geometry(shape, affine, header)

@@ -1,4 +1,4 @@
-"""Other patients than the standard one: reproducible, different, and as their report says."""
+"""Random patients are reproducible, differ from each other, and agree with their reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPE = (64, 64, 45)
 SPACING = tuple(mm / n for mm, n in zip(FIELD_OF_VIEW, SHAPE, strict=True))
 
 
-def drawn(patient, slices=range(SHAPE[2])):
+def draw(patient, slices=range(SHAPE[2])):
     torso = Torso(SHAPE, SPACING, 0, patient)
     maps = zip(*(torso.slice(k) for k in slices), strict=True)
     return [np.stack(each) for each in maps]
@@ -24,15 +24,15 @@ def drawn(patient, slices=range(SHAPE[2])):
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**31))
-def test_a_seed_is_one_patient(seed):
+def test_the_same_seed_gives_the_same_patient(seed):
     assert varied(seed) == varied(seed)
     assert varied(seed).report(3) == varied(seed).report(3)
-    for a, b in zip(drawn(varied(seed), [20]), drawn(varied(seed), [20]), strict=True):
+    for a, b in zip(draw(varied(seed), [20]), draw(varied(seed), [20]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_patients_differ_in_anatomy_and_the_standard_one_is_well():
-    one, other, standard = (drawn(p) for p in (varied(1), varied(2), STANDARD))
+def test_patients_differ_in_anatomy_and_the_standard_one_has_no_findings():
+    one, other, standard = (draw(p) for p in (varied(1), varied(2), STANDARD))
     assert (one[1] != other[1]).mean() > 0.05
     assert not standard[2].any()
     assert STANDARD.report().startswith(("No finding", "Normal lungs", "No acute finding"))
@@ -42,8 +42,8 @@ def test_patients_differ_in_anatomy_and_the_standard_one_is_well():
 @pytest.mark.parametrize("name", ["Lung nodule", "Pleural effusion", "Consolidation"])
 def test_a_finding_lies_in_its_lung_and_changes_nothing_else(name, side):
     finding = draw_finding(name, side, np.random.default_rng(4))
-    ill, well = varied(7, [finding]), varied(7, [])
-    (hu, organs, findings), (before, same, none) = drawn(ill), drawn(well)
+    with_finding, healthy = varied(7, [finding]), varied(7, [])
+    (hu, organs, findings), (before, same, none) = draw(with_finding), draw(healthy)
     np.testing.assert_array_equal(organs, same)
     assert not none.any()
     inside = findings == finding_label(name)
@@ -57,15 +57,15 @@ def test_a_finding_lies_in_its_lung_and_changes_nothing_else(name, side):
     assert not changed[~near].any()
     words = name.lower().removeprefix("lung ")
     for seed in range(4):
-        text = ill.report(seed).lower()
+        text = with_finding.report(seed).lower()
         assert words in text
         assert side in text
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_contrast_is_as_the_phase_says(phase):
+def test_contrast_matches_the_phase(phase):
     patient = next(p for p in map(varied, range(50)) if p.phase == phase)
-    hu, organs, _ = drawn(patient)
+    hu, organs, _ = draw(patient)
 
     def level(organ: str) -> float:
         return float(np.median(hu[organs == organ_label(organ)]))
@@ -80,7 +80,7 @@ def test_contrast_is_as_the_phase_says(phase):
     assert level("liver") < (75 if phase == "without contrast" else 125)
 
 
-def test_findings_have_eighteen_names_and_back():
+def test_the_eighteen_findings_have_unique_labels():
     assert len(FINDINGS) == 18
     for label, name in FINDINGS.items():
         assert finding_label(name) == label

@@ -1,4 +1,4 @@
-"""The phantom: the same torso whatever the grid, slice by slice, with plausible HU."""
+"""The phantom is the same torso on every grid, drawn slice by slice, with plausible HU."""
 
 import tracemalloc
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvae_deploy.errors import UsageError
+from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.organs import ORGANS, organ_label, organ_name
 from fvae_deploy.phantom.patient import STANDARD
 from fvae_deploy.phantom.torso import FIELD_OF_VIEW, Torso, write_phantom
@@ -24,12 +24,12 @@ def torso(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> Torso:
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """HU and labels of the whole torso, [z, x, y]."""
+    """Return HU and labels of the whole torso, [z, x, y]."""
     slices = [torso().slice(k) for k in range(SHAPE[2])]
     return np.stack([s.hu for s in slices]), np.stack([s.organs for s in slices])
 
 
-def test_file_holds_the_slices_in_order_whatever_was_drawn_before(tmp_path: Path, drawn):
+def test_the_files_contain_the_slices_in_order(tmp_path: Path, drawn):
     path, organs = tmp_path / "ct.nii.gz", tmp_path / "organs.nii.gz"
     done: list[int] = []
     write_phantom(path, SHAPE, labels=organs, progress=done.append)
@@ -48,7 +48,7 @@ def test_a_slice_does_not_depend_on_the_slices_drawn_before_it(drawn):
         np.testing.assert_array_equal(source.slice(k)[0], drawn[0][k])
 
 
-def test_seed_changes_noise_and_nothing_of_the_anatomy(drawn):
+def test_the_seed_changes_the_noise_but_not_the_organs(drawn):
     hu, labels, _ = torso(seed=1).slice(30)
     np.testing.assert_array_equal(labels, drawn[1][30])
     assert (hu != drawn[0][30]).mean() > 0.8
@@ -59,7 +59,7 @@ def test_noise_has_the_promised_sigma_and_correlation():
     source = torso((256, 256, 4))
     noise = np.stack([source._noise(k) for k in range(4)])
     assert noise.std() == pytest.approx(STANDARD.noise, rel=0.02)
-    assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * STANDARD.noise**2  # neighbours agree
+    assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * STANDARD.noise**2  # neighbours correlate
     assert abs(np.mean(noise[1:] * noise[:-1])) < 0.02 * STANDARD.noise**2  # slices do not
 
 
@@ -105,15 +105,15 @@ def test_the_patient_is_not_mirrored(drawn):
 
 def test_another_z_extent_samples_the_same_torso():
     coarse, fine = torso((64, 64, 15)), torso((64, 64, 45))
-    for k in (2, 7, 12):  # their middles coincide: 3 k + 1
+    for k in (2, 7, 12):  # slice k of one is slice 3 k + 1 of the other
         np.testing.assert_array_equal(coarse.slice(k)[1], fine.slice(3 * k + 1)[1])
 
 
 def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
     peaks = []
-    for slices in (24, 24, 200):  # the first time warms what is loaded once
+    for slices in (24, 24, 200):  # the first run warms up imports and caches
         tracemalloc.start()
-        write_phantom(tmp_path / "ct.nii", (48, 48, slices))
+        write_phantom(tmp_path / "ct.nii", (48, 48, slices), overwrite=True)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.1 * peaks[1]
@@ -139,10 +139,36 @@ def test_a_shape_too_small_is_refused(tmp_path: Path, shape: tuple[int, int, int
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_in_the_place_of_the_ct_are_refused(tmp_path: Path):
-    with pytest.raises(UsageError, match="a file for each"):
+def test_the_same_path_for_ct_and_labels_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="different outputs"):
         write_phantom(tmp_path / "a.nii", (8, 8, 2), labels=tmp_path / "." / "a.nii")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("existing", ["ct.nii", "organs.nii", "findings.nii"])
+def test_an_existing_output_is_kept_unless_overwrite_is_set(tmp_path: Path, existing: str):
+    path, labels, findings = (tmp_path / f"{name}.nii" for name in ("ct", "organs", "findings"))
+    (tmp_path / existing).write_bytes(b"precious")
+    drawn: list[int] = []
+
+    def write(overwrite: bool) -> None:
+        write_phantom(
+            path,
+            (8, 8, 2),
+            labels=labels,
+            progress=drawn.append,
+            findings=findings,
+            overwrite=overwrite,
+        )
+
+    with pytest.raises(VolumeError, match=rf"{existing} exists: choose .* or pass --overwrite"):
+        write(overwrite=False)
+    assert not drawn
+    assert [file.name for file in tmp_path.iterdir()] == [existing]
+    assert (tmp_path / existing).read_bytes() == b"precious"
+    write(overwrite=True)
+    for file in (path, labels, findings):
+        assert open_volume(file).geometry.shape == (8, 8, 2)
 
 
 def test_a_spacing_of_zero_is_refused(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Fidelity: streamed measures equal the formulas on whole arrays, exactly where they can."""
+"""Streamed metrics equal the formulas on whole arrays, exactly where possible."""
 
 import io
 import json
@@ -24,7 +24,7 @@ AFFINE[:3, 3] = 120.5, 98.25, -310.0
 
 
 def store(path: Path, frames: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    """Write frames [z, x, y] and give back their path."""
+    """Write frames [z, x, y] and return their path."""
     z, x, y = frames.shape
     with create_volume(path, Geometry((x, y, z), affine), frames.dtype.name) as writer:
         writer.write(frames)
@@ -36,7 +36,7 @@ def scan(seed: int, shape: tuple[int, int, int] = (5, 12, 9), dtype: str = "int1
 
 
 def expected(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Measure whole arrays by the formulas in the module's docstring."""
+    """Return the metrics of whole arrays by the formulas in the module's docstring."""
     e = np.clip(b, -1000, 1000).astype(np.float64) - np.clip(a, -1000, 1000).astype(np.float64)
     p99 = np.quantile(np.ceil(np.abs(e)), 0.99, method="inverted_cdf")
     return {
@@ -51,23 +51,23 @@ def expected(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", ["int16", "float32"])
 @pytest.mark.parametrize("slab_voxels", [1, 12 * 9 * 2, 10**6])
-def test_streamed_measures_equal_the_formulas_whatever_the_slab(
+def test_streamed_metrics_equal_the_formulas_for_any_slab_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, slab_voxels: int
 ):
     monkeypatch.setattr(module, "SLAB_VOXELS", slab_voxels)
     a, b = scan(0, dtype=dtype), scan(1, dtype=dtype)
-    found = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii.gz", b))
+    result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii.gz", b))
     for name, value in expected(a, b).items():
-        assert getattr(found, name) == pytest.approx(value, rel=1e-12), name
-    assert found.voxels == a.size
-    assert found.shape == (12, 9, 5)
-    assert found.clipped == pytest.approx((np.abs(a) > 1000).mean())
+        assert getattr(result, name) == pytest.approx(value, rel=1e-12), name
+    assert result.voxels == a.size
+    assert result.shape == (12, 9, 5)
+    assert result.clipped == pytest.approx((np.abs(a) > 1000).mean())
 
 
-def test_int16_beside_float32_loses_nothing(tmp_path: Path):
+def test_comparing_int16_with_float32_does_not_round(tmp_path: Path):
     a, b = scan(0), scan(1, dtype="float32")
-    found = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
-    assert found.mae == pytest.approx(expected(a, b)["mae"], rel=1e-12)
+    result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
+    assert result.mae == pytest.approx(expected(a, b)["mae"], rel=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,83 +83,83 @@ def test_a_tally_does_not_depend_on_how_the_errors_are_split(
     tally = ErrorTally()
     for piece in np.split(e, sorted(min(cut, e.size) for cut in cuts)):
         tally.add(piece)
-    found = tally.errors()
+    result = tally.errors()
     size = np.abs(e.astype(np.int64))
-    assert found["mae"] == pytest.approx(size.mean(), rel=1e-14)
-    assert found["bias"] == pytest.approx(e.mean(), rel=1e-12, abs=1e-12)
-    assert found["max"] == size.max()
-    assert found["p99"] == np.quantile(size, 0.99, method="inverted_cdf")
-    assert found["voxels"] == e.size
+    assert result["mae"] == pytest.approx(size.mean(), rel=1e-14)
+    assert result["bias"] == pytest.approx(e.mean(), rel=1e-12, abs=1e-12)
+    assert result["max"] == size.max()
+    assert result["p99"] == np.quantile(size, 0.99, method="inverted_cdf")
+    assert result["voxels"] == e.size
 
 
 def test_ssim_is_scikit_images_mean_over_slices(tmp_path: Path):
     from skimage.metrics import structural_similarity
 
     a, b = scan(0, (3, 20, 16)), scan(1, (3, 20, 16))
-    found = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
+    result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
     x, y = np.clip(a, -1000, 1000).astype(np.float64), np.clip(b, -1000, 1000).astype(np.float64)
     slices = [structural_similarity(p, q, data_range=2000) for p, q in zip(x, y, strict=True)]
-    assert found.ssim == pytest.approx(np.mean(slices), abs=1e-6)
+    assert result.ssim == pytest.approx(np.mean(slices), abs=1e-6)
 
 
-def test_ssim_is_none_when_not_wanted_or_slices_are_too_small(tmp_path: Path):
+def test_ssim_is_none_if_not_requested_or_slices_are_too_small(tmp_path: Path):
     path = store(tmp_path / "a.nii", scan(0))
     small = store(tmp_path / "b.nii", scan(0, (3, 6, 20)))
     assert compare(path, path, ssim=False).ssim is None
     assert compare(small, small).ssim is None
 
 
-def test_identical_volumes_have_no_error_and_json_says_null(tmp_path: Path):
+def test_identical_volumes_have_no_error_and_a_psnr_of_null_in_json(tmp_path: Path):
     path = store(tmp_path / "a.nii", scan(0))
-    found = compare(path, path)
-    assert found.psnr == math.inf
-    assert (found.mae, found.rmse, found.p99, found.max, found.bias) == (0, 0, 0, 0, 0)
-    assert found.ssim == pytest.approx(1)
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["psnr"] is None
-    assert "inf dB" in printed(found)
+    result = compare(path, path)
+    assert result.psnr == math.inf
+    assert (result.mae, result.rmse, result.p99, result.max, result.bias) == (0, 0, 0, 0, 0)
+    assert result.ssim == pytest.approx(1)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["psnr"] is None
+    assert "inf dB" in printed(result)
 
 
 @pytest.mark.parametrize("shift", [-40, 3])
-def test_a_constant_shift_is_bias_and_its_size_is_every_other_error(tmp_path: Path, shift: int):
+def test_a_constant_shift_is_the_bias_and_its_size_is_every_other_error(tmp_path: Path, shift: int):
     a = np.clip(scan(0), -900, 900)
     b = (a + shift).astype(np.int16)
-    found = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
-    assert found.bias == shift
-    assert found.mae == found.rmse == found.p99 == found.max == abs(shift)
+    result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
+    assert result.bias == shift
+    assert result.mae == result.rmse == result.p99 == result.max == abs(shift)
 
 
-def test_what_lies_outside_the_window_is_no_error_but_is_told(tmp_path: Path):
+def test_values_outside_the_window_are_no_error_but_reported_as_clipped(tmp_path: Path):
     a, b = np.full((2, 8, 8), 3000, np.int16), np.full((2, 8, 8), 1000, np.int16)
-    found = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
-    assert found.max == 0
-    assert found.clipped == 1
+    result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
+    assert result.max == 0
+    assert result.clipped == 1
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float32"])
-def test_each_organ_is_measured_by_itself_and_its_voxels_add_up(
+def test_each_organ_has_its_own_errors_and_voxels_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ):
     monkeypatch.setattr(module, "SLAB_VOXELS", 12 * 9 * 2)
     a, b = scan(0, dtype=dtype), scan(1, dtype=dtype)
     labels = np.random.default_rng(2).choice([0, 1, 5, 117, 300], a.shape).astype(np.int16)
-    labels[:2][labels[:2] == 117] = 5  # an organ that appears late
+    labels[:2][labels[:2] == 117] = 5  # an organ that first appears in a later slab
     files = [tmp_path / name for name in ("a.nii", "b.nii", "organs.nii.gz")]
     for path, frames in zip(files, (a, b, labels), strict=True):
         store(path, frames)
-    found = compare(*files)
-    assert [(o.label, o.name) for o in found.organs] == [
+    result = compare(*files)
+    assert [(o.label, o.name) for o in result.organs] == [
         (1, "spleen"),
         (5, "liver"),
         (117, "costal_cartilages"),
         (300, "label 300"),
     ]
-    for organ in found.organs:
+    for organ in result.organs:
         inside = labels == organ.label
         assert organ.voxels == inside.sum()
         for name, value in expected(a[inside], b[inside]).items():
             assert getattr(organ, name) == pytest.approx(value, rel=1e-12), name
-    assert sum(o.voxels for o in found.organs) == (labels > 0).sum()
-    assert found.mae == pytest.approx(expected(a, b)["mae"], rel=1e-12)
+    assert sum(o.voxels for o in result.organs) == (labels > 0).sum()
+    assert result.mae == pytest.approx(expected(a, b)["mae"], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_each_organ_is_measured_by_itself_and_its_voxels_add_up(
         (np.arange(5 * 12 * 30, dtype=np.int16).reshape(5, 12, 30), "more than 1024"),
     ],
 )
-def test_what_no_label_can_be_is_refused(tmp_path: Path, labels: np.ndarray, message: str):
+def test_values_that_are_no_labels_are_refused(tmp_path: Path, labels: np.ndarray, message: str):
     path = store(tmp_path / "a.nii", np.zeros(labels.shape, np.int16))
     organs = store(tmp_path / "organs.nii", labels)
     with pytest.raises(VolumeError, match=message):
         compare(path, path, labels=organs)
 
 
-def test_float_labels_that_are_whole_are_labels(tmp_path: Path):
+def test_labels_stored_as_whole_floats_are_accepted(tmp_path: Path):
     path = store(tmp_path / "a.nii", scan(0))
     organs = store(tmp_path / "organs.nii", np.full((5, 12, 9), 5, np.float32))
     assert [o.name for o in compare(path, path, labels=organs).organs] == ["liver"]
@@ -186,8 +186,8 @@ def test_float_labels_that_are_whole_are_labels(tmp_path: Path):
 
 def moved(**changes: float) -> np.ndarray:
     affine = AFFINE.copy()
-    for place, value in changes.items():
-        affine[int(place[1]), int(place[2])] = value
+    for name, value in changes.items():
+        affine[int(name[1]), int(name[2])] = value
     return affine
 
 
@@ -199,16 +199,16 @@ def moved(**changes: float) -> np.ndarray:
         (moved(a23=-300.0), r"found the origin at \(.*, -300\) instead of \(.*, -310\) mm"),
     ],
 )
-def test_a_volume_that_lies_elsewhere_is_refused_by_name(tmp_path: Path, affine, message: str):
+def test_another_affine_is_refused_with_the_difference(tmp_path: Path, affine, message: str):
     frames = scan(0)
     here, there = store(tmp_path / "a.nii", frames), store(tmp_path / "b.nii", frames, affine)
     with pytest.raises(VolumeError, match=message):
         compare(here, there)
-    with pytest.raises(VolumeError, match="expected labels to lie"):
+    with pytest.raises(VolumeError, match="expected labels with the affine of"):
         compare(here, here, labels=there)
 
 
-def test_rounding_of_an_affine_is_no_difference(tmp_path: Path):
+def test_a_rounded_affine_is_accepted(tmp_path: Path):
     frames = scan(0)
     here = store(tmp_path / "a.nii", frames)
     there = store(tmp_path / "b.nii", frames, moved(a23=-310.0005))
@@ -245,11 +245,11 @@ def printed(comparison: Comparison) -> str:
 def test_the_table_shows_every_organ_and_fits_a_terminal(tmp_path: Path):
     a, b = store(tmp_path / "a.nii", scan(0)), store(tmp_path / "b.nii", scan(1))
     organs = store(tmp_path / "organs.nii", np.full((5, 12, 9), 64, np.int16))
-    found = compare(a, b, labels=organs)
-    text = printed(found)
+    result = compare(a, b, labels=organs)
+    text = printed(result)
     assert "portal vein and splenic vein" in text
-    assert f"{found.psnr:.2f} dB" in text
-    assert json.loads(json.dumps(found.to_dict()))["organs"][0]["name"] == (
+    assert f"{result.psnr:.2f} dB" in text
+    assert json.loads(json.dumps(result.to_dict()))["organs"][0]["name"] == (
         "portal_vein_and_splenic_vein"
     )
 
@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_number_of_slices(
 ):
     monkeypatch.setattr(module, "SLAB_VOXELS", 64 * 64 * 4)
     peaks = []
-    for slices in (8, 8, 160):  # the first time warms what is loaded once
+    for slices in (8, 8, 160):  # the first run warms up imports and caches
         path = store(tmp_path / "a.nii", scan(0, (slices, 64, 64)))
         organs = store(tmp_path / "organs.nii", np.ones((slices, 64, 64), np.int16))
         tracemalloc.start()

@@ -1,4 +1,4 @@
-"""The picture: upright whatever the orientation, to scale, and grey as the window says."""
+"""The picture is upright for any orientation, to scale, and windowed correctly."""
 
 import itertools
 from pathlib import Path
@@ -32,11 +32,11 @@ ORIENTATIONS = [
     for axes in itertools.permutations(("LR", "AP", "IS"))
     for codes in itertools.product(*axes)
 ]
-SPACING = {"L": 1.5, "R": 1.5, "A": 1.0, "P": 1.0, "I": 2.5, "S": 2.5}  # mm by patient's axis
+SPACING = {"L": 1.5, "R": 1.5, "A": 1.0, "P": 1.0, "I": 2.5, "S": 2.5}  # mm along each patient axis
 
 
 def upright(frames: np.ndarray, codes: str) -> np.ndarray:
-    """Frames [z, x, y] of axes `codes` as an LPI array: rows and columns as viewers have them."""
+    """Return frames [z, x, y] with axes `codes` as an array with axes LPI."""
     volume = frames.transpose(1, 2, 0)
     now = nibabel.orientations.axcodes2ornt(codes)
     then = nibabel.orientations.axcodes2ornt("LPI")
@@ -67,7 +67,7 @@ def test_planes_stand_upright_in_every_orientation(tmp_path: Path, codes: str):
     collected = collect(tmp_path / "p.png", frames, codes)
     axial, coronal, sagittal = collected.planes()
     whole = upright(frames, codes)  # [to the left, to the back, to the feet]
-    at = [size // 2 for size in whole.shape]  # sizes are odd: the middle from either end
+    at = [size // 2 for size in whole.shape]  # the middle from both ends, as all sizes are odd
     np.testing.assert_array_equal(axial.original, whole[:, :, at[2]].T)
     np.testing.assert_array_equal(coronal.original, whole[:, at[1], :].T)
     np.testing.assert_array_equal(sagittal.original, whole[at[0], :, :].T)
@@ -98,9 +98,9 @@ def test_errors_are_dark_at_zero_and_saturate_in_two_colours():
 
 
 def test_the_png_has_the_windowed_middle_slice_in_its_first_row(tmp_path: Path):
-    """Quarters of constant HU: their grey must stand in the panel's quarters, front at the top."""
+    """Each quarter of the slice has constant HU and must appear in its quarter of the panel."""
     frames = np.zeros((9, 40, 60), np.float32)
-    frames[4] = -1000  # only the middle slice, LPS: index x grows to the left, y to the back
+    frames[4] = -1000  # only the middle slice; LPS: x grows to the left, y to the back
     frames[4, 20:, :30] = 40
     frames[4, 20:, 30:] = 140
     collected = collect(tmp_path / "p.png", frames)
@@ -117,7 +117,7 @@ def test_the_png_has_the_windowed_middle_slice_in_its_first_row(tmp_path: Path):
         return image[row_at[row], left + round(columns * side)].tolist()
 
     assert pixel(0, 0.25, "front") == [0, 0, 0]
-    assert pixel(0, 0.75, "front") == [128, 128, 128]  # 40 HU, the middle of the window
+    assert pixel(0, 0.75, "front") == [128, 128, 128]  # 40 HU, the centre of the window
     assert pixel(0, 0.75, "back") == [191, 191, 191]  # 140 HU
     assert pixel(1, 0.75, "front") == [140, 140, 140]  # the reconstruction is 20 HU higher
     assert pixel(2, 0.25, "front") == [60, 60, 60]  # lung window: -1000 HU
@@ -125,7 +125,7 @@ def test_the_png_has_the_windowed_middle_slice_in_its_first_row(tmp_path: Path):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (300, 64, 48), (2000, 16, 16)], ids=str)
-def test_the_picture_is_wide_enough_to_read_and_never_endless(
+def test_the_picture_is_wide_enough_to_read_and_never_too_tall(
     tmp_path: Path, shape: tuple[int, int, int]
 ):
     collect(tmp_path / "p.png", np.zeros(shape, np.float32), slab=64).save()
@@ -148,10 +148,10 @@ def test_planes_keep_their_proportions(tmp_path: Path):
     assert max(panel_size(plane, scale)[1] for plane in planes) == CELL
 
 
-def test_a_place_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path):
+def test_a_path_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path):
     planes = collect(tmp_path / "p.png", np.zeros((3, 8, 8), np.float32))
     (tmp_path / "p.png").mkdir()
-    with pytest.raises(VolumeError, match="permission to write"):
+    with pytest.raises(VolumeError, match="check that the path is writable"):
         planes.save()
     assert [file.name for file in tmp_path.iterdir()] == ["p.png"]
 

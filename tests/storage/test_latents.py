@@ -1,4 +1,4 @@
-"""The latent store: what it says of itself, whole or resumable, and damage that is found."""
+"""The latent store: its metadata, complete and resumed stores, and detection of damage."""
 
 import json
 
@@ -18,7 +18,7 @@ VALUES = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 
 def info(**changes):
     affine = np.array([[-0.7, 0, 0.1, 3], [0, 1 / 3, 0, -1e-17], [0, 0, 5, 0], [0, 0, 0, 1]])
-    known = {
+    fields = {
         "model": "tiny",
         "identity": "0123456789abcdef",
         "engine": "openvino",
@@ -30,11 +30,11 @@ def info(**changes):
         "hu_window": (-1000.0, 1000.0),
         "fvae_version": "0.1.0",
     }
-    return LatentInfo(**(known | changes))
+    return LatentInfo(**(fields | changes))
 
 
 def write(path, frames=SHAPE[1], resume=False, **changes):
-    """Write the first frames of VALUES; commit when they are all."""
+    """Write the first frames of VALUES, and commit if that is all of them."""
     writer = LatentWriter(path, info(**changes), SHAPE, resume)
     for t in range(writer.done, frames):
         writer.write(t, VALUES[:, t : t + 1])
@@ -68,16 +68,16 @@ def path(tmp_path):
     st.one_of(st.none(), st.binary(min_size=348, max_size=348)),
     st.integers(1, 9),
 )
-def test_what_a_store_says_survives_json_bit_for_bit(numbers, header, k):
+def test_metadata_survives_json_bit_for_bit(numbers, header, k):
     affine = np.vstack([np.array(numbers).reshape(3, 4), [0, 0, 0, 1]])
-    known = info(geometry=Geometry((5, 6, 7), affine, header), slices=7, k=k)
-    found = LatentInfo.from_attributes(json.loads(json.dumps(known.to_attributes())), "z.zarr")
-    assert found.geometry.affine.tobytes() == affine.tobytes()
-    assert found.geometry.nifti_header == header
-    assert found.to_attributes() == known.to_attributes()
+    written = info(geometry=Geometry((5, 6, 7), affine, header), slices=7, k=k)
+    loaded = LatentInfo.from_attributes(json.loads(json.dumps(written.to_attributes())), "z.zarr")
+    assert loaded.geometry.affine.tobytes() == affine.tobytes()
+    assert loaded.geometry.nifti_header == header
+    assert loaded.to_attributes() == written.to_attributes()
 
 
-def test_a_store_gives_back_what_was_written(path):
+def test_a_store_returns_the_frames_that_were_written(path):
     write(path)
     reader = LatentReader(path)
     assert reader.shape == SHAPE
@@ -86,7 +86,7 @@ def test_a_store_gives_back_what_was_written(path):
     assert reader.info.to_attributes() == info().to_attributes()
 
 
-def test_a_store_is_plain_zarr_with_one_chunk_a_latent_frame(path):
+def test_a_store_is_plain_zarr_with_one_chunk_per_latent_frame(path):
     write(path)
     array = zarr.open_array(str(path), mode="r")
     assert array.metadata.zarr_format == 3
@@ -104,7 +104,7 @@ def test_frames_of_zeros_are_stored_too(path):
     np.testing.assert_array_equal(LatentReader(path).read(0, 6), 0)
 
 
-def test_the_name_appears_when_the_store_is_whole(path):
+def test_the_final_name_appears_only_when_the_store_is_complete(path):
     writer = write(path, frames=5)
     assert not path.exists()
     assert partial_path(path).is_dir()
@@ -114,7 +114,7 @@ def test_the_name_appears_when_the_store_is_whole(path):
     LatentReader(path)
 
 
-def test_an_older_store_stays_until_the_new_one_is_whole(path):
+def test_an_older_store_stays_until_the_new_one_is_complete(path):
     write(path)
     writer = write(path, frames=5, model="other")
     assert LatentReader(path).info.model == "tiny"
@@ -124,13 +124,13 @@ def test_an_older_store_stays_until_the_new_one_is_whole(path):
     assert [p.name for p in path.parent.iterdir()] == ["z.zarr"]
 
 
-def test_what_is_discarded_leaves_nothing(path):
+def test_discard_leaves_nothing(path):
     write(path, frames=3).discard()
     assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("frames", [0, 1, 5, 6])
-def test_a_resumed_store_has_the_bytes_of_an_undisturbed_one(path, frames):
+def test_a_resumed_store_has_the_bytes_of_an_uninterrupted_one(path, frames):
     write(path.with_name("whole.zarr"))
     writer = LatentWriter(path, info(), SHAPE)
     writer.write(0, VALUES[:, :frames])
@@ -139,7 +139,7 @@ def test_a_resumed_store_has_the_bytes_of_an_undisturbed_one(path, frames):
     assert files(path) == files(path.with_name("whole.zarr"))
 
 
-def test_to_resume_counts_frames_up_to_the_first_damaged_one(path):
+def test_resume_counts_frames_up_to_the_first_damaged_one(path):
     writer = write(path, frames=5)
     flip(chunk(writer.partial, 3))
     assert write(path, frames=0, resume=True).done == 3
@@ -149,8 +149,8 @@ def test_to_resume_counts_frames_up_to_the_first_damaged_one(path):
     assert write(path, frames=0, resume=True).done == 0
 
 
-def test_to_resume_removes_what_a_killed_writer_left_in_the_store(path):
-    """zarr writes a chunk to a temporary file first."""
+def test_resume_removes_temporary_files_of_a_killed_writer(path):
+    """Because zarr writes every chunk to a temporary file first."""
     write(path.with_name("whole.zarr"))
     writer = write(path, frames=3)
     (chunk(writer.partial, 3).parent).mkdir(parents=True)
@@ -165,8 +165,8 @@ def test_a_writer_killed_before_its_first_file_or_at_its_last_rename_starts_over
     partial_path(path).mkdir()
     (partial_path(path) / "zarr.0123abcd.partial").write_bytes(b"half the metadata")
     assert write(path, resume=True).done == 0
-    path.rename(partial_path(path))  # complete, but for its name
-    assert write(path, resume=True).done == 0  # it no longer says of which input it is
+    path.rename(partial_path(path))  # complete, but not yet renamed
+    assert write(path, resume=True).done == 0  # its attributes no longer name the input
     assert files(path) == files(path.with_name("whole.zarr"))
 
 
@@ -192,7 +192,7 @@ def test_without_resume_a_partial_store_is_started_over(path):
 def test_a_partial_store_of_another_run_is_not_continued(path, changes):
     write(path, frames=5)
     before = files(partial_path(path))
-    with pytest.raises(LatentError, match=r"of the same run.*without --resume"):
+    with pytest.raises(LatentError, match=r"belong to the same run.*without --resume"):
         LatentWriter(path, info(**changes), SHAPE, resume=True)
     assert files(partial_path(path)) == before
 
@@ -242,19 +242,21 @@ def rewrite(text):
     ("damage", "words"),
     [
         pytest.param(lambda s: chunk(s, 4).unlink(), "frame 4 missing", id="a missing chunk"),
-        pytest.param(change("complete", False), "marked incomplete.*--resume", id="an open store"),
-        pytest.param(rewrite("{"), "latent store", id="metadata that are no JSON"),
+        pytest.param(
+            change("complete", False), "marked incomplete.*--resume", id="marked incomplete"
+        ),
+        pytest.param(rewrite("{"), "latent store", id="metadata not JSON"),
         pytest.param(rewrite(""), "latent store", id="empty metadata"),
-        pytest.param(rewrite("[]"), "latent store", id="metadata of another kind"),
+        pytest.param(rewrite("[]"), "latent store", id="metadata is a list"),
         pytest.param(lambda s: (s / "zarr.json").unlink(), "latent store", id="no metadata"),
         pytest.param(change("fvae_latents", 2), "format 2", id="another format"),
-        pytest.param(change("shape", [1, 2]), "whole attributes", id="a shape of two numbers"),
-        pytest.param(change("shape", [0, 0, 21]), "whole attributes", id="a shape of nothing"),
-        pytest.param(change("slices", 90), "90 slices of a volume", id="too many slices"),
-        pytest.param(change("affine", None), "whole attributes", id="no affine"),
-        pytest.param(change("affine", [[1, 2], [3, 4]]), "whole attributes", id="a 2x2 affine"),
-        pytest.param(change("nifti_header", "!"), "whole attributes", id="a header not base64"),
-        pytest.param(change("k", "many"), "whole attributes", id="a step that is no number"),
+        pytest.param(change("shape", [1, 2]), "valid attributes", id="a shape of two numbers"),
+        pytest.param(change("shape", [0, 0, 21]), "valid attributes", id="a shape with zeros"),
+        pytest.param(change("slices", 90), "90 slices for a volume", id="too many slices"),
+        pytest.param(change("affine", None), "valid attributes", id="no affine"),
+        pytest.param(change("affine", [[1, 2], [3, 4]]), "valid attributes", id="a 2x2 affine"),
+        pytest.param(change("nifti_header", "!"), "valid attributes", id="a header not base64"),
+        pytest.param(change("k", "many"), "valid attributes", id="a step not a number"),
     ],
 )
 def test_a_damaged_store_is_refused_at_once(path, damage, words):
@@ -266,7 +268,7 @@ def test_a_damaged_store_is_refused_at_once(path, damage, words):
 
 
 @pytest.mark.parametrize("at", [0, 40, -1])
-def test_a_flipped_bit_is_found_when_its_chunk_is_read(path, at):
+def test_a_flipped_bit_is_detected_when_its_chunk_is_read(path, at):
     write(path)
     flip(chunk(path, 2), at)
     reader = LatentReader(path)
@@ -275,13 +277,13 @@ def test_a_flipped_bit_is_found_when_its_chunk_is_read(path, at):
         reader.read(2, 3)
 
 
-def test_only_a_partial_store_is_refused_with_the_way_to_finish_it(path):
+def test_a_partial_output_alone_is_refused_with_a_hint_to_resume(path):
     write(path, frames=5)
-    with pytest.raises(LatentError, match=r"z\.zarr\.partial, which is incomplete.*--resume"):
+    with pytest.raises(LatentError, match=r"partial output z\.zarr\.partial: .*--resume"):
         LatentReader(path)
 
 
-def test_a_ct_in_zarr_is_no_latent_store(path):
+def test_a_ct_in_zarr_is_refused_as_a_latent_store(path):
     zarr.create_array(str(path), shape=(4, 4, 4), dtype="int16")
     with pytest.raises(LatentError, match="3 dimensions"):
         LatentReader(path)

@@ -365,7 +365,7 @@ def test_a_ct_that_ends_too_soon_leaves_nothing_and_no_thread(fake_codec, write_
     data = (tmp_path / "ct.nii.gz").read_bytes()
     (tmp_path / "ct.nii.gz").write_bytes(data[: len(data) // 2])
     before = threads()
-    with pytest.raises(VolumeError, match="ends before"):
+    with pytest.raises(VolumeError, match="truncated"):
         verb(fake_codec, tmp_path / "ct.nii.gz", tmp_path / "out.zarr")
     assert [p.name for p in tmp_path.iterdir()] == ["ct.nii.gz"]
     assert threads() == before
@@ -429,7 +429,7 @@ def test_a_full_disk_leaves_no_volume(fake_bundle, write_ct, tmp_path, suffix):
         "-m", fake_bundle, "-e", "fake", "--dtype", "float32",
     )  # fmt: skip
     assert found.returncode == 3, found.stderr
-    assert re.fullmatch(r"fvae: expected room .*File too large.*\n", found.stderr)
+    assert re.fullmatch(r"fvae: expected to write .*File too large.*\n", found.stderr)
     assert [p.name for p in tmp_path.iterdir()] == ["ct.nii"]
 
 

@@ -1,4 +1,4 @@
-"""What is damaged, odd or in the way must be refused in one line, at once and in little memory."""
+"""Damaged inputs and blocked outputs must raise one-line errors, quickly and in little memory."""
 
 import gc
 import gzip
@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import Geometry
-from fvae_deploy.volume.open import create_volume, open_volume
+from fvae_deploy.volume.open import check_output, create_volume, open_volume
 
 
 def header(kind=nibabel.Nifti1Header, **fields):
-    made = kind()
-    made.set_data_dtype(np.int16)
-    made.set_data_shape((4, 5, 6))
-    made["vox_offset"] = made.sizeof_hdr + 4
+    nifti = kind()
+    nifti.set_data_dtype(np.int16)
+    nifti.set_data_shape((4, 5, 6))
+    nifti["vox_offset"] = nifti.sizeof_hdr + 4
     for name, value in fields.items():
-        made[name] = value
-    return made.binaryblock + bytes(4)
+        nifti[name] = value
+    return nifti.binaryblock + bytes(4)
 
 
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, 120).astype(np.int16).tobytes()
@@ -41,7 +41,7 @@ def read(path):
 
 
 def packed(data):
-    """Gzip that holds no time of day: every process must name these tests alike."""
+    """Return gzip data without a time stamp, so that every process gives a test the same id."""
     return gzip.compress(data, mtime=0)
 
 
@@ -57,11 +57,11 @@ def refusal(path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is empty"),
-        (b"abc", "does not begin as one"),
-        (bytes(1000), "does not begin as one"),
-        (SOUND[:-1], "592 bytes for 4x5x6 voxels of int16.*can hold 591"),
-        (SOUND[:200], "does not begin as one"),
+        (b"", "a.nii empty"),
+        (b"abc", "found no NIfTI header"),
+        (bytes(1000), "found no NIfTI header"),
+        (SOUND[:-1], "592 bytes for 4x5x6 voxels of int16.*found at most 591"),
+        (SOUND[:200], "found no NIfTI header"),
         (SOUND[:350], "truncated"),
         (header(dim=[4, 4, 5, 6, 5, 1, 1, 1]) + VOXELS, "found 4-D 4x5x6x5.*four_to_three"),
         (header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]) + VOXELS, "32767x32767x32767"),
@@ -77,16 +77,16 @@ def refusal(path):
         (header(datatype=1536) + VOXELS, "data type 1536"),
         (header(datatype=999) + VOXELS, "data type 999"),
         (header(magic=b"ni1") + VOXELS, "hdr/.img pair"),
-        (header(magic=b"xyz") + VOXELS, "does not begin as one"),
+        (header(magic=b"xyz") + VOXELS, "found no NIfTI header"),
         (header(vox_offset=100) + VOXELS, "vox_offset 100"),
         (header(vox_offset=np.nan) + VOXELS, "vox_offset nan"),
-        (header(vox_offset=1e30) + VOXELS, "can hold"),
+        (header(vox_offset=1e30) + VOXELS, "found at most"),
         (header(vox_offset=353.5) + VOXELS, "vox_offset 353.5"),
         (header(scl_slope=1, scl_inter=np.inf) + VOXELS, "damaged"),
-        (header(sform_code=1) + VOXELS, "can be inverted"),
-        (header(sform_code=1, srow_x=[np.nan] * 4) + VOXELS, "can be inverted"),
-        (header(nibabel.Nifti2Header, dim=[3, 2**62, 2, 2, 1, 1, 1, 1]) + VOXELS, "can hold"),
-        (header(nibabel.Nifti2Header, vox_offset=2**62) + VOXELS, "can hold"),
+        (header(sform_code=1) + VOXELS, "an invertible affine"),
+        (header(sform_code=1, srow_x=[np.nan] * 4) + VOXELS, "an invertible affine"),
+        (header(nibabel.Nifti2Header, dim=[3, 2**62, 2, 2, 1, 1, 1, 1]) + VOXELS, "found at most"),
+        (header(nibabel.Nifti2Header, vox_offset=2**62) + VOXELS, "found at most"),
         (gzip.compress(SOUND), "found gzip data.*rename it to end in .nii.gz"),
     ],
 )
@@ -100,14 +100,14 @@ def test_a_bad_file_is_refused_with_a_reason(tmp_path, data, words):
     ("data", "words"),
     [
         (SOUND, "found no gzip data"),
-        (packed(SOUND)[:-9], "ends before"),
-        (packed(SOUND)[:-3], "ends before"),
-        (packed(SOUND)[:15], "ends before"),
-        (packed(SOUND[:-1]), "ends before"),
+        (packed(SOUND)[:-9], "truncated: copy it again"),
+        (packed(SOUND)[:-3], "truncated: copy it again"),
+        (packed(SOUND)[:15], "truncated: copy it again"),
+        (packed(SOUND[:-1]), "truncated: copy it again"),
         (packed(SOUND)[:-8] + bytes(8), "checksum"),
         (packed(SOUND)[:30] + bytes(40) + packed(SOUND)[70:], "damage"),
-        (packed(header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]) + VOXELS), "can hold"),
-        (packed(b""), "does not begin as one"),
+        (packed(header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]) + VOXELS), "found at most"),
+        (packed(b""), "found no NIfTI header"),
     ],
 )
 def test_bad_gzip_is_refused_with_a_reason(tmp_path, data, words):
@@ -123,16 +123,16 @@ def test_a_value_that_is_not_finite_is_refused_by_its_slice(tmp_path, bad):
     assert "slice 7 of" in refusal(tmp_path / "a.nii.gz")
 
 
-def test_other_things_than_volumes_are_refused(tmp_path):
+def test_a_path_that_is_no_volume_is_refused(tmp_path):
     (tmp_path / "folder.nii").mkdir()
-    assert "found a folder" in refusal(tmp_path / "folder.nii")
+    assert "found no file" in refusal(tmp_path / "folder.nii")
     assert "found nothing" in refusal(tmp_path / "absent.nii")
     (tmp_path / "a.mha").write_bytes(b"x")
     with pytest.raises(VolumeError, match=r"found a\.mha: convert it"):
         read(tmp_path / "a.mha")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 def test_a_file_without_permission_is_refused(tmp_path):
     (tmp_path / "a.nii").write_bytes(SOUND)
     (tmp_path / "a.nii").chmod(0)
@@ -140,18 +140,18 @@ def test_a_file_without_permission_is_refused(tmp_path):
 
 
 def survives(path, data):
-    """Read whatever `data` is: only VolumeError may escape, soon and with little memory."""
+    """Read `data`: only VolumeError may be raised, within 1 s of CPU time and 32 MiB."""
     path.write_bytes(data)
     tracemalloc.start()
-    gc.disable()  # neither other tests' garbage nor a busy machine's work is the reader's
-    began = time.process_time()
+    gc.disable()  # collecting garbage of other tests would count as the reader's time
+    start = time.process_time()  # CPU time, because the machine may be busy
     with suppress(VolumeError):
         read(path)
-    took = time.process_time() - began
+    seconds = time.process_time() - start
     gc.enable()
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert took < 1
+    assert seconds < 1
     assert memory < 32 << 20
 
 
@@ -163,8 +163,8 @@ class TestFuzz:
     @given(flips, kinds, st.booleans())
     def test_flipped_header_bytes(self, tmp_path_factory, flips, kind, zipped):
         data = bytearray(header(kind) + VOXELS)
-        for place, mask in flips:
-            data[place] ^= mask
+        for index, mask in flips:
+            data[index] ^= mask
         name = "a.nii.gz" if zipped else "a.nii"
         path = tmp_path_factory.mktemp("fuzz") / name
         survives(path, gzip.compress(bytes(data)) if zipped else bytes(data))
@@ -173,8 +173,8 @@ class TestFuzz:
     @given(flips, st.integers(0, 400))
     def test_flipped_and_truncated_gzip_bytes(self, tmp_path_factory, flips, cut):
         data = bytearray(gzip.compress(SOUND))
-        for place, mask in flips:
-            data[place % len(data)] ^= mask
+        for index, mask in flips:
+            data[index % len(data)] ^= mask
         survives(tmp_path_factory.mktemp("fuzz") / "a.nii.gz", bytes(data[: len(data) - cut]))
 
     @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -190,8 +190,8 @@ FRAMES = np.ones((6, 4, 5), np.int16)
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.zarr"])
-class TestWritersLeaveAllOrNothing:
-    def test_an_error_leaves_what_was_there(self, tmp_path, name):
+class TestWritersLeaveNoPartialOutput:
+    def test_an_error_keeps_the_older_volume(self, tmp_path, name):
         with create_volume(tmp_path / name, GEOMETRY) as writer:
             writer.write(FRAMES)
         with suppress(RuntimeError), create_volume(tmp_path / name, GEOMETRY) as writer:
@@ -226,9 +226,9 @@ class TestWritersLeaveAllOrNothing:
             (np.ones((1, 4, 5), np.int32), "int16 or float32 frames, found int32"),
             (np.full((1, 4, 5), np.nan, np.float32), "NaN or infinity in slice 0"),
         ],
-        ids=["too many", "turned", "a plane", "int32", "NaN"],
+        ids=["too many", "transposed", "2-D", "int32", "NaN"],
     )
-    def test_unfit_frames_leave_nothing(self, tmp_path, name, frames, words):
+    def test_frames_that_do_not_fit_leave_nothing(self, tmp_path, name, frames, words):
         with (
             pytest.raises(VolumeError, match=words),
             create_volume(tmp_path / name, GEOMETRY) as writer,
@@ -236,7 +236,7 @@ class TestWritersLeaveAllOrNothing:
             writer.write(frames)
         assert os.listdir(tmp_path) == []
 
-    def test_places_that_cannot_be_written_are_refused_at_once(self, tmp_path, name):
+    def test_paths_that_cannot_be_written_are_refused_at_once(self, tmp_path, name):
         (tmp_path / "file").write_bytes(b"")
         for folder in ("absent", "file"):
             with pytest.raises(VolumeError, match="create it first"):
@@ -250,15 +250,16 @@ class TestWritersLeaveAllOrNothing:
         assert sorted(os.listdir(tmp_path)) == sorted(["file", name])
         assert os.listdir(tmp_path / name) == ["precious"]
 
-    def test_a_full_disk_is_named_and_leaves_nothing(self, tmp_path, name):
+    def test_a_full_disk_is_reported_and_leaves_nothing(self, tmp_path, name):
         code = """
 import resource, sys, warnings
 import numpy as np
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import Geometry, create_volume
+from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume
 warnings.simplefilter("error")
 frames = np.random.default_rng(0).integers(-999, 999, (4, 200, 200), np.int16)
-for limit in (100, 50_000, 500_000):  # within the header, the first slices, the last ones
+for limit in (100, 50_000, 500_000):  # full in the header, the first slices, the last slices
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         with create_volume(sys.argv[1], Geometry((200, 200, 16), np.eye(4))) as writer:
@@ -266,7 +267,7 @@ for limit in (100, 50_000, 500_000):  # within the header, the first slices, the
                 writer.write(frames)
     except VolumeError as error:
         print(error)
-        while error is not None:  # contextlib goes along here, and never ends in a circle
+        while error is not None:  # contextlib follows this chain: it must have no circle
             error = error.__context__
 """
         done = subprocess.run(
@@ -276,11 +277,11 @@ for limit in (100, 50_000, 500_000):  # within the header, the first slices, the
             timeout=60,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        refused = done.stdout.splitlines()
-        assert len(refused) == (2 if name.endswith(".zarr") else 3)  # a chunk is a small file
-        assert all("File too large; free some space" in line for line in refused)
-        left = os.listdir(tmp_path)
-        assert left == ([name] if name.endswith(".zarr") else [])
+        errors = done.stdout.splitlines()
+        assert len(errors) == (2 if name.endswith(".zarr") else 3)  # a chunk is a small file
+        assert all("File too large: check that" in line for line in errors)
+        remaining = os.listdir(tmp_path)
+        assert remaining == ([name] if name.endswith(".zarr") else [])
 
 
 def test_an_unknown_suffix_or_dtype_is_refused(tmp_path):
@@ -297,3 +298,25 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
         writer.write(FRAMES)
     assert (tmp_path / "a.nii").is_symlink()
     assert os.listdir(tmp_path / "real") == ["b.nii"]
+
+
+class TestCheckOutput:
+    def test_a_new_name_is_accepted(self, tmp_path):
+        check_output(tmp_path / "a.nii", overwrite=False)
+
+    @pytest.mark.parametrize("kind", ["file", "folder", "link"])
+    def test_an_existing_output_is_refused_without_overwrite(self, tmp_path, kind):
+        path = tmp_path / "a.zarr"
+        if kind == "file":
+            path.write_bytes(b"older")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(tmp_path / "absent")
+        with pytest.raises(VolumeError) as caught:
+            check_output(path, overwrite=False)
+        message = str(caught.value)
+        assert f"found that {path} exists: choose another name or pass --overwrite" in message
+        assert "\n" not in message
+        check_output(path, overwrite=True)
+        assert os.listdir(tmp_path) == ["a.zarr"]

@@ -19,7 +19,7 @@ def stored(k):
 
 
 def put(path, k, pixels=None, **changes):
-    """Write slice k of a sound CT series, but for the elements in `changes`."""
+    """Write slice k of a valid CT series, with the elements in `changes` replaced."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage
     meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
@@ -58,7 +58,7 @@ def put(path, k, pixels=None, **changes):
 
 def series(folder, count=5, **changes):
     folder.mkdir(exist_ok=True)
-    # Named against their order, so that sorting by name would be wrong.
+    # Names are in reverse order, so that sorting by name would be wrong.
     for k in range(count):
         put(folder / f"{count - k}.dcm", k, **changes)
     return folder
@@ -77,7 +77,7 @@ def refusal(folder, series=None):
 
 
 def itk(folder):
-    """Frames [t, x, y] and RAS affine as SimpleITK reads them."""
+    """Return frames [t, x, y] and RAS affine as SimpleITK reads them."""
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     image = reader.Execute()
@@ -110,16 +110,16 @@ class TestReading:
     @settings(deadline=None, max_examples=40)
     @given(st.integers(0, 999), st.integers(2, 6))
     def test_any_orientation_agrees_with_simpleitk(self, tmp_path_factory, seed, count):
-        turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0].round(7)
-        normal = np.cross(turn[0], turn[1])
-        folder = tmp_path_factory.mktemp("turned")
+        rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0].round(7)
+        normal = np.cross(rotation[0], rotation[1])
+        folder = tmp_path_factory.mktemp("rotated")
         for k in range(count):
-            place = (normal * 2.5 * k + [10, 20, 30]).round(6).tolist()
-            directions = turn[:2].ravel().tolist()
+            position = (normal * 2.5 * k + [10, 20, 30]).round(6).tolist()
+            directions = rotation[:2].ravel().tolist()
             put(
                 folder / f"{count - k}.dcm",
                 k,
-                ImagePositionPatient=place,
+                ImagePositionPatient=position,
                 ImageOrientationPatient=directions,
             )
         frames, affine = itk(folder)
@@ -134,7 +134,7 @@ class TestReading:
         slabs = [np.empty((0, COLUMNS, ROWS)), *reader.slabs(*depths, start=start)]
         assert np.array_equal(np.concatenate(slabs), values(folder)[start:])
 
-    def test_only_the_slices_asked_for_are_decoded(self, tmp_path):
+    def test_only_the_requested_slices_are_decoded(self, tmp_path):
         folder = series(tmp_path / "ct")
         slabs = open_volume(folder).slabs(1, start=2)
         for name in ("5.dcm", "4.dcm", "1.dcm"):  # slices 0, 1 and 4
@@ -144,7 +144,7 @@ class TestReading:
         with pytest.raises(VolumeError, match=r"1\.dcm"):
             next(slabs)
 
-    def test_slope_and_intercept_are_those_of_each_slice(self, tmp_path):
+    def test_each_slice_uses_its_own_slope_and_intercept(self, tmp_path):
         for k in range(3):
             put(tmp_path / f"{k}", k, RescaleSlope=k + 1, RescaleIntercept=-10 * k)
         frames = values(tmp_path)
@@ -152,7 +152,7 @@ class TestReading:
         for k in range(3):
             assert np.array_equal(frames[k], stored(k).T.astype(int) * (k + 1) - 10 * k)
 
-    def test_a_slope_that_is_no_whole_number_gives_float32(self, tmp_path):
+    def test_a_fractional_slope_gives_float32(self, tmp_path):
         put(tmp_path / "0", 0)
         put(tmp_path / "1", 1, RescaleSlope=0.5)
         frames = values(tmp_path)
@@ -176,12 +176,12 @@ class TestReading:
             put(tmp_path / f"{k}", k, ImagePositionPatient=[0, 0.6 * k, 2.5 * k])
         assert np.allclose(open_volume(tmp_path).geometry.affine[:3, 2], [0, -0.6, 2.5])
 
-    def test_one_slice_takes_its_thickness(self, tmp_path):
+    def test_a_single_slice_uses_its_thickness_as_spacing(self, tmp_path):
         assert open_volume(series(tmp_path / "a", 1)).geometry.spacing == (0.5, 0.75, 3)
         other = series(tmp_path / "b", 1, SliceThickness=ABSENT, SpacingBetweenSlices=2)
         assert open_volume(other).geometry.spacing == (0.5, 0.75, 2)
 
-    def test_subfolders_are_searched_and_other_files_passed_over(self, tmp_path):
+    def test_subfolders_are_searched_and_other_files_ignored(self, tmp_path):
         series(tmp_path / "IMAGES")
         (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
         (tmp_path / "notes.txt").write_text("not DICOM")
@@ -190,7 +190,7 @@ class TestReading:
         put(tmp_path / "dose.dcm", 91, Modality="SR", SeriesInstanceUID="1.2.9")
         assert open_volume(tmp_path).geometry.shape == (COLUMNS, ROWS, 5)
 
-    def test_a_series_is_chosen_by_its_end(self, tmp_path):
+    def test_a_series_is_chosen_by_the_end_of_its_uid(self, tmp_path):
         series(tmp_path / "a", 3)
         series(tmp_path / "b", 4, SeriesInstanceUID="1.2.840.2222")
         for name, count in (("1.2.840.1111", 3), ("2222", 4)):
@@ -220,12 +220,12 @@ class TestReading:
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "only localizers"),
         ({"ImagePositionPatient": [0, 0, 0]}, "both at 0.000 mm"),
         ({"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]}, "both at"),
-        ({"PixelSpacing": [0, 1]}, "can be inverted"),
+        ({"PixelSpacing": [0, 1]}, "an invertible affine"),
         ({"PixelData": bytes(9)}, "could not decode"),
         ({"PixelData": ABSENT}, "could not decode"),
     ],
 )
-def test_unfit_series_are_refused(tmp_path, changes, words):
+def test_an_invalid_series_is_refused(tmp_path, changes, words):
     message = refusal(series(tmp_path / "ct", **changes))
     assert words in message, message
 
@@ -233,16 +233,22 @@ def test_unfit_series_are_refused(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"PixelSpacing": [0.75, 0.6]}, "slices of one pixel spacing"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "slices of one orientation"),
-        ({"pixels": np.zeros((8, 8), np.uint16)}, "slices of one size"),
+        ({"PixelSpacing": [0.75, 0.6]}, "the same pixel spacing in all slices"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "the same orientation in all slices"),
+        ({"pixels": np.zeros((8, 8), np.uint16)}, "the same size in all slices"),
         ({"ImagePositionPatient": [-100, -90, 5.0]}, "1.dcm and odd.dcm both at 5.000 mm"),
-        ({"ImagePositionPatient": [-100, -90, 20.0]}, "missing slices: 10.000 mm after 10.000"),
-        ({"ImagePositionPatient": [-100, -90, 13.0]}, "uneven spacing: 3.000 mm after 10.000"),
-        ({"ImagePositionPatient": [-100, -70, 12.5]}, "lies beside it"),
+        (
+            {"ImagePositionPatient": [-100, -90, 20.0]},
+            "missing slices, a gap of 10.000 mm after 10.000 mm",
+        ),
+        (
+            {"ImagePositionPatient": [-100, -90, 13.0]},
+            "uneven spacing, a gap of 3.000 mm after 10.000 mm",
+        ),
+        ({"ImagePositionPatient": [-100, -70, 12.5]}, "mm away from it: put each series"),
     ],
 )
-def test_one_slice_that_does_not_belong_is_named(tmp_path, changes, words):
+def test_one_slice_that_does_not_belong_is_named_in_the_error(tmp_path, changes, words):
     for k in range(5):
         put(tmp_path / f"{k - 1}.dcm", k)
     put(tmp_path / "odd.dcm", 9, **changes)
@@ -265,7 +271,7 @@ def test_a_folder_without_dicom_is_refused(tmp_path):
     assert "no DICOM file" in refusal(tmp_path)
 
 
-def test_pixels_that_no_decoder_knows_are_refused_at_once(tmp_path):
+def test_pixels_without_a_decoder_are_refused_at_once(tmp_path):
     data = put(tmp_path / "a.dcm", 0)
     data.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
     data.PixelData = pydicom.encaps.encapsulate([b"1234"])
@@ -275,7 +281,7 @@ def test_pixels_that_no_decoder_knows_are_refused_at_once(tmp_path):
         open_volume(tmp_path)
 
 
-def test_a_slice_cut_anywhere_is_refused_and_nothing_else_is_raised(tmp_path):
+def test_a_slice_truncated_anywhere_raises_only_volume_errors(tmp_path):
     whole = tmp_path / "a.dcm"
     put(whole, 0)
     data = whole.read_bytes()
@@ -284,7 +290,7 @@ def test_a_slice_cut_anywhere_is_refused_and_nothing_else_is_raised(tmp_path):
         refusal(tmp_path)
 
 
-def test_a_truncated_jpeg_2000_slice_is_named(real_ct, tmp_path):
+def test_a_truncated_jpeg_2000_slice_is_named_in_the_error(real_ct, tmp_path):
     for file in sorted((real_ct / "torso_dicom").iterdir())[:3]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / file.name).write_bytes(file.read_bytes()[:-5000])
@@ -293,15 +299,15 @@ def test_a_truncated_jpeg_2000_slice_is_named(real_ct, tmp_path):
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.integers(132, 1200), st.integers(1, 255)), min_size=1, max_size=4))
-def test_flipped_bytes_raise_nothing_but_a_refusal(tmp_path_factory, flips):
+def test_flipped_bytes_raise_only_volume_errors(tmp_path_factory, flips):
     folder = tmp_path_factory.mktemp("flipped")
     put(folder / "a.dcm", 0)
     data = bytearray((folder / "a.dcm").read_bytes())
-    for place, mask in flips:
-        data[place % len(data)] ^= mask
+    for index, mask in flips:
+        data[index % len(data)] ^= mask
     (folder / "a.dcm").write_bytes(data)
     try:
         values(folder)
     except VolumeError as error:
-        refused = str(error)
-        assert "\n" not in refused
+        message = str(error)
+        assert "\n" not in message

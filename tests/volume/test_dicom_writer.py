@@ -1,4 +1,4 @@
-"""A derived series: reads back to the same HU, refers to its source, and belongs to nobody else."""
+"""A derived series has the same HU and refers to its source; only listed elements are copied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def voxels(path):
 
 @pytest.fixture
 def derived(tmp_path, fake_bundle):
-    """The reconstruction of a series, and that series."""
+    """Return the reconstruction of a series and the series itself."""
     write_series(tmp_path / "source", (16, 24, 5))
     fvae.reconstruct(tmp_path / "source", tmp_path / "r.dcm", model=fake_bundle, engine="fake")
     return tmp_path / "r.dcm", tmp_path / "source"
@@ -38,25 +38,25 @@ def derived(tmp_path, fake_bundle):
 def test_its_hu_and_geometry_are_those_of_the_same_reconstruction_as_nifti(
     derived, fake_bundle, tmp_path
 ):
-    made, source = derived
+    output, source = derived
     fvae.reconstruct(source, tmp_path / "r.nii", model=fake_bundle, engine="fake")
-    np.testing.assert_array_equal(voxels(made), voxels(tmp_path / "r.nii"))
-    wanted = open_volume(source).geometry
-    np.testing.assert_allclose(open_volume(made).geometry.affine, wanted.affine, atol=1e-9)
+    np.testing.assert_array_equal(voxels(output), voxels(tmp_path / "r.nii"))
+    geometry = open_volume(source).geometry
+    np.testing.assert_allclose(open_volume(output).geometry.affine, geometry.affine, atol=1e-9)
     reader = SimpleITK.ImageSeriesReader()  # another implementation
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(made)))
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(output)))
     array = SimpleITK.GetArrayFromImage(reader.Execute())  # [z, y, x]
-    np.testing.assert_array_equal(array.transpose(0, 2, 1), voxels(made))
+    np.testing.assert_array_equal(array.transpose(0, 2, 1), voxels(output))
 
 
-def test_every_slice_says_what_it_is_and_of_what(derived):
-    made, source = derived
+def test_every_slice_names_its_origin_and_its_processing(derived):
+    output, source = derived
     originals = sorted(slices(source), key=lambda data: data.ImagePositionPatient[2])
-    found = slices(made)
-    assert len({data.SOPInstanceUID for data in found}) == 5
-    assert len({data.SeriesInstanceUID for data in found}) == 1
-    assert found[0].SeriesInstanceUID != originals[0].SeriesInstanceUID
-    for number, (data, original) in enumerate(zip(found, originals, strict=True), start=1):
+    written = slices(output)
+    assert len({data.SOPInstanceUID for data in written}) == 5
+    assert len({data.SeriesInstanceUID for data in written}) == 1
+    assert written[0].SeriesInstanceUID != originals[0].SeriesInstanceUID
+    for number, (data, original) in enumerate(zip(written, originals, strict=True), start=1):
         assert data.ImageType == ["DERIVED", "SECONDARY", "AXIAL"]
         assert data.InstanceNumber == number
         for name in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
@@ -65,8 +65,8 @@ def test_every_slice_says_what_it_is_and_of_what(derived):
         (reference,) = data.SourceImageSequence
         assert reference.ReferencedSOPInstanceUID == original.SOPInstanceUID
         assert reference.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
-        scanner, maker = data.ContributingEquipmentSequence
-        assert (scanner.Manufacturer, maker.Manufacturer) == ("Scanners", "fvae")
+        scanner, processor = data.ContributingEquipmentSequence
+        assert (scanner.Manufacturer, processor.Manufacturer) == ("Scanners", "fvae")
         assert "encoded and decoded by a frozen VAE, fake" in data.DerivationDescription
         assert data.SeriesDescription == "thorax fvae reconstruction"
         assert (data.WindowCenter, data.WindowWidth) == (40, 400)
@@ -77,13 +77,13 @@ def test_an_output_never_replaces_the_originals(fake_bundle, tmp_path):
     parent = tmp_path / "study"
     write_series(parent / "scan.dcm", (16, 24, 5))
     before = {path: path.read_bytes() for path in parent.rglob("*.dcm") if path.is_file()}
-    for place in (parent / "scan.dcm", parent, tmp_path):
+    for output in (parent / "scan.dcm", parent, tmp_path):
         with pytest.raises(UsageError, match="apart from the input"):
-            fvae.reconstruct(parent, place, model=fake_bundle, engine="fake")
+            fvae.reconstruct(parent, output, model=fake_bundle, engine="fake")
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_nothing_of_the_source_goes_in_but_what_is_listed(derived, tmp_path, fake_bundle):
+def test_only_listed_elements_of_the_source_are_copied(derived, tmp_path, fake_bundle):
     _, source = derived
     for path in source.iterdir():
         data = pydicom.dcmread(path)
@@ -96,21 +96,21 @@ def test_nothing_of_the_source_goes_in_but_what_is_listed(derived, tmp_path, fak
     )
 
 
-def test_identifiers_that_were_emptied_are_made_anew(derived, tmp_path, fake_bundle):
+def test_empty_identifiers_of_the_source_are_replaced(derived, tmp_path, fake_bundle):
     _, source = derived
     for path in source.iterdir():
         data = pydicom.dcmread(path)
         data.StudyInstanceUID = data.FrameOfReferenceUID = data.SOPInstanceUID = ""
         data.save_as(path)
     fvae.reconstruct(source, tmp_path / "b.dcm", model=fake_bundle, engine="fake")
-    found = slices(tmp_path / "b.dcm")
-    assert all("SourceImageSequence" not in data for data in found)
+    written = slices(tmp_path / "b.dcm")
+    assert all("SourceImageSequence" not in data for data in written)
     for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
-        (uid,) = {data[name].value for data in found}
+        (uid,) = {data[name].value for data in written}
         assert len(uid) > 10
 
 
-def test_a_volume_of_no_dicom_becomes_a_study_of_nobody(tmp_path):
+def test_a_source_without_dicom_gives_empty_patient_data(tmp_path):
     values = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
     tilted = AFFINE.copy()
     tilted[1, 2], tilted[0, 3] = 0.3, 17.25
@@ -135,13 +135,12 @@ def test_a_volume_of_no_dicom_becomes_a_study_of_nobody(tmp_path):
 def test_float32_keeps_a_65535th_of_each_slices_range(low, span, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("f")
     values = np.random.default_rng(seed).uniform(low, low + span, (2, 4, 3)).astype(np.float32)
-    values[1] *= 0.01  # another range: slopes are those of a slice
+    values[1] *= 0.01  # a smaller range, as each slice has its own slope
     with create_volume(folder / "a.dcm", Geometry((4, 3, 2), AFFINE), "float32") as writer:
         writer.write(values)
-    found = voxels(folder / "a.dcm")
-    for plane, wanted in zip(found, values, strict=True):
-        step = max(float(np.ptp(wanted)), 1.0) / 65535
-        assert np.abs(plane - wanted).max() <= 0.51 * step + 1e-6 * np.abs(wanted).max()
+    for plane, expected in zip(voxels(folder / "a.dcm"), values, strict=True):
+        step = max(float(np.ptp(expected)), 1.0) / 65535
+        assert np.abs(plane - expected).max() <= 0.51 * step + 1e-6 * np.abs(expected).max()
 
 
 def test_a_failed_run_leaves_nothing_and_another_folder_is_not_touched(tmp_path):

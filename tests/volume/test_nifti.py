@@ -16,9 +16,9 @@ HEADERS = [nibabel.Nifti1Header, nibabel.Nifti2Header]
 
 
 def values(path, *depths, start=0):
-    """All frames as an array (x, y, z)."""
+    """Return all frames as an array (x, y, z)."""
     slabs = list(open_volume(path).slabs(*(depths or (3,)), start=start))
-    assert len({slab.dtype for slab in slabs}) <= 1, "one volume, one dtype"
+    assert len({slab.dtype for slab in slabs}) <= 1, "all slabs of a volume must have one dtype"
     shape = open_volume(path).geometry.shape
     return np.concatenate([np.empty((0, *shape[:2]), np.int16), *slabs]).transpose(1, 2, 0)
 
@@ -28,14 +28,14 @@ def affines(draw):
     numbers = st.floats(-4, 4, width=32)
     matrix = np.array(draw(st.lists(numbers, min_size=9, max_size=9))).reshape(3, 3)
     affine = np.eye(4)
-    affine[:3, :3] = matrix + np.diag([9.0, -9.0, 11.0])  # diagonally dominant: can be inverted
+    affine[:3, :3] = matrix + np.diag([9.0, -9.0, 11.0])  # diagonally dominant, so invertible
     affine[:3, 3] = draw(st.lists(st.floats(-500, 500, width=32), min_size=3, max_size=3))
     return affine
 
 
 @st.composite
 def images(draw):
-    """A NIfTI image as another program may have written it, with its stored values."""
+    """Draw a NIfTI header that another program may have written, and its stored values."""
     shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12)))
     dtype = np.dtype(draw(st.sampled_from(REAL))).newbyteorder(draw(st.sampled_from("<>")))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
@@ -97,7 +97,7 @@ class TestReading:
             ("f8", 1, 0, "float32"),
         ],
     )
-    def test_frames_are_int16_where_the_header_promises_it(
+    def test_frames_are_int16_if_the_header_guarantees_it(
         self, tmp_path, dtype, slope, inter, frames
     ):
         header = nibabel.Nifti1Header()
@@ -105,9 +105,9 @@ class TestReading:
         header.set_data_shape((2, 3, 2))
         header["scl_slope"], header["scl_inter"], header["vox_offset"] = slope, inter, 352
         save(tmp_path / "a.nii", header, np.full((2, 3, 2), 100, dtype))
-        found = values(tmp_path / "a.nii")
-        assert found.dtype == frames
-        assert (found == (100 * slope + inter if slope else 100)).all()
+        loaded = values(tmp_path / "a.nii")
+        assert loaded.dtype == frames
+        assert (loaded == (100 * slope + inter if slope else 100)).all()
 
     def test_a_plane_is_a_volume_of_one_slice(self, tmp_path):
         plane = np.arange(12, dtype=np.int16).reshape(3, 4)
@@ -115,7 +115,7 @@ class TestReading:
         assert np.array_equal(values(tmp_path / "a.nii"), plane[..., None])
 
     @pytest.mark.parametrize("tail", [b"x", b"\0" * 999, b"not gzip at all", b"\x1f"])
-    def test_bytes_after_the_gzip_data_do_no_harm(self, tmp_path, tail):
+    def test_bytes_after_the_gzip_data_are_ignored(self, tmp_path, tail):
         volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii.gz")
         with (tmp_path / "a.nii.gz").open("ab") as file:
@@ -123,7 +123,7 @@ class TestReading:
         assert np.array_equal(values(tmp_path / "a.nii.gz"), volume)
 
     @pytest.mark.parametrize("block", [7, 300, 70000])
-    def test_gzip_of_many_members_is_one_stream(self, tmp_path, block):
+    def test_several_gzip_members_are_read_as_one_stream(self, tmp_path, block):
         volume = np.random.default_rng(0).integers(-99, 99, (3, 40, 50), np.int16)
         data = nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
         members = [gzip.compress(data[i : i + block]) for i in range(0, len(data), block)]
@@ -137,7 +137,7 @@ class TestReading:
             values(tmp_path / "a.nii", start=6)
 
     @pytest.mark.parametrize("name", ["torso_3mm.nii.gz", "torso_3mm_part.nii.gz"])
-    def test_real_ct(self, real_ct, name):
+    def test_real_ct_is_read_as_nibabel_reads_it(self, real_ct, name):
         reference = nibabel.load(real_ct / name)
         assert np.array_equal(values(real_ct / name, 1, 4), reference.get_fdata())
         assert np.array_equal(open_volume(real_ct / name).geometry.affine, reference.affine)
@@ -156,9 +156,9 @@ class TestWriting:
             for slab in reader.slabs(1, 4):
                 writer.write(slab)
         source, copy = nibabel.load(folder / "in.nii"), nibabel.load(folder / name)
-        wanted = source.get_fdata().reshape(image[1].shape).astype(np.float32)
-        wanted = np.rint(wanted) if dtype == "int16" else wanted
-        assert np.array_equal(copy.get_fdata(dtype=np.float32), wanted)
+        expected = source.get_fdata().reshape(image[1].shape).astype(np.float32)
+        expected = np.rint(expected) if dtype == "int16" else expected
+        assert np.array_equal(copy.get_fdata(dtype=np.float32), expected)
         assert np.array_equal(copy.affine, source.affine)
         assert type(copy.header) is type(source.header)
         assert copy.header.endianness == source.header.endianness
@@ -172,7 +172,7 @@ class TestWriting:
 
     @settings(deadline=None, max_examples=50)
     @given(affines(), st.tuples(*[st.integers(1, 7)] * 3), st.sampled_from(["o.nii", "o.nii.gz"]))
-    def test_a_new_header_holds_the_affine(self, tmp_path_factory, affine, shape, name):
+    def test_a_new_header_contains_the_affine(self, tmp_path_factory, affine, shape, name):
         path = tmp_path_factory.mktemp("new") / name
         volume = np.random.default_rng(1).integers(-2000, 2000, shape, np.int16)
         with create_volume(path, Geometry(shape, affine)) as writer:
@@ -210,21 +210,21 @@ class TestWriting:
         given_ = frames.reshape(1, 8, 1).copy()
         with create_volume(tmp_path / "a.nii", Geometry((8, 1, 1), np.eye(4))) as writer:
             writer.write(given_)
-        wanted = [-32768, -2, 0, 0, 2, 3, 32767, 32767]
-        assert values(tmp_path / "a.nii").ravel().tolist() == wanted
+        expected = [-32768, -2, 0, 0, 2, 3, 32767, 32767]
+        assert values(tmp_path / "a.nii").ravel().tolist() == expected
         assert np.array_equal(given_.ravel(), frames)
 
-    def test_bytes_depend_on_nothing_but_the_volume(self, tmp_path):
+    def test_bytes_depend_only_on_the_volume(self, tmp_path):
         frames = np.random.default_rng(2).integers(-9, 9, (12, 300, 200), np.int16)
         for name, depth in (("a.nii.gz", 1), ("b.nii.gz", 5), ("c.nii.gz", 12)):
             with create_volume(tmp_path / name, Geometry((300, 200, 12), np.eye(4))) as writer:
                 for z in range(0, 12, depth):
                     writer.write(frames[z : z + depth])
         first = (tmp_path / "a.nii.gz").read_bytes()
-        assert first[3:8] == bytes(5), "neither flags nor a time in the gzip header"
+        assert first[3:8] == bytes(5), "the gzip header must have neither flags nor a time"
         assert first == (tmp_path / "b.nii.gz").read_bytes() == (tmp_path / "c.nii.gz").read_bytes()
 
-    def test_real_ct_survives(self, real_ct, tmp_path):
+    def test_a_copy_of_real_ct_has_the_same_values(self, real_ct, tmp_path):
         reader = open_volume(real_ct / "torso_3mm.nii.gz")
         with create_volume(tmp_path / "o.nii.gz", reader.geometry) as writer:
             for slab in reader.slabs(1, 4):
@@ -249,5 +249,5 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path, name):
         finally:
             tracemalloc.stop()
 
-    peak(8)  # what is imported or cached once
+    peak(8)  # warms up imports and caches
     assert peak(2000) < 1.3 * peak(200)

@@ -60,12 +60,12 @@ class TestRoundTrip:
         assert reader.geometry.shape == shape
         assert np.array_equal(reader.geometry.affine, AFFINE)
         start = data.draw(st.integers(0, shape[2]))
-        found = values(path, *read, start=start)
-        assert found.size == 0 or found.dtype == dtype
-        assert np.array_equal(found, volume[..., start:])
+        loaded = values(path, *read, start=start)
+        assert loaded.size == 0 or loaded.dtype == dtype
+        assert np.array_equal(loaded, volume[..., start:])
         assert np.array_equal(zarr.open(str(path), mode="r")[...], volume)
 
-    def test_a_nifti_header_survives_a_stay_in_zarr(self, tmp_path):
+    def test_a_nifti_header_survives_conversion_to_zarr_and_back(self, tmp_path):
         image = nibabel.Nifti1Image(VOLUME, AFFINE)
         image.header["descrip"] = b"kept"
         image.set_qform(AFFINE, 2)
@@ -80,14 +80,14 @@ class TestRoundTrip:
             assert before.header[field].tobytes() == after.header[field].tobytes(), field
         assert np.array_equal(after.get_fdata(), VOLUME)
 
-    def test_attributes_say_what_it_is(self, tmp_path):
+    def test_attributes_have_units_affine_and_spacing(self, tmp_path):
         attributes = dict(zarr.open(str(save(tmp_path / "a.zarr")), mode="r").attrs)
         assert attributes["units"] == "HU"
         assert np.allclose(attributes["affine"], AFFINE)
         assert np.allclose(attributes["spacing"], np.sqrt((AFFINE[:3, :3] ** 2).sum(0)))
 
 
-class TestReadingOthers:
+class TestReadingStoresOfOtherPrograms:
     @pytest.mark.parametrize("version", [2, 3])
     @pytest.mark.parametrize("chunks", [(7, 6, 10), (3, 4, 3), (7, 6, 1)])
     @pytest.mark.parametrize("dtype", ["uint8", "<i2", ">i2", "int32", "float64"])
@@ -101,9 +101,9 @@ class TestReadingOthers:
             zarr_format=version,
         )
         array[...] = volume
-        found = values(tmp_path / "a.zarr", 1, 4)
-        assert np.array_equal(found, volume)
-        assert found.dtype == ("int16" if np.dtype(dtype).itemsize <= 2 else "float32")
+        loaded = values(tmp_path / "a.zarr", 1, 4)
+        assert np.array_equal(loaded, volume)
+        assert loaded.dtype == ("int16" if np.dtype(dtype).itemsize <= 2 else "float32")
         assert np.array_equal(open_volume(tmp_path / "a.zarr").geometry.affine, np.eye(4))
 
     def test_a_group_with_one_3d_array(self, tmp_path):
@@ -118,8 +118,8 @@ class TestReadingOthers:
     @pytest.mark.parametrize(
         ("data", "attributes", "words"),
         [
-            (VOLUME, {"fvae_latents": 1}, "holds latents: use fvae decode"),
-            (VOLUME[None], {"fvae_latents": 1}, "holds latents: use fvae decode"),
+            (VOLUME, {"fvae_latents": 1}, "found latents in"),
+            (VOLUME[None], {"fvae_latents": 1}, "found latents in"),
             (VOLUME[None], {}, "found 4-D 1x7x6x10"),
             (VOLUME[0], {}, "found 2-D"),
             (VOLUME.astype(bool), {}, "array of numbers"),
@@ -148,27 +148,27 @@ class TestDamage:
     def test_a_flipped_byte_in_a_chunk_is_noticed(self, tmp_path):
         path = save(tmp_path / "a.zarr")
         chunk = self.chunks(path)[1]
-        sound = chunk.read_bytes()
-        for place in range(0, len(sound), 5):
-            damaged = bytearray(sound)
-            damaged[place] ^= 0x10
+        intact = chunk.read_bytes()
+        for index in range(0, len(intact), 5):
+            damaged = bytearray(intact)
+            damaged[index] ^= 0x10
             chunk.write_bytes(damaged)
-            # Some bits of a zstd frame's header mean nothing: then nothing is lost.
+            # Some bits in the header of a zstd frame are unused: then the values are intact.
             try:
                 assert np.array_equal(values(path), VOLUME)
             except VolumeError as error:
-                words = str(error)
-                assert "expected a sound Zarr store" in words
+                message = str(error)
+                assert "expected an intact Zarr store" in message
 
     def test_a_truncated_or_missing_chunk_is_refused(self, tmp_path):
         path = save(tmp_path / "a.zarr")
         chunk = self.chunks(path)[2]
         chunk.write_bytes(chunk.read_bytes()[:-9])
-        assert "expected a sound Zarr store" in refusal(path)
+        assert "expected an intact Zarr store" in refusal(path)
         chunk.unlink()
         assert "expected 3 chunks, found 2" in refusal(path)
 
-    def test_empty_chunks_are_no_missing_chunks(self, tmp_path):
+    def test_chunks_of_zeros_are_not_taken_for_missing_chunks(self, tmp_path):
         path = save(tmp_path / "a.zarr", np.zeros((4, 4, 9), np.int16))
         assert not values(path).any()
 
@@ -176,9 +176,9 @@ class TestDamage:
     def test_damaged_metadata_is_refused(self, tmp_path, text):
         path = save(tmp_path / "a.zarr")
         (path / "zarr.json").write_text(text)
-        assert "expected a sound Zarr store" in refusal(path)
+        assert "expected an intact Zarr store" in refusal(path)
 
-    def test_what_is_no_store_is_refused(self, tmp_path):
+    def test_a_path_that_is_no_store_is_refused(self, tmp_path):
         path = save(tmp_path / "a.zarr")
         (path / "zarr.json").unlink()
         assert "found no zarr.json" in refusal(path)
