@@ -90,7 +90,7 @@ def generate(
 
     Example: `fvae generate --mask organs.nii.gz --findings "nodule in the right lung" -o g.nii.gz`
     """
-    require("diffusers", "tokenizers", "torch", extra="generate")
+    require("tokenizers", extra="generate")
     from fvae_deploy.batch.generations import check_all_made, read_jobs, run_jobs
 
     options: dict[str, Any] = {
