@@ -3,13 +3,14 @@
 The schedule in a manifest has the keys and defaults of diffusers' scheduler configurations. A
 key or a value that is not implemented is refused.
 
-All numbers are float32, computed in the order in which diffusers computes them, with the square
-root rounded as IEEE 754 demands. Results then agree with diffusers to the last bit where
-torch's square root is rounded so, too (with MKL it is not).
+All numbers are float32 and computed in diffusers' order of operations, with elementary functions
+rounded correctly. So results are the same on every processor, and DDIM's are those of diffusers bit
+for bit wherever torch rounds square roots correctly (with MKL it does not always).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ from fvae_deploy.errors import BundleError, UsageError
 
 Array = NDArray[np.float32]
 ONE = np.float32(1)
-NEARLY_NOTHING = np.float32(2**-24)  # a signal so small that its logarithm is still finite
-MOST_BETA = 0.999  # of the cosine schedule
+SMALLEST_SIGNAL = np.float32(2**-24)  # a signal so small that its logarithm is still finite
+LARGEST_BETA = 0.999  # of the cosine schedule
 
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-# Keys of which one value alone is implemented: diffusers' default.
+# Keys with only one implemented value: diffusers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
     "thresholding": (False,),
@@ -56,7 +57,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
 }
-# Keys without effect: what they would change is refused above, or belongs to other schedulers.
+# Keys without effect here: parameters of features refused above, or of other schedulers.
 WITHOUT_EFFECT = {
     "dynamic_thresholding_ratio",
     "sample_max_value",
@@ -79,7 +80,7 @@ class Schedule:
     timestep_spacing: str | None = None  # None: the sampler's default
     steps_offset: int = 0  # added to every time, with "leading"
     rescale_betas_zero_snr: bool = False  # no signal at the last time
-    set_alpha_to_one: bool = True  # DDIM's last step ends without noise, not at time 0
+    set_alpha_to_one: bool = True  # DDIM's last step ends without noise, not at that of time 0
     clip_sample: bool | None = None  # None: the sampler's default
     clip_sample_range: float = 1.0
 
@@ -90,26 +91,27 @@ class Schedule:
             betas = _without_signal_at_the_end(betas)
         return _products(ONE - betas)
 
-    def timesteps(self, steps: int, spacing: str, *, end_included: bool) -> list[int]:
+    def timesteps(self, steps: int, default: str, *, end_included: bool) -> list[int]:
         """Return the times of a run, from noise to image.
 
-        With `end_included` the spacing counts the end of the run as one more time, which is left
-        out. Raises UsageError for steps at which times repeat or lie outside the schedule.
+        `default` is the spacing where the schedule names none. With `end_included` the end of
+        the run counts as one more time in the spacing; it is not returned. Raises UsageError
+        where times would repeat or exceed the schedule.
         """
-        spacing, times = self.timestep_spacing or spacing, self.num_train_timesteps
+        spacing, last = self.timestep_spacing or default, self.num_train_timesteps - 1
         count = steps + end_included
-        found: NDArray[Any]
+        spaced: NDArray[Any]
         if spacing == "linspace":
-            found = np.linspace(0, times - 1, count).round()[::-1]
+            spaced = np.linspace(0, last, count).round()[::-1]
         elif spacing == "leading":
-            found = np.arange(count)[::-1] * (times // count) + self.steps_offset
+            spaced = np.arange(count)[::-1] * ((last + 1) // count) + self.steps_offset
         else:
-            found = np.arange(times, 0, -times / steps).round() - 1
-        # Cut, too, where rounding adds a time -1 to trailing ones: 61 steps of 1000, for example.
-        timesteps = [int(t) for t in found[:steps]]
-        if timesteps[0] >= times or any(b >= a for a, b in pairwise(timesteps)):
+            spaced = np.arange(last + 1, 0, -(last + 1) / steps).round() - 1
+        # The slice drops the end, and a surplus -1 from rounding (61 trailing steps of 1000).
+        timesteps = [int(t) for t in spaced[:steps]]
+        if timesteps[0] > last or any(later >= now for now, later in pairwise(timesteps)):
             raise UsageError(
-                f"expected steps at different times from 0 to {times - 1}, found {steps} steps "
+                f"expected every step at its own time from 0 to {last}, found {steps} steps "
                 f"with {spacing} spacing and an offset of {self.steps_offset}: use fewer steps"
             )
         return timesteps
@@ -123,14 +125,15 @@ class Schedule:
         signal = [
             math.cos((n / times + 0.008) / 1.008 * math.pi / 2) ** 2 for n in range(times + 1)
         ]
-        betas = [min(1 - signal[n + 1] / signal[n], MOST_BETA) for n in range(times)]
+        betas = [min(1 - signal[n + 1] / signal[n], LARGEST_BETA) for n in range(times)]
         return np.array(betas, np.float32)
 
 
 def read_schedule(entries: Mapping[str, Any]) -> Schedule:
     """Check the schedule of a manifest and return it.
 
-    Raises BundleError for a key that is not known, or a value that is not implemented.
+    Keys that begin with an underscore are notes (diffusers' class and version). Raises
+    BundleError for any other key or value that is not implemented.
     """
     fields: dict[str, Any] = {}
     for key, value in entries.items():
@@ -138,10 +141,10 @@ def read_schedule(entries: Mapping[str, Any]) -> Schedule:
             continue
         if key in FIXED:
             if not any(_same(value, known) for known in FIXED[key]):
-                raise _refused(key, " or ".join(map(repr, FIXED[key])), value)
+                raise _refused(key, f"to be {' or '.join(map(json.dumps, FIXED[key]))}", value)
         elif key in CHOICES:
             if value not in CHOICES[key]:
-                raise _refused(key, f"among {', '.join(CHOICES[key])}", value)
+                raise _refused(key, f"to be one of {', '.join(CHOICES[key])}", value)
             fields[key] = value
         else:
             fields[key] = _number(key, value)
@@ -149,22 +152,22 @@ def read_schedule(entries: Mapping[str, Any]) -> Schedule:
 
 
 def _number(key: str, value: Any) -> Any:
-    """Return the value of a key that is a number, true or false."""
+    """Return the value of a key that holds a number or a boolean, after checking it."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     real = whole or (isinstance(value, float) and math.isfinite(value))
     if key in ("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample"):
-        wanted, fits = "true or false", isinstance(value, bool)
+        wanted, fits = "to be true or false", isinstance(value, bool)
     elif key == "num_train_timesteps":
-        wanted, fits = "of a whole number from 2 on", whole and value >= 2
+        wanted, fits = "to be a whole number from 2 on", whole and value >= 2
     elif key == "steps_offset":
-        wanted, fits = "of a whole number from 0 on", whole and value >= 0
+        wanted, fits = "to be a whole number from 0 on", whole and value >= 0
     elif key in ("beta_start", "beta_end"):
-        wanted, fits = "between 0 and 1", real and 0 < value < 1
+        wanted, fits = "to be between 0 and 1", real and 0 < value < 1
     elif key == "clip_sample_range":
-        wanted, fits = "above 0", real and value > 0
+        wanted, fits = "to be above 0", real and value > 0
     else:
         raise BundleError(
-            f"expected a noise schedule of keys that fvae implements, found {key!r}: {REMEDY}"
+            f"expected only implemented keys in the noise schedule, found {key!r}: {REMEDY}"
         )
     if not fits:
         raise _refused(key, wanted, value)
@@ -172,16 +175,17 @@ def _number(key: str, value: Any) -> Any:
 
 
 def _refused(key: str, wanted: str, value: Any) -> BundleError:
-    return BundleError(f"expected {key} {wanted} in the noise schedule, found {value!r}: {REMEDY}")
+    shown = json.dumps(value, default=repr)
+    return BundleError(f"expected {key} {wanted} in the noise schedule, found {shown}: {REMEDY}")
 
 
 def _same(value: Any, known: Any) -> bool:
-    """Whether two values of JSON are the same; 1 and true are not."""
+    """Whether two JSON values are equal, without taking 1 for true."""
     return bool(isinstance(value, bool) == isinstance(known, bool) and value == known)
 
 
 def _line(start: float, end: float, count: int) -> Array:
-    """Float32 numbers from start to end, each rounded once, as torch.linspace gives them."""
+    """Evenly spaced float32 numbers, each rounded once: bit for bit those of torch.linspace."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(count - 1))
     index = np.arange(count)
@@ -190,7 +194,7 @@ def _line(start: float, end: float, count: int) -> Array:
 
 
 def _products(factors: Array) -> Array:
-    """Multiply up, in float64 as torch does."""
+    """Return cumulative products; torch, too, accumulates them in float64."""
     return np.cumprod(factors.astype(np.float64)).astype(np.float32)
 
 

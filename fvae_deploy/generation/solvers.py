@@ -2,8 +2,8 @@
 
     x = signal * image + noise * unit noise,    lambda = log(signal / noise)
 
-A network predicts the image, the noise or a mixture of both (velocity); every solver turns that
-into an image first. Sources: DDIM (arXiv 2010.02502, equations 12 and 16), DPM-Solver++ (arXiv
+A network predicts the image, the noise or a mixture of both (velocity); every solver first turns
+that into an image. Sources: DDIM (arXiv 2010.02502, equations 12 and 16), DPM-Solver++ (arXiv
 2211.01095, algorithm 2), UniPC (arXiv 2302.04867, B2(h), order 2). The order of operations is
 that of diffusers, see `schedule`.
 """
@@ -18,13 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.generation.schedule import NEARLY_NOTHING, ONE, Array, Schedule
+from fvae_deploy.generation.schedule import ONE, SMALLEST_SIGNAL, Array, Schedule
 
 HALF, TWO = np.float32(0.5), np.float32(2)
 
 
 class Solver(Protocol):
-    """One run through a schedule. Solvers with memory need every step once, in order."""
+    """One run through a schedule. Some solvers keep history: take every step once, in order."""
 
     timesteps: list[int]  # times at which the network is asked
     alphas_cumprod: Array  # share of the signal's variance at every time of the schedule
@@ -65,15 +65,16 @@ class Level:
 class Ddim:
     """DDIM; with eta above 0 it adds noise at every step.
 
-    Raises BundleError for a network that predicts noise where the schedule leaves no signal:
-    nothing can be said of the image there.
+    Raises BundleError for a network that predicts noise if a step begins without signal: its
+    prediction then does not determine the image.
     """
 
     def __init__(self, schedule: Schedule, steps: int, eta: float) -> None:
         self.timesteps = schedule.timesteps(steps, "leading", end_included=False)
         self.alphas_cumprod = schedule.alphas_cumprod()
         self._kind, self._eta = schedule.prediction_type, np.float32(eta)
-        # diffusers counts back by this from each time, which need not be the next time exactly.
+        # As in diffusers, a step ends this much earlier, even where rounding put the next time
+        # one off.
         self._stride = schedule.num_train_timesteps // steps
         self._end = ONE if schedule.set_alpha_to_one else self.alphas_cumprod[0]
         clip = schedule.clip_sample is not False  # on by default, as in diffusers
@@ -96,7 +97,7 @@ class Ddim:
             image = image.clip(-self._limit, self._limit)
         variance = (ONE - later) / (ONE - now) * (ONE - now / later)
         deviation = self._eta * np.sqrt(variance)
-        # Rounding may leave a little less than nothing.
+        # With eta 1 and no signal, rounding can leave -1e-8, whose root would be NaN.
         rest = np.sqrt(max(ONE - later - np.square(deviation), np.float32(0)))
         result: Array = np.sqrt(later) * image + rest * direction
         if self._eta:
@@ -106,7 +107,7 @@ class Ddim:
 
 
 class Multistep:
-    """What DPM-Solver++ and UniPC have in common: levels of noise and their times."""
+    """What DPM-Solver++ and UniPC have in common: times and their levels of noise."""
 
     def __init__(self, schedule: Schedule, steps: int) -> None:
         self.timesteps = schedule.timesteps(steps, "linspace", end_included=True)
@@ -118,7 +119,7 @@ class Multistep:
                 "found true: use --scheduler ddim"
             )
         if schedule.rescale_betas_zero_snr:
-            self.alphas_cumprod[-1] = NEARLY_NOTHING
+            self.alphas_cumprod[-1] = SMALLEST_SIGNAL
         ratios = np.sqrt((ONE - self.alphas_cumprod) / self.alphas_cumprod)[self.timesteps]
         signals = ONE / np.sqrt(np.square(ratios) + ONE)
         self._levels = [Level(s, r * s) for s, r in zip(signals, ratios, strict=True)]
@@ -172,7 +173,7 @@ class UniPc(Multistep):
         return result - weight * (HALF * self._slope(index))
 
     def _corrected(self, index: int, image: Array) -> Array:
-        """Take the last step again, now that the image at its end is known."""
+        """Repeat the last step, using the image that was predicted at its end."""
         result, weight = self._first_order(index - 1)
         change = image - self._images[0]
         if self._order == 1:
@@ -189,21 +190,21 @@ class UniPc(Multistep):
         return result - weight * correction
 
     def _first_order(self, index: int) -> tuple[Array, np.float32]:
-        """Go on from `_x` as if the image stayed the same; also the weight of its changes."""
+        """Step on from `_x` with a constant image; also return the weight of its change."""
         start, end = self._levels[index], self._levels[index + 1]
         weight = end.signal * _float32(math.expm1, -self._distance(index, index + 1))
         result: Array = end.noise / start.noise * self._x - weight * self._images[0]
         return result, weight
 
     def _slope(self, index: int) -> Array:
-        """How the image changed over the step before, for a step of this length."""
+        """Return the image's change over the step before, scaled to the length of this one."""
         r = self._distance(index, index - 1) / self._distance(index, index + 1)
         slope: Array = (self._images[1] - self._images[0]) / r
         return slope
 
 
 def _float32(function: Callable[[float], float], x: np.float32) -> np.float32:
-    """Apply a function of `math`: rounded to float32 once, the same on every machine."""
+    """Apply a function of `math`, rounded once: numpy's float32 ones differ by processor."""
     return np.float32(function(float(x)))
 
 
