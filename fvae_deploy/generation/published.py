@@ -1,9 +1,13 @@
-"""Long volumes as the published generator makes them: chained windows, twice; see `stitch`."""
+"""Long volumes as the published generator makes them: two passes of chained windows.
+
+See `stitch.chained` for one pass.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,49 +25,52 @@ from fvae_deploy.stream.tiles import Grid
 from fvae_deploy.volume.open import create_volume
 
 Array = NDArray[np.float32]
-SHIFT = 32  # slices, of the second pass
+SHIFT = 32  # first slice of the second pass
 
 
 def as_published(
     request: Request, journal: Journal, output: Path, memory: int | None, dtype: str
 ) -> Outcome:
-    """Chain windows, twice, and put the second pass over the first one's boundaries.
+    """Generate both passes and use the second one around the first one's boundaries.
 
-    Raises PlanError where `memory` does not hold the states of a window.
+    Raises PlanError if `memory` is too small for the states of a window.
     """
     vae, engine = request.codec.manifest, request.codec.engine
-    of, intensity = vae.geometry, vae.intensity
+    cells, intensity = vae.geometry, vae.intensity
     across, down, total = request.mask.geometry.shape
-    made = plan(
+    planned = plan(
         vae,
         ("encode", "decode"),
-        (across // of.spatial, down // of.spatial),
+        (across // cells.spatial, down // cells.spatial),
         engine=engine.name,
         precision=engine.precision,
         memory=memory,
         k=1,
     )
-    if made.spilled:
+    if planned.spilled:
         raise PlanError(
-            "expected memory for the states of one window with --stitch reference, found "
-            f"{show_bytes(made.budget_bytes)}: raise --memory, or use --stitch joint"
+            "expected enough memory for the states of one window with --stitch reference, found "
+            f"{show_bytes(planned.budget_bytes)}: raise --memory, or use --stitch joint"
         )
     window = request.window_slices
     orders = [pieces(0, total, window)]
     if len(orders[0]) > 1:
         orders.append(pieces(SHIFT, total, window))
     tick = request.progress("denoise", sum(map(len, orders)) * request.sampling.steps)
-    over = replaced(len(orders[0]), total, of.temporal, request.denoiser.manifest.window, SHIFT)
+    ranges = replaced(
+        len(orders[0]), total, cells.temporal, request.denoiser.manifest.window, SHIFT
+    )
+    from_second_pass = {index for each in ranges for index in each}
     passes = [
-        _pass(request, journal, number, order, made.grids, tick)
+        _pass(request, journal, number, order, planned.grids, tick)
         for number, order in enumerate(orders)
     ]
     z = request.mask.mask.shape[2]
     begin = time.perf_counter()
-    outcome = Outcome(made, z, request.mask.mask.shape)
+    outcome = Outcome(planned, z, request.mask.mask.shape)
     with create_volume(output, request.mask.mask, dtype, request.note, KIND) as writer:
         for index in range(z):
-            source = passes[1] if any(index in cut for cut in over) else passes[0]
+            source = passes[1] if index in from_second_pass else passes[0]
             _, frame = next(each for each in source if each[0] == index)
             hu = to_hu(frame[:, None], intensity, across, down)
             writer.write(request.mask.fit.volume(hu))
@@ -79,32 +86,26 @@ def _pass(
     grids: Mapping[str, Grid],
     tick: Callable[[int], None],
 ) -> Iterator[tuple[int, Array]]:
-    """Yield every slice that a pass gives with its number: [C, H, W] in the model's range."""
+    """Yield every slice of a pass with its number: [C, H, W] in the model's range."""
     window = request.window_slices
     manifest, vae = request.denoiser.manifest, request.codec.manifest
     across, down, _ = request.mask.geometry.shape
-    current: list[Array] = []
 
-    def encoded(place: int) -> Array:
+    @lru_cache(maxsize=1)  # every step of a window reads the same mask
+    def mask_at(place: int) -> Array:
         slab = next(request.mask.slabs(window, start=order[place].start))
         x = pad_frames(to_model(slab, vae.intensity, across, down, ClippingTally()), window)
         z = request.codec.encode(np.repeat(x, vae.geometry.channels, axis=0), grids=grids)
         return normal(z, manifest.mask)
 
-    def mask_at(place: int) -> Array:
-        if not current or places[0] != place:
-            current[:], places[:] = [encoded(place)], [place]
-        return current[0]
-
-    places: list[int] = []
     shape = mask_at(0).shape
     predict = request.predictor(mask_at, tick)
 
-    def kept(name: str, compute: Callable[[], Array]) -> Array:
+    def recorded(name: str, compute: Callable[[], Array]) -> Array:
         return journal(f"pass{number}-{name}", compute)
 
     noise = request.noise(shape, 1 + number)
-    windows = chained(predict, request.sampler, noise, len(order), kept)
+    windows = chained(predict, request.sampler, noise, len(order), recorded)
     for piece, x in zip(order, windows, strict=True):
         frames = request.codec.decode(stored(x, manifest.latent), grids=grids)
         for index in piece.taken:
