@@ -32,7 +32,7 @@ from fvae_deploy.cli.options import (
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.parse import slice_range
 from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.volume.dicomweb import local_copies, is_remote
+from fvae_deploy.volume.dicomweb import is_remote, local_copies
 
 app = typer.Typer(
     cls=Verbs,

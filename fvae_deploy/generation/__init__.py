@@ -1,1 +1,1 @@
-"""CT volumes drawn by a latent diffusion model from an organ mask and findings in words."""
+"""Generate CT volumes from an organ mask and findings, with a latent diffusion model."""

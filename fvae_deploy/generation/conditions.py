@@ -1,7 +1,7 @@
-"""What a generation is given: masks painted as a volume in HU, and findings as text.
+"""The conditions of a generation: masks, painted as a volume in HU, and findings as text.
 
-A generator sees a mask as it sees a CT: labels become gray values in HU by its palette, then
-the VAE encodes them. So a mask is a `Reader` here, and streams as any volume does.
+A generator sees a mask in the same way as a CT: its palette turns labels into gray values in HU,
+then the VAE encodes them. So a mask is a `Reader` here and is streamed like any other volume.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Fit:
-    """A mask's plane in the model's: its longer side, in mm, fills the model's square.
+    """How a mask's plane lies in the model's: its longer side, in mm, fills the model's square.
 
-    So anatomy keeps its proportions, and a plane of the model's own size is taken as it is.
+    So anatomy keeps its proportions. A plane of the model's own size is used unchanged.
     """
 
     mask: tuple[int, int]  # voxels
     spacing: tuple[float, float]  # mm
     plane: tuple[int, int]  # the model's pixels
-    mirrored: tuple[int, ...] = ()  # axes that the model sees the other way round
+    mirrored: tuple[int, ...] = ()  # axes to flip for the model
 
-    def _places(self, axis: int) -> NDArray[np.float64]:
-        """Where the model's pixels lie, in voxels of the mask."""
+    def _positions(self, axis: int) -> NDArray[np.float64]:
+        """Return the positions of the model's pixel centres, in voxels of the mask."""
         side = max(n * mm for n, mm in zip(self.mask, self.spacing, strict=True))
         pixel = float(side) / self.plane[axis]
         margin = (side - self.mask[axis] * self.spacing[axis]) / 2
         centres = (np.arange(self.plane[axis], dtype=np.float64) + 0.5) * pixel - margin
-        places: NDArray[np.float64] = centres / self.spacing[axis] - 0.5
-        return places
+        positions: NDArray[np.float64] = centres / self.spacing[axis] - 0.5
+        return positions
 
     def labels(self, mask: Labels) -> Labels:
-        """Sample labels [x, y] at the model's pixels, the nearest voxel's; 0 beyond the mask."""
-        found = [np.rint(self._places(axis) - 1e-9).astype(np.int64) for axis in (0, 1)]
-        inside = [(f >= 0) & (f < n) for f, n in zip(found, self.mask, strict=True)]
-        rows, columns = (f.clip(0, n - 1) for f, n in zip(found, self.mask, strict=True))
-        taken = mask[np.ix_(rows, columns)]
-        seen: Labels = np.where(inside[0][:, None] & inside[1][None, :], taken, 0)
-        return np.flip(seen, self.mirrored)
+        """Resample labels [x, y] to the model's plane, nearest neighbour; 0 outside the mask."""
+        nearest = [np.rint(self._positions(axis) - 1e-9).astype(np.int64) for axis in (0, 1)]
+        inside = [(i >= 0) & (i < n) for i, n in zip(nearest, self.mask, strict=True)]
+        rows, columns = (i.clip(0, n - 1) for i, n in zip(nearest, self.mask, strict=True))
+        sampled = mask[np.ix_(rows, columns)]
+        labels: Labels = np.where(inside[0][:, None] & inside[1][None, :], sampled, 0)
+        return np.flip(labels, self.mirrored)
 
     def volume(self, frames: HuFrames) -> HuFrames:
-        """Sample model frames [t, X, Y] at the mask's voxels, linearly: [t, x, y]."""
+        """Resample frames [t, X, Y] of the model to the mask's plane, linearly: [t, x, y]."""
         rows, columns = (self._weights(axis) for axis in (0, 1))
-        seen = np.flip(frames, tuple(1 + axis for axis in self.mirrored))
-        made: HuFrames = np.matmul(np.matmul(rows, seen), columns.T)
-        return made
+        flipped = np.flip(frames, tuple(1 + axis for axis in self.mirrored))
+        resampled: HuFrames = np.matmul(np.matmul(rows, flipped), columns.T)
+        return resampled
 
     def _weights(self, axis: int) -> NDArray[np.float32]:
-        """Matrix [voxels of the mask, the model's pixels] of linear interpolation."""
-        count, places = self.plane[axis], self._places(axis)
-        at = np.interp(np.arange(self.mask[axis]), places, np.arange(count))
-        low = np.floor(at).astype(int).clip(0, count - 1)
-        share = (at - low).astype(np.float32)
+        """Return the linear interpolation as a matrix [voxels of the mask, model's pixels]."""
+        count = self.plane[axis]
+        position = np.interp(np.arange(self.mask[axis]), self._positions(axis), np.arange(count))
+        low = np.floor(position).astype(int).clip(0, count - 1)
+        share = (position - low).astype(np.float32)
         matrix = np.zeros((self.mask[axis], count), np.float32)
         row = np.arange(self.mask[axis])
         matrix[row, low] = 1 - share
@@ -78,11 +78,11 @@ class Fit:
 class PaintedMask:
     """A mask as a volume in HU on the model's plane; see `fvae_deploy.volume.Reader`.
 
-    Organs and findings of a disease mask are painted by the palette. A plane whose axes run
-    against those of training is turned for the network, and what it makes turned back. A mask of
-    fewer slices than `least` goes on with its last one. `labels` turns other label numbers into
-    those of `organs.ORGANS`. Raises ConditionError where masks do not fit each other, the palette
-    or the orientation.
+    The palette gives the gray values of organs and of the findings in a disease mask. A plane
+    that is mirrored against those of training is flipped for the network, and the result is
+    flipped back. A mask of fewer slices than `least` is extended by repeating its last slice.
+    `labels` maps other label numbers to those of `organs.ORGANS`. Raises ConditionError if the
+    masks do not fit each other, the palette or the orientation.
     """
 
     def __init__(
@@ -120,19 +120,19 @@ class PaintedMask:
             self._disease.close()
 
     def _planes(self, start: int) -> Generator[NDArray[np.float32]]:
-        """Yield painted planes from `start` on, the last one again and again."""
+        """Yield painted planes from `start` on, then the last one without end."""
         first = min(start, self.mask.shape[2] - 1)
         organs = _frames(self._organs, first)
         disease = None if self._disease is None else _frames(self._disease, first)
         painted = np.empty(0, np.float32)
-        with contextlib.closing(organs), contextlib.closing(disease or _nothing()) as ill:
+        with contextlib.closing(organs), contextlib.closing(disease or _nothing()) as diseased:
             for index, frame in enumerate(organs, first):
-                labels = self._known(_whole(frame, index, self._organs.path), index)
+                labels = self._organ_labels(_labels(frame, index, self._organs.path), index)
                 if disease is not None:
-                    found = _whole(next(ill), index, self._disease_path())
-                    self._check_findings(found, index)
-                    labels = np.where(found > 0, found + self._masks.offset, labels)
-                painted = self._painted(self.fit.labels(labels))
+                    findings = _labels(next(diseased), index, self._disease_path())
+                    self._check_findings(findings, index)
+                    labels = np.where(findings > 0, findings + self._masks.offset, labels)
+                painted = self._paint(self.fit.labels(labels))
                 yield painted
         while True:
             yield painted
@@ -141,52 +141,53 @@ class PaintedMask:
         assert self._disease is not None
         return self._disease.path
 
-    def _known(self, labels: Labels, index: int) -> Labels:
-        """Labels in the palette's numbers."""
-        found = np.unique(labels)
+    def _organ_labels(self, labels: Labels, index: int) -> Labels:
+        """Map labels to the numbers of `organs.ORGANS`."""
+        present = np.unique(labels)
         if self._labels is None:
-            strange = [int(n) for n in found if n not in ORGANS and n != 0]
+            unknown = [int(n) for n in present if n not in ORGANS and n != 0]
             wanted, remedy = "TotalSegmentator's labels 0 to 117", "map them with --labels FILE"
         else:
-            strange = [int(n) for n in found if n not in self._labels and n != 0]
-            wanted, remedy = "labels that --labels maps", "add them there"
-        if strange:
+            unknown = [int(n) for n in present if n not in self._labels and n != 0]
+            wanted, remedy = "labels that the --labels file maps", "add them to it"
+        if unknown:
             raise ConditionError(
-                f"expected {wanted}, found {', '.join(map(str, strange[:5]))} in slice {index} of "
+                f"expected {wanted}, found {', '.join(map(str, unknown[:5]))} in slice {index} of "
                 f"{self._organs.path}: {remedy}"
             )
         if self._labels is None:
             return labels
-        table = np.zeros(int(found.max()) + 1, np.int64)
-        for n in found:
+        table = np.zeros(int(present.max()) + 1, np.int64)
+        for n in present:
             table[n] = self._labels.get(int(n), 0)
         return table[labels]
 
-    def _check_findings(self, found: Labels, index: int) -> None:
-        strange = [int(n) for n in np.unique(found) if n not in FINDINGS and n != 0]
-        if strange:
+    def _check_findings(self, labels: Labels, index: int) -> None:
+        unknown = [int(n) for n in np.unique(labels) if n not in FINDINGS and n != 0]
+        if unknown:
             raise ConditionError(
                 f"expected findings 1 to {len(FINDINGS)} in a disease mask, found "
-                f"{', '.join(map(str, strange[:5]))} in slice {index} of {self._disease_path()}: "
+                f"{', '.join(map(str, unknown[:5]))} in slice {index} of {self._disease_path()}: "
                 "see docs/generation.md for their numbers"
             )
 
-    def _painted(self, labels: Labels) -> NDArray[np.float32]:
-        values, places = np.unique(labels, return_inverse=True)
+    def _paint(self, labels: Labels) -> NDArray[np.float32]:
+        """Replace labels by their gray values in HU."""
+        values, indices = np.unique(labels, return_inverse=True)
         missing = [int(n) for n in values if int(n) not in self._hu]
         if missing:
             raise ConditionError(
-                f"expected labels that this generator knows, found {missing[0]} in "
-                f"{self._organs.path}: it was not trained on it, leave it out"
+                f"expected labels in this generator's palette, found {missing[0]} in "
+                f"{self._organs.path}: remove it from the mask, the generator was not trained on it"
             )
         table = np.array([self._hu[int(n)] for n in values], np.float32)
-        return table[places].reshape(labels.shape)
+        return table[indices].reshape(labels.shape)
 
 
 def read_labels(path: Path) -> dict[int, int]:
-    """Read a mapping file: JSON of label number to TotalSegmentator's name or number.
+    """Read a JSON file that maps label numbers to TotalSegmentator's names or numbers.
 
-    Raises ConditionError for anything else.
+    Raises ConditionError for any other content.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -201,15 +202,16 @@ def read_labels(path: Path) -> dict[int, int]:
 
 
 def read_findings(text: str, most: int = 1 << 16) -> str:
-    """Return findings given as text, or as a file that holds them.
+    """Return findings: `text` itself, or the content of the text file of that name.
 
-    Raises ConditionError where there are none.
+    At most `most` bytes of a file are read. Raises ConditionError for an empty text and for a
+    file that cannot be read.
     """
-    found, path = text, Path(text)
-    with contextlib.suppress(OSError):  # a long text is no name of a file
+    findings, path = text, Path(text)
+    with contextlib.suppress(OSError):  # a long text is not a valid file name
         if path.suffix == ".txt" or path.is_file():
             try:
-                found = path.read_bytes()[:most].decode()
+                findings = path.read_bytes()[:most].decode()
             except FileNotFoundError:
                 raise ConditionError(
                     f"expected findings in {path}, found no such file: check the path"
@@ -218,20 +220,19 @@ def read_findings(text: str, most: int = 1 << 16) -> str:
                 raise ConditionError(
                     f"expected findings as text in {path}, found {error}: save it as UTF-8"
                 ) from None
-    found = " ".join(found.split())
-    if not found:
-        raise ConditionError(
-            "expected findings in words, found an empty text: leave --findings out"
-        )
-    return found
+    findings = " ".join(findings.split())
+    if not findings:
+        raise ConditionError("expected findings as text, found an empty text: omit --findings")
+    return findings
 
 
 def _nothing() -> Generator[Any]:
-    """Yield nothing; closes like any generator."""
+    """Yield nothing; a generator, so that it can be closed."""
     yield from ()
 
 
 def _organ(organ: Any) -> int:
+    """Return the label number of an organ's name or number; raises ValueError for others."""
     if isinstance(organ, str):
         try:
             return organ_label(organ)
@@ -247,41 +248,44 @@ def _frames(reader: Reader, start: int) -> Generator[HuFrames]:
         yield from chain.from_iterable(slabs)
 
 
-def _whole(frame: HuFrames, index: int, path: Path) -> Labels:
-    """One frame's labels; raises ConditionError where they are no labels."""
+def _labels(frame: HuFrames, index: int, path: Path) -> Labels:
+    """Return one frame as labels; raises ConditionError for negative numbers and fractions."""
     labels = frame.astype(np.int64)
     if (labels < 0).any() or (frame.dtype.kind == "f" and (labels != frame).any()):
-        strange = frame[(labels != frame) | (labels < 0)][0]
+        wrong = frame[(labels != frame) | (labels < 0)][0]
         raise ConditionError(
-            f"expected whole label numbers from 0, found {strange:g} in slice {index} of {path}: "
-            "is this a CT? Give its label map"
+            f"expected whole label numbers from 0 on, found {wrong:g} in slice {index} of {path}: "
+            "give a label map, not a CT"
         )
     return labels
 
 
-def _mirrored(found: str, wanted: str, path: Path) -> tuple[int, ...]:
-    """Axes of the plane that run against those of training; none where training had no order."""
-    if not wanted:
+def _mirrored(actual: str, trained: str, path: Path) -> tuple[int, ...]:
+    """Return the axes of the plane that are mirrored against those of training.
+
+    There are none if training knew no orientation ("").
+    """
+    if not trained:
         return ()
-    against = [f != w for f, w in zip(found, wanted, strict=True)]
-    known = all(f in (w, OPPOSITE[w]) for f, w in zip(found, wanted, strict=True))
-    if not known or against[2]:
+    differs = [a != t for a, t in zip(actual, trained, strict=True)]
+    parallel = all(a in (t, OPPOSITE[t]) for a, t in zip(actual, trained, strict=True))
+    if not parallel or differs[2]:
         raise ConditionError(
-            f"expected a mask with axes {wanted}, be it mirrored in the plane, found {found} in "
+            f"expected a mask with axes {trained}, or mirrored in the plane, found {actual} in "
             f"{path}: reorient it, for example with nibabel.as_closest_canonical"
         )
-    return tuple(axis for axis in (0, 1) if against[axis])
+    return tuple(axis for axis in (0, 1) if differs[axis])
 
 
 def _check_same_grid(organs: Reader, disease: Reader) -> None:
     a, b = organs.geometry, disease.geometry
     if a.shape != b.shape:
-        found = f"{'x'.join(map(str, b.shape))} instead of {'x'.join(map(str, a.shape))}"
+        difference = f"{'x'.join(map(str, b.shape))} instead of {'x'.join(map(str, a.shape))}"
     elif not np.allclose(a.affine, b.affine, atol=1e-3):
-        found = "another affine"
+        difference = "another affine"
     else:
         return
     raise ConditionError(
-        f"expected a disease mask on the grid of {organs.path}, found {found} in {disease.path}: "
-        "resample it"
+        f"expected a disease mask on the grid of {organs.path}, found {difference} in "
+        f"{disease.path}: resample it"
     )

@@ -1,4 +1,4 @@
-"""A generator's network opened for use: text to context, and one denoising step."""
+"""A generator's networks, opened for use: text to context, and one denoising step."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ Array = NDArray[np.float32]
 
 
 class Denoiser(Opened[GeneratorManifest]):
-    """A generator opened in an engine; see `open_denoiser`."""
+    """A generator, opened in an engine; see `open_denoiser`."""
 
-    # Contexts, their keys and values.
-    _texts: tuple[tuple[Array, dict[str, Any]], ...] = ()
+    # The last two contexts with their keys and values.
+    _cache: tuple[tuple[Array, dict[str, Any]], ...] = ()
 
     def context(self, text: str) -> Array:
-        """Encode a text to [tokens, dim]; an empty one stands for no condition.
+        """Encode a text to [tokens, dim]; the empty text stands for no condition.
 
-        Raises BundleError where the bundle has no text encoder, and ConditionError for a text
-        of more tokens than it takes.
+        Raises BundleError if the bundle has no text encoder, and ConditionError for a text of
+        too many tokens.
         """
         ids = self._tokens(text)
-        found: Array = self.engine.run("text", {"ids": ids})["context"].copy()
+        context: Array = self.engine.run("text", {"ids": ids})["context"].copy()
         self.engine.release("text", compiled=True)
-        return found
+        return context
 
     def denoise(
         self, x: Array, *, mask_latent: Array, t: float, context: NDArray[np.float32]
     ) -> Array:
-        """Predict the noise (or velocity) in x at time t.
+        """Predict the noise in x at time t, or the velocity, as the schedule says.
 
         Parameters
         ----------
         x, mask_latent
             [frames, D, h, w], at least 2 frames; h and w multiples of `manifest.multiple`.
-            Normalised as the network was trained.
+            Normalised as in training.
         t
-            Time of the noise schedule, 0 to 999 in the published one.
+            Time in the noise schedule, 0 to 999 in the published one.
         context
-            [tokens, dim] of the text. Its keys and values are computed once, for as long as
-            the same array is given.
+            [tokens, dim] of the text. Its keys and values are cached for calls with the same
+            array.
 
         Returns
         -------
         [frames, D, h, w].
 
-        Raises ConditionError for other shapes or values that are not finite, EngineError where
-        the result is not finite.
+        Raises ConditionError for other shapes and for values that are not finite, EngineError
+        if the result is not finite.
         """
         self._check(x, mask_latent, context)
-        given = {
+        inputs = {
             "x": np.ascontiguousarray(x, np.float32),
             "mask_latent": np.ascontiguousarray(mask_latent, np.float32),
             "time": waves(t, self.manifest.width),
             **self._keys_values(context),
         }
-        noise: Array = self.engine.run("denoise", given)["noise"].copy()
+        noise: Array = self.engine.run("denoise", inputs)["noise"].copy()
         if not np.isfinite(noise).all():
             raise EngineError(
                 f"expected finite values from {self.manifest.name}, found NaN or infinite ones in "
@@ -71,15 +71,15 @@ class Denoiser(Opened[GeneratorManifest]):
         return noise
 
     def _keys_values(self, context: Array) -> dict[str, Any]:
-        """Keys and values of a context, those of the last two kept (with and without a text)."""
-        for known, found in self._texts:
+        """Return keys and values of a context; the last two are cached (with text and without)."""
+        for known, cached in self._cache:
             if known is context:
-                return found
-        made = self.engine.run("context", {"context": context})
-        # On the host: they are read at every step, and a heavy step may drop what it was given.
-        found = {n: np.array(self.engine.host(value), np.float32) for n, value in made.items()}
-        self._texts = (*self._texts[-1:], (context, found))
-        return found
+                return cached
+        outputs = self.engine.run("context", {"context": context})
+        # Copied to the host: every step reads them, but a step may release its inputs.
+        arrays = {n: np.array(self.engine.host(value), np.float32) for n, value in outputs.items()}
+        self._cache = (*self._cache[-1:], (context, arrays))
+        return arrays
 
     def _tokens(self, text: str) -> NDArray[np.int64]:
         most = self.manifest.tokens
@@ -100,31 +100,35 @@ class Denoiser(Opened[GeneratorManifest]):
         return np.array(ids, np.int64)
 
     def _check(self, x: Array, mask: Array, context: Array) -> None:
-        m, of = self.manifest, self.manifest.multiple
+        m, multiple = self.manifest, self.manifest.multiple
         if (
             x.ndim != 4
             or x.shape[0] < 2
             or x.shape[1] != m.channels
             or not x.size
-            or x.shape[2] % of
-            or x.shape[3] % of
+            or x.shape[2] % multiple
+            or x.shape[3] % multiple
         ):
             raise ConditionError(
                 f"expected latents [frames, {m.channels}, h, w] of at least 2 frames, h and w "
-                f"multiples of {of}, found {list(x.shape)}"
+                f"multiples of {multiple}, found {list(x.shape)}: pad or crop them"
             )
         if mask.shape != x.shape:
             raise ConditionError(
-                f"expected a mask latent {list(x.shape)} as the latents, found {list(mask.shape)}"
+                f"expected a mask latent of the latents' shape {list(x.shape)}, found "
+                f"{list(mask.shape)}: encode the mask on the same grid"
             )
         wanted = m.part("context").inputs[0]
         if not wanted.accepts(context.shape):
             raise ConditionError(
-                f"expected a context [tokens, {wanted.shape[1]}], found {list(context.shape)}"
+                f"expected a context [tokens, {wanted.shape[1]}], found {list(context.shape)}: "
+                "make it with `context` of this generator"
             )
         for name, array in (("latents", x), ("mask latent", mask), ("context", context)):
             if not np.isfinite(array).all():
-                raise ConditionError(f"expected finite {name}, found NaN or infinity: check them")
+                raise ConditionError(
+                    f"expected finite {name}, found NaN or infinity: check the inputs"
+                )
 
 
 def open_denoiser(
@@ -135,10 +139,10 @@ def open_denoiser(
     device: str = "cpu",
     threads: int | None = None,
 ) -> Denoiser:
-    """Open a built-in generator or the folder of a generator's bundle.
+    """Open a built-in generator, or a generator's bundle by its folder.
 
-    Raises BundleError for a missing or damaged bundle and EngineError for an engine, device
-    or precision that cannot run here, each with the remedy.
+    Raises BundleError for a missing or damaged bundle, and EngineError for an engine, a device
+    or a precision that cannot run here.
     """
     path = bundle_path(model)
     return Denoiser(path, GeneratorManifest.load(path), engine, precision, device, threads)

@@ -24,7 +24,7 @@ class GenerationOptions:
     vae: str | Path | None = None
     """Bundle that encodes and decodes; None: the built-in VAE of the generator's latents."""
     sampler: str | None = None
-    """Name in `solvers.SAMPLERS`."""
+    """Name in `sampler.SAMPLERS`."""
     steps: int | None = None
     eta: float | None = None
     """Share of fresh noise in every step of ddim, 0 to 1."""

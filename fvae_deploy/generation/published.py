@@ -1,9 +1,13 @@
-"""Long volumes as the published generator makes them: chained windows, twice; see `stitch`."""
+"""Long volumes as the published generator makes them: two passes of chained windows.
+
+See `stitch.chained` for one pass.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ from fvae_deploy.stream.tiles import Grid
 from fvae_deploy.volume.open import create_volume
 
 Array = NDArray[np.float32]
-SHIFT = 32  # slices, of the second pass
+SHIFT = 32  # first slice of the second pass
 
 
 def window_plan(request: Request, options: RunOptions) -> Plan:
@@ -86,32 +90,26 @@ def _pass(
     grids: Mapping[str, Grid],
     tick: Callable[[int], None],
 ) -> Iterator[tuple[int, Array]]:
-    """Yield every slice that a pass gives with its number: [C, H, W] in the model's range."""
+    """Yield every slice of a pass with its number: [C, H, W] in the model's range."""
     window = request.window_slices
     manifest, vae = request.denoiser.manifest, request.codec.manifest
     across, down, _ = request.mask.geometry.shape
-    current: list[Array] = []
 
-    def encoded(place: int) -> Array:
+    @lru_cache(maxsize=1)  # every step of a window reads the same mask
+    def mask_at(place: int) -> Array:
         slab = next(request.mask.slabs(window, start=order[place].start))
         x = pad_frames(to_model(slab, vae.intensity, across, down, ClippingTally()), window)
         z = request.codec.encode(np.repeat(x, vae.geometry.channels, axis=0), grids=grids)
         return normal(z, manifest.mask)
 
-    def mask_at(place: int) -> Array:
-        if not current or places[0] != place:
-            current[:], places[:] = [encoded(place)], [place]
-        return current[0]
-
-    places: list[int] = []
     shape = mask_at(0).shape
     predict = request.predictor(mask_at, tick)
 
-    def kept(name: str, compute: Callable[[], Array]) -> Array:
+    def recorded(name: str, compute: Callable[[], Array]) -> Array:
         return journal(f"pass{number}-{name}", compute)
 
     noise = request.noise(shape, 1 + number)
-    windows = chained(predict, request.sampler, noise, len(order), kept)
+    windows = chained(predict, request.sampler, noise, len(order), recorded)
     for piece, x in zip(order, windows, strict=True):
         frames = request.codec.decode(stored(x, manifest.latent), grids=grids)
         for index in piece.taken:

@@ -1,4 +1,4 @@
-"""One generation as it was asked for: networks, conditions, and how to sample."""
+"""One generation as requested: networks, conditions and sampling options."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from fvae_deploy.stream.codec import Codec
 
 KIND = "synthetic CT"
 Array = NDArray[np.float32]
-Progress = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
+# A stage and its length -> a function to call with the amount of work done since the last call.
+Progress = Callable[[str, int], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; see `fvae_deploy.sampler`."""
+    """Sampling options; see `sampler` and `stitch`."""
 
     sampler: str
     steps: int
@@ -39,39 +40,40 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation: the networks, the conditions and how to sample."""
+    """One generation: its networks, conditions and sampling options."""
 
     denoiser: Denoiser
     codec: Codec
     mask: PaintedMask
     text: str
     sampling: Sampling
-    contexts: tuple[Array, ...]  # of the text, and with guidance of none
+    contexts: tuple[Array, ...]  # of the text; with guidance, also of the empty text
     progress: Progress
 
     def sampler(self) -> Sampler:
-        """Begin a run through the noise schedule."""
-        of = self.sampling
-        return Sampler(self.denoiser.manifest.schedule, of.sampler, of.steps, of.eta)
+        """Return a new sampler at the start of the noise schedule."""
+        options = self.sampling
+        schedule = self.denoiser.manifest.schedule
+        return Sampler(schedule, options.sampler, options.steps, options.eta)
 
     def noise(self, shape: tuple[int, ...], number: int) -> Noise:
-        """Make the noise of the volume, or of a pass over it: [T, D, h, w] for any use."""
-        of = self.sampling
-        return partial(unit_noise, shape, of.seed, number, centred=of.centred_noise)
+        """Return the source of noise [T, D, h, w] for pass `number` over the volume."""
+        options = self.sampling
+        return partial(unit_noise, shape, options.seed, number, centred=options.centred_noise)
 
     @property
     def note(self) -> str:
-        """How the volume is made: for who finds it alone."""
+        """Provenance to store in the volume, for readers who have nothing but the file."""
         manifest = self.denoiser.manifest
         return f"drawn by {manifest.name} {manifest.identity} from an organ mask: no patient's scan"
 
     @property
     def window_slices(self) -> int:
-        """Slices that a window of the network stands for."""
+        """Number of slices that a window of the network covers."""
         return self.codec.manifest.geometry.slices(self.denoiser.manifest.window)
 
     def facts(self) -> dict[str, Any]:
-        """Say what tells this request from others."""
+        """Return everything that the result depends on, to recognise the same request again."""
         return {
             "generator": self.denoiser.manifest.identity,
             "vae": self.codec.manifest.identity,
@@ -83,55 +85,58 @@ class Request:
         }
 
     def predictor(self, mask_at: Callable[[int], Array], tick: Callable[[int], None]) -> Predict:
-        """Make the function that predicts for a window, whose mask latent `mask_at` gives."""
+        """Return the function that predicts for a window of the volume.
+
+        `mask_at` returns the mask latent of a window; `tick` is called after every prediction.
+        """
         guidance = np.float32(self.sampling.guidance)
 
         def predict(x: Array, place: int, t: int) -> Array:
             mask = mask_at(place)
-            found, *base = (
+            prediction, *unconditional = (
                 self.denoiser.denoise(x, mask_latent=mask, t=t, context=context)
                 for context in self.contexts
             )
-            for without in base:
-                found = without + guidance * (found - without)
+            for without in unconditional:
+                prediction = without + guidance * (prediction - without)
             tick(1)
-            return found
+            return prediction
 
         return predict
 
 
 def normal(latents: Array, by: LatentNormalisation) -> Array:
-    """Latents [D, T, h, w] of the store as the network sees them, [T, D, h, w]."""
+    """Normalise stored latents [D, T, h, w] for the network: [T, D, h, w]."""
     shift, scale = (np.array(n, np.float32)[:, None, None] for n in (by.shift, by.scale))
     return (latents.transpose(1, 0, 2, 3) - shift) * scale
 
 
 def stored(x: Array, by: LatentNormalisation) -> Array:
-    """Undo `normal`."""
+    """Undo `normal`: [T, D, h, w] to latents [D, T, h, w] as they are stored."""
     shift, scale = (np.array(n, np.float32)[:, None, None] for n in (by.shift, by.scale))
     return np.ascontiguousarray((x / scale + shift).transpose(1, 0, 2, 3), np.float32)
 
 
 def check_vae(denoiser: Denoiser, codec: Codec) -> None:
-    """Raise BundleError where a VAE is not the one that a generator makes latents of."""
-    m, of = denoiser.manifest, codec.manifest.geometry
-    side = of.spatial * m.multiple
-    if m.channels != of.latent_channels or any(n % side for n in m.plane):
+    """Raise BundleError unless the VAE fits the latents that the generator makes."""
+    m, vae = denoiser.manifest, codec.manifest.geometry
+    side = vae.spatial * m.multiple
+    if m.channels != vae.latent_channels or any(n % side for n in m.plane):
         raise BundleError(
-            f"expected a VAE of {m.channels} latent channels whose planes of "
-            f"{m.plane[0]}x{m.plane[1]} come in cells that divide by {m.multiple}, found "
-            f"{codec.manifest.name} of {of.latent_channels} and {of.spatial} pixels a cell: give "
-            f"--vae {m.vae}"
+            f"expected a VAE with {m.channels} latent channels that encodes "
+            f"{m.plane[0]}x{m.plane[1]} pixels to a multiple of {m.multiple} cells in each "
+            f"direction, found {codec.manifest.name} with {vae.latent_channels} channels and "
+            f"{vae.spatial} pixels per cell: give --vae {m.vae}"
         )
     if codec.manifest.name == m.vae and m.vae_identity not in ("", codec.manifest.identity):
         raise BundleError(
-            f"expected {m.vae} of weights {m.vae_identity}, found {codec.manifest.identity}: "
+            f"expected {m.vae} with weights {m.vae_identity}, found {codec.manifest.identity}: "
             "give the bundle that this generator was trained with as --vae"
         )
 
 
 def _fingerprint(mask: PaintedMask) -> str:
-    """Hash what the network is shown; so every slice is checked before any work."""
+    """Return a hash of the painted mask. This also checks every slice before any work."""
     digest = hashlib.sha256(repr((mask.geometry.shape, mask.mask.affine.tolist())).encode())
     for slab in mask.slabs(16):
         digest.update(slab.tobytes())

@@ -1,19 +1,19 @@
-r"""Long volumes from a network that sees a window of latent frames.
+r"""Long volumes from a network that sees only a window of latent frames.
 
 `joint` (the default) denoises overlapping windows together: at every step the predictions for
-a frame are averaged over the windows that hold it, so all of them draw the same volume and no
-window ends anywhere.
+a frame are averaged over all windows that contain it. So all windows draw the same volume, and
+there are no seams.
 
     frames     0         8         16        24        32
     window 0   ################\\
     window 1             //########\\
     window 2                       //##########            the last one ends with the volume
 
-The weight rises from 0 at a window's first frame: in training that frame began a volume and
-coded one slice, in the middle of a causal stream it codes four.
+A window's weight rises from 0 at its first frame: in training that frame began a volume and
+coded one slice, but in the middle of a causal stream it codes four.
 
-`chained` is the published way: windows one after the other, each later one held at its first
-frame to the last frame of the one before.
+`chained` is the published method: windows one after the other, each one starting from the last
+frame of the window before.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ from numpy.typing import NDArray
 from fvae_deploy.generation.sampler import Sampler
 
 Array = NDArray[np.float32]
-Predict = Callable[[Array, int, int], Array]  # x of a window, where it is, time -> prediction
-Noise = Callable[..., Array]  # what it is for, as whole numbers -> unit noise
-Journal = Callable[[str, Callable[[], Array]], Array]  # what was computed under a name before
+Predict = Callable[[Array, int, int], Array]  # x of a window, its place, time -> prediction
+Noise = Callable[..., Array]  # whole numbers that identify the use -> unit noise
+# Returns the array stored under this name, or computes and stores it.
+Journal = Callable[[str, Callable[[], Array]], Array]
 
 
 def starts(frames: int, window: int) -> list[int]:
-    """First frames of windows that overlap by half; the last one ends with the volume."""
+    """Return the first frames of windows that overlap by half and end with the volume."""
     if frames < window:
         raise ValueError(f"expected at least {window} frames, found {frames}")
     stride = max(1, window // 2)
-    found = list(range(0, frames - window, stride))
-    return [*found, frames - window]
+    return [*range(0, frames - window, stride), frames - window]
 
 
 def weights(start: int, frames: int, window: int) -> Array:
-    """Weight of each frame of a window: it falls to both sides, but not to the volume's ends."""
+    """Return the weight of each frame in a window: it falls to both sides, except at volume ends.
+
+    `start` is the window's first frame in a volume of `frames` frames.
+    """
     index = np.arange(window, dtype=np.float32)
     rising = index if start else np.full(window, window, np.float32)
     falling = window - index if start + window < frames else np.full(window, window, np.float32)
@@ -58,26 +61,26 @@ def joint(
     window: int,
     journal: Journal,
 ) -> Array:
-    """Denoise a latent volume of this shape [T, D, h, w], T at least the window.
+    """Denoise a latent volume of this shape [T, D, h, w], with T at least the window.
 
-    Memory is that of a few latent volumes, whatever the image.
+    Takes the memory of a few latent volumes.
     """
     frames = shape[0]
     windows = starts(frames, window)
     x = sampler.start(noise(0))
 
-    def merged(x: Array, t: int) -> Array:
+    def average(x: Array, t: int) -> Array:
         total = np.zeros(shape, np.float32)
         weight = np.zeros((frames, 1, 1, 1), np.float32)
         for start in windows:
-            cut = slice(start, start + window)
+            inside = slice(start, start + window)
             share = weights(start, frames, window)[:, None, None, None]
-            total[cut] += share * predict(x[cut], start, t)
-            weight[cut] += share
+            total[inside] += share * predict(x[inside], start, t)
+            weight[inside] += share
         return total / weight
 
     for index, t in enumerate(sampler.timesteps):
-        prediction = journal(f"step{index}", partial(merged, x, t))
+        prediction = journal(f"step{index}", partial(average, x, t))
         x = sampler.step(index, prediction, x, noise(1 + index) if sampler.eta else None)
     return x
 
@@ -91,27 +94,29 @@ def chained(
 ) -> Iterator[Array]:
     """Denoise windows one after the other, as published; yields [T, D, h, w].
 
-    After every step the last frame of the window before is written over the first, noised.
-    The published code takes the noise level from the number of the step, counted from the
-    end, where it means the step's time: the frame is almost clean throughout. That is kept.
+    After every step, the first frame is replaced by the last frame of the window before, with
+    noise added. The published code takes the noise level at the step's number, counted from the
+    end, instead of the step's time, so this frame is almost free of noise throughout. That quirk
+    is kept.
     """
     before: Array | None = None
     for number in range(windows):
-        way = sampler()
-        steps = len(way.timesteps)
-        levels = [way.signal(-1), *(way.signal(n) for n in reversed(range(steps)))]
-        x = _held(way.start(noise(number, 0)), before, levels[0], noise(number, 0, 0))
-        for index, t in enumerate(way.timesteps, start=1):
+        run = sampler()
+        steps = len(run.timesteps)
+        levels = [run.signal(-1), *(run.signal(n) for n in reversed(range(steps)))]
+        x = run.start(noise(number, 0))
+        x = _replace_first_frame(x, before, levels[0], noise(number, 0, 0))
+        for index, t in enumerate(run.timesteps, start=1):
             name = f"window{number}-step{index - 1}"
             prediction = journal(name, partial(predict, x, number, t))
-            x = way.step(index - 1, prediction, x, noise(number, index) if way.eta else None)
-            x = _held(x, before, levels[index], noise(number, index, 0))
+            x = run.step(index - 1, prediction, x, noise(number, index) if run.eta else None)
+            x = _replace_first_frame(x, before, levels[index], noise(number, index, 0))
         before = x[-1].copy()
         yield x
 
 
-def _held(x: Array, before: Array | None, level: float, noise: Array) -> Array:
-    """Write the last frame of the window before over the first one, noised to this level."""
+def _replace_first_frame(x: Array, before: Array | None, level: float, noise: Array) -> Array:
+    """Replace the first frame by `before`, noised to this share of signal; no-op for None."""
     if before is None:
         return x
     first = np.float32(level**0.5) * before + np.float32((1 - level) ** 0.5) * noise[0]
@@ -120,38 +125,39 @@ def _held(x: Array, before: Array | None, level: float, noise: Array) -> Array:
 
 @dataclass(frozen=True)
 class Piece:
-    """A window of the published order: its first slice, and the slices that are taken of it."""
+    """A window of the published order: its first slice, and the slices that it contributes."""
 
     start: int
     taken: range
 
 
 def pieces(first: int, total: int, window: int) -> list[Piece]:
-    """Windows in order over slices [first, total); the last one ends with the volume.
+    """Return windows in order over slices [first, total); the last one ends with the volume.
 
-    A volume shorter than a window is one that goes on beyond its end.
+    A volume shorter than a window gets one window, which extends beyond its end.
     """
     count = max(1, -(-(total - first) // window))
-    found = []
+    order = []
     for number in range(count):
         begin = first + number * window
         end = min(begin + window, total)
         start = max(first, total - window) if number == count - 1 else begin
-        found.append(Piece(start, range(begin, end)))
-    return found
+        order.append(Piece(start, range(begin, end)))
+    return order
 
 
 def replaced(windows: int, total: int, temporal: int, frames: int, shift: int) -> list[range]:
-    """List the slices that the published second pass replaces: 16 on each side of a boundary.
+    """Return the slices that the published second pass replaces: 16 on each side of a boundary.
 
-    The published code puts the boundary between windows after 64 i + 1 slices, where its
-    windows meet after 65 i; that is kept. What would reach beyond the second pass is left.
+    The published code places the boundary between windows after 64 i + 1 slices, although its
+    windows meet after 65 i; that is kept. A range that begins before the second pass does (at
+    slice `shift`) is left out.
     """
     side = 4 * temporal
-    found = []
+    ranges = []
     for number in range(1, windows):
         boundary = number * temporal * (frames - 1) + 1
-        cut = range(max(0, boundary - side), min(boundary + side, total))
-        if cut.start >= shift:
-            found.append(cut)
-    return found
+        around = range(max(0, boundary - side), min(boundary + side, total))
+        if around.start >= shift:
+            ranges.append(around)
+    return ranges

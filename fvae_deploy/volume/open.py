@@ -88,14 +88,6 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
         )
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise VolumeError where an output exists already, unless it may be replaced."""
-    if not overwrite and os.path.lexists(path):
-        raise VolumeError(
-            f"expected a new output, found {path} exists: choose another name or pass --overwrite"
-        )
-
-
 def protect_input(output: Path | str, source: Path | str, files: Iterable[Path] = ()) -> None:
     """Raise UsageError if the output would replace the input or a folder that contains it.
 

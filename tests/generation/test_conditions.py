@@ -1,4 +1,4 @@
-"""Masks and texts: what the network is shown, and what is said of those that do not fit."""
+"""Masks and texts: what the network sees, and which ones are refused."""
 
 from __future__ import annotations
 
@@ -51,10 +51,12 @@ def labels(*shape: int, seed: int = 0) -> np.ndarray:
     spacing=st.tuples(st.floats(0.3, 5), st.floats(0.3, 5)),
     plane=st.tuples(st.integers(4, 40), st.integers(4, 40)),
 )
-def test_a_uniform_mask_fills_its_share_of_the_plane_and_comes_back_uniform(mask, spacing, plane):
+def test_a_uniform_mask_fills_its_share_of_the_plane_and_stays_uniform_on_the_way_back(
+    mask, spacing, plane
+):
     side = max(n * mm for n, mm in zip(mask, spacing, strict=True))
     pixels = [m * mm / side * n for m, mm, n in zip(mask, spacing, plane, strict=True)]
-    assume(min(pixels) >= 1)  # else it may fall between two
+    assume(min(pixels) >= 1)  # a thinner mask may fall between two pixels
     fit = Fit(mask, spacing, plane)
     there = fit.labels(np.full(mask, 7, np.int64))
     assert there.shape == plane
@@ -67,14 +69,14 @@ def test_a_uniform_mask_fills_its_share_of_the_plane_and_comes_back_uniform(mask
     np.testing.assert_allclose(back, 3.5, rtol=1e-6)
 
 
-def test_a_plane_of_the_models_own_size_is_taken_as_it_is():
+def test_a_plane_of_the_models_own_size_is_unchanged():
     fit, plane = Fit((16, 16), (0.7, 0.7), (16, 16)), labels(16, 16).astype(np.int64)
     np.testing.assert_array_equal(fit.labels(plane), plane)
     frames = np.random.default_rng(0).standard_normal((3, 16, 16)).astype(np.float32)
     np.testing.assert_allclose(fit.volume(frames), frames, atol=1e-6)
 
 
-def test_twice_the_resolution_goes_there_and_back():
+def test_a_plane_of_half_the_resolution_is_doubled_and_restored():
     fit, plane = Fit((8, 8), (2, 2), (16, 16)), labels(8, 8).astype(np.int64)
     np.testing.assert_array_equal(fit.labels(plane), plane.repeat(2, 0).repeat(2, 1))
     x = np.broadcast_to(np.arange(16, dtype=np.float32)[:, None], (1, 16, 16))
@@ -82,7 +84,7 @@ def test_twice_the_resolution_goes_there_and_back():
 
 
 @given(start=st.integers(0, 9), depth=st.integers(1, 12))
-def test_any_slab_is_the_crop_of_the_whole_and_the_last_slice_goes_on(
+def test_any_slab_is_a_crop_of_the_whole_and_the_last_slice_is_repeated(
     tmp_path_factory, start, depth
 ):
     organs = labels(6, 5, 4)
@@ -95,7 +97,7 @@ def test_any_slab_is_the_crop_of_the_whole_and_the_last_slice_goes_on(
     mask.close()
 
 
-def test_findings_are_painted_over_organs_and_the_palette_says_how(tmp_path):
+def test_findings_are_painted_over_organs_in_the_palettes_gray_values(tmp_path):
     organs, disease = np.zeros((2, 4, 4, 3), np.uint8)
     organs[0], disease[0, 1] = 5, 10
     found = shown(painted(tmp_path, organs, disease))
@@ -104,14 +106,14 @@ def test_findings_are_painted_over_organs_and_the_palette_says_how(tmp_path):
     assert (found[:, 1] == -1000).all()
 
 
-def test_other_numbers_are_mapped(tmp_path):
+def test_other_label_numbers_are_mapped(tmp_path):
     (tmp_path / "m.json").write_text('{"7": "liver", "9": 1, "2": 0}')
     mapping = read_labels(tmp_path / "m.json")
     assert mapping == {7: 5, 9: 1, 2: 0}
     organs = np.array([0, 7, 9, 2], np.uint8).reshape(4, 1, 1)
     found = shown(painted(tmp_path, organs, labels=mapping))
     assert found.ravel().tolist() == [-1000, 5, 1, -1000]
-    with pytest.raises(ConditionError, match="--labels maps, found 3 in slice 0"):
+    with pytest.raises(ConditionError, match="--labels file maps, found 3 in slice 0"):
         shown(painted(tmp_path, np.full((2, 2, 2), 3, np.uint8), labels=mapping))
 
 
@@ -119,17 +121,17 @@ def test_other_numbers_are_mapped(tmp_path):
     ("array", "words"),
     [
         pytest.param(np.full((3, 3, 2), 205, np.int16), "0 to 117, found 205", id="unknown label"),
-        pytest.param(np.full((3, 3, 2), -3, np.int16), "from 0, found -3", id="a CT"),
+        pytest.param(np.full((3, 3, 2), -3, np.int16), "from 0 on, found -3", id="a CT"),
         pytest.param(np.full((3, 3, 2), 1.5, np.float32), "found 1.5 in slice 0", id="fractions"),
     ],
 )
-def test_what_is_no_label_map_is_refused(tmp_path, array, words):
+def test_volumes_that_are_not_label_maps_are_refused(tmp_path, array, words):
     with pytest.raises(ConditionError, match=words):
         shown(painted(tmp_path, array))
 
 
 @pytest.mark.parametrize(("axes", "signs"), [("RAS", (1, 1)), ("LAS", (-1, 1)), ("LPS", (-1, -1))])
-def test_a_plane_that_runs_the_other_way_is_turned_there_and_back(tmp_path, axes, signs):
+def test_a_mirrored_plane_is_flipped_and_flipped_back(tmp_path, axes, signs):
     masks = dataclasses.replace(MASKS, orientation="LPS")
     organs = labels(9, 7, 3)
     x, y = (slice(None, None, sign) for sign in signs)
@@ -139,14 +141,14 @@ def test_a_plane_that_runs_the_other_way_is_turned_there_and_back(tmp_path, axes
     given, ras = (open_volume(tmp_path / name) for name in ("o.nii", "ras.nii"))
     assert given.geometry.orientation == axes
     mask, same = (PaintedMask(reader, None, masks, (18, 18)) for reader in (given, ras))
-    np.testing.assert_array_equal(shown(mask), shown(same))  # whatever way the file had it
+    np.testing.assert_array_equal(shown(mask), shown(same))  # whatever the file's orientation
     frames = np.random.default_rng(0).standard_normal((2, 18, 18)).astype(np.float32)
     made, of_ras = mask.fit.volume(frames), same.fit.volume(frames)
     np.testing.assert_allclose(made, of_ras[:, x, y], atol=1e-5)
 
 
 @pytest.mark.parametrize("diagonal", [(2, 2, -5), None])
-def test_a_mask_that_lies_otherwise_is_refused(tmp_path, diagonal):
+def test_a_mask_of_another_orientation_is_refused(tmp_path, diagonal):
     affine = np.eye(4)[[2, 0, 1, 3]] if diagonal is None else np.diag([*diagonal, 1])
     nibabel.save(nibabel.Nifti1Image(labels(4, 4, 3), affine), tmp_path / "o.nii")
     masks = dataclasses.replace(MASKS, orientation="LPS")
@@ -154,12 +156,12 @@ def test_a_mask_that_lies_otherwise_is_refused(tmp_path, diagonal):
         PaintedMask(open_volume(tmp_path / "o.nii"), None, masks, (4, 4))
 
 
-def test_nan_in_a_mask_is_an_error_of_the_volume(tmp_path):
+def test_nan_in_a_mask_is_a_volume_error(tmp_path):
     with pytest.raises(VolumeError, match="NaN"):
         shown(painted(tmp_path, np.full((3, 3, 2), np.nan, np.float32)))
 
 
-def test_a_disease_mask_of_another_grid_or_of_other_numbers_is_refused(tmp_path):
+def test_a_disease_mask_of_another_grid_or_with_unknown_numbers_is_refused(tmp_path):
     organs = labels(4, 4, 3)
     with pytest.raises(ConditionError, match="found 4x4x2 instead of 4x4x3"):
         painted(tmp_path, organs, organs[..., :2])
@@ -171,10 +173,10 @@ def test_a_disease_mask_of_another_grid_or_of_other_numbers_is_refused(tmp_path)
         shown(painted(tmp_path, organs, np.full_like(organs, 19)))
 
 
-def test_a_label_that_the_generator_never_saw_is_refused(tmp_path):
+def test_a_label_outside_the_palette_is_refused(tmp_path):
     mask = painted(tmp_path, np.full((2, 2, 2), 4, np.uint8))
     mask._hu.pop(4)
-    with pytest.raises(ConditionError, match="knows, found 4"):
+    with pytest.raises(ConditionError, match="palette, found 4"):
         shown(mask)
 
 
@@ -182,13 +184,13 @@ def test_a_label_that_the_generator_never_saw_is_refused(tmp_path):
     "content",
     ["[1]", '{"a": 1}', '{"1": "lever"}', '{"1": 400}', '{"1": true}', '{"1": null}', "{", ""],
 )
-def test_a_mapping_that_maps_to_nothing_is_refused(tmp_path, content):
+def test_an_invalid_mapping_file_is_refused(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(ConditionError, match="expected JSON like"):
         read_labels(tmp_path / "m.json")
 
 
-def test_findings_come_as_text_or_as_a_file(tmp_path):
+def test_findings_are_text_or_a_file(tmp_path):
     (tmp_path / "f.txt").write_text("Nodule in\nthe right lung.\n")
     assert read_findings(str(tmp_path / "f.txt")) == "Nodule in the right lung."
     assert read_findings("  no   finding ") == "no finding"

@@ -1,4 +1,4 @@
-"""Windows that overlap, denoised together, are one volume; the published order is as published."""
+"""Joint windows draw one volume; chained windows follow the published order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("diffusers", reason="needs the generate extra")
 from fvae_deploy.generation.sampler import Sampler, unit_noise
 from fvae_deploy.generation.stitch import chained, joint, pieces, replaced, starts, weights
 
@@ -34,17 +33,17 @@ def sampler(steps: int = 3, eta: float = 1.0) -> Sampler:
 
 
 @given(window=st.integers(2, 20), more=st.integers(0, 60))
-def test_windows_cover_every_frame_with_weight_and_the_last_ends_with_the_volume(window, more):
+def test_windows_give_every_frame_weight_and_the_last_ends_with_the_volume(window, more):
     frames = window + more
-    found = starts(frames, window)
-    assert found[0] == 0
-    assert found[-1] == frames - window
-    assert found == sorted(set(found))
+    first_frames = starts(frames, window)
+    assert first_frames[0] == 0
+    assert first_frames[-1] == frames - window
+    assert first_frames == sorted(set(first_frames))
     total = np.zeros(frames)
-    for start in found:
+    for start in first_frames:
         each = weights(start, frames, window)
         assert (each >= 0).all()
-        assert start == 0 or each[0] == 0  # it would stand for one slice
+        assert start == 0 or each[0] == 0  # in training, the first frame coded one slice
         total[start : start + window] += each
     assert (total > 0).all()
 
@@ -57,7 +56,7 @@ def test_a_volume_shorter_than_a_window_is_refused():
 @settings(deadline=None, max_examples=25)
 @given(window=st.integers(2, 6), more=st.integers(0, 12), seed=st.integers(0, 99))
 def test_joint_windows_of_a_local_network_equal_the_whole(window, more, seed):
-    """Where a frame's prediction depends on that frame alone, windows make no difference."""
+    """If a prediction depends only on its own frame, windows make no difference."""
     shape = (window + more, 2, 3, 2)
 
     def predict(x: np.ndarray, start: int, t: int) -> np.ndarray:
@@ -72,7 +71,7 @@ def test_joint_windows_of_a_local_network_equal_the_whole(window, more, seed):
     np.testing.assert_allclose(in_windows, whole, atol=2e-5)
 
 
-def test_a_window_is_told_where_it_is():
+def test_predictions_get_the_first_frame_of_their_window():
     seen = []
 
     def predict(x: np.ndarray, start: int, t: int) -> np.ndarray:
@@ -90,9 +89,9 @@ def test_a_window_is_told_where_it_is():
     assert seen == [(0, 4), (2, 4), (4, 4), (6, 4), (7, 4)]
 
 
-@pytest.mark.parametrize("way", ["joint", "chained"])
-def test_what_was_kept_is_not_computed_again_and_the_end_is_the_same(way):
-    kept: dict[str, np.ndarray] = {}
+@pytest.mark.parametrize("method", ["joint", "chained"])
+def test_recorded_predictions_are_not_computed_again_and_the_result_is_the_same(method):
+    recorded: dict[str, np.ndarray] = {}
     calls = 0
     shape = (9, 1, 2, 2)
 
@@ -102,26 +101,26 @@ def test_what_was_kept_is_not_computed_again_and_the_end_is_the_same(way):
         return np.sin(x)
 
     def journal(name: str, compute: Callable[[], Any]) -> Any:
-        if name not in kept:
-            kept[name] = compute()
-        return kept[name]
+        if name not in recorded:
+            recorded[name] = compute()
+        return recorded[name]
 
     def noise(*use: int) -> np.ndarray:
         return unit_noise(shape, 5, *use)
 
     def run() -> np.ndarray:
-        if way == "joint":
+        if method == "joint":
             return joint(predict, sampler(), noise, shape, 5, journal)
         return np.concatenate(list(chained(predict, sampler, noise, 3, journal)))
 
     whole, once = run(), calls
-    del kept[list(kept)[-1]]  # stopped before the last
+    del recorded[list(recorded)[-1]]  # as if stopped before the last prediction
     np.testing.assert_array_equal(run(), whole)
     assert calls - once in (1, len(starts(9, 5)))
 
 
 def test_a_chained_window_begins_with_the_last_frame_of_the_one_before():
-    """The quirk: the last level is that of time 0, so the frame ends almost as it was."""
+    """The published quirk: the last level is that of time 0, so the frame hardly changes."""
     shape = (4, 1, 2, 2)
     first, second = chained(
         lambda x, place, t: np.zeros_like(x),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fvae_deploy.errors import UsageError, VolumeError
-from fvae_deploy.volume.dicomweb import _parse, local_copies, is_remote
+from fvae_deploy.volume.dicomweb import _parse, is_remote, local_copies
 
 SERIES = "dicomweb+https://pacs.example:8443/dicom-web/studies/1.2.3/series/4.5"
 
@@ -43,5 +43,8 @@ def test_an_unreachable_server_gives_a_one_line_error(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         name = f"dicomweb+http://127.0.0.1:{free.getsockname()[1]}/studies/1/series/2"
-        with pytest.raises(VolumeError, match="expected to fetch"), local_copies(Path(name), tmp_path):
+        with (
+            pytest.raises(VolumeError, match="expected to fetch"),
+            local_copies(Path(name), tmp_path),
+        ):
             pass
