@@ -1,11 +1,12 @@
-# make demo    reconstruct a CT and draw the errors (CT=path for one's own; else a synthetic torso)
-# make test    everything that is checked before a change is taken: format, lint, types, tests
-# make e2e     what needs more than pip: Orthanc, Chromium and npm from Debian; minutes long; as root
-# make page    bring NiiVue and Swagger UI, pinned, for the page of fvae serve (needs npm)
-# make bench   throughput and peak memory of every engine that runs here
-# make clean   remove .venv, demo/ and caches
+# make demo    encode and decode a CT, generate another one, draw both (CT=path: use your own CT)
+# make test    check a change before it is accepted: format, lint, types, tests
+# make e2e     tests that need Debian packages (Orthanc, Chromium, npm) or minutes; run as root
+# make page    fetch NiiVue and Swagger UI, at fixed versions, for the page of fvae serve (needs npm)
+# make dist    build the sdist and the wheel in dist/, with the files of make page in both
+# make bench   measure throughput and peak memory of every engine that runs here
+# make clean   remove .venv, demo/, dist/ and caches
 #
-# Needs Python 3.11 or later with venv, and make. Everything is installed into .venv.
+# Needs make, and Python 3.11 or later with venv. Everything is installed into .venv.
 
 SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -13,34 +14,47 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-# Pinned, so that everyone tests the same. Installed before the rest, whose ranges it then meets.
+# One fixed version, so that everyone tests the same. Installed first: the version ranges of the
+# other packages then accept it.
 TORCH ?= torch==2.13.0
 
-# The demo's phantom: large enough to show structure, small enough to be done in half a minute.
+# Voxels of the demo's phantom: large enough to show structure, small enough for half a minute.
 SHAPE ?= 256,256,160
-export CT SHAPE
+# What the generated CT of the demo should show.
+FINDINGS ?= nodule in the right lung
+export CT SHAPE FINDINGS
 
-.PHONY: demo test check e2e page bench clean
+.PHONY: demo test check e2e page dist bench clean
 
-demo: .venv/installed-cpu
+# Old results are removed by name: a file of yours in demo/ stays.
+demo: .venv/installed-base
 	@mkdir -p demo
-	@if [ -n "$$CT" ]; then \
-		set -e; \
-		echo "== reconstructing $$CT"; \
-		$(BIN)/fvae reconstruct "$$CT" -o demo/recon.nii.gz --run-report demo/run.json; \
-		echo "== comparing"; \
-		$(BIN)/fvae compare "$$CT" demo/recon.nii.gz --png demo/errors.png --json demo/errors.json; \
+	@cd demo && rm -rf latents.zarr recon.nii.gz encode.json decode.json errors.png errors.json \
+		generated.nii.gz generate.json generated.png
+	@set -e; \
+	if [ -n "$$CT" ]; then \
+		ct=$$CT; labels=; \
 	else \
-		set -e; \
+		ct=demo/ct.nii.gz; labels=demo/organs.nii.gz; \
+		rm -f "$$ct" "$$labels"; \
 		echo "== drawing a synthetic torso of $$SHAPE voxels"; \
-		$(BIN)/fvae phantom -o demo/ct.nii.gz --shape "$$SHAPE" --labels demo/organs.nii.gz; \
-		echo "== reconstructing it"; \
-		$(BIN)/fvae reconstruct demo/ct.nii.gz -o demo/recon.nii.gz --run-report demo/run.json; \
-		echo "== comparing, organ by organ"; \
-		$(BIN)/fvae compare demo/ct.nii.gz demo/recon.nii.gz --labels demo/organs.nii.gz \
-			--png demo/errors.png --json demo/errors.json; \
-	fi
-	@echo "== done: open demo/errors.png; the numbers are in demo/errors.json and demo/run.json"
+		$(BIN)/fvae phantom -o "$$ct" --shape "$$SHAPE" --labels "$$labels"; \
+	fi; \
+	echo "== encoding $$ct to latents"; \
+	$(BIN)/fvae encode "$$ct" -o demo/latents.zarr --run-report demo/encode.json; \
+	echo "== decoding the latents to a CT"; \
+	$(BIN)/fvae decode demo/latents.zarr -o demo/recon.nii.gz --run-report demo/decode.json; \
+	echo "== comparing the decoded CT with the original"; \
+	$(BIN)/fvae compare "$$ct" demo/recon.nii.gz $${labels:+--labels "$$labels"} \
+		--png demo/errors.png --json demo/errors.json; \
+	if [ -n "$$labels" ]; then \
+		echo "== generating a CT from the organ mask of the torso, with the findings: $$FINDINGS"; \
+		$(BIN)/fvae generate --mask "$$labels" --findings "$$FINDINGS" \
+			-o demo/generated.nii.gz --run-report demo/generate.json; \
+		echo "== drawing the generated CT beside the torso whose mask it was made from"; \
+		$(BIN)/fvae compare "$$ct" demo/generated.nii.gz --png demo/generated.png --no-ssim -q; \
+	fi; \
+	echo "== done: open demo/errors.png$${labels:+ and demo/generated.png}; the numbers are in demo/*.json"
 
 test: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -50,7 +64,7 @@ test: .venv/installed-dev
 
 check: test
 
-# Installed only where they are not there yet; npm may have come another way.
+# Only missing packages are installed. Any npm will do, so Debian's is added only if there is none.
 DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
@@ -66,28 +80,33 @@ page: fvae_deploy/server/page/vendor/niivue.umd.js
 fvae_deploy/server/page/vendor/niivue.umd.js: tools/fetch_vendor.py
 	$(PYTHON) tools/fetch_vendor.py
 
+# The wheel is built from the sdist, so files left in build/ do not get into it.
+dist: page | .venv/bin/python
+	@$(PIP) 'build>=1.2'
+	$(BIN)/python -m build --outdir dist .
+
 bench: .venv/installed-dev
 	$(BIN)/fvae bench --peer tools/train_tiny/tiny.safetensors
 
-clean: # build/ stays: trained weights may lie there
-	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: # build/ stays, since it may hold trained weights
+	rm -rf .venv demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-# Stamps: installed again only when pyproject.toml or this file changed. Editable, so that code
-# never is stale.
+# Marker files record what is installed; pip runs again only after pyproject.toml or this file
+# changed. The install is editable, so changed code needs no new install.
 
 .venv/bin/python:
 	@if [ -z "$(PYTHON)" ]; then echo "needs Python 3.11 or later: make PYTHON=/path/to/python3" >&2; exit 1; fi
 	@echo "== making .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 
-.venv/installed-cpu: pyproject.toml Makefile | .venv/bin/python
-	@echo "== installing fvae and the CPU engines"
-	@$(PIP) -e '.[cpu]'
+.venv/installed-base: pyproject.toml Makefile | .venv/bin/python
+	@echo "== installing fvae"
+	@$(PIP) -e .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml Makefile | .venv/bin/python
 	@echo "== installing $(TORCH)"
 	@$(PIP) '$(TORCH)'
-	@echo "== installing fvae, the engines and the checks"
+	@echo "== installing fvae, all engines and the tools for checks"
 	@$(PIP) -e '.[cpu,dev]'
-	@touch .venv/installed-cpu $@
+	@touch .venv/installed-base $@

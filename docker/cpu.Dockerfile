@@ -1,10 +1,11 @@
-# fvae on CPUs: OpenVINO and ONNX Runtime, and the server.
+# fvae on CPUs, with OpenVINO and ONNX Runtime, and with the server.
 #
+#   make page        # optional: fetches the image viewer for the server's page
 #   docker build -f docker/cpu.Dockerfile -t fvae:cpu .
 #   docker run --rm --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:cpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz
 #
-# Linted, not built.
+# This file was checked with hadolint; the image was not built.
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 COPY . .
@@ -12,10 +13,10 @@ RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[cpu,
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fvae /opt/fvae
-# A volume that is new takes the owner of what the image has there.
+# A new volume takes its owner from the folder in the image.
 RUN useradd --uid 10001 --create-home fvae && \
     install -d -m 0700 -o fvae -g fvae /var/lib/fvae
-# The root is read-only at run time: what must be written goes to /data and /tmp.
+# The root file system is read-only at run time: fvae writes to /data and /tmp only.
 ENV PATH=/opt/fvae/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 USER 10001
 WORKDIR /data

@@ -1,24 +1,25 @@
-# fvae on NVIDIA GPUs: TensorRT for RTX and ONNX Runtime with CUDA, all that builds engines, and the
-# server.
+# fvae on NVIDIA GPUs, with TensorRT for RTX, ONNX Runtime for CUDA, the tools that build TensorRT
+# engines, and the server.
 #
+#   make page        # optional: fetches the image viewer for the server's page
 #   docker build -f docker/gpu.Dockerfile -t fvae:gpu .
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:gpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz --model bundle --engine tensorrt --device cuda -p fp16
 #
-# The driver is the host's (NVIDIA Container Toolkit); CUDA's libraries come from pip. Linted, not
-# built.
+# The host provides the driver (NVIDIA Container Toolkit); pip installs the CUDA libraries. This file
+# was checked with hadolint; the image was not built.
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 COPY . .
-# onnxruntime and onnxruntime-gpu are one module: the GPU's package alone.
+# The gpu extra brings onnxruntime-gpu. Never add onnxruntime: the two overwrite each other.
 RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[gpu,serve]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/fvae /opt/fvae
-# A volume that is new takes the owner of what the image has there.
+# A new volume takes its owner from the folder in the image.
 RUN useradd --uid 10001 --create-home fvae && \
     install -d -m 0700 -o fvae -g fvae /var/lib/fvae
-# The root is read-only at run time: what must be written goes to /data and /tmp.
+# The root file system is read-only at run time: fvae writes to /data and /tmp only.
 ENV PATH=/opt/fvae/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001

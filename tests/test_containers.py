@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,15 +52,25 @@ def test_the_composed_server_finds_its_verb_its_packages_and_its_folder(path: Pa
     assert f"-o fvae -g fvae {volume}" in image
 
 
-def needed(*extras: str) -> set[str]:
-    """Packages that extras bring, those of the extras that they name included."""
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    of = content["project"]["optional-dependencies"]
+def packages(lines: list[str]) -> set[str]:
+    """Names of the packages that requirement lines bring, those of named extras included."""
     found: set[str] = set()
-    for line in (line for extra in extras for line in of[extra]):
-        name, *more = re.findall(r"[\w-]+", line.partition(">")[0].partition(";")[0])
-        found |= needed(*more) if name == "fvae-deploy" else {name}
+    for line in lines:
+        name, *extras = re.findall(r"[\w-]+", line.partition(">")[0].partition(";")[0])
+        found |= needed(*extras) if name == "fvae-deploy" else {name}
     return found
+
+
+def project() -> dict[str, Any]:
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = content["project"]
+    return table
+
+
+def needed(*extras: str) -> set[str]:
+    """Names of the packages that extras bring beyond the base install."""
+    lists = project()["optional-dependencies"]
+    return packages([line for extra in extras for line in lists[extra]])
 
 
 INSTALLS = [
@@ -73,11 +84,32 @@ INSTALLS = [
 @pytest.mark.parametrize("path", INSTALLS, ids=lambda path: path.name)
 def test_one_onnx_runtime_is_installed_and_never_both(path: Path) -> None:
     # onnxruntime and onnxruntime-gpu are one module: together they break each other.
-    lines = re.findall(r"'\.\[([\w,]+)\]'", path.read_text(encoding="utf-8"))
-    assert lines
-    for extras in lines:
+    installs = re.findall(r"'\.\[([\w,]+)\]'", path.read_text(encoding="utf-8"))
+    assert installs
+    for extras in installs:
         found = needed(*extras.split(",")) & {"onnxruntime", "onnxruntime-gpu"}
         assert len(found) == 1, extras
+
+
+def test_the_base_install_brings_openvino_alone_and_no_torch() -> None:
+    # onnxruntime here would break every install of the gpu extra, which brings onnxruntime-gpu.
+    base = packages(project()["dependencies"])
+    assert {"openvino", "ml_dtypes", "tokenizers"} <= base
+    assert base.isdisjoint({"torch", "diffusers", "onnxruntime", "onnxruntime-gpu"})
+
+
+def test_every_extra_that_an_error_or_a_page_names_exists() -> None:
+    sources = [*(ROOT / "fvae_deploy").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+    for folder in ("engines", "export", "kernels"):
+        sources += (ROOT / folder).rglob("*.py")
+    named = {
+        extra
+        for path in sources
+        for extras in re.findall(r"fvae-deploy\[([\w,]+)\]", path.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    }
+    assert {"cpu", "serve", "export"} <= named
+    assert named <= set(project()["optional-dependencies"])
 
 
 def test_what_the_torch_engine_imports_comes_with_the_kernels() -> None:

@@ -1,16 +1,17 @@
-"""Fetch what the server's page shows with: NiiVue and Swagger UI, pinned by version and hash.
+"""Fetch the viewer of the server's page: NiiVue and Swagger UI, with fixed versions and hashes.
 
     python tools/fetch_vendor.py
 
-npm brings the packages as their authors published them; a file whose package has another hash
-is not kept. They lie in fvae_deploy/server/page/vendor, with what says their licence, and go into
-wheels from there.
+npm downloads the packages as their authors published them. A package with another hash is
+rejected. The files go to fvae_deploy/server/page/vendor together with their licences, and a wheel
+that is built afterwards contains them.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,40 +20,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VENDOR = Path(__file__).parents[1] / "fvae_deploy" / "server" / "page" / "vendor"
+# NiiVue's package names its licence (BSD-2-Clause) but does not contain the text.
+NIIVUE_LICENSE = Path(__file__).parent / "niivue.LICENSE"
 
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package, its integrity as the registry gives it, and what is taken from it."""
+    """An npm package, its hash as the registry publishes it, and the files to copy from it."""
 
     name: str
     version: str
     sha512: str
-    files: dict[str, str]  # in the package -> here
+    files: dict[str, str]  # path in the package -> file name in VENDOR
 
 
 PACKAGES = (
-    Package(  # BSD-2-Clause
-        "@niivue/niivue",
-        "0.69.0",
-        "YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==",
-        {"dist/niivue.umd.js": "niivue.umd.js", "package.json": "niivue.package.json"},
-    ),
     Package(  # Apache-2.0
         "swagger-ui-dist",
         "5.35.0",
         "U06rpMtW9V3XPGOBeamTUSr0Z09jMX4IJuANpE/EZbAhw0G8CgwrzU4YmXkn/h0wCDNsXdGarTNNHC3sU8yVUQ==",
         {
             "swagger-ui-bundle.js": "swagger-ui-bundle.js",
+            "swagger-ui-bundle.js.LICENSE.txt": "swagger-ui-bundle.js.LICENSE.txt",
             "swagger-ui.css": "swagger-ui.css",
             "LICENSE": "swagger-ui.LICENSE",
+            "NOTICE": "swagger-ui.NOTICE",
         },
+    ),
+    Package(  # last: `make page` takes niivue.umd.js as the sign that everything is there
+        "@niivue/niivue",
+        "0.69.0",
+        "YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==",
+        {"package.json": "niivue.package.json", "dist/niivue.umd.js": "niivue.umd.js"},
     ),
 )
 
 
 def fetch(package: Package) -> None:
-    """Fetch one package, check it, and put its files into place."""
+    """Download one package, check its hash, and copy its files to VENDOR."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = f"{package.name}@{package.version}"
         command = ["npm", "pack", "--silent", "--ignore-scripts", wanted]
@@ -60,8 +65,9 @@ def fetch(package: Package) -> None:
         (archive,) = Path(folder).glob("*.tgz")
         found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
         if found != package.sha512:
-            sys.exit(f"expected {wanted} of sha512 {package.sha512}, found {found}: not kept")
-        VENDOR.mkdir(exist_ok=True)
+            sys.exit(
+                f"expected {wanted} with sha512 {package.sha512}, found {found}: nothing was copied"
+            )
         with tarfile.open(archive) as members:
             for inside, name in package.files.items():
                 member = members.extractfile(f"package/{inside}")
@@ -71,5 +77,9 @@ def fetch(package: Package) -> None:
 
 
 if __name__ == "__main__":
+    if shutil.which("npm") is None:
+        sys.exit("expected npm on the PATH, found none: install Node.js, which brings npm")
+    VENDOR.mkdir(exist_ok=True)
+    shutil.copyfile(NIIVUE_LICENSE, VENDOR / NIIVUE_LICENSE.name)
     for package in PACKAGES:
         fetch(package)

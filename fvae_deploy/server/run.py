@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -10,6 +11,7 @@ import uvicorn
 from fvae_deploy.engines.base import ENGINES, missing
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.server import pages
 from fvae_deploy.server.app import create_app
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.settings import Settings
@@ -47,6 +49,8 @@ def run(
                 f"expected no other server on {settings.folder}, found one: stop it or choose "
                 "another --folder"
             ) from None
+        if (missing_viewer := pages.missing_viewer()) is not None:
+            print(f"fvae: warning: {missing_viewer}", file=sys.stderr, flush=True)
         audit = Audit(log)
         audit("server starts", host=host, port=port, authenticated=settings.authenticated)
         uvicorn.run(
