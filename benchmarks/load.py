@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import requests
-from attacks import nifti, packed
+from attacks import nifti, packed  # which puts tests/ on sys.path
+from fake_engine import register, write_fake_bundle
 from live_server import LiveServer
 
 import fvae_deploy as fvae
-from fvae_deploy.engines.fake import write_fake_bundle
 
 BAD = {  # uploads, and the statuses that they may be answered with
     "text": (b"no volume at all " * 100, (415,)),
@@ -240,8 +241,9 @@ def main() -> None:
     parser.add_argument("--p95", type=float, default=50, help="ms of status calls")
     parser.add_argument("--mib", type=float, default=900, help="resident memory of a process")
     of = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
+        register(patch)
         options, model = ["-e", of.engine], {"engine": of.engine}
         if of.engine == "fake":
             write_fake_bundle(folder / "fake")

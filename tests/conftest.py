@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fake_engine
 import nibabel
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.engines.base import ENGINES
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.volume.base import Geometry
 from fvae_deploy.volume.open import create_volume
@@ -102,11 +103,25 @@ def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fake_engine() -> Iterator[None]:
+    """Offer the fake engine to all tests and to the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        fake_engine.register(patch)
+        yield
+
+
+@pytest.fixture
+def shipped_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer only the engines that users have."""
+    monkeypatch.delitem(ENGINES, "fake")
+
+
 @pytest.fixture(scope="session")
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for the fake engine, which needs no runtime: read only."""
     folder = tmp_path_factory.mktemp("bundles") / "fake"
-    write_fake_bundle(folder)
+    fake_engine.write_fake_bundle(folder)
     return folder
 
 

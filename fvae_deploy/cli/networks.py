@@ -156,7 +156,7 @@ def doctor(debug: Debug = False) -> None:
         verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
         print(f"  {name:12} {verdict}")
     print("on a GPU (the authors ran torch alone on one, an H100):")
-    for name in (name for name in ENGINES if name != "fake"):
+    for name in ENGINES:
         device = "gpu" if name == "openvino" else "cuda"
         lacking = problems(name) or ["nothing is missing: fvae selftest --gpu tries it"]
         for i, line in enumerate([*lacking, *remarks(name)]):

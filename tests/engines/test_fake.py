@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_contract import Array, EngineContract, Reference, Stream, sample
+from fake_engine import GRAIN, write_fake_bundle
 from scipy.ndimage import convolve
 
 from fvae_deploy.engines.base import open_engine
-from fvae_deploy.engines.fake import GRAIN, write_fake_bundle
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Manifest

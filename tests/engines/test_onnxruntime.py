@@ -12,7 +12,7 @@ from fvae_deploy.export.manifest import Manifest
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from fvae_deploy.engines.onnx_runtime import check_place  # noqa: E402
+from fvae_deploy.engines.onnx_runtime import check_placement  # noqa: E402
 
 
 class TestONNXRuntime(EngineContract):
@@ -60,4 +60,4 @@ class TestONNXRuntime(EngineContract):
         graph = str(bundle / manifest.part("encode_first").file)
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         with pytest.raises(EngineError, match=r"leaves .*Conv.* to the CPU: use --engine torch"):
-            check_place(session, "encode_first")
+            check_placement(session, "encode_first")

@@ -247,7 +247,7 @@ class TestRefusals:
             change(path, version="1.2.3")
         found = self.refusal(bundle)
         assert found.endswith(
-            "found 0.stand.in: pip install tensorrt-rtx==1.2.3, or fvae build again"
+            "found 0.stand.in: pip install tensorrt-rtx==1.2.3, or run fvae build again"
         )
 
     def test_a_missing_part_and_a_damaged_description_are_refused(self, bundle: Path) -> None:

@@ -11,7 +11,7 @@ ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 
 from openvino import opset13 as op  # noqa: E402
 
-from fvae_deploy.engines.winograd import spare_products  # noqa: E402
+from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 
 
 def model_of(x, *, weight, bias=None, past=None, pads=(0, 1, 1), strides=(1, 1, 1), outputs=1):
@@ -66,7 +66,7 @@ def test_equal_but_for_rounding(pairs, size, channels, pads, batch, state, biase
         arrays.append(options["past"])
     wanted = ran(model_of(arrays[0], **options), *arrays)
     model = model_of(arrays[0], **options)
-    spare_products(model, channels=2)
+    apply_winograd(model, channels=2)
     assert convolutions(model) == 4 * pairs
     for a, b in zip(wanted, ran(model, *arrays), strict=True):
         assert a.shape == b.shape
@@ -86,11 +86,11 @@ def test_equal_but_for_rounding(pairs, size, channels, pads, batch, state, biase
 )
 def test_others_stay(why, shape, kernel, options):
     model = model_of(drawn(0, *shape), weight=drawn(1, 2, 2, *kernel), **options)
-    spare_products(model, channels=2)
+    apply_winograd(model, channels=2)
     assert convolutions(model) == 1, why
 
 
 def test_few_channels_stay():
     model = model_of(drawn(0, 1, 2, 4, 4, 4), weight=drawn(1, 4, 2, 3, 3, 3))
-    spare_products(model, channels=3)
+    apply_winograd(model, channels=3)
     assert convolutions(model) == 1
