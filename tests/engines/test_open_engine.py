@@ -48,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return write_fake_bundle(tmp_path)
 
 
-def test_an_unknown_engine_is_refused_with_those_there_are(
+def test_an_unknown_engine_is_refused_with_the_known_ones(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     with pytest.raises(EngineError, match=r"openvino, onnxruntime, torch.*found engine 'tflite'"):
@@ -56,7 +56,7 @@ def test_an_unknown_engine_is_refused_with_those_there_are(
 
 
 @pytest.mark.parametrize("engine", ["fake", "openvino"])
-def test_an_unknown_precision_is_refused_with_those_there_are(
+def test_an_unknown_precision_is_refused_with_the_known_ones(
     tmp_path: Path, manifest: Manifest, engine: str
 ) -> None:
     with pytest.raises(EngineError, match=r"fp32, bf16, fp16, found precision 'int4'"):
@@ -87,7 +87,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         ("onnxruntime", "", "module 'onnxruntime' has no attribute"),  # two packages, one removed
     ],
 )
-def test_a_runtime_that_does_not_import_is_told_with_its_remedy_and_passed_over(
+def test_a_runtime_that_does_not_import_is_reported_with_the_remedy_and_skipped(
     tmp_path: Path, engine: str, content: str, reason: str
 ) -> None:
     (tmp_path / engine).mkdir()
@@ -116,7 +116,7 @@ def test_auto_takes_openvino_first() -> None:
     assert choose() == ("openvino", "openvino is installed")
 
 
-def test_auto_says_why_it_passed_over_an_engine(
+def test_auto_says_why_it_skipped_an_engine(
     absent: Absent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent("openvino", "torch")
