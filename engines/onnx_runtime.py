@@ -1,4 +1,4 @@
-"""ONNX Runtime, the portable engine. States stay OrtValues and are never copied to numpy."""
+"""ONNX Runtime, the portable engine. Between runs, states stay OrtValues: no copies to numpy."""
 
 from __future__ import annotations
 

@@ -286,9 +286,9 @@ def _tensors(
 def _key(x: Tensor, weight: Tensor, window: Window, kind: int, apart: bool, positions: int) -> str:
     """Return the key under which the fastest blocks of similar launches are stored."""
     kt, kh, kw, _, outputs = weight.shape
-    alike = f"{x.shape[3]} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {kind}"
-    alike += " or before" if apart else ""
-    return f"convolution {x.dtype} {alike}, {magnitude(positions)}"
+    label = f"{x.shape[3]} to {outputs} by {kt}x{kh}x{kw} at {window.stride}, {kind}"
+    label += " or before" if apart else ""
+    return f"convolution {x.dtype} {label}, {magnitude(positions)}"
 
 
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:
