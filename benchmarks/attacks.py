@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 import requests
 from live_server import LiveServer
 from openjpeg.utils import encode_array
@@ -28,7 +29,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage, JPEG2000Lossless
 
-from fvae_deploy.engines.fake import write_fake_bundle
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from fake_engine import register, write_fake_bundle
 
 LIMITS = ("--max-upload", "1MiB", "--max-volume", "64MiB", "--memory", "200MiB", "--queue", "4")
 LIMITS += ("--silence", "3")
@@ -332,7 +334,8 @@ def _(server: LiveServer) -> Outcome:
 def main() -> None:
     """Try every attack; exit with status 1 if any response was not an expected one."""
     failures = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        register(patch)
         write_fake_bundle(Path(folder) / "fake")
         fake = ("-m", str(Path(folder) / "fake"), "-e", "fake")
         server = LiveServer(Path(folder) / "server", *fake, *LIMITS)

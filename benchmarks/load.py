@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import requests
-from attacks import nifti, packed
+from attacks import nifti, packed  # which puts tests/ on sys.path
+from fake_engine import register, write_fake_bundle
 from live_server import LiveServer
 
 import fvae_deploy as fvae
-from fvae_deploy.engines.fake import write_fake_bundle
 
 INVALID = {  # uploads, and the statuses that the server may return for them
     "text": (b"no volume at all " * 100, (415,)),
@@ -247,8 +248,9 @@ def main() -> None:
         "--mib", type=float, default=900, help="limit of the resident memory of a process, in MiB"
     )
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
+        register(patch)
         options, model = ["-e", args.engine], {"engine": args.engine}
         if args.engine == "fake":
             write_fake_bundle(folder / "fake")

@@ -1,4 +1,4 @@
-"""What every engine offers, and the one table from names to modules."""
+"""The interface of an engine, and the table of the engines that `fvae` offers."""
 
 from __future__ import annotations
 
@@ -13,78 +13,93 @@ from typing import Any, Protocol, runtime_checkable
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle, Part
 
-Array = Any  # numpy float32 for data; state is the engine's own kind
+Array = Any  # numpy float32 for data; each engine has its own type for state
 
 
 class Engine(Protocol):
-    """A bundle opened in one runtime on one device at one precision."""
+    """A bundle opened in one runtime, on one device and at one precision."""
 
     name: str
     precision: str
 
     def run(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute one part.
+        """Compute one part of the network.
 
-        The data input is a C-contiguous array of the part's type; the data output is a float32
-        array, valid until the next run of the same part. State inputs are what this engine
-        returned, or arrays. Where the part returns state they are used up: the engine
-        may write the next state into them.
+        The data input is a C-contiguous array of the type that the part declares. The data output
+        is a float32 array that stays valid until the same part runs again. A state input is a
+        state that this engine returned, or a numpy array. If the part returns new state, its
+        state inputs are consumed: the engine may overwrite them.
 
         Raises EngineError when the inputs do not fit the part or the runtime fails.
         """
         ...
 
     def host(self, state: Array) -> Any:
-        """Return a state as a numpy array that `run` takes back to the bit: a view if possible."""
+        """Return a state as a numpy array, without a copy where possible.
+
+        `run` accepts the array in place of the state and computes exactly the same bits.
+        """
         ...
 
     def release(self, part: str, compiled: bool) -> None:
-        """Give back a part's working memory, and with `compiled` all it holds.
+        """Free a part's working memory and, if `compiled`, its compiled network as well.
 
-        It may be run again, and then takes both anew. Results of its last run stay valid.
+        The part may run again: it then allocates both anew. The results of its last run stay
+        valid.
         """
         ...
 
     def close(self) -> None:
-        """Release the runtime's memory."""
+        """Free all memory of the runtime."""
         ...
 
 
 @runtime_checkable
 class BuiltAhead(Protocol):
-    """An engine that takes the sizes alone that it was built for."""
+    """An engine that only runs the tile sizes it was built for."""
 
     def extents(self, part: str) -> tuple[tuple[int, int], ...]:
-        """Cells (h, w) of the tiles that a part was built for; none where any size will do."""
+        """Return the tile sizes (h, w) in latent cells that a part was built for.
+
+        Empty if the part takes every size.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an engine lives, what it needs and what would install it."""
+    """The module of an engine, the package it needs and how to install that."""
 
     module: str
-    requires: tuple[str, ...]  # any one of these packages
+    requires: tuple[str, ...]  # any one of these packages is enough
     remedy: str
 
 
 # In the order in which `auto` tries them.
 ENGINES = {
     "tensorrt": Entry(
-        "tensor_rt", ("tensorrt_rtx", "tensorrt"), "pip install 'fvae-deploy[tensorrt]'"
+        "fvae_deploy.engines.tensor_rt",
+        ("tensorrt_rtx", "tensorrt"),
+        "pip install 'fvae-deploy[tensorrt]'",
     ),
-    "openvino": Entry("open_vino", ("openvino",), "pip install 'fvae-deploy[cpu]'"),
-    "onnxruntime": Entry("onnx_runtime", ("onnxruntime",), "pip install 'fvae-deploy[cpu]'"),
-    "torch": Entry("eager", ("torch",), "pip install 'fvae-deploy[export]'"),
-    "fake": Entry("fake", ("numpy",), ""),
+    "openvino": Entry(
+        "fvae_deploy.engines.open_vino", ("openvino",), "pip install 'fvae-deploy[cpu]'"
+    ),
+    "onnxruntime": Entry(
+        "fvae_deploy.engines.onnx_runtime", ("onnxruntime",), "pip install 'fvae-deploy[cpu]'"
+    ),
+    "torch": Entry("fvae_deploy.engines.eager", ("torch",), "pip install 'fvae-deploy[export]'"),
 }
 AUTO = {"cpu": ("openvino", "onnxruntime", "torch"), "cuda": ("tensorrt", "onnxruntime", "torch")}
 PRECISIONS = ("fp32", "bf16", "fp16")
-QUANTISED = ("int8", "fp8")  # states in float32; only where engines are built ahead, with CTs
+QUANTISED = ("int8", "fp8")  # need engines that were built ahead and calibrated with CTs
 
 
 def missing(name: str) -> str | None:
-    """Say which package an engine lacks, with the remedy; nothing is imported."""
+    """Return which package an engine lacks and how to install it; None if it is installed.
+
+    Imports nothing.
+    """
     entry = ENGINES[name]
     if not _installed(entry):
         return f"needs the package {' or '.join(entry.requires)}: {entry.remedy}"
@@ -92,10 +107,10 @@ def missing(name: str) -> str | None:
 
 
 def obstacle(name: str) -> str | None:
-    """Say what keeps an engine from running here, with the remedy; None when nothing does.
+    """Return why an engine cannot run on this machine, with the remedy; None if it can.
 
-    What is installed is imported: that may fail where a library of the system is missing, or
-    two packages have overwritten each other.
+    Imports the engine's package. The import fails if a system library is missing, or if two
+    packages have overwritten each other's files.
     """
     problem = missing(name)
     if problem is not None:
@@ -103,8 +118,9 @@ def obstacle(name: str) -> str | None:
     entry = ENGINES[name]
     package = _installed(entry)[0]
     try:
-        _module(entry)
-        importlib.import_module(package).__version__  # noqa: B018  # a folder left over has none
+        importlib.import_module(entry.module)
+        # The folder that an uninstalled package leaves behind imports, but has no version.
+        importlib.import_module(package).__version__  # noqa: B018
     except (ImportError, OSError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         return (
@@ -115,36 +131,50 @@ def obstacle(name: str) -> str | None:
 
 
 def offered(name: str) -> tuple[str, ...]:
-    """Precisions that an engine may be asked for, on one device or another."""
+    """Return the precisions that an engine accepts on at least one device."""
     return (*PRECISIONS, *QUANTISED) if name == "tensorrt" else PRECISIONS
 
 
-def precisions(name: str) -> list[str]:
-    """Precisions in which an installed engine computes on this machine's CPU."""
-    found: list[str] = load(name).precisions()
-    return found
+def precisions(name: str, device: str = "cpu") -> list[str]:
+    """Return the precisions in which an engine computes on a device of this machine.
+
+    Opens no bundle. Empty if the engine does not have the device. TensorRT on a GPU returns all
+    that can be built: only opening a bundle shows which were. Raises EngineError with the remedy
+    if the engine cannot run on this machine.
+    """
+    able: list[str] = load(name).precisions(device)
+    return able
+
+
+def precision_problem(name: str, precision: str, device: str = "cpu") -> str | None:
+    """Return why an engine cannot compute in a precision on a device; None if it can.
+
+    Opens no bundle. Raises EngineError as `precisions` does: call `obstacle` first.
+    """
+    able = precisions(name, device)
+    if not able:
+        return f"does not run on device {device} of this machine"
+    if precision not in able:
+        return f"does not compute in {precision} on device {device}, only in {', '.join(able)}"
+    return None
 
 
 def load(name: str) -> ModuleType:
-    """Import an engine's module, and its runtime with it; raises EngineError with the remedy."""
+    """Import an engine's module and its runtime; raises EngineError with the remedy."""
     problem = obstacle(name)
     if problem is not None:
         raise EngineError(f"engine {name} cannot run here: it {problem}")
-    return _module(ENGINES[name])
+    return importlib.import_module(ENGINES[name].module)
 
 
 def _installed(entry: Entry) -> list[str]:
     return [name for name in entry.requires if importlib.util.find_spec(name) is not None]
 
 
-def _module(entry: Entry) -> ModuleType:
-    return importlib.import_module(f"fvae_deploy.engines.{entry.module}")
-
-
 def choose(device: str = "cpu", unfit: Callable[[str], str | None] = obstacle) -> tuple[str, str]:
-    """Return the engine that `auto` takes here for a device, and why.
+    """Return the engine that `auto` selects for a device, and the reason.
 
-    `unfit` says what keeps an engine from running; None when nothing does.
+    `unfit` returns why an engine cannot run, or None if it can.
     """
     reasons: list[str] = []
     for name in AUTO["cuda" if device.startswith("cuda") else "cpu"]:
@@ -152,18 +182,19 @@ def choose(device: str = "cpu", unfit: Callable[[str], str | None] = obstacle) -
         if problem is None:
             return name, "; ".join([*reasons, f"{name} is installed"])
         reasons.append(f"{name} {problem}")
-    raise EngineError(f"expected one engine to run here, found none: {'; '.join(reasons)}")
+    raise EngineError(f"expected an engine that can run here, found none: {'; '.join(reasons)}")
 
 
 def check_inputs(part: Part, inputs: Mapping[str, Array]) -> None:
-    """Raise EngineError for an input left out, or data that this part has no k, h and w for.
+    """Raise EngineError if an input is missing, or if the data's shape does not fit the part.
 
-    Every engine's `run` begins with it: a graph may well compute nonsense from such data.
+    Every engine calls this at the start of `run`: some runtimes compute wrong results from data
+    of a wrong shape instead of failing.
     """
     for tensor in part.inputs:
         if tensor.name not in inputs:
-            found = ", ".join(inputs) or "none"
-            raise EngineError(f"expected an input {tensor.name} of {part.name}, found {found}")
+            given = ", ".join(inputs) or "none"
+            raise EngineError(f"expected an input {tensor.name} of {part.name}, found {given}")
     data = part.inputs[0]
     shape = tuple(inputs[data.name].shape)
     if not data.accepts(shape):
@@ -181,7 +212,7 @@ def open_engine(
     precision: str = "fp32",
     threads: int | None = None,
 ) -> Engine:
-    """Open a bundle in an engine of this name; raises EngineError with the remedy."""
+    """Open a bundle in the engine of this name; raises EngineError with the remedy."""
     if name not in ENGINES:
         raise EngineError(f"expected one of {', '.join(ENGINES)}, found engine {name!r}")
     able = offered(name)

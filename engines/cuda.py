@@ -1,7 +1,7 @@
-"""One NVIDIA GPU: memory, copies and graphs, through NVIDIA's own bindings of the CUDA runtime.
+"""Memory, copies and graphs on one NVIDIA GPU, through NVIDIA's bindings of the CUDA runtime.
 
-`cuda-bindings` is one wheel of some 10 MB; torch would do the same with gigabytes (ADR 15). It is
-imported when a `Gpu` is opened.
+The package `cuda-bindings` is a wheel of about 10 MB; torch would take gigabytes for the same
+(ADR 15). It is imported when a `Gpu` is opened.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import EngineError
 
-STAGE = 4 << 20  # bytes of each of the two pinned buffers that uploads go through
+STAGE = 4 << 20  # bytes of each of the two page-locked buffers used for uploads
 REMEDY = "install NVIDIA's driver (nvidia-smi shows it), or use an engine for the CPU"
 
 
 class Gpu:
-    """A GPU with one stream, in whose order everything happens."""
+    """A GPU with one CUDA stream, which orders all work."""
 
     def __init__(self, ordinal: int = 0) -> None:
         try:
@@ -34,8 +34,9 @@ class Gpu:
         self._cuda = runtime
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess or ordinal >= count:
-            found = error.name if error != runtime.cudaError_t.cudaSuccess else f"{count} of them"
-            raise EngineError(f"expected an NVIDIA GPU number {ordinal}, found {found}: {REMEDY}")
+            failed = error != runtime.cudaError_t.cudaSuccess
+            reason = error.name if failed else f"{count} GPUs"
+            raise EngineError(f"expected an NVIDIA GPU number {ordinal}, found {reason}: {REMEDY}")
         self._ordinal = ordinal
         self.use()
         attributes = runtime.cudaDeviceAttr
@@ -47,9 +48,10 @@ class Gpu:
             )
         )
         self.target = f"sm_{major}{minor}"
-        # Work in the default stream would wait for all others.
+        # The default stream would wait for all other streams.
         self.stream = int(self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
-        # First in, first out: states that change places find the same addresses again.
+        # Free memory by size. First in, first out: a stream of steps then alternates between the
+        # same addresses, so that its graphs can be reused.
         self._spare: defaultdict[int, deque[int]] = defaultdict(deque)
         self._owned: set[int] = set()
         self._reads: dict[tuple[tuple[int, ...], str], NDArray[Any]] = {}
@@ -57,11 +59,11 @@ class Gpu:
         self._turn = 0
 
     def use(self) -> None:
-        """Make it the GPU of the calling thread: each has its own."""
+        """Make this the current GPU of the calling thread; CUDA keeps one per thread."""
         self._call("cudaSetDevice", self._ordinal)
 
     def take(self, size: int) -> int:
-        """Return device memory of so many bytes: some that was given back, or new."""
+        """Return the address of `size` bytes of device memory, reused or newly allocated."""
         if self._spare[size]:
             return self._spare[size].popleft()
         address = int(self._call("cudaMalloc", size))
@@ -69,11 +71,14 @@ class Gpu:
         return address
 
     def give(self, address: int, size: int) -> None:
-        """Give device memory back for the next to take; the stream's order keeps it safe."""
+        """Make device memory available to `take` again.
+
+        Work that still uses it comes first, since all work is in one stream.
+        """
         self._spare[size].append(address)
 
     def pinned(self, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
-        """Make an array in host memory that copies need no detour to; it lives as others do."""
+        """Allocate a page-locked host array, freed with its last reference."""
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
         address = int(self._call("cudaMallocHost", size))
         buffer = (ctypes.c_uint8 * size).from_address(address)
@@ -82,26 +87,26 @@ class Gpu:
         return array
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Copy a contiguous array to the device, through two pinned buffers in turn.
+        """Copy a contiguous array to the device through two page-locked buffers.
 
-        While one goes to the device, the other is filled.
+        One is filled while the other is copied to the device.
         """
         flat = array.reshape(-1).view(np.uint8)
         for start in range(0, flat.size, STAGE):
             piece = flat[start : start + STAGE]
-            stage, free = self._stages[self._turn]
+            stage, copied = self._stages[self._turn]
             self._turn = 1 - self._turn
-            self._call("cudaEventSynchronize", free)
+            self._call("cudaEventSynchronize", copied)
             stage[: piece.size] = piece
             self._copy(address + start, stage.ctypes.data, piece.size, "HostToDevice")
-            self._call("cudaEventRecord", free, self.stream)
+            self._call("cudaEventRecord", copied, self.stream)
 
     def download(self, array: NDArray[Any], address: int) -> None:
-        """Begin to copy from the device to a pinned array; `wait` before reading it."""
+        """Start a copy from the device to a page-locked array; call `wait` before reading it."""
         self._copy(array.ctypes.data, address, array.nbytes, "DeviceToHost")
 
     def read(self, address: int, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
-        """Return an array from the device; valid until the next of its shape and type."""
+        """Return an array from the device, valid until the next read of its shape and type."""
         if (shape, kind) not in self._reads:
             self._reads[shape, kind] = self.pinned(shape, kind)
         self.download(self._reads[shape, kind], address)
@@ -109,11 +114,11 @@ class Gpu:
         return self._reads[shape, kind]
 
     def wait(self) -> None:
-        """Wait until all that was begun is done."""
+        """Wait until all work of the stream is done."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Record what `work` would launch as a graph, and launch nothing."""
+        """Record the launches of `work` as a CUDA graph, without executing them."""
         modes = self._cuda.cudaStreamCaptureMode
         self._call("cudaStreamBeginCapture", self.stream, modes.cudaStreamCaptureModeThreadLocal)
         try:
@@ -134,7 +139,7 @@ class Gpu:
         self._call("cudaGraphExecDestroy", graph)
 
     def trim(self) -> None:
-        """Return spare memory to the driver."""
+        """Return unused device memory to the driver."""
         self.wait()
         for addresses in self._spare.values():
             for address in addresses:
@@ -143,7 +148,7 @@ class Gpu:
         self._spare.clear()
 
     def close(self) -> None:
-        """Release the device's memory."""
+        """Free all device memory."""
         self.wait()
         for address in self._owned:
             self._call("cudaFree", address)
@@ -159,7 +164,7 @@ class Gpu:
         return self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call the runtime; raises EngineError with its name for what failed."""
+        """Call the CUDA runtime; raises EngineError with the name of its error."""
         error, *results = getattr(self._cuda, name)(*arguments)
         if error != self._cuda.cudaError_t.cudaSuccess:
             remedy = "use a smaller --memory" if "MemoryAllocation" in error.name else REMEDY

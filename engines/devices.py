@@ -1,4 +1,4 @@
-"""What keeps each engine from a GPU on this machine, with what to install."""
+"""Why an engine cannot use a GPU on this machine, and what to install."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ from collections.abc import Callable, Iterator
 
 from fvae_deploy.engines.base import load, obstacle
 
-DRIVER = (
-    "an NVIDIA GPU with its driver (nvidia-smi shows them): install the driver of NVIDIA's site"
-)
-MAJOR, MINOR = 75, 76  # of the compute capability, among the driver's attributes
+DRIVER = "an NVIDIA GPU with its driver (nvidia-smi lists both): install the driver from nvidia.com"
+MAJOR, MINOR = 75, 76  # the driver's attribute numbers for the compute capability
 CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
 
 def problems(name: str) -> list[str]:
-    """Name all that an engine lacks on this machine to run on a GPU; empty when nothing is."""
+    """Return everything that an engine lacks on this machine to run on a GPU."""
     first = obstacle(name)
-    found = [] if first is None else [first]
+    missing = [] if first is None else [first]
     if name != "openvino" and target() is None:
-        found.append(f"needs {DRIVER}")
+        missing.append(f"needs {DRIVER}")
     if first is None:
-        found += CHECKS[name]()
-    return found
+        missing += CHECKS[name]()
+    return missing
 
 
 def unfit(name: str) -> str | None:
-    """Say all that keeps an engine from a GPU in one line; None when nothing does."""
+    """Return in one line everything that an engine lacks to run on a GPU; None if nothing."""
     return "; ".join(problems(name)) or None
 
 
 def remarks(name: str) -> list[str]:
-    """Name what an engine runs without on a GPU, though it would be faster with it."""
+    """Return what would make an engine faster on a GPU, though it runs without it."""
     if name == "torch" and importlib.util.find_spec("triton") is None:
         return [
-            "runs on torch's operations; for kernels needs the package triton: "
+            "runs on torch's own operations; the faster kernels need the package triton: "
             "pip install 'fvae-deploy[kernels]'"
         ]
     return []
@@ -73,7 +71,7 @@ CHECKS: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def target() -> str | None:
-    """Architecture of the first GPU of NVIDIA's driver, as sm_90; None without either."""
+    """Return the architecture of the first NVIDIA GPU, as sm_90; None without GPU or driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,7 +1,7 @@
-"""Eager torch: the reference engine; rebuilds the exported network from the bundle's weights.
+"""Eager torch, the reference engine. Rebuilds the exported network from the bundle's weights.
 
-On a GPU where Triton is installed, LeanVAE and Wan run on hand-written kernels; FVAE_KERNELS is
-`auto`, `reference` or `triton` (`kernels.dispatch`).
+On a GPU with Triton installed, LeanVAE and Wan run on hand-written kernels. The environment
+variable FVAE_KERNELS selects them: `auto`, `reference` or `triton` (see `kernels.dispatch`).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class EagerEngine:
             self._device, self._dtype = torch.device(device), DTYPES[precision]
         except RuntimeError:
             raise EngineError(
-                f"expected a device that torch knows, found {device!r}: use cpu or cuda"
+                f"expected a device that torch supports, found {device!r}: use cpu or cuda"
             ) from None
         backend = os.environ.get("FVAE_KERNELS", "auto")
         self._kernels = Kernels(device, backend, bundle / "tuning")
-        # Which computes the network: `triton`, or torch's operations as `reference`.
-        written = self._kernels.triton and manifest.network.family in ON_KERNELS
-        self.kernels = "triton" if written else "reference"
+        # Reported: `triton` for the hand-written kernels, `reference` for torch's operations.
+        uses_kernels = self._kernels.triton and manifest.network.family in ON_KERNELS
+        self.kernels = "triton" if uses_kernels else "reference"
         self._manifest = manifest
         self._weights = bundle / "weights.safetensors"
         self._empty = rebuild(manifest)
@@ -61,14 +61,14 @@ class EagerEngine:
         spec = self._manifest.part(part)
         check_inputs(spec, inputs)
         try:
-            # Triton launches on the current GPU, wherever tensors are.
+            # Triton launches on the current GPU, even if the tensors are on another one.
             with torch.cuda.device(self._device) if self._on_gpu else nullcontext():
-                given = [self._tensor(inputs[tensor.name], tensor.type) for tensor in spec.inputs]
-                outputs = self._stage(spec.stage)(*given)
+                tensors = [self._tensor(inputs[each.name], each.type) for each in spec.inputs]
+                outputs = self._stage(spec.stage)(*tensors)
                 result = outputs[0].to("cpu", torch.float32).contiguous().numpy()
         except FAILURES as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            # Triton begins with the code that it could not compile.
+            # Triton's errors start with the code that it could not compile; the reason is last.
             reason = lines[0 if isinstance(error, RuntimeError) else -1]
             raise EngineError(f"torch failed in {part}: {reason}") from error
         named = dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
@@ -80,21 +80,21 @@ class EagerEngine:
         return state.to("cpu", torch.float32).numpy() if torch.is_tensor(state) else state
 
     def release(self, part: str, compiled: bool) -> None:
-        """Keep everything: first and step parts share their weights."""
+        """Do nothing: the first and the step part share their weights."""
 
     def close(self) -> None:
-        """Release the network, and a GPU's memory to other processes."""
+        """Free the network, and return GPU memory to other processes."""
         self._stages.clear()
         if self._on_gpu:
             torch.cuda.empty_cache()
 
     def _stage(self, name: str) -> torch.nn.Module:
-        """Load a stage's weights when it is first run: a decoder needs no encoder."""
+        """Return a stage; load its weights on first use, since a decoder needs no encoder."""
         if name not in self._stages:
             stage, prefix = self._empty[name], f"{name}."
             with safe_open(self._weights, "pt") as file:
-                mine = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-                weights = {key.removeprefix(prefix): file.get_tensor(key) for key in mine}
+                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+                weights = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
             fill(stage, weights, self._manifest)
             stage.to(self._device, self._dtype)
             for weight in stage.parameters():
@@ -113,10 +113,12 @@ class EagerEngine:
 
 
 def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> EagerEngine:
-    """Open a bundle; raises EngineError when the device is not there."""
+    """Open a bundle; raises EngineError if the device is not available."""
     return EagerEngine(bundle, manifest, device, precision)
 
 
-def precisions() -> list[str]:
-    """Precisions in which torch computes these networks on a CPU."""
-    return list(DTYPES)
+def precisions(device: str = "cpu") -> list[str]:
+    """Return the precisions in which torch computes these networks; empty without the device."""
+    if device.startswith("cuda"):
+        return list(DTYPES) if torch.cuda.is_available() else []
+    return list(DTYPES) if device == "cpu" else []

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the portable engine; state travels as OrtValues, never through numpy."""
+"""ONNX Runtime, the portable engine. Between runs, states stay OrtValues: no copies to numpy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# ONNX Runtime reports its use to its maker, and writes an identity into the home folder, from
-# the moment it is imported: hospitals want neither. Whoever does may set 0.
+# On import, ONNX Runtime sends usage data to Microsoft and writes an identifier into the home
+# folder. Hospitals want neither. Setting the variable to 0 allows it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
@@ -19,8 +19,8 @@ from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle
 
-# What a device asks for, in order: TensorRT leaves to CUDA what it cannot take. TF32 would be
-# called fp32 and is not.
+# Execution providers of each device, in order: CUDA computes what TensorRT does not support.
+# TF32 is off: it is less precise than fp32.
 CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})
 PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "cpu": [("CPUExecutionProvider", {})],
@@ -38,23 +38,25 @@ class OnnxRuntimeEngine:
     def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
         if precision != manifest.precision:
             raise EngineError(
-                f"expected precision {manifest.precision}, which this bundle holds, found "
-                f"{precision}: onnxruntime computes as exported, use openvino or torch"
+                f"expected {manifest.precision}, the precision of this bundle, found {precision}: "
+                "onnxruntime cannot convert it, use openvino or torch"
             )
         if device not in PROVIDERS:
-            raise EngineError(f"expected a device, found {device!r}: use {' or '.join(PROVIDERS)}")
+            raise EngineError(
+                f"expected one of {', '.join(PROVIDERS)}, found device {device!r}: use one of them"
+            )
         for name, _ in PROVIDERS[device]:
             if name not in ort.get_available_providers():
                 raise EngineError(
                     f"expected ONNX Runtime with {name}, found "
                     f"{', '.join(ort.get_available_providers())}: {REMEDY}"
                 )
-        # CUDA's libraries from pip lie where the loader does not look.
+        # The system's loader does not search the folders where pip installs CUDA's libraries.
         if device != "cpu" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         self.precision = precision
         self._bundle, self._manifest, self._device = bundle, manifest, device
-        self._place = "cpu" if device == "cpu" else "cuda"  # where tensors are
+        self._memory = "cpu" if device == "cpu" else "cuda"  # where tensors are stored
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,12 +70,12 @@ class OnnxRuntimeEngine:
                 value = self._value(inputs[tensor.name], tensor.type)
                 binding.bind_ortvalue_input(tensor.name, value)
             for i, tensor in enumerate(spec.outputs):
-                binding.bind_output(tensor.name, self._place if i else "cpu")
+                binding.bind_output(tensor.name, self._memory if i else "cpu")
             session.run_with_iobinding(binding, self._run_options(spec.heavy))
             values = binding.get_outputs()
         except EngineError:
             raise
-        except Exception as error:  # the binding raises many classes, all RuntimeError-like
+        except Exception as error:  # the binding raises many classes without a common base
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise EngineError(f"ONNX Runtime failed in {part}: {reason}") from error
         outputs: dict[str, Any] = {
@@ -88,22 +90,22 @@ class OnnxRuntimeEngine:
         return state.numpy() if isinstance(state, ort.OrtValue) else state
 
     def release(self, part: str, compiled: bool) -> None:
-        """Forget a part's session; working memory of heavy parts is never kept."""
+        """Drop a part's session if `compiled`; heavy parts free working memory after every run."""
         if compiled:
             self._sessions.pop(part, None)
 
     def close(self) -> None:
-        """Release the sessions."""
+        """Drop all sessions."""
         self._sessions.clear()
 
     def _value(self, value: Any, kind: str) -> ort.OrtValue:
         if isinstance(value, ort.OrtValue):
             return value
         array = np.ascontiguousarray(value, dtype=kind)
-        return ort.OrtValue.ortvalue_from_numpy(array, self._place)
+        return ort.OrtValue.ortvalue_from_numpy(array, self._memory)
 
     def _run_options(self, heavy: bool) -> ort.RunOptions:
-        """Let a heavy part give its working memory back after every run."""
+        """Return options with which a heavy part frees its working memory after the run."""
         options = ort.RunOptions()
         if heavy and self._device == "cpu":
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -115,14 +117,14 @@ class OnnxRuntimeEngine:
             if self._device != "cpu":
                 options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             options.log_severity_level = 3
-            # With patterns, heavy parts plan one block anew for every run: 1.1 GiB where 0.7 do.
+            # With memory patterns, a heavy part takes 1.1 GiB instead of 0.7 GiB.
             options.enable_mem_pattern = not self._manifest.part(part).heavy
             session = ort.InferenceSession(
                 str(self._bundle / self._manifest.part(part).file),
                 options,
                 providers=PROVIDERS[self._device],
             )
-            # A provider whose libraries do not load is left out with a warning alone.
+            # ONNX Runtime only warns when it drops a provider whose libraries do not load.
             for name, _ in PROVIDERS[self._device]:
                 if name not in session.get_providers():
                     raise EngineError(
@@ -131,38 +133,40 @@ class OnnxRuntimeEngine:
                     )
             session.disable_fallback()
             if self._device != "cpu":
-                check_place(session, part)
+                check_placement(session, part)
             self._sessions[part] = session
         return self._sessions[part]
 
 
-def check_place(session: ort.InferenceSession, part: str) -> None:
-    """Raise EngineError where the CPU would do a GPU's work: asked for and absent is an error.
+def check_placement(session: ort.InferenceSession, part: str) -> None:
+    """Raise EngineError if ONNX Runtime placed convolutions or matrix products on the CPU.
 
-    Sizes are computed on the CPU by intention; session.disable_cpu_ep_fallback would refuse them.
+    Computing tensor sizes on the CPU is intended. The option session.disable_cpu_ep_fallback
+    would refuse that as well.
     """
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # older ones do not tell
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # older versions lack it
         return
-    placed = session.get_provider_graph_assignment_info()
-    left = {
+    on_cpu = {
         node.op_type
-        for piece in placed
-        if piece.ep_name == "CPUExecutionProvider"
-        for node in piece.get_nodes()
-        if any(work in node.op_type for work in ("Conv", "MatMul", "Gemm"))
+        for subgraph in session.get_provider_graph_assignment_info()
+        if subgraph.ep_name == "CPUExecutionProvider"
+        for node in subgraph.get_nodes()
+        if any(heavy in node.op_type for heavy in ("Conv", "MatMul", "Gemm"))
     }
-    if left:
+    if on_cpu:
         raise EngineError(
             f"expected the GPU to compute all of {part}, found that ONNX Runtime leaves "
-            f"{', '.join(sorted(left))} to the CPU: use --engine torch, or --device cpu"
+            f"{', '.join(sorted(on_cpu))} to the CPU: use --engine torch, or --device cpu"
         )
 
 
 def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OnnxRuntimeEngine:
-    """Open a bundle; raises EngineError when the device or precision is not there."""
+    """Open a bundle; raises EngineError if the device or precision is not available."""
     return OnnxRuntimeEngine(bundle, manifest, device, precision)
 
 
-def precisions() -> list[str]:
-    """Precisions that bundles hold: the runtime computes as exported."""
-    return ["fp32"]
+def precisions(device: str = "cpu") -> list[str]:
+    """Return fp32, the precision of all bundles: the runtime does not convert it."""
+    available = ort.get_available_providers()
+    providers = PROVIDERS.get(device, [])
+    return ["fp32"] if providers and all(name in available for name, _ in providers) else []

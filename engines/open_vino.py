@@ -1,8 +1,8 @@
-"""OpenVINO: the fastest engine on CPUs; graphs compiled for the very shapes that come.
+"""OpenVINO, the fastest engine on CPUs. Compiles each graph for the input shapes it receives.
 
-States never leave OpenVINO's own buffers: the tensors of a state that was used up become
-the outputs of the next run, so a stream allocates nothing after its first two steps. At half
-precision states are held in it: half the memory, and no conversions around every step.
+States stay in OpenVINO's own buffers. The tensors of a consumed state become the outputs of the
+next run, so a stream allocates nothing after its first two steps. At half precision, states are
+stored in half precision as well: this halves their memory and avoids conversions in every step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# Importing OpenVINO reports to its maker over the network, and writes an identity into the
-# home folder, unless its telemetry package cannot be imported: hospitals want neither.
+# On import, OpenVINO sends usage data to Intel and writes an identifier into the home folder,
+# unless its telemetry package cannot be imported. Hospitals want neither.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino as ov  # noqa: E402
@@ -24,7 +24,7 @@ from openvino.preprocess import PrePostProcessor  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
-from fvae_deploy.engines.winograd import spare_products  # noqa: E402
+from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
 
@@ -34,36 +34,36 @@ CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
 class _Compiled:
-    """One part compiled for one set of input shapes."""
+    """One part, compiled for one set of input shapes."""
 
     def __init__(self, compiled: ov.CompiledModel, part: Part, element: ov.Type) -> None:
         self.part = part
-        self.element = element  # of the states
+        self.element = element  # type of the states' elements
         self.compiled = compiled
         self.request: ov.InferRequest | None = None
-        self.spare: list[list[ov.Tensor]] = []
+        self.spare: list[list[ov.Tensor]] = []  # consumed states, reused as outputs
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         data, *past = (inputs[spec.name] for spec in self.part.inputs)
-        given = [
+        tensors = [
             _data(data, self.part.inputs[0].type),
             *(_state(value, self.element) for value in past),
         ]
         request = self.request = self.request or self.compiled.create_infer_request()
-        for spec, tensor in zip(self.part.inputs, given, strict=True):
+        for spec, tensor in zip(self.part.inputs, tensors, strict=True):
             request.set_tensor(spec.name, tensor)
         state = self.spare.pop() if self.spare else self._new_state()
         for spec, tensor in zip(self.part.state_outputs, state, strict=True):
             request.set_tensor(spec.name, tensor)
         request.infer()
         if self.part.state_outputs and self.part.state_inputs:
-            self.spare.append(given[1:])
+            self.spare.append(tensors[1:])
         name = self.part.outputs[0].name
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
         return {name: request.get_tensor(name).data, **dict(named)}
 
     def release(self) -> None:
-        """Give back intermediate buffers, spare states, and what the request holds of both."""
+        """Free intermediate buffers and spare states, and the request, which refers to both."""
         self.spare.clear()
         self.request = None
         self.compiled.release_memory()
@@ -78,11 +78,11 @@ def _data(value: Any, kind: str = "float32") -> ov.Tensor:
 
 
 def _state(value: Any, element: ov.Type) -> ov.Tensor:
-    """Take a state as it is, or an array as one, rounded to the element type."""
+    """Return a state unchanged, or convert an array to a tensor of the element type."""
     if isinstance(value, ov.Tensor):
         return value
     array = np.require(value, ARRAYS[element], ["C", "W"])
-    if element == ov.Type.bf16:  # which OpenVINO does not know in numpy: the bits
+    if element == ov.Type.bf16:  # OpenVINO does not know numpy's bfloat16: pass its bits
         return ov.Tensor(array.view(np.uint16), list(array.shape), element)
     return ov.Tensor(array, shared_memory=True)
 
@@ -110,7 +110,7 @@ class OpenVINOEngine:
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute one part; the first call with new shapes compiles it for them."""
+        """Compute one part; the first call with new input shapes compiles it."""
         spec = self._manifest.part(part)
         check_inputs(spec, inputs)
         shapes = tuple(tuple(inputs[i.name].shape) for i in spec.inputs)
@@ -124,13 +124,13 @@ class OpenVINOEngine:
             raise EngineError(f"OpenVINO failed in {part} on {shapes[0]}: {reason}") from error
 
     def host(self, state: Any) -> Any:
-        """Return a view of a state, in its own type."""
+        """Return a view of a state, in the state's own type."""
         if not isinstance(state, ov.Tensor):
             return state
         return state.data.view(ARRAYS[state.element_type])
 
     def release(self, part: str, compiled: bool) -> None:
-        """Give back intermediate buffers and spare states, or all that was compiled."""
+        """Free intermediate buffers and spare states; if `compiled`, the compiled part as well."""
         for key in [key for key in self._compiled if key[0] == part]:
             if compiled:
                 del self._compiled[key]
@@ -139,15 +139,15 @@ class OpenVINOEngine:
         trim()
 
     def close(self) -> None:
-        """Release the compiled parts."""
+        """Free all compiled parts."""
         self._compiled.clear()
 
     def _compile(self, part: Part, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({i.name: list(s) for i, s in zip(part.inputs, shapes, strict=True)})
         if self._device == "CPU":
-            spare_products(model)
-        # OpenVINO takes bfloat16 by itself where the CPU has it: the hint is always given.
+            apply_winograd(model)
+        # Without this hint, OpenVINO uses bfloat16 on every CPU that supports it.
         element = TYPES[self.precision]
         options = {
             "INFERENCE_PRECISION_HINT": element,
@@ -155,7 +155,7 @@ class OpenVINOEngine:
             "NUM_STREAMS": 1,
         }
         if not part.state_outputs:
-            element = ov.Type.f32  # what is given beside the data is no state of its own
+            element = ov.Type.f32  # the inputs beside the data are not states: keep fp32
         model = _typed(_states_first(model), part, element)
         compiled = self._core.compile_model(model, self._device, options)
         unmap(self._bundle / "weights.safetensors")
@@ -163,17 +163,17 @@ class OpenVINOEngine:
 
 
 def _states_first(model: ov.Model) -> ov.Model:
-    """Put the data output last: OpenVINO then cuts each state off as soon as it is there.
+    """Move the data output to the end, so that OpenVINO computes each state early.
 
-    Else it keeps what all states are cut from until the end: 1099 instead of 811 MiB for a
-    stage of Wan2.1's decoder.
+    Otherwise it keeps the arrays that the states are slices of until the end of the run: 1099
+    instead of 811 MiB for a stage of Wan2.1's decoder.
     """
     data, *states = model.get_results()
     return ov.Model([*states, data], model.get_parameters(), model.get_friendly_name())
 
 
 def _typed(model: ov.Model, part: Part, element: ov.Type) -> ov.Model:
-    """Let a part take and return its states in the precision that it computes in."""
+    """Set the type of a part's state inputs and outputs to the precision it computes in."""
     if element == ov.Type.f32 or not part.state_outputs:
         return model
     typed = PrePostProcessor(model)
@@ -185,11 +185,14 @@ def _typed(model: ov.Model, part: Part, element: ov.Type) -> ov.Model:
 
 
 def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OpenVINOEngine:
-    """Open a bundle; raises EngineError when the device cannot compute at this precision."""
+    """Open a bundle; raises EngineError if the device cannot compute at this precision."""
     return OpenVINOEngine(bundle, manifest, device, precision)
 
 
-def precisions() -> list[str]:
-    """Precisions in which this machine's CPU computes."""
-    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def precisions(device: str = "cpu") -> list[str]:
+    """Return the precisions in which a device of this machine computes; empty without it."""
+    core = ov.Core()
+    if device.upper() not in core.available_devices:
+        return []
+    able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     return [precision for precision, name in CAPABILITY.items() if name in able]

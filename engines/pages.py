@@ -1,4 +1,4 @@
-"""Memory that serves no more, given back to the system: Linux only, else nothing happens."""
+"""Return unused memory to the system. Works on Linux and does nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 import ctypes
 from pathlib import Path
 
-DONTNEED = 4  # of <sys/mman.h> on Linux
+DONTNEED = 4  # MADV_DONTNEED in <sys/mman.h> on Linux
 
 
 def unmap(path: Path) -> None:
-    """Drop this process's resident pages of a file that is mapped and not written to.
+    """Drop this process's resident pages of a file that is mapped read-only.
 
-    A runtime that copied weights into its own layout keeps the file mapped, and its pages
-    count as this process's memory (125 of 290 MiB for a stage of Wan2.1) though they serve
-    nothing. Where they are needed after all they come back from the file.
+    A runtime that has copied weights into its own layout keeps the file mapped. The unused pages
+    count as memory of this process: 125 of 290 MiB for a stage of Wan2.1. A page that is needed
+    again is read from the file.
     """
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
@@ -24,7 +24,7 @@ def unmap(path: Path) -> None:
     name = str(path.resolve())
     for line in maps:
         span, rights, *_ = line.split(maxsplit=2)
-        # Private copies of written pages would be lost: only what nobody can have written.
+        # Dropping a writable mapping would lose changes that were made to it.
         if line.endswith(name) and "w" not in rights:
             with contextlib.suppress(ValueError):
                 start, stop = (int(address, 16) for address in span.split("-"))
@@ -32,6 +32,6 @@ def unmap(path: Path) -> None:
 
 
 def trim() -> None:
-    """Give freed memory back: the allocator would keep what lies between blocks in use."""
+    """Return freed memory that the allocator keeps between blocks in use."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

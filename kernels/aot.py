@@ -1,9 +1,8 @@
-"""Kernels compiled ahead of time for chips that are not here, and what their code says of itself.
+"""Compile kernels ahead of time for chips that this machine lacks, and read their machine code.
 
-A specification is a launch on tensors without data: shapes, strides and types are real, and what
-the launcher would hand to the GPU is recorded and compiled instead. Nothing is run: registers,
-spills, shared memory and instructions are read from the machine code; bytes and operations are
-counted; times are rooflines.
+The launches of networks are recorded on tensors without data (see `record`) and compiled. Nothing
+is run: registers, spills, shared memory and instructions come from the machine code; bytes and
+operations are counted; times are rooflines.
 """
 
 from __future__ import annotations
@@ -32,59 +31,59 @@ TYPES = {
     torch.int32: "*i32",
 }
 
+MATRIX_INSTRUCTIONS = {
+    "HGMMA": r"\bHGMMA\.",
+    "UTCHMMA": r"\bUTCHMMA",
+    "HMMA": r"\bHMMA\.",
+    "mfma": r"\bv_mfma_",
+}
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one chip, as its machine code says."""
+    """Facts about the machine code of one kernel for one chip."""
 
     kernel: str
     spec: str
     target: str
-    choice: int  # which of the blocks that it is offered, the default 0
-    registers: int
-    spills: int  # bytes of stack and local memory a thread
-    shared: int  # bytes
-    limit: int
-    matrix: Mapping[str, int]  # instructions found, by name
-    vector_loads: int  # of 128 bits
+    choice: int  # number of the blocks among those offered, 0 is the default
+    registers: int  # per thread
+    spills: int  # bytes of stack and local memory per thread
+    shared: int  # bytes of shared memory
+    limit: int  # bytes of shared memory that the chip has
+    matrix: Mapping[str, int]  # number of matrix instructions, by name
+    vector_loads: int  # number of loads of 128 bits
     moved: int  # bytes, counted
-    plain: float  # bytes, counted
+    plain: float  # bytes that the plain graph moves, counted
     flops: float  # counted
     roofline: float  # seconds on the chip's card
-    wrong: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()  # defects
 
 
 def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0) -> Compiled:
-    """Compile a specification for a chip, with its nth blocks; `wrong` says what must not be."""
+    """Compile a specification for a chip, with blocks number `choice`."""
     launches = record(spec, kernel, chip.target, choice)
     recorded, moved = launches[-1], sum(launch.moved for launch in launches)
-    built = _built(recorded, chip)
+    compiled = _compile_recorded(recorded, chip)
+    shared, tensor = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     if chip.nvidia:
-        registers, spills, code = _nvidia(built.asm["cubin"])
+        registers, spills, code = _read_cubin(compiled.asm["cubin"])
         loads = len(re.findall(r"\b(?:LDG|LDGSTS)\S*\.128|\bUTMALDG", code))
     else:
-        code = built.asm["amdgcn"]
-        registers = _amd(code, "vgpr_count")
-        spills = _amd(code, "private_segment_fixed_size")
+        code = compiled.asm["amdgcn"]
+        registers = _amd_metadata(code, "vgpr_count")
+        spills = _amd_metadata(code, "private_segment_fixed_size")
         loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", code))
-    matrix = {
-        name: len(re.findall(pattern, code))
-        for name, pattern in {
-            "HGMMA": r"\bHGMMA\.",
-            "UTCHMMA": r"\bUTCHMMA",
-            "HMMA": r"\bHMMA\.",
-            "mfma": r"\bv_mfma_",
-        }.items()
-    }
-    found = {k: n for k, n in matrix.items() if n}
+    counts = {k: len(re.findall(pattern, code)) for k, pattern in MATRIX_INSTRUCTIONS.items()}
+    matrix = {k: count for k, count in counts.items() if count}
     wrong = []
     if spills:
         wrong.append(f"spills {spills} bytes")
-    if built.metadata.shared > chip.shared:
-        wrong.append(f"takes {built.metadata.shared} of {chip.shared} bytes of shared memory")
-    if (tensor := getattr(built.metadata, "tmem_size", None) or 0) > chip.tensor:
+    if shared > chip.shared:
+        wrong.append(f"takes {shared} of {chip.shared} bytes of shared memory")
+    if tensor > chip.tensor:
         wrong.append(f"takes {tensor} of {chip.tensor} columns of tensor memory")
-    if spec.dot and recorded.half and not any(name in found for name in chip.matrix):
+    if spec.dot and recorded.half and not any(k in matrix for k in chip.matrix):
         wrong.append(f"has no {' or '.join(chip.matrix)}")
     if not loads:
         wrong.append("has no load of 128 bits")
@@ -95,9 +94,9 @@ def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0)
         choice=choice,
         registers=registers,
         spills=spills,
-        shared=built.metadata.shared,
+        shared=shared,
         limit=chip.shared,
-        matrix=found,
+        matrix=matrix,
         vector_loads=loads,
         moved=moved,
         plain=spec.plain,
@@ -107,8 +106,8 @@ def compile_for(name: str, spec: Spec, kernel: Any, chip: Chip, choice: int = 0)
     )
 
 
-def _built(recorded: Recorded, chip: Chip) -> Any:
-    """Compile what was recorded; what Triton's own launcher would specialise is specialised."""
+def _compile_recorded(recorded: Recorded, chip: Chip) -> Any:
+    """Compile a recorded launch, with the same specialisation as Triton's own launcher."""
     require_triton()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -139,14 +138,14 @@ def _built(recorded: Recorded, chip: Chip) -> Any:
     return triton.compile(source, target=target, options=dict(recorded.options))
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, str]:
-    """Read registers, spilled bytes and code of a CUDA binary."""
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """Return registers, spilled bytes and code of a CUDA binary."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
 
-        def told(*command: str) -> str:
+        def output_of(*command: str) -> str:
             done = subprocess.run(
                 [str(tools / command[0]), *command[1:], file.name],
                 capture_output=True,
@@ -155,24 +154,24 @@ def _nvidia(cubin: bytes) -> tuple[int, int, str]:
             )
             return done.stdout
 
-        usage = told("cuobjdump", "--dump-resource-usage")
-        code = told("nvdisasm", "-c")
+        usage = output_of("cuobjdump", "--dump-resource-usage")
+        code = output_of("nvdisasm", "-c")
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], code
 
 
-def _amd(code: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", code)
-    return int(found.group(1)) if found else 0
+def _amd_metadata(code: str, name: str) -> int:
+    match = re.search(rf"\.{name}:\s+(\d+)", code)
+    return int(match.group(1)) if match else 0
 
 
-Work = tuple[str, int, str, int]  # kernel, number of its specification, target, choice
+Work = tuple[str, int, str, int]  # kernel, number of its specification, target, blocks' number
 
 
 def planned(kernels: Sequence[str], targets: Sequence[str], every: bool) -> list[Work]:
-    """List what is to be compiled: defaults, or all blocks that are offered.
+    """List what to compile: the default blocks, or with `every` all offered blocks.
 
-    Raises EngineError for names that are not there, and without Triton.
+    Raises EngineError for unknown names, and without Triton.
     """
     from fvae_deploy.kernels.dispatch import named
 
@@ -191,21 +190,21 @@ def planned(kernels: Sequence[str], targets: Sequence[str], every: bool) -> list
 
 
 def check(work: Sequence[Work], jobs: int) -> Iterator[Compiled]:
-    """Compile what is planned, in order, in this many processes."""
+    """Compile the planned work in `jobs` processes; yield the results in order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_numbered, work)
+        yield from pool.map(_compile_work, work)
 
 
 def require_triton() -> None:
-    """Raise EngineError where Triton is missing or cannot compile."""
+    """Raise EngineError if Triton is missing or runs as an interpreter."""
     if triton is None:
         raise EngineError("expected triton, found none: pip install 'fvae-deploy[kernels]'")
     if INTERPRETED:
         raise EngineError("expected Triton's compiler, found TRITON_INTERPRET=1: unset it")
 
 
-def _numbered(work: Work) -> Compiled:
-    """Compile the specification of this number, in a process of its own."""
+def _compile_work(work: Work) -> Compiled:
+    """Compile one item of work; runs in a process of its own."""
     from fvae_deploy.kernels.dispatch import KERNELS
 
     name, number, target, choice = work

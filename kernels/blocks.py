@@ -1,8 +1,9 @@
-"""Blocks of a launch, and whether a chip can launch them.
+"""Block sizes of a launch, and whether a chip can launch them.
 
-A kernel offers a few `Blocks` for a shape, the likeliest first. What a chip could not launch, or
-only by spilling registers, is left out before anything is compiled, by a bound on what the
-compiler takes of the chip. `fvae kernels check --all` holds the bounds to the machine code.
+A kernel offers a few `Blocks` for a shape, the most promising first. Blocks that a chip cannot
+launch, or only with spilled registers, are left out before anything is compiled: an upper bound
+estimates what the compiler will use. `fvae kernels check --all` compares the bounds with the
+machine code.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from fvae_deploy.kernels.chips import Chip
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a launch is cut into programs."""
+    """How a launch is divided into programs."""
 
-    rows: int  # pixels, positions or tokens of one
-    columns: int  # its channels out, or keys at a time
-    depth: int = 1  # channels in at a time
+    rows: int  # pixels, positions or tokens per program
+    columns: int  # output channels per program, or keys per iteration
+    depth: int = 1  # input channels per iteration
     warps: int = 4
-    stages: int = 1  # of loads ahead of the arithmetic
-    whole: bool = True  # False: the halves of a wide head are programs of their own
-    fused: bool = True  # False: the slab is activated by a launch of its own, before
+    stages: int = 1  # of the software pipeline that loads ahead of the arithmetic
+    whole: bool = True  # False: two programs compute the halves of a wide head
+    fused: bool = True  # False: a separate launch activates the slab before
 
     def __str__(self) -> str:
         words = [f"{self.rows}x{self.columns}x{self.depth}"]
@@ -35,29 +36,29 @@ class Blocks:
 
 Launch = Callable[[Blocks], None]
 Choose = Callable[[str, Sequence[Blocks], Launch], None]
-"""Launches once, with one of the blocks that are offered for launches alike."""
+"""Launch once with one of the offered blocks. The key is the same for all similar launches."""
 
 
-def first(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
-    """Choose the likeliest."""
+def first(key: str, offered: Sequence[Blocks], launch: Launch) -> None:
+    """Launch with the first, most promising blocks."""
     launch(offered[0])
 
 
-def magnitude(places: int) -> str:
-    """Say how many places are computed, to a factor of two: launches are alike in that."""
-    return f"2^{(places - 1).bit_length()}"
+def magnitude(positions: int) -> str:
+    """Return the number of positions rounded up to a power of two, as a part of a key."""
+    return f"2^{(positions - 1).bit_length()}"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a program takes at most."""
+    """Upper bounds of what a program needs."""
 
     shared: int  # bytes
-    registers: int  # of 32 bits a thread
+    registers: int  # of 32 bits, per thread
     tensor: int = 0  # columns of tensor memory, on chips that have it
 
     def fit(self, chip: Chip) -> bool:
-        """Whether a chip has them."""
+        """Return whether a chip has that much."""
         return (
             self.shared <= chip.shared
             and self.registers <= chip.registers
@@ -66,10 +67,9 @@ class Needs:
 
 
 def product(blocks: Blocks, size: int, results: int = 1) -> Needs:
-    """Bound [rows, depth] @ [depth, columns] of elements of `size` bytes.
+    """Return upper bounds for [rows, depth] @ [depth, columns] with elements of `size` bytes.
 
-    Rows pass through registers on their way, where they are normalised; `results` products share
-    them.
+    The rows pass through registers, where they are normalised. `results` products share them.
     """
     threads = 32 * blocks.warps
     loaded = (blocks.rows + results * blocks.columns) * blocks.depth * size
@@ -82,8 +82,8 @@ def product(blocks: Blocks, size: int, results: int = 1) -> Needs:
     )
 
 
-# Within the bounds, but the compiler keeps registers low for the sake of more programs at once and
-# spills a few bytes for it.
+# Blocks within the bounds that still spill a few bytes: the compiler limits the registers so that
+# more programs run at once.
 SPILLS = {
     "sm_80": {Blocks(128, 128, 32, 8, 2)},
     "sm_90": {Blocks(128, 32, 16, 8, 2)},
@@ -99,8 +99,8 @@ SPILLS = {
 def fitting(
     candidates: Sequence[Blocks], needs: Callable[[Blocks], Needs], chip: Chip
 ) -> list[Blocks]:
-    """Keep what the chip can launch, in order."""
+    """Return the candidates that the chip can launch, in their order."""
     spill = SPILLS.get(chip.target, ())
-    kept = [b for b in candidates if needs(b).fit(chip) and b not in spill]
-    assert kept, f"no blocks fit {chip.target}"
-    return kept
+    fit = [b for b in candidates if needs(b).fit(chip) and b not in spill]
+    assert fit, f"no blocks fit {chip.target}"
+    return fit

@@ -1,8 +1,8 @@
 """The chips that kernels are compiled for: limits of a launch, and rooflines of a named card.
 
-Limits are those of the CUDA programming guide (shared memory that one block may take) and of the
-CDNA 3 instruction set; rates are dense ones of the makers' data sheets, float16 with float32
-accumulation. They are ceilings to hold counts against, nothing that was measured here.
+The limits come from the CUDA programming guide (shared memory per block) and the CDNA 3 instruction
+set manual. The rates are the dense rates of the vendors' data sheets, for float16 with float32
+accumulation. They are theoretical ceilings; none was measured.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from fvae_deploy.errors import EngineError
 
 @dataclass(frozen=True)
 class Chip:
-    """One target of the compiler."""
+    """A target of the compiler."""
 
-    target: str  # as users write it
-    card: str  # whose rates these are
-    shared: int  # bytes of shared memory that one block may take
-    registers: int  # of 32 bits that one thread may take before it spills
-    tensor: int  # columns of tensor memory, 0 where there is none
-    matrix: tuple[str, ...]  # instructions that multiply matrices in float16 or bfloat16
+    target: str  # the name that users write
+    card: str  # the card that has the rates below
+    shared: int  # bytes of shared memory per block
+    registers: int  # of 32 bits per thread, before it spills
+    tensor: int  # columns of tensor memory, 0 if the chip has none
+    matrix: tuple[str, ...]  # matrix instructions for float16 or bfloat16
     half: float  # TFLOP/s, float16
     single: float  # TFLOP/s, float32 without TF32
     bandwidth: float  # GB/s
 
     @property
     def nvidia(self) -> bool:
-        """Whether CUDA's tools read its code."""
+        """Return whether this is an NVIDIA chip."""
         return self.target.startswith("sm_")
 
     def seconds(self, flops: float, moved: float, half: bool) -> float:
-        """Least time for this much arithmetic and memory traffic, one hiding behind the other."""
+        """Return the roofline: the time of the arithmetic or of the memory traffic, the longer."""
         rate = self.half if half else self.single
         return max(flops / (rate * 1e12), moved / (self.bandwidth * 1e9))
 
@@ -52,26 +52,26 @@ CHIPS = {
 
 
 def known(target: str) -> bool:
-    """Whether this chip, or one of its generation, is in the table."""
-    return bool(_alike(target))
+    """Return whether the table has this chip or one of its generation."""
+    return bool(_same_generation(target))
 
 
 def like(target: str) -> Chip:
-    """Find a chip, or the one whose limits hold for all of its generation.
+    """Return a chip, or the one of its generation with the tightest limits.
 
-    Raises EngineError for a generation that is not known.
+    Raises EngineError for an unknown generation.
     """
-    alike = _alike(target)
-    if not alike:
+    chips = _same_generation(target)
+    if not chips:
         raise EngineError(
-            f"expected a chip like {', '.join(CHIPS)} for Triton kernels, found {target}: "
-            "use the reference (FVAE_KERNELS=reference)"
+            f"expected a chip of the generations of {', '.join(CHIPS)} for Triton kernels, "
+            f"found {target}: use the reference (FVAE_KERNELS=reference)"
         )
-    return min(alike, key=lambda chip: chip.shared)
+    return min(chips, key=lambda chip: chip.shared)
 
 
-def _alike(target: str) -> list[Chip]:
-    """Chips of the same name, else of the same generation: sm_87 is like sm_80 and sm_86."""
+def _same_generation(target: str) -> list[Chip]:
+    """Return the chip of this name, or those of its generation: sm_80 and sm_86 for sm_87."""
     if target in CHIPS:
         return [CHIPS[target]]
     return [chip for chip in CHIPS.values() if chip.nvidia and chip.target[:-1] == target[:-1]]

@@ -1,16 +1,16 @@
-"""Layer norm, two linear layers, and the product of one with the GELU of the other (GEGLU).
+"""Layer norm and two linear layers: the product of one with the GELU of the other (GEGLU).
 
     y[p, :] = (n[p, :] @ value + value_bias) * gelu(n[p, :] @ gate + gate_bias)
     n[p, :] = (x[p, :] - mean) / sqrt(variance + eps)        over the channels of position p
 
 Gain and offset of the norm are folded into the linear layers (W * gain, b + W @ offset). Mean and
-variance are joined block by block (Chan, Golub and LeVeque, 1983), in float32, and so are sums.
-What follows, back to the width with a residual, is `causal_conv3d` with a kernel of one.
+variance are merged block by block (Chan, Golub and LeVeque, 1983); they and all sums are float32.
+The linear layer that follows, with the residual, is a `causal_conv3d` with a 1x1x1 kernel.
 
-Layout: x [P, C], value and gate [C, N], y [P, N], dense.
+Layout: x [P, C], value and gate [C, N], y [P, N], contiguous.
 
-Why by hand: the plain graph writes the normalised map, and both wide maps, which are the largest
-of a LeanVAE layer, and reads them again for the product.
+Why by hand: the plain graph writes the normalised map and both wide maps, the largest of a LeanVAE
+layer, and reads them again for the product.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def reference(
     gate_bias: Tensor,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Compute it in torch: y [P, N]; the norm in float32 at least."""
+    """Compute it in torch: y [P, N]. The norm is computed in float32 or better."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     n = F.layer_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)
     return torch.addmm(value_bias, n, value) * F.gelu(torch.addmm(gate_bias, n, gate))
@@ -87,13 +87,13 @@ def kernel(
     tl.store(at, out.to(y.dtype.element_ty), mask=real & (n < N)[None, :])
 
 
-@cache  # it is asked at every launch
+@cache  # called for every launch
 def offered(size: int, chip: Chip) -> list[Blocks]:
-    """Blocks for elements of this many bytes on a chip."""
+    """Return the blocks to choose from, for elements of `size` bytes."""
     half = ((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2), (128, 32, 32, 4, 3))
     single = ((32, 32, 32, 4, 2), (64, 32, 32, 8, 2))
-    cut = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
-    return fitting(cut, lambda blocks: product(blocks, size, results=2), chip)
+    candidates = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
+    return fitting(candidates, lambda blocks: product(blocks, size, results=2), chip)
 
 
 def launch(
@@ -109,18 +109,18 @@ def launch(
     choose: Choose = first,
     run: Any = kernel,
 ) -> Tensor:
-    """Compute it by the kernel, arguments and result as in `reference`.
+    """Compute it with the kernel; arguments and result as in `reference`.
 
-    Raises ValueError for tensors that are not dense.
+    Raises ValueError for tensors that are not contiguous.
     """
     for name, tensor in (("x", x), ("value", value), ("gate", gate)):
         if not tensor.is_contiguous():
-            raise ValueError(f"expected a dense {name}, found strides {tensor.stride()}")
+            raise ValueError(f"expected a contiguous {name}, found strides {tensor.stride()}")
     positions, channels = x.shape
     hidden = value.shape[1]
     y = x.new_empty(positions, hidden)
 
-    def once(blocks: Blocks) -> None:
+    def run_with(blocks: Blocks) -> None:
         run[triton.cdiv(positions, blocks.rows), triton.cdiv(hidden, blocks.columns)](
             x,
             value,
@@ -141,13 +141,13 @@ def launch(
             num_stages=blocks.stages,
         )
 
-    alike = f"gated linear {x.dtype} {channels} to {hidden}, {magnitude(positions)}"
-    choose(alike, offered(x.element_size(), like(target)), once)
+    key = f"gated linear {x.dtype} {channels} to {hidden}, {magnitude(positions)}"
+    choose(key, offered(x.element_size(), like(target)), run_with)
     return y
 
 
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
-    """Yield launches that LeanVAE and the U-Net make."""
+    """Yield launches of LeanVAE and the U-Net."""
     for name, positions, channels, hidden, kind in (
         ("LeanVAE 512", 4096, 512, 352, torch.float16),
         ("LeanVAE 512", 4096, 512, 352, torch.bfloat16),
@@ -160,6 +160,6 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
         )
         one, eager = (partial(f, x, value, gate, bias, bias) for f in (launch, reference))
         map_, work = positions * hidden * x.element_size(), 4 * positions * channels * hidden
-        # The norm written and read twice, both maps written, GELU, product.
+        # Writing and reading the norm twice, writing both maps, GELU, product.
         plain = 4 * traffic(x) + traffic(value, gate) + (2 + 2 + 3) * map_
         yield Spec(f"{name} {str(kind).removeprefix('torch.')}", one, eager, work, plain), kernel

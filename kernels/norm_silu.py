@@ -2,18 +2,18 @@
 
     RMS norm      inverse[t, h, w] = sqrt(C) / max(|x[t, h, w, :]|, 1e-12)
                   y = silu(x * inverse * scale)
-    group norm    of every frame and channel: count, mean, sum of squared deviations, in chunks
-                  of positions; `merged` joins them, and those of tiles, to scale and shift
-                  y = silu(x * scale[t, c] + shift[t, c])
+    group norm    y = silu(x * scale[t, c] + shift[t, c])
+                  `channels` computes count, mean and sum of squared deviations of every frame and
+                  channel, in chunks of positions; `merged` turns them into scale and shift
 
-Statistics and application are apart: statistics of tiles can be merged (Chan, Golub and LeVeque,
-1983), so that a tiled group norm is exact, and `causal_conv3d` applies either as it reads.
-`apply` is for what is no input of a convolution, and for slabs that are faster activated before.
+Statistics and application are separate. Statistics of tiles can be merged (Chan, Golub and LeVeque,
+1983), so that a tiled group norm is exact. `causal_conv3d` applies either norm as it reads its
+input. `apply` does so for other consumers, and for slabs that are faster activated before.
 
-Layout: x, y [T, H, W, C] channels last and dense; statistics float32 and merged in float64.
+Layout: x, y [T, H, W, C], channels last and contiguous. Statistics are float32, merged in float64.
 
-Why by hand: the plain graph reads a map three times and writes it twice for norm and SiLU;
-here it is read once for statistics, and the rest is part of the convolution, or one pass more.
+Why by hand: for norm and SiLU, the plain graph reads a map three times and writes it twice. Here
+it is read once for the statistics; the rest is part of the convolution, or one more pass.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ NONE, RMS, AFFINE, RMS_ALONE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Activation:
-    """What a slab passes before the convolution.
+    """The norm and SiLU of a slab before a convolution.
 
-    Either `inverse` [T, H, W] and `scale` [C], or `scale` and `shift` [T, C]; float32. SiLU
-    ends it, but for an RMS norm without.
+    Either `inverse` [T, H, W] and `scale` [C], or `scale` and `shift` [T, C]; float32. An RMS
+    norm can leave out SiLU.
     """
 
     scale: Tensor
@@ -51,7 +51,7 @@ class Activation:
 
     @property
     def kind(self) -> int:
-        """RMS, AFFINE or RMS_ALONE."""
+        """Return RMS, AFFINE or RMS_ALONE."""
         if self.inverse is None:
             return AFFINE
         return RMS if self.silu else RMS_ALONE
@@ -67,14 +67,14 @@ class Activation:
 
 
 def rms_reference(x: Tensor) -> Tensor:
-    """1 / RMS of every position of x [T, H, W, C]: [T, H, W]."""
+    """Return 1 / RMS of every position of x [T, H, W, C]: [T, H, W]."""
     wide = x.float() if x.dtype != torch.float64 else x
     inverse: Tensor = x.shape[-1] ** 0.5 / wide.norm(dim=-1).clamp_min(TINY)
     return inverse
 
 
 def channels_reference(x: Tensor) -> Tensor:
-    """Statistics of x [T, H, W, C]: [T, C, 1, 3], count, mean and sum of squared deviations."""
+    """Return count, mean and sum of squared deviations of x [T, H, W, C]: [T, C, 1, 3]."""
     wide = x.float() if x.dtype != torch.float64 else x
     values = wide.flatten(1, 2).transpose(1, 2)  # [T, C, H * W]
     mean = values.mean(2)
@@ -84,12 +84,12 @@ def channels_reference(x: Tensor) -> Tensor:
 
 
 def apply_reference(x: Tensor, activation: Activation) -> Tensor:
-    """`activation(x)` in x's type."""
+    """Return `activation(x)` in x's type."""
     return activation(x).to(x.dtype)
 
 
 def merged(statistics: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Activation:
-    """Join statistics [T, C, chunks, 3], of tiles too, by groups; gives scale and shift [T, C]."""
+    """Merge statistics [T, C, chunks, 3], also of tiles, into scale and shift [T, C] by groups."""
     parts = statistics.double().unflatten(1, (groups, -1)).flatten(2, 3)
     count, mean, deviation = parts.unbind(-1)  # [T, groups, channels * chunks]
     total = count.sum(2)
@@ -104,7 +104,7 @@ def merged(statistics: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
 
 @jit
 def rms_kernel(x, y, positions, C: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr):
-    """1 / RMS of BP positions."""
+    """Compute 1 / RMS of BP positions."""
     p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     c = tl.arange(0, WIDE)
     live = (p < positions)[:, None] & (c < C)[None, :]
@@ -118,7 +118,7 @@ def rms_kernel(x, y, positions, C: tl.constexpr, WIDE: tl.constexpr, BP: tl.cons
 def channels_kernel(
     x, statistics, positions, chunks, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
 ):
-    """Count, mean, squared deviations of BP positions; grid (chunks, blocks of channels, T)."""
+    """Compute statistics of BP positions and BC channels; grid (chunks, channels, T)."""
     chunk, t = tl.program_id(0), tl.program_id(2)
     p, c = chunk * BP + tl.arange(0, BP), tl.program_id(1) * BC + tl.arange(0, BC)
     live = (p < positions)[:, None] & (c < C)[None, :]
@@ -146,7 +146,7 @@ def apply_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Norm and SiLU of BP positions and BC channels; grid (positions, channels, T)."""
+    """Normalise and activate BP positions and BC channels; grid (positions, channels, T)."""
     t = tl.program_id(2)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -163,7 +163,7 @@ def apply_kernel(
 
 
 def check_layout(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for a tensor of another shape, or whose channels do not come last."""
+    """Raise ValueError if a tensor has another shape, or if its channels are not contiguous."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
@@ -172,42 +172,42 @@ def check_layout(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"expected {name} with channels last, found strides {tensor.stride()}")
 
 
-def _dense(x: Tensor) -> None:
+def _check_contiguous(x: Tensor) -> None:
     if not x.is_contiguous():
-        raise ValueError(f"expected a dense [T, H, W, C], found strides {x.stride()}")
+        raise ValueError(f"expected a contiguous [T, H, W, C], found strides {x.stride()}")
 
 
 def rms(x: Tensor, *, choose: Choose = first, run: Any = rms_kernel) -> Tensor:
-    """`rms_reference` by the kernel."""
-    _dense(x)
+    """Compute `rms_reference` with the kernel."""
+    _check_contiguous(x)
     positions, channels = x.numel() // x.shape[-1], x.shape[-1]
     wide = triton.next_power_of_2(channels)
     y = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 
-    def once(blocks: Blocks) -> None:
+    def run_with(blocks: Blocks) -> None:
         grid = (triton.cdiv(positions, blocks.rows),)
         run[grid](x, y, positions, C=channels, WIDE=wide, BP=blocks.rows, num_warps=blocks.warps)
 
     offered = [Blocks(max(1, values // wide), wide) for values in (4096, 2048, 8192)]
-    choose(f"rms {x.dtype} {channels}, {magnitude(positions)}", offered, once)
+    choose(f"rms {x.dtype} {channels}, {magnitude(positions)}", offered, run_with)
     return y
 
 
 def channels(x: Tensor, *, run: Any = channels_kernel) -> Tensor:
-    """`channels_reference` by the kernel, in chunks: [T, C, chunks, 3]."""
-    _dense(x)
+    """Compute `channels_reference` with the kernel, in chunks of positions: [T, C, chunks, 3]."""
+    _check_contiguous(x)
     frames, positions, width = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
     chunks = triton.cdiv(positions, 128)
-    found = torch.empty(frames, width, chunks, 3, dtype=torch.float32, device=x.device)
+    statistics = torch.empty(frames, width, chunks, 3, dtype=torch.float32, device=x.device)
     run[chunks, triton.cdiv(width, 64), frames](
-        x, found, positions, chunks, C=width, BP=128, BC=64, num_warps=4
+        x, statistics, positions, chunks, C=width, BP=128, BC=64, num_warps=4
     )
-    return found
+    return statistics
 
 
 def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tensor:
-    """`apply_reference` by the kernel."""
-    _dense(x)
+    """Compute `apply_reference` with the kernel."""
+    _check_contiguous(x)
     frames, positions, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
     inverse, shift = activation.inverse, activation.shift
     y = torch.empty_like(x)
@@ -230,14 +230,14 @@ def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tens
 def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """silu(group norm) of every frame of x [T, H, W, C], as torch computes it: a yardstick."""
+    """Return silu(group norm) of every frame of x [T, H, W, C] by torch, for comparison."""
     return F.silu(F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps)).movedim(1, -1)
 
 
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
-    """Yield launches that Wan and SD make."""
+    """Yield launches of Wan and SD."""
 
-    def made(name: str, x: Tensor, one: Any, eager: Any, passes: int, work: int) -> Spec:
+    def spec(name: str, x: Tensor, one: Any, eager: Any, passes: int, work: int) -> Spec:
         title = f"{name} {str(x.dtype).removeprefix('torch.')}"
         flops, plain = float(work * x.numel()), float(passes * traffic(x))
         return Spec(title, one, eager, flops, plain, dot=False)
@@ -245,15 +245,15 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
     for kind in (torch.float16, torch.bfloat16):
         x = torch.randn(4, 256, 256, 96, dtype=kind, device=device)
         gain, root = (torch.randn(shape, device=device) for shape in ((96,), x.shape[:-1]))
-        lit = Activation(gain, inverse=root)
-        # A norm as a graph: squares written and read for their sum.
+        norm = Activation(gain, inverse=root)
+        # The plain graph writes the squares and reads them for their sum.
         one = partial(lambda x, target, **how: rms(x, **how), x)
-        yield made("rms Wan 96", x, one, partial(rms_reference, x), 3, 2), rms_kernel
-        # Normalised and scaled, then SiLU, a map written and read in between.
-        one = partial(lambda x, lit, run, **_: apply(x, lit, run=run), x, lit)
-        yield made("apply Wan 96", x, one, partial(apply_reference, x, lit), 4, 6), apply_kernel
+        yield spec("rms Wan 96", x, one, partial(rms_reference, x), 3, 2), rms_kernel
+        # The plain graph writes the normalised map and reads it for SiLU.
+        one = partial(lambda x, norm, run, **_: apply(x, norm, run=run), x, norm)
+        yield spec("apply Wan 96", x, one, partial(apply_reference, x, norm), 4, 6), apply_kernel
     x = torch.randn(1, 512, 512, 128, dtype=torch.float16, device=device)
-    # Mean, and centred squares written and read for theirs.
+    # The plain graph reads the map for the mean, and writes and reads the centred squares.
     one = partial(lambda x, run, **_: channels(x, run=run), x)
     eager = partial(channels_reference, x)
-    yield made("channels SD 128", x, one, eager, 4, 4), channels_kernel
+    yield spec("channels SD 128", x, one, eager, 4, 4), channels_kernel

@@ -1,7 +1,7 @@
-"""Triton where it is installed; else what lets the kernels' files be read without it.
+"""Triton if it is installed, and otherwise stand-ins with which the kernels' files import.
 
-The references in those files serve every engine and must not need Triton. Without it a kernel is
-a plain function that nobody calls: `dispatch` refuses before, with the remedy.
+All engines use the references in those files, which do not need Triton. Without Triton, a kernel is
+a plain function that is never called: `dispatch` raises an error with the remedy before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ except ModuleNotFoundError:
     triton = tl = None
     jit = staticmethod
 
-# What computing raises: Triton's own errors are no RuntimeErrors, launchers refuse shapes.
+# Errors of a computation: ValueErrors come from launchers, and Triton has errors of its own.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError)
 FAILURES += () if triton is None else (triton.TritonError,)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def upcast(kind: torch.dtype) -> bool:
-    """Whether products are taken in float32: the interpreter's of bfloat16 are wrong."""
+    """Return whether to multiply in float32: the interpreter multiplies bfloat16 wrongly."""
     return INTERPRETED and kind == torch.bfloat16
 
 

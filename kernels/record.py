@@ -1,7 +1,7 @@
-"""Launches of a kernel, specified without data and recorded instead of run.
+"""Record the launches of a kernel instead of running them.
 
-A specification is a launch on tensors without data: shapes, strides and types are real, and what
-the launcher would hand to the GPU is recorded.
+A specification is a launch on tensors without data, but with real shapes, strides and types. What
+the launcher would pass to the GPU is recorded.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import torch
 from fvae_deploy.kernels.blocks import Blocks, Choose, Launch
 
 OPTIONS = ("num_warps", "num_stages")
-Launcher = Callable[..., Any]  # takes run=, target= and choose=, launches once
+Launcher = Callable[..., Any]  # launches once; takes the arguments run, target and choose
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A launch that some network really makes."""
+    """A launch as one of the networks makes it."""
 
     name: str
     launch: Launcher
-    eager: Callable[[], Any]  # the same on the same tensors by torch's own operations
+    eager: Callable[[], Any]  # the same computation by torch's own operations
     flops: float
-    plain: float  # bytes that the plain graph moves for it, each of its operations by itself
-    dot: bool = True  # multiplies matrices
+    plain: float  # bytes that the plain graph moves for it, without fused operations
+    dot: bool = True  # whether it multiplies matrices
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a launcher handed over at once: arguments by name, and options."""
+    """One recorded launch: its arguments by name, and Triton's options."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -40,13 +40,13 @@ class Recorded:
 
     @property
     def moved(self) -> int:
-        """Bytes of all tensors, each read or written once."""
+        """Return the bytes of all tensors, each read or written once."""
         tensors = {id(a): a for a in self.arguments.values() if torch.is_tensor(a)}
         return traffic(*tensors.values())
 
     @property
     def half(self) -> bool:
-        """Whether it computes on float16 or bfloat16."""
+        """Return whether it computes with float16 or bfloat16."""
         return any(
             a.dtype in (torch.float16, torch.bfloat16)
             for a in self.arguments.values()
@@ -55,69 +55,69 @@ class Recorded:
 
 
 def traffic(*tensors: torch.Tensor | None) -> int:
-    """Bytes of tensors."""
+    """Return the bytes of all tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def as_torch_reads(weight: torch.Tensor) -> torch.Tensor:
-    """Lay weights [..., C, C'] out as torch's convolution with channels last reads them fastest."""
+    """Return weights [..., C, C'] in the memory format that torch's convolution reads fastest."""
     spatial = range(weight.ndim - 2)
     last = torch.channels_last_3d if weight.ndim == 5 else torch.channels_last
-    turned = weight.permute(-1, -2, *spatial).contiguous(memory_format=last)
-    return turned.permute(*(i + 2 for i in spatial), 1, 0)
+    permuted = weight.permute(-1, -2, *spatial).contiguous(memory_format=last)
+    return permuted.permute(*(i + 2 for i in spatial), 1, 0)
 
 
-def beside(run: Any, kernel: Any) -> Any:
-    """Give what launches a further kernel where `run` launches the main one."""
-    return run.beside(kernel) if isinstance(run, Recorder) else kernel
+def launcher_of(kernel: Any, run: Any) -> Any:
+    """Return what launches a second kernel: the kernel, or a recorder if `run` is one."""
+    return run.for_kernel(kernel) if isinstance(run, Recorder) else kernel
 
 
 class Recorder:
-    """Stands for a kernel and keeps the launches made of it."""
+    """Takes the place of a kernel and records its launches."""
 
-    def __init__(self, kernel: Any, found: list[Recorded] | None = None) -> None:
+    def __init__(self, kernel: Any, launches: list[Recorded] | None = None) -> None:
         self.kernel = getattr(kernel, "fn", kernel)
-        self.found: list[Recorded] = [] if found is None else found
+        self.launches: list[Recorded] = [] if launches is None else launches
 
-    def beside(self, kernel: Any) -> Recorder:
-        """Stand for another kernel of the same launch."""
-        return Recorder(kernel, self.found)
+    def for_kernel(self, kernel: Any) -> Recorder:
+        """Return a recorder of another kernel, which adds to the same list."""
+        return Recorder(kernel, self.launches)
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        """Take the grid, which does not matter."""
+        """Return a function that records a launch; the grid is ignored."""
 
-        def keep(*args: Any, **kwargs: Any) -> None:
+        def add(*args: Any, **kwargs: Any) -> None:
             options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             names = self.kernel.__code__.co_varnames
-            given = dict(zip(names, args, strict=False)) | kwargs
-            self.found.append(Recorded(self.kernel, given, options))
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            self.launches.append(Recorded(self.kernel, arguments, options))
 
-        return keep
+        return add
 
 
 def record(spec: Spec, kernel: Any, target: str, number: int = 0) -> list[Recorded]:
-    """Make the launches of a specification as for a chip, with its nth blocks, and keep them."""
+    """Record the launches of a specification for a chip, with blocks number `number`."""
     recorder = Recorder(kernel)
     spec.launch(run=recorder, target=target, choose=nth(number))
-    return recorder.found
+    return recorder.launches
 
 
 def nth(number: int) -> Choose:
-    """Choose the nth of what is offered."""
+    """Return a `Choose` that launches with blocks number `number`."""
 
-    def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+    def choose(key: str, offered: Sequence[Blocks], launch: Launch) -> None:
         launch(offered[number])
 
     return choose
 
 
 def choices(spec: Spec, kernel: Any, target: str) -> Sequence[Blocks | None]:
-    """Blocks that a launch is offered on a chip; None alone where there is no choice."""
-    seen: list[Sequence[Blocks | None]] = [[None]]
+    """Return the blocks that a launch is offered on a chip; [None] if there is no choice."""
+    offers: list[Sequence[Blocks | None]] = [[None]]
 
-    def choose(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
-        seen.append(offered)
+    def choose(key: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        offers.append(offered)
         launch(offered[0])
 
     spec.launch(run=Recorder(kernel), target=target, choose=choose)
-    return seen[-1]
+    return offers[-1]

@@ -1,4 +1,4 @@
-"""Kernels timed on the GPU that is here: all blocks they are offered, and torch beside them."""
+"""Time kernels on this machine's GPU with all their blocks, and torch's operations to compare."""
 
 from __future__ import annotations
 
@@ -17,60 +17,59 @@ from fvae_deploy.kernels.record import Spec, choices, nth, record
 
 @dataclass(frozen=True)
 class Median:
-    """Median seconds of a launch, or what kept it from being timed."""
+    """Median seconds of a launch, or why it could not be timed."""
 
     seconds: float | None
     failure: str = ""
-    blocks: Blocks | None = None  # None where there is no choice, and for torch
+    blocks: Blocks | None = None  # None for torch, and for kernels without a choice of blocks
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One launch of a network: with each of its blocks, the default first, and by torch."""
+    """Times of a launch with each of its blocks, the default first, and of torch."""
 
     kernel: str
     spec: str
     tried: tuple[Median, ...]
-    torch: Median  # the same on the same tensors by torch's own operations
+    torch: Median  # the same computation by torch's own operations on the same tensors
     flops: float  # counted
     moved: int  # bytes, counted
-    roofline: float | None  # seconds on the card that `chips` names for this target
+    roofline: float | None  # seconds on the card of this target in `chips`
 
     @property
     def best(self) -> Median | None:
-        """The fastest; None where nothing ran."""
-        ran = [m for m in self.tried if m.seconds is not None]
-        return min(ran, key=lambda m: m.seconds or 0.0, default=None)
+        """Return the fastest; None if none could be timed."""
+        measured = [m for m in self.tried if m.seconds is not None]
+        return min(measured, key=lambda m: m.seconds or 0.0, default=None)
 
     @property
     def failures(self) -> list[str]:
-        """What went wrong, by blocks."""
+        """Return the failures with their blocks."""
         return [f"{m.blocks}: {m.failure}" for m in self.tried if m.failure]
 
 
 def timed(kernels: Sequence[str] = ()) -> Iterator[Timed]:
-    """Time every specification of these kernels, or of all.
+    """Time every specification of these kernels, or of all kernels.
 
-    What fails is reported in its row, and the others go on. Raises EngineError without a GPU, and
-    where a failure leaves none that computes.
+    A failure is reported in its row and does not stop the others. Raises EngineError without a GPU,
+    and if the GPU cannot compute any more after a failure.
     """
     require_gpu()
     target = Kernels("cuda", "triton").target
     chip = CHIPS.get(target)
     for name, module in named(kernels).items():
         for spec, kernel in module.specs(device="cuda"):
-            launched = record(spec, kernel, target)
-            moved = sum(launch.moved for launch in launched)
-            found = Timed(
+            launches = record(spec, kernel, target)
+            moved = sum(launch.moved for launch in launches)
+            yield Timed(
                 kernel=name,
                 spec=spec.name,
                 tried=tuple(_each(spec, kernel, target)),
                 torch=median(spec.eager),
                 flops=spec.flops,
                 moved=moved,
-                roofline=chip.seconds(spec.flops, moved, launched[0].half) if chip else None,
+                roofline=chip.seconds(spec.flops, moved, launches[0].half) if chip else None,
             )
-            yield found
             require_context(f"{name} ({spec.name})")
 
 
@@ -81,35 +80,35 @@ def _each(spec: Spec, kernel: Any, target: str) -> Iterator[Median]:
 
 
 def median(work: Callable[[], Any], blocks: Blocks | None = None) -> Median:
-    """Time it by the GPU's own clock, its cache emptied before each of many runs."""
+    """Time many runs with the GPU's own clock; the GPU's cache is emptied before each."""
     from triton.testing import do_bench
 
     try:
         return Median(do_bench(work, return_mode="median") / 1e3, blocks=blocks)
-    except Exception as error:  # whatever a GPU nobody has seen does: it belongs in the report
-        return Median(None, said(error), blocks)
+    except Exception as error:  # an unknown GPU can fail in any way: report it
+        return Median(None, describe(error), blocks)
 
 
-def said(error: Exception) -> str:
-    """Class and first words of an error."""
+def describe(error: Exception) -> str:
+    """Return class and message of an error in one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def require_gpu() -> None:
-    """Raise EngineError where torch finds no GPU."""
+    """Raise EngineError if torch finds no GPU."""
     if not torch.cuda.is_available():
         raise EngineError(
-            f"expected a GPU, found torch {torch.__version__} without one: run it on a machine "
-            "with a GPU; `fvae kernels check` needs none"
+            f"expected a GPU, found torch {torch.__version__} without one: run this on a machine "
+            "with a GPU, or run fvae kernels check, which needs none"
         )
 
 
 def require_context(after: str) -> None:
-    """Raise EngineError where the GPU computes nothing more for this process."""
+    """Raise EngineError if the GPU cannot compute any more in this process."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
         raise EngineError(
-            f"expected the GPU to go on after {after}, found {said(error)}: what follows was not "
-            "tried, name other kernels with --kernel"
+            f"expected the GPU to keep working after {after}, found {describe(error)}: the "
+            "remaining kernels were not run, select them with --kernel"
         ) from None

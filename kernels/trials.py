@@ -1,7 +1,7 @@
-"""Kernels against their references: odd sizes, tiles, first and later steps, strided views.
+"""Comparisons of kernels with their references: odd sizes, tiles, first and later steps, views.
 
-Tensors lie inside larger ones full of NaN, so that a read or write outside shows. The same trials
-run on a GPU (`fvae kernels test`) and in Triton's interpreter (the tests).
+Each tensor is a view into a larger one filled with NaN, so that a read or write outside is
+detected. The same trials run on a GPU (`fvae kernels test`) and in Triton's interpreter (tests).
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from fvae_deploy.kernels.blocks import Blocks, Launch
 from fvae_deploy.kernels.causal_conv3d import SAME, Box, Window
 from fvae_deploy.kernels.dispatch import named
 from fvae_deploy.kernels.norm_silu import Activation
-from fvae_deploy.kernels.timing import require_context, said
+from fvae_deploy.kernels.timing import describe, require_context
 
-# Of `error`; the reference computes in float64 on the same rounded inputs.
+Pair = tuple[Tensor, Tensor]  # result of the kernel, expected result
+
+# Limits of `error`. The references compute in float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One comparison: `run` gives pairs of found and wanted."""
+    """One comparison: `run` yields results of the kernel, each with the expected result."""
 
     name: str
-    run: Callable[[Source], Iterator[tuple[Tensor, Tensor]]]
+    run: Callable[[Source], Iterator[Pair]]
 
 
 class Source:
-    """Random tensors of one type on one device, each amid NaN; launches take `how`.
+    """Random tensors of one type on one device, each surrounded by NaN.
 
-    They are made as for the chip `target`, with the nth of the blocks that they are offered, or
-    with the last; `most` says how many that were.
+    Launches get `how` as further arguments. With these they run as on the chip `target`, with
+    blocks number `number` of those offered, or the last if there are fewer. `most` is the largest
+    number of blocks that a launch was offered.
     """
 
     def __init__(
@@ -54,16 +57,16 @@ class Source:
         self.number, self.most = number, 1
         self.how: dict[str, Any] = {"target": target, "choose": self._choose_blocks}
         self.random = torch.Generator().manual_seed(0)
-        self.guards: list[tuple[Tensor, Tensor]] = []  # buffers, and the part that is in use
+        self.guards: list[tuple[Tensor, Tensor]] = []  # buffers, and masks of the parts in use
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Values of this deviation, in a view with NaN around every axis but the last."""
+        """Return normal values of standard deviation `scale`, in a view surrounded by NaN."""
         view = self.blank(*shape, dtype=dtype)
         view.copy_(torch.randn(shape, generator=self.random) * scale)
         return view
 
     def blank(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Make a view full of NaN amid NaN."""
+        """Return a view filled with NaN and surrounded by NaN."""
         padded = [n + 2 for n in shape[:-1]] + [shape[-1] + 16]
         buffer = torch.full(padded, torch.nan, dtype=dtype or self.dtype, device=self.device)
         used = torch.zeros(padded, dtype=torch.bool, device=self.device)
@@ -72,33 +75,36 @@ class Source:
         self.guards.append((buffer, used))
         return buffer[inner]
 
-    def _choose_blocks(self, alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+    def _choose_blocks(self, key: str, offered: Sequence[Blocks], launch: Launch) -> None:
         self.most = max(self.most, len(offered))
         launch(offered[min(self.number, len(offered) - 1)])
 
     def untouched(self) -> bool:
-        """Whether everything around the views is still NaN."""
+        """Return whether everything around the views is still NaN."""
         return all(bool(buffer[~used].isnan().all()) for buffer, used in self.guards)
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over value and deviation of what is wanted; NaN where anything is."""
-    found, wanted = found.double(), wanted.double()
-    return float(((found - wanted).abs() / (wanted.abs() + wanted.std())).max())
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the largest relative error; NaN if any value is NaN.
+
+    An error is relative to the expected value plus the standard deviation of all.
+    """
+    result, expected = result.double(), expected.double()
+    return float(((result - expected).abs() / (expected.abs() + expected.std())).max())
 
 
 def worst(
     trial: Trial, device: str, dtype: torch.dtype, target: str = "sm_80", every: bool = False
 ) -> float:
-    """Run a trial, with `every` once for all blocks: its largest error.
+    """Run a trial and return its largest error; with `every`, run it with all offered blocks.
 
-    It is infinite where something outside was read or written.
+    The error is infinite if the kernel read or wrote outside its tensors.
     """
     errors: list[float] = []
     number, most = 0, 1
     while number < most:
         source = Source(device, dtype, target, number)
-        errors += [error(found, wanted) for found, wanted in trial.run(source)]
+        errors += [error(result, expected) for result, expected in trial.run(source)]
         if not source.untouched() or any(e != e for e in errors):
             return math.inf
         number, most = number + 1, source.most if every else 1
@@ -106,8 +112,8 @@ def worst(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a trial of a kernel gave in one type: its largest error, or what went wrong."""
+class TrialResult:
+    """The result of a trial in one type: its largest error, or why it failed."""
 
     kernel: str
     trial: str
@@ -118,33 +124,35 @@ class Found:
 
     @property
     def passed(self) -> bool:
-        """Whether the kernel equals its reference."""
+        """Return whether the kernel equals its reference within the limit."""
         return self.error is not None and self.error <= self.limit
 
 
-def tried(kernels: Sequence[str], device: str, target: str, every: bool = False) -> Iterator[Found]:
-    """Run the trials of these kernels, or of all, in every type.
+def run_trials(
+    kernels: Sequence[str], device: str, target: str, every: bool = False
+) -> Iterator[TrialResult]:
+    """Run the trials of these kernels, or of all kernels, in every type.
 
-    What fails is reported, and the others go on. Raises EngineError where a failure leaves a GPU
-    that computes nothing more.
+    A failed trial is reported and does not stop the others. Raises EngineError if the GPU cannot
+    compute any more after a failure.
     """
     for kernel in named(kernels):
         for trial in TRIALS[kernel]:
             for dtype, limit in TOLERANCE.items():
-                found, failure = None, ""
+                largest, failure = None, ""
                 try:
-                    found = worst(trial, device, dtype, target, every)
-                except Exception as error:  # whatever a GPU nobody has seen does
-                    failure = said(error)
-                if found == math.inf:
-                    found, failure = None, "NaN, or written or read outside of its tensors"
+                    largest = worst(trial, device, dtype, target, every)
+                except Exception as error:  # an unknown GPU can fail in any way: report it
+                    failure = describe(error)
+                if largest == math.inf:
+                    largest, failure = None, "NaN, or a read or write outside its tensors"
                 kind = str(dtype).removeprefix("torch.")
-                yield Found(kernel, trial.name, kind, found, limit, failure)
+                yield TrialResult(kernel, trial.name, kind, largest, limit, failure)
                 if failure and device != "cpu":
                     require_context(f"{trial.name} in {kind}")
 
 
-def _wide(value: Tensor | None) -> Tensor | None:
+def _double(value: Tensor | None) -> Any:
     return None if value is None else value.double()
 
 
@@ -158,11 +166,11 @@ def _convolution(
     box: Box | None = None,
     clamp: tuple[float, float] | None = None,
     channels: tuple[int, int] = (20, 24),
-) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
+) -> Callable[[Source], Iterator[Pair]]:
+    """Return a trial of one convolution; `later` gives it a state."""
     height, width = 10, 12
 
-    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-        wide = torch.float32
+    def run(source: Source) -> Iterator[Pair]:
         kept = taps[0] - window.stride[0]
         tall, across = window.plane(height, width, taps[1:])
         steps = (frames + kept - taps[0]) // window.stride[0] + 1
@@ -171,81 +179,72 @@ def _convolution(
         weight = source.normal(*taps, *channels, scale=depth).contiguous()
         bias = source.normal(channels[1])
         state = source.normal(kept, height, width, channels[0]) if later else None
-        extra = source.normal(steps, tall, across, channels[1]) if residual else None
-        lit = None
-        if kind == "rms":
-            gain = source.normal(channels[0], dtype=wide)
-            root = source.normal(frames, height, width, dtype=wide).contiguous()
-            lit = Activation(gain, inverse=root)
-        elif kind == "affine":
-            gain, shift = (source.normal(frames, channels[0], dtype=wide) for _ in range(2))
-            lit = Activation(gain.contiguous(), shift=shift.contiguous())
+        added = source.normal(steps, tall, across, channels[1]) if residual else None
+        norm = _random_activation(source, kind, (frames, height, width, channels[0]))
         place = box or (0, tall, 0, across)
         out = source.blank(steps, place[1] - place[0], place[3] - place[2], channels[1])
+        options: dict[str, Any] = {"window": window, "activation": norm, "clamp": clamp, "box": box}
         y, after = causal_conv3d.launch(
-            x,
-            weight,
-            bias,
-            state=state,
-            window=window,
-            activation=lit,
-            residual=extra,
-            clamp=clamp,
-            box=box,
-            out=out,
-            **source.how,
+            x, weight, bias, state=state, residual=added, out=out, **options, **source.how
         )
-        wanted, remembered = causal_conv3d.reference(
-            x.double(),
-            weight.double(),
-            bias.double(),
-            state=_wide(state),
-            window=window,
-            activation=lit,
-            residual=_wide(extra),
-            clamp=clamp,
-            box=box,
+        exact = [_double(tensor) for tensor in (x, weight, bias)]
+        expected, next_state = causal_conv3d.reference(
+            *exact, state=_double(state), residual=_double(added), **options
         )
-        yield y, wanted
+        yield y, expected
         if kept:
             part = (slice(None), slice(*place[:2]), slice(*place[2:]))
-            yield after[part], remembered[part]
+            yield after[part], next_state[part]
 
     return run
 
 
-def _activated(kind: str) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
-    """Activated before the convolution or as it is read: the same to the last bit."""
+def _random_activation(
+    source: Source, kind: str, shape: tuple[int, int, int, int]
+) -> Activation | None:
+    """Return a random activation of a slab of this shape: "rms", "affine", or none for ""."""
+    single = torch.float32
+    if kind == "rms":
+        gain = source.normal(shape[3], dtype=single)
+        return Activation(gain, inverse=source.normal(*shape[:3], dtype=single).contiguous())
+    if kind == "affine":
+        gain, shift = (source.normal(shape[0], shape[3], dtype=single) for _ in range(2))
+        return Activation(gain.contiguous(), shift=shift.contiguous())
+    return None
 
-    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+
+def _activated(kind: str) -> Callable[[Source], Iterator[Pair]]:
+    """Return a trial that activation before the convolution equals activation on reading."""
+
+    def run(source: Source) -> Iterator[Pair]:
         x = source.normal(2, 7, 9, 24).contiguous()
         state = source.normal(2, 7, 9, 24)
         weight = source.normal(3, 3, 3, 24, 16, scale=0.05).contiguous()
         gain, shift = (source.normal(2, 24, dtype=torch.float32).contiguous() for _ in range(2))
-        lit = (
+        norm = (
             Activation(gain[0], inverse=norm_silu.rms(x))
             if kind == "rms"
             else Activation(gain, shift=shift)
         )
-        found: list[tuple[Tensor, Tensor]] = []
+        results: list[Pair] = []
 
-        def both(alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        def both(key: str, offered: Sequence[Blocks], launch: Launch) -> None:
             for blocks in (offered[0], replace(offered[0], fused=True)):
                 launch(blocks)
-                found.append((y.clone(), after.clone()))
+                results.append((y.clone(), after.clone()))
 
         y, after = torch.empty(2, 7, 9, 16).to(x), torch.empty(2, 7, 9, 24).to(x)
         how = source.how | {"choose": both}
         causal_conv3d.launch(
-            x, weight, state=state, window=SAME, activation=lit, out=y, after=after, **how
+            x, weight, state=state, window=SAME, activation=norm, out=y, after=after, **how
         )
-        yield from zip(*found, strict=True)
+        yield from zip(*results, strict=True)
 
     return run
 
 
-def _tiles(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tiles of a convolution with state, put together, are the whole, and so is the state."""
+def _tiles(source: Source) -> Iterator[Pair]:
+    """Compare tiles of a convolution, put together, with the whole image; also their states."""
     x = source.normal(2, 11, 13, 16)
     state = source.normal(2, 11, 13, 16)
     weight = source.normal(3, 3, 3, 16, 16, scale=0.05).contiguous()
@@ -262,15 +261,15 @@ def _tiles(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
                 after=after,
                 **source.how,
             )
-    whole, remembered = causal_conv3d.launch(x, weight, state=state, window=SAME, **source.how)
+    whole, next_state = causal_conv3d.launch(x, weight, state=state, window=SAME, **source.how)
     yield out, whole
-    yield after, remembered
+    yield after, next_state
 
 
 def _depthwise(
     frames: int, later: bool, box: Box | None = None
-) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
-    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Callable[[Source], Iterator[Pair]]:
+    def run(source: Source) -> Iterator[Pair]:
         x = source.normal(frames, 7, 9, 72)
         state = source.normal(2, 7, 9, 72) if later else None
         weight = source.normal(27, 72, scale=0.2).contiguous()
@@ -280,20 +279,20 @@ def _depthwise(
         y, after = depthwise_conv3d.launch(
             x, weight, bias, state=state, box=box, out=out, **source.how
         )
-        wanted, remembered = depthwise_conv3d.reference(
-            x.double(), weight.double(), bias.double(), state=_wide(state), box=box
+        expected, next_state = depthwise_conv3d.reference(
+            x.double(), weight.double(), bias.double(), state=_double(state), box=box
         )
-        yield y, wanted
+        yield y, expected
         part = (slice(None), slice(*place[:2]), slice(*place[2:]))
-        yield after[part], remembered[part]
+        yield after[part], next_state[part]
 
     return run
 
 
 def _attention(
     batch: int, tokens: int, keys: int, heads: int, width: int
-) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
-    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Callable[[Source], Iterator[Pair]]:
+    def run(source: Source) -> Iterator[Pair]:
         shared = batch if keys == tokens else 1
         q = source.normal(batch, tokens, heads, width)
         k, v = (source.normal(shared, keys, heads, width) for _ in range(2))
@@ -306,43 +305,43 @@ def _attention(
     return run
 
 
-def _doubling(box: Box | None) -> Callable[[Source], Iterator[tuple[Tensor, Tensor]]]:
-    def run(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _doubling(box: Box | None) -> Callable[[Source], Iterator[Pair]]:
+    def run(source: Source) -> Iterator[Pair]:
         x = source.normal(2, 5, 7, 24)
         weight, bias = source.normal(3, 3, 24, 20, scale=0.07), source.normal(20)
         packed = upsample2x_conv.packed(weight.double()).to(weight.dtype)
-        wide, offset = x.double(), bias.double()
-        wanted = upsample2x_conv.plain(wide, weight.double(), offset)
+        exact, offset = x.double(), bias.double()
+        expected = upsample2x_conv.plain(exact, weight.double(), offset)
         top, bottom, left, right = (2 * edge for edge in box or (0, 5, 0, 7))
-        found = upsample2x_conv.launch(x, packed, bias, box=box, **source.how)
-        yield found, wanted[:, top:bottom, left:right]
-        yield found, upsample2x_conv.reference(wide, packed.double(), offset, box=box)
+        result = upsample2x_conv.launch(x, packed, bias, box=box, **source.how)
+        yield result, expected[:, top:bottom, left:right]
+        yield result, upsample2x_conv.reference(exact, packed.double(), offset, box=box)
 
     return run
 
 
-def _gated(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _gated(source: Source) -> Iterator[Pair]:
     x = (source.normal(70, 72) + 3).contiguous()
     value, gate = (source.normal(72, 40, scale=0.05).contiguous() for _ in range(2))
     value_bias, gate_bias = (source.normal(40).contiguous() for _ in range(2))
-    given = [x, value, gate, value_bias, gate_bias]
-    found = gated_linear.launch(*given, **source.how)
-    x, value, gate, value_bias, gate_bias = (tensor.double() for tensor in given)
-    yield found, gated_linear.reference(x, value, gate, value_bias, gate_bias)
+    tensors = [x, value, gate, value_bias, gate_bias]
+    result = gated_linear.launch(*tensors, **source.how)
+    x, value, gate, value_bias, gate_bias = (tensor.double() for tensor in tensors)
+    yield result, gated_linear.reference(x, value, gate, value_bias, gate_bias)
 
 
-def _norms(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _norms(source: Source) -> Iterator[Pair]:
     x = (source.normal(3, 7, 9, 96) * 2 + 1).contiguous()
-    wide = x.double()
+    exact = x.double()
     root = norm_silu.rms(x, choose=source.how["choose"])
-    yield root, norm_silu.rms_reference(wide)
+    yield root, norm_silu.rms_reference(exact)
     gain, shift = (source.normal(96, dtype=torch.float32).contiguous() for _ in range(2))
-    lit = Activation(gain, inverse=root)
-    yield norm_silu.apply(x, lit), lit(wide)
+    norm = Activation(gain, inverse=root)
+    yield norm_silu.apply(x, norm), norm(exact)
     parts = [norm_silu.channels(part.contiguous()) for part in (x[:, :3], x[:, 3:])]
-    lit = norm_silu.merged(torch.cat(parts, dim=2), 32, gain, shift, 1e-6)
+    norm = norm_silu.merged(torch.cat(parts, dim=2), 32, gain, shift, 1e-6)
     gain, shift = gain.double(), shift.double()
-    yield norm_silu.apply(x, lit), norm_silu.group_norm_reference(wide, 32, gain, shift, 1e-6)
+    yield norm_silu.apply(x, norm), norm_silu.group_norm_reference(exact, 32, gain, shift, 1e-6)
 
 
 DOWN = Window(stride=(1, 2, 2), bottom=1, right=1)
@@ -366,9 +365,9 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
         Trial("convolution, stride 2 in time", _convolution(4, (3, 1, 1), TIME, later=True)),
         Trial("convolution, along frames", _convolution(2, (3, 1, 1), Window(), later=True)),
         Trial("convolution, 1x1x1", _convolution(2, (1, 1, 1), Window(), residual=True)),
-        Trial("convolution, tiles are the whole", _tiles),
-        Trial("convolution, RMS before or as it is read", _activated("rms")),
-        Trial("convolution, group norm before or as it is read", _activated("affine")),
+        Trial("convolution, tiles equal the whole", _tiles),
+        Trial("convolution, RMS before or on reading", _activated("rms")),
+        Trial("convolution, group norm before or on reading", _activated("affine")),
     ),
     "upsample2x_conv": (
         Trial("doubling", _doubling(None)),

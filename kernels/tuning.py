@@ -1,9 +1,9 @@
-"""Which blocks are fastest on the GPU that is here: measured once, remembered in the bundle.
+"""Measure once which blocks are fastest on this machine's GPU, and store that in the bundle.
 
-Launches that are alike (kernel, type, channels, window, and work to a factor of two) are timed
-with every one of the few blocks they are offered when the first of them is made; the fastest is
-written to `tuning/<GPU>.json` beside the bundle's graphs. Another GPU or another Triton measures
-for itself, and so does a launch that is offered other blocks than it was.
+The first launch with a new key (kernel, type, channels, window, and number of positions to a factor
+of two) is timed with each of its blocks. The fastest blocks are written to `tuning/<GPU>.json` in
+the bundle. They are measured again on another GPU, with another version of Triton, and when the
+offered blocks have changed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Clock = Callable[[Callable[[], None]], float]
 
 
 class Tuner:
-    """Chooses blocks by what was measured; a `Choose` for launchers.
+    """Choose the fastest blocks by measurement; a `Choose` for launchers.
 
-    `seconds` times a launch. A folder that cannot be written costs a warning: what was measured
-    then lasts as long as the tuner.
+    `seconds` times a launch. If the folder cannot be written, the tuner warns and keeps its
+    measurements only in memory.
     """
 
     def __init__(self, folder: Path, gpu: str, compiler: str, seconds: Clock) -> None:
@@ -35,45 +35,45 @@ class Tuner:
         self._seconds = seconds
         self._known = self._read()
 
-    def __call__(self, alike: str, offered: Sequence[Blocks], launch: Launch) -> None:
-        """Launch with the fastest of the blocks, timing them all if that is not known yet."""
-        blocks = self._known.get(alike, offered[0])
-        if len(offered) > 1 and (alike not in self._known or blocks not in offered):
+    def __call__(self, key: str, offered: Sequence[Blocks], launch: Launch) -> None:
+        """Launch with the fastest blocks; time all of them first if that is not known yet."""
+        blocks = self._known.get(key, offered[0])
+        if len(offered) > 1 and (key not in self._known or blocks not in offered):
             blocks = min(offered, key=lambda b: self._seconds(lambda: launch(b)))
-            self._known[alike] = blocks
+            self._known[key] = blocks
             self._write()
         launch(blocks)
 
     def _read(self) -> dict[str, Blocks]:
-        """Take what was measured on such a GPU with such a compiler; else nothing."""
+        """Return the blocks measured before with the same GPU and compiler."""
         try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-            if kept["about"] == self._about:
-                return {alike: Blocks(**numbers) for alike, numbers in kept["blocks"].items()}
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            if stored["about"] == self._about:
+                return {key: Blocks(**numbers) for key, numbers in stored["blocks"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # not there or damaged: measured again
+            pass  # missing or damaged: measure again
         return {}
 
     def _write(self) -> None:
-        """Keep what is known, under its name only when whole."""
-        kept = {"about": self._about, "blocks": {k: asdict(b) for k, b in self._known.items()}}
+        """Store all measurements; the file appears under its name only when complete."""
+        stored = {"about": self._about, "blocks": {k: asdict(b) for k, b in self._known.items()}}
         new = self._path.with_suffix(f".{os.getpid()}.new")
         try:
             self._path.parent.mkdir(exist_ok=True)
-            new.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
             new.replace(self._path)
         except OSError as error:
             warnings.warn(
-                f"blocks measured for {self._about['gpu']} cannot be kept in {self._path}, and "
-                f"will be measured again: {error.strerror}",
+                f"the fastest blocks for {self._about['gpu']} cannot be stored in {self._path} and "
+                f"will be measured again by the next process: {error.strerror}",
                 stacklevel=2,
             )
 
 
 def on_gpu(folder: Path, device: str) -> Tuner:
-    """Make a tuner for a GPU, timed by its own clock.
+    """Return a tuner that measures with the GPU's own clock.
 
-    Blocks that the GPU cannot launch are slower than all others.
+    Blocks that the GPU cannot launch count as slower than all others.
     """
     import torch
     import triton

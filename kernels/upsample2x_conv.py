@@ -1,15 +1,15 @@
-"""Nearest neighbour by 2, then a 3x3 convolution, without the doubled map.
+"""Nearest-neighbour upsampling by 2 and a 3x3 convolution, without storing the upsampled map.
 
-A pixel of the doubled map repeats its source, so that the nine taps of an output pixel meet four
-source pixels: rows (-1, 0) with weights (w0, w1 + w2) for the upper pixel of a doubled cell, rows
-(0, 1) with (w0 + w1, w2) for the lower one, columns alike. Four 2x2 convolutions, one for each
-place in the cell, in 4/9 of the work, each writing every second row and column of the result:
-the kernel is that of `causal_conv3d`.
+Pixels of the upsampled map are repeated, so that the nine taps of an output pixel only read four
+source pixels. The upper pixel of a pair uses rows (-1, 0) with weights (w0, w1 + w2), the lower one
+rows (0, 1) with (w0 + w1, w2), and columns likewise. This makes four 2x2 convolutions, one for each
+place in a 2x2 cell, with 4/9 of the work. Each writes every second row and column of the result,
+with the kernel of `causal_conv3d`.
 
-Layout: x [T, H, W, C], y [T, 2H, 2W, C'], weight [3, 3, C, C'] packed to [2, 2, 2, 2, C, C'].
+Layout: x [T, H, W, C], y [T, 2H, 2W, C'], weight [3, 3, C, C'] packed to [2, 2, 1, 2, 2, C, C'].
 
-Why by hand: the plain graph writes the doubled map and reads it nine times (Wan's last: 512x512
-pixels of 192 channels, 101 MB a frame in float16).
+Why by hand: the plain graph writes the upsampled map and reads it nine times. Wan's last one has
+512x512 pixels of 192 channels, 101 MB per frame in float16.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from torch import Tensor
 from fvae_deploy.kernels import causal_conv3d
 from fvae_deploy.kernels.blocks import Choose, first
 from fvae_deploy.kernels.causal_conv3d import Box, Window
+from fvae_deploy.kernels.causal_conv3d_kernel import kernel
 from fvae_deploy.kernels.record import Spec, as_torch_reads, traffic
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute it with the doubled map and the weight [3, 3, C, C'], as a yardstick."""
-    doubled = F.interpolate(x.movedim(-1, 1), scale_factor=2.0, mode="nearest")
-    return F.conv2d(doubled, weight.permute(3, 2, 0, 1), bias, padding=1).movedim(1, -1)
+    """Compute it with the upsampled map and the weight [3, 3, C, C'], for comparison."""
+    upsampled = F.interpolate(x.movedim(-1, 1), scale_factor=2.0, mode="nearest")
+    return F.conv2d(upsampled, weight.permute(3, 2, 0, 1), bias, padding=1).movedim(1, -1)
 
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, box: Box | None = None
 ) -> Tensor:
-    """Compute it in torch: y [T, 2H, 2W, C'], or the doubled `box` of rows and columns of x.
+    """Compute it in torch: y [T, 2H, 2W, C'].
 
-    `weight` is packed.
+    `weight` is packed. `box` selects rows and columns of x: y is then their upsampled image.
     """
     frames = x.movedim(-1, 1)
     y = x.new_empty(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], weight.shape[-1])
@@ -54,7 +55,7 @@ def reference(
 
 
 def packed(weight: Tensor) -> Tensor:
-    """Weights [3, 3, C, C'] as those of four places: [2, 2, 1, 2, 2, C, C']."""
+    """Return weights [3, 3, C, C'] as those of the four places: [2, 2, 1, 2, 2, C, C']."""
     upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).to(weight)
     places = torch.stack([upper, upper.flip(0, 1)])  # [place, tap, of three]
     return torch.einsum("iar,jbs,rscd->ijabcd", places, places, weight)[:, :, None].contiguous()
@@ -68,9 +69,9 @@ def launch(
     box: Box | None = None,
     target: str = "sm_80",
     choose: Choose = first,
-    run: Any = causal_conv3d.kernel,
+    run: Any = kernel,
 ) -> Tensor:
-    """Compute it by the kernel, arguments and result as in `reference`."""
+    """Compute it with the kernel; arguments and result as in `reference`."""
     frames, height, width, _ = x.shape
     box = box or (0, height, 0, width)
     y = x.new_empty(frames, 2 * (box[1] - box[0]), 2 * (box[3] - box[2]), weight.shape[-1])
@@ -91,7 +92,7 @@ def launch(
 
 
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
-    """Yield the four launches each that Wan and the U-Net make."""
+    """Yield launches of Wan and the U-Net; each consists of four."""
     for name, size, channels in (
         ("Wan 192 to 96", (4, 256, 256), (192, 96)),
         ("U-Net 448", (17, 32, 32), (448, 448)),
@@ -101,7 +102,7 @@ def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:
             for shape in ((*size, channels[0]), (3, 3, *channels))
         )
         work = 2 * 16 * channels[0] * channels[1] * size[0] * size[1] * size[2]
-        # The doubled map written and read, and the result written.
+        # Writing the upsampled map, reading it, and writing the result.
         moved = traffic(x) * (1 + 4 + 4) + traffic(weight) + work / channels[0] / 4
         one, eager = partial(launch, x, packed(weight)), partial(plain, x, as_torch_reads(weight))
-        yield Spec(f"{name} float16", one, eager, work, moved), causal_conv3d.kernel
+        yield Spec(f"{name} float16", one, eager, work, moved), kernel

@@ -7,29 +7,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fake_engine
 import nibabel
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.engines.base import ENGINES
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.volume.base import Geometry
 from fvae_deploy.volume.open import create_volume
 
-# Tests that import OpenVINO by themselves must not report to its maker either.
+# Tests that import OpenVINO directly must not send usage data to Intel either.
 sys.modules.setdefault("openvino_telemetry", None)
 
 if TYPE_CHECKING:
     from fvae_deploy.export.models.lean_vae import LeanVAE
 
-# The networks here are tiny: torch's threads would spend 20 times longer waiting for each
-# other on a busy machine. Set before torch is imported.
+# The test networks are tiny. On a busy machine, torch's threads would spend 20 times longer waiting
+# for each other than computing. Must be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest.register_assert_rewrite("engine_contract")
 
-# A busy machine may take its time over an example; that says nothing about the code.
+# A slow example on a busy machine is no defect of the code.
 settings.register_profile("fvae", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fvae")
 
@@ -41,7 +42,7 @@ TILTED = np.array(
 def _built_once(
     name: str, build: Callable[[Path], object], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Return a folder that the first of the test's processes to want it builds."""
+    """Return a folder that is built once, by the first pytest process that needs it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -54,7 +55,7 @@ def _built_once(
 
 @pytest.fixture(scope="session")
 def small_model() -> LeanVAE:
-    """A three-channel LeanVAE of random weights, small enough to export in seconds."""
+    """A three-channel LeanVAE with random weights, small enough to export in seconds."""
     pytest.importorskip("torch", reason="needs the export extra")
     from random_lean_vae import SMALL, random_lean_vae
 
@@ -63,7 +64,7 @@ def small_model() -> LeanVAE:
 
 @pytest.fixture(scope="session")
 def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model exported for CT, once for all tests: read only."""
+    """The small model exported for CT, shared by all tests: read only."""
     pytest.importorskip("onnxscript", reason="needs the export extra")
     from random_lean_vae import SMALL_SCALE
 
@@ -87,7 +88,7 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator of random weights in the latents of `tiny`, exported: read only."""
+    """An exported generator with random weights, for the latents of `tiny`: read only."""
     for package in ("onnxscript", "transformers", "diffusers", "openvino"):
         pytest.importorskip(package, reason="needs the export and generate extras")
     from small_generator import write_weights
@@ -102,24 +103,38 @@ def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fake_engine() -> Iterator[None]:
+    """Offer the fake engine to all tests and to the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        fake_engine.register(patch)
+        yield
+
+
+@pytest.fixture
+def shipped_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer only the engines that users have."""
+    monkeypatch.delitem(ENGINES, "fake")
+
+
 @pytest.fixture(scope="session")
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for the fake engine, which needs no runtime: read only."""
+    """A bundle for the fake engine: read only."""
     folder = tmp_path_factory.mktemp("bundles") / "fake"
-    write_fake_bundle(folder)
+    fake_engine.write_fake_bundle(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def fake_codec(fake_bundle: Path) -> Iterator[Codec]:
-    """The fake codec, opened."""
+    """A codec with the fake engine."""
     with open_codec(fake_bundle, engine="fake") as codec:
         yield codec
 
 
 @pytest.fixture(scope="session")
 def write_ct() -> Callable[..., Any]:
-    """Return a function that writes a CT of random HU, some of it outside [-1000, 1000]."""
+    """Return a function that writes a CT of random HU, some outside [-1000, 1000]."""
     return _write_ct
 
 
@@ -131,11 +146,11 @@ def _write_ct(
     low: int = -1200,
     high: int = 1100,
 ) -> np.ndarray:
-    """Write it as nibabel does, or through our own writer where it is Zarr; return the voxels."""
+    """Write a CT with nibabel, or with our own writer for Zarr; return the voxels."""
     values = np.random.default_rng(seed).integers(low, high, shape).astype(dtype)
     if dtype != "int16":
         values += np.asarray(0.25, dtype)
-    values[0, 0, 0] = low  # so that it is CT whatever the seed
+    values[0, 0, 0] = low  # recognised as CT with every seed
     if path.name.endswith(".zarr"):
         with create_volume(path, Geometry(shape, TILTED), dtype) as writer:
             writer.write(values.transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""What every engine must do. A test class inherits `EngineContract` and names its engine."""
+"""Tests for every engine. A test class inherits `EngineContract` and sets `engine_name`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Array = NDArray[np.float32]
 
 
 class Reference(Protocol):
-    """The network on whole clips, written without streaming."""
+    """The network on whole clips, without streaming."""
 
     def encode(self, x: Array) -> Array: ...
     def decode(self, z: Array) -> Array: ...
 
 
 class LeanVAEReference:
-    """The exported small model in eager float32 torch: replicate, encode, scale; and back."""
+    """The small model in eager float32 torch, with the channels and scale of its export."""
 
     def __init__(self, model: Any, scale: Sequence[float]) -> None:
         self.model = model
@@ -44,7 +44,7 @@ class LeanVAEReference:
 
 
 class Stream:
-    """One direction of one clip through an engine; keeps copies of the results."""
+    """Runs one direction of one clip through an engine and copies the results."""
 
     def __init__(self, engine: Engine, manifest: Manifest, direction: str) -> None:
         self.engine, self.manifest, self.direction = engine, manifest, direction
@@ -64,7 +64,7 @@ class Stream:
         self.results.append(result.copy())
 
     def push_all(self, data: Array, groups: Sequence[int]) -> Array:
-        """Run a whole clip or latent, `groups` latent frames a step after the first."""
+        """Run a whole clip or latent: the first frame, then `groups[i]` latent frames per step."""
         for i, piece in enumerate(pieces(data, groups, 4 if self.direction == "encode" else 1)):
             self.push(piece, first=i == 0)
         return np.concatenate(self.results, axis=2)
@@ -78,7 +78,7 @@ def pieces(data: Array, groups: Sequence[int], stride: int) -> list[Array]:
 
 
 def sample(manifest: Manifest, direction: str, frames: int, h: int, w: int, seed: int = 0) -> Array:
-    """Data for 1 + `frames` latent frames of h x w cells."""
+    """Return random data for 1 + `frames` latent frames of h x w cells."""
     g, random = manifest.geometry, np.random.default_rng(seed)
     shape = (
         (1, g.channels, 1 + g.temporal * frames, g.spatial * h, g.spatial * w)
@@ -88,10 +88,10 @@ def sample(manifest: Manifest, direction: str, frames: int, h: int, w: int, seed
     return random.normal(0, 0.3, shape).astype(np.float32)
 
 
-def error(found: Array, expected: Array) -> float:
-    """Largest difference, as a share of the largest expected value."""
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def error(result: Array, expected: Array) -> float:
+    """Return the largest difference, relative to the largest expected value."""
+    assert result.shape == expected.shape
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 def zero_state(manifest: Manifest, direction: str, h: int, w: int) -> dict[str, Array]:
@@ -132,7 +132,7 @@ class EngineContract:
     def direction(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
-    def test_it_says_what_it_is(self, engine: Engine) -> None:
+    def test_it_has_its_name_and_precision(self, engine: Engine) -> None:
         assert (engine.name, engine.precision) == (self.engine_name, "fp32")
 
     @pytest.mark.parametrize(
@@ -156,16 +156,16 @@ class EngineContract:
         groups: tuple[int, ...],
     ) -> None:
         data = sample(manifest, direction, sum(groups), *size)
-        found = Stream(engine, manifest, direction).push_all(data, groups)
-        assert error(found, getattr(reference, direction)(data)) < self.tolerance
+        result = Stream(engine, manifest, direction).push_all(data, groups)
+        assert error(result, getattr(reference, direction)(data)) < self.tolerance
 
-    def test_planes_of_other_sizes_may_come_in_between(
+    def test_planes_of_different_sizes_may_alternate(
         self, engine: Engine, manifest: Manifest, reference: Reference, direction: str
     ) -> None:
         sizes = ((2, 3), (5, 1), (2, 3))
         clips = [sample(manifest, direction, 2, *size, seed=i) for i, size in enumerate(sizes)]
-        found = interleaved(engine, manifest, direction, clips)
-        for clip, result in zip(clips, found, strict=True):
+        results = interleaved(engine, manifest, direction, clips)
+        for clip, result in zip(clips, results, strict=True):
             assert error(result, getattr(reference, direction)(clip)) < self.tolerance
 
     def test_interleaved_streams_give_the_bits_of_separate_ones(
@@ -173,10 +173,9 @@ class EngineContract:
     ) -> None:
         clips = [sample(manifest, direction, 3, 3, 2, seed=i) for i in range(2)]
         separate = [Stream(engine, manifest, direction).push_all(c, (1, 1, 1)) for c in clips]
-        for expected, found in zip(
-            separate, interleaved(engine, manifest, direction, clips), strict=True
-        ):
-            np.testing.assert_array_equal(found, expected)
+        together = interleaved(engine, manifest, direction, clips)
+        for expected, result in zip(separate, together, strict=True):
+            np.testing.assert_array_equal(result, expected)
 
     def test_the_same_input_gives_the_same_bits_in_a_fresh_engine(
         self, engine: Engine, bundle: Path, manifest: Manifest, direction: str
@@ -185,8 +184,8 @@ class EngineContract:
         expected = Stream(engine, manifest, direction).push_all(data, (2,))
         again = open_engine(bundle, manifest, self.engine_name, self.device)
         for _ in range(2):
-            found = Stream(again, manifest, direction).push_all(data, (2,))
-            np.testing.assert_array_equal(found, expected)
+            result = Stream(again, manifest, direction).push_all(data, (2,))
+            np.testing.assert_array_equal(result, expected)
         again.close()
 
     def test_a_stream_entered_midway_from_zeros_is_exact_after_its_context(
@@ -203,18 +202,18 @@ class EngineContract:
         last = stream.results[-1]
         assert error(last, expected[:, :, -last.shape[2] :]) < self.tolerance
 
-    def test_the_data_given_is_left_as_it_was_and_may_be_read_only(
+    def test_input_data_is_not_changed_and_may_be_read_only(
         self, engine: Engine, manifest: Manifest, direction: str
     ) -> None:
         data = sample(manifest, direction, 1, 2, 2)
-        given = pieces(data, (1,), 4 if direction == "encode" else 1)
-        kept = [piece.copy() for piece in given]
-        for piece in given:
+        parts = pieces(data, (1,), 4 if direction == "encode" else 1)
+        copies = [piece.copy() for piece in parts]
+        for piece in parts:
             piece.flags.writeable = False
         stream = Stream(engine, manifest, direction)
-        stream.push(given[0], first=True)
-        stream.push(given[1])
-        for piece, copy in zip(given, kept, strict=True):
+        stream.push(parts[0], first=True)
+        stream.push(parts[1])
+        for piece, copy in zip(parts, copies, strict=True):
             np.testing.assert_array_equal(piece, copy)
 
     @pytest.mark.parametrize(
@@ -228,9 +227,9 @@ class EngineContract:
             pytest.param("encode_step", {"past0": (1, 1, 1, 1)}, id="a state of one cell"),
             pytest.param("decode_first", {"z": (1, 7, 1, 2, 3)}, id="seven latent channels"),
             pytest.param("decode_step", {"z": (1, 0, 1, 2, 3)}, id="no latent channel"),
-            pytest.param("decode_step", {"past0": (2, 3, 2, 8)}, id="a state turned around"),
-            pytest.param("decode_step", {"past0": None}, id="a state left out"),
-            pytest.param("encode_first", {"x": None}, id="no data"),
+            pytest.param("decode_step", {"past0": (2, 3, 2, 8)}, id="a state with swapped axes"),
+            pytest.param("decode_step", {"past0": None}, id="a state missing"),
+            pytest.param("encode_first", {"x": None}, id="data missing"),
         ],
     )
     def test_inputs_that_do_not_fit_are_refused_in_one_line(
@@ -252,7 +251,7 @@ class EngineContract:
         assert part in str(caught.value)
         assert "\n" not in str(caught.value)
         fitting = {t.name: np.zeros(t.sized(1, 2, 3), np.float32) for t in spec.inputs}
-        engine.run(part, fitting)  # and the engine lives on
+        engine.run(part, fitting)  # the engine still works
 
     def test_an_unknown_part_is_refused(self, engine: Engine) -> None:
         with pytest.raises(BundleError, match="encode_last"):
@@ -276,13 +275,13 @@ class EngineContract:
 def interleaved(
     engine: Engine, manifest: Manifest, direction: str, clips: Sequence[Array]
 ) -> list[Array]:
-    """All clips through one engine at once, one step of each in turn."""
+    """Run all clips through one engine, one step of each in turn."""
     streams = [Stream(engine, manifest, direction) for _ in clips]
     stride = 4 if direction == "encode" else 1
     steps = (clips[0].shape[2] - 1) // stride
-    cut = [pieces(clip, (1,) * steps, stride) for clip in clips]
+    split_clips = [pieces(clip, (1,) * steps, stride) for clip in clips]
     for i in range(1 + steps):
-        for stream, parts in zip(streams, cut, strict=True):
+        for stream, parts in zip(streams, split_clips, strict=True):
             stream.push(parts[i], first=i == 0)
     return [np.concatenate(stream.results, axis=2) for stream in streams]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fvae_deploy.kernels.aot import Compiled
     from fvae_deploy.kernels.timing import Timed
-    from fvae_deploy.kernels.trials import Found
+    from fvae_deploy.kernels.trials import TrialResult
 
 Row = TypeVar("Row")
 app = typer.Typer(
@@ -108,7 +108,7 @@ def try_all(
     from fvae_deploy.kernels.dispatch import KERNELS, Kernels
     from fvae_deploy.kernels.optional import INTERPRETED
     from fvae_deploy.kernels.timing import require_gpu
-    from fvae_deploy.kernels.trials import tried
+    from fvae_deploy.kernels.trials import run_trials
 
     kernels = _known(kernel, KERNELS, "kernels")
     if not INTERPRETED:
@@ -116,7 +116,7 @@ def try_all(
     device = "cpu" if INTERPRETED else "cuda"
     where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
     target = Kernels(device, "triton").target
-    found, lost = _gathered(tried(kernels, device, target, every))
+    found, lost = _gathered(run_trials(kernels, device, target, every))
     terminal.report([dataclasses.asdict(row) for row in found], report)
     terminal.show(_trials_table(found, where))
     if lost:
@@ -213,13 +213,13 @@ def _compiled_table(found: list[Compiled]) -> Table:
     return table
 
 
-def _trials_table(found: list[Found], where: str) -> Table:
+def _trials_table(found: list[TrialResult], where: str) -> Table:
     """Draw the largest errors, a trial a row and a type a column."""
     from rich.table import Table
 
     table = Table(title=f"largest error, {where}")
     table.add_column("")
-    rows: dict[str, dict[str, Found]] = {}
+    rows: dict[str, dict[str, TrialResult]] = {}
     for f in found:
         rows.setdefault(f.trial, {})[f.type] = f
     types = list(dict.fromkeys(f.type for f in found))

@@ -71,6 +71,7 @@ def test_the_version_is_that_of_the_package(fvae):
     assert fvae("--version") == (0, f"fvae {__version__}\n", "")
 
 
+@pytest.mark.usefixtures("shipped_engines")
 def test_doctor_names_every_engine_and_the_one_that_auto_takes(fvae):
     code, out, _ = fvae("doctor")
     assert code == 0
@@ -80,6 +81,7 @@ def test_doctor_names_every_engine_and_the_one_that_auto_takes(fvae):
     assert "fake" not in out
 
 
+@pytest.mark.usefixtures("shipped_engines")
 def test_doctor_says_what_each_engine_lacks_for_a_gpu(fvae):
     _, out, _ = fvae("doctor")
     found = out.partition("on a GPU")[2]

@@ -24,9 +24,9 @@ class TestEager(EngineContract):
         engine = open_engine(bundle, manifest, "torch", precision="bf16")
         assert engine.precision == "bf16"
         data = sample(manifest, direction, 2, 3, 4)
-        found = Stream(engine, manifest, direction).push_all(data, (1, 1))
-        # 8 bits of mantissa leave an error that float32 would not.
-        assert 1e-4 < error(found, getattr(reference, direction)(data)) < 0.05
+        result = Stream(engine, manifest, direction).push_all(data, (1, 1))
+        # The 8 bits of mantissa cause an error that float32 would not have.
+        assert 1e-4 < error(result, getattr(reference, direction)(data)) < 0.05
         engine.close()
 
     def test_a_network_it_cannot_build_is_refused(self, bundle: Path, manifest: Manifest) -> None:
@@ -39,7 +39,7 @@ class TestEager(EngineContract):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch computes on")
 class TestEagerOnAGpu(EngineContract):
-    """On kernels where Triton is installed; what it finds of blocks stays in a copy."""
+    """Runs on kernels if Triton is installed, with a copy of the bundle for its tuning files."""
 
     engine_name, device = "torch", "cuda"
 
@@ -64,6 +64,6 @@ class TestEagerOnAGpu(EngineContract):
         monkeypatch.setenv("FVAE_KERNELS", backend)
         engine = open_engine(bundle, manifest, "torch", "cuda", precision)
         data = sample(manifest, direction, 2, 3, 4)
-        found = Stream(engine, manifest, direction).push_all(data, (1, 1))
-        assert error(found, getattr(reference, direction)(data)) < limit
+        result = Stream(engine, manifest, direction).push_all(data, (1, 1))
+        assert error(result, getattr(reference, direction)(data)) < limit
         engine.close()

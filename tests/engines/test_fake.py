@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_contract import Array, EngineContract, Reference, Stream, sample
+from fake_engine import GRAIN, write_fake_bundle
 from scipy.ndimage import convolve
 
 from fvae_deploy.engines.base import open_engine
-from fvae_deploy.engines.fake import GRAIN, write_fake_bundle
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Manifest
@@ -20,12 +20,12 @@ def box(plane: Array) -> Array:
 
 
 def later(x: Array) -> Array:
-    """One latent frame later, zeros first."""
+    """Shift by one latent frame; the first is zero."""
     return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
 
 
 class WholeClip:
-    """The formulas in the fake engine's docstring, on whole clips."""
+    """The formulas of the fake engine's docstring, on whole clips."""
 
     def encode(self, x: Array) -> Array:
         gray = x[0].astype(float).mean(axis=0)
@@ -60,7 +60,7 @@ class TestFake(EngineContract):
     def reference(cls) -> Reference:
         return WholeClip()
 
-    def test_three_channels_are_averaged_and_given_back_alike(self, tmp_path: Path) -> None:
+    def test_three_channels_are_averaged_and_returned_equal(self, tmp_path: Path) -> None:
         manifest = write_fake_bundle(tmp_path / "rgb", channels=3)
         engine = open_engine(tmp_path / "rgb", manifest, "fake")
         x = sample(manifest, "encode", 1, 2, 2)

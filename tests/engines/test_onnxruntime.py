@@ -12,7 +12,7 @@ from fvae_deploy.export.manifest import Manifest
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
-from fvae_deploy.engines.onnx_runtime import check_place  # noqa: E402
+from fvae_deploy.engines.onnx_runtime import check_placement  # noqa: E402
 
 
 class TestONNXRuntime(EngineContract):
@@ -35,7 +35,7 @@ class TestONNXRuntime(EngineContract):
             open_engine(bundle, manifest, "onnxruntime", device)
 
     @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
-    def test_a_provider_that_does_not_load_is_an_error_and_no_run_on_the_cpu(
+    def test_a_provider_that_does_not_load_is_an_error_instead_of_a_run_on_the_cpu(
         self, bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -50,14 +50,14 @@ class TestONNXRuntime(EngineContract):
             engine.run(part.name, data)
         engine.close()
 
-    def test_work_of_a_gpu_that_is_left_to_the_cpu_is_refused(
+    def test_a_convolution_that_is_left_to_the_cpu_is_refused(
         self, bundle: Path, manifest: Manifest
     ) -> None:
         if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
-            pytest.skip("this ONNX Runtime does not tell where it computes")
+            pytest.skip("this version of ONNX Runtime does not report where it computes")
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         graph = str(bundle / manifest.part("encode_first").file)
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         with pytest.raises(EngineError, match=r"leaves .*Conv.* to the CPU: use --engine torch"):
-            check_place(session, "encode_first")
+            check_placement(session, "encode_first")

@@ -1,4 +1,4 @@
-"""The table of engines: what is asked for runs or is refused, `auto` says what it took."""
+"""The table of engines: requests run or are refused, and `auto` reports its choice."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from fake_engine import write_fake_bundle
 
 from fvae_deploy.engines import base
-from fvae_deploy.engines.base import choose, open_engine
-from fvae_deploy.engines.fake import write_fake_bundle
+from fvae_deploy.engines.base import choose, open_engine, precision_problem, precisions
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
 
 Absent = Callable[..., None]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return write_fake_bundle(tmp_path)
 
 
-def test_an_unknown_engine_is_refused_with_those_there_are(
+def test_an_unknown_engine_is_refused_with_the_known_ones(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     with pytest.raises(EngineError, match=r"openvino, onnxruntime, torch.*found engine 'tflite'"):
@@ -55,7 +56,7 @@ def test_an_unknown_engine_is_refused_with_those_there_are(
 
 
 @pytest.mark.parametrize("engine", ["fake", "openvino"])
-def test_an_unknown_precision_is_refused_with_those_there_are(
+def test_an_unknown_precision_is_refused_with_the_known_ones(
     tmp_path: Path, manifest: Manifest, engine: str
 ) -> None:
     with pytest.raises(EngineError, match=r"fp32, bf16, fp16, found precision 'int4'"):
@@ -86,7 +87,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         ("onnxruntime", "", "module 'onnxruntime' has no attribute"),  # two packages, one removed
     ],
 )
-def test_a_runtime_that_does_not_import_is_told_with_its_remedy_and_passed_over(
+def test_a_runtime_that_does_not_import_is_reported_with_the_remedy_and_skipped(
     tmp_path: Path, engine: str, content: str, reason: str
 ) -> None:
     (tmp_path / engine).mkdir()
@@ -115,7 +116,7 @@ def test_auto_takes_openvino_first() -> None:
     assert choose() == ("openvino", "openvino is installed")
 
 
-def test_auto_says_why_it_passed_over_an_engine(
+def test_auto_says_why_it_skipped_an_engine(
     absent: Absent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent("openvino", "torch")
@@ -132,6 +133,66 @@ def test_auto_never_takes_the_fake(absent: Absent) -> None:
     absent("openvino", "onnxruntime", "torch")
     with pytest.raises(EngineError, match=r"found none: openvino .*; onnxruntime .*; torch .*pip"):
         choose()
+
+
+def test_the_package_offers_no_fake_engine() -> None:
+    code = "from fvae_deploy.engines.base import ENGINES; print(*ENGINES)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["tensorrt", "openvino", "onnxruntime", "torch"]
+    assert not (ROOT / "engines" / "fake.py").exists()
+
+
+def test_a_process_that_a_test_starts_has_the_fake_engine() -> None:
+    code = "from fvae_deploy.engines.base import load; print(load('fake').precisions())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "['fp32']\n"
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+def test_a_precision_that_an_engine_lacks_is_explained_without_a_bundle(engine: str) -> None:
+    if base.missing(engine):
+        pytest.skip(f"{engine} is not installed")
+    able = precisions(engine)
+    assert precision_problem(engine, "fp32") is None
+    for precision in base.PRECISIONS:
+        problem = precision_problem(engine, precision)
+        assert (problem is None) == (precision in able)
+        if problem is not None:
+            assert problem == (
+                f"does not compute in {precision} on device cpu, only in {', '.join(able)}"
+            )
+
+
+def test_the_explanation_agrees_with_what_opening_a_bundle_says(small_bundle: Path) -> None:
+    manifest = Manifest.load(small_bundle)
+    for engine in ("openvino", "onnxruntime", "torch"):
+        for precision in base.PRECISIONS:
+            if precision_problem(engine, precision) is None:
+                open_engine(small_bundle, manifest, engine, "cpu", precision).close()
+            else:
+                with pytest.raises(EngineError, match=precision):
+                    open_engine(small_bundle, manifest, engine, "cpu", precision)
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "openvino", "onnxruntime", "torch", "fake"])
+def test_a_device_that_an_engine_does_not_have_offers_no_precision(engine: str) -> None:
+    if base.obstacle(engine):
+        pytest.skip(f"{engine} cannot run here")
+    expected = "does not run on device abacus of this machine"
+    assert precision_problem(engine, "fp32", "abacus") == expected
+
+
+def test_tensorrt_offers_on_a_gpu_all_that_can_be_built() -> None:
+    if base.obstacle("tensorrt"):
+        pytest.skip("TensorRT cannot run here")
+    assert precisions("tensorrt") == []
+    assert precisions("tensorrt", "cuda:1") == ["fp32", "bf16", "fp16", "int8", "fp8"]
 
 
 def test_auto_on_a_gpu_takes_tensorrt_then_onnx_runtime_then_torch() -> None:

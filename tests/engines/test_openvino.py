@@ -16,7 +16,7 @@ class TestOpenVINO(EngineContract):
     engine_name = "openvino"
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_a_short_precision_computes_or_is_refused_but_never_replaced(
+    def test_half_precision_is_computed_or_refused_but_never_replaced(
         self, bundle: Path, manifest: Manifest, reference: Reference, precision: str
     ) -> None:
         able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -26,6 +26,6 @@ class TestOpenVINO(EngineContract):
             return
         engine = open_engine(bundle, manifest, "openvino", precision=precision)
         x = sample(manifest, "encode", 2, 3, 4)
-        found = Stream(engine, manifest, "encode").push_all(x, (1, 1))
-        assert 1e-6 < error(found, reference.encode(x)) < 0.05
+        result = Stream(engine, manifest, "encode").push_all(x, (1, 1))
+        assert 1e-6 < error(result, reference.encode(x)) < 0.05
         engine.close()

@@ -1,4 +1,4 @@
-"""Mapped pages are given back where nobody can have written them, and read again on use."""
+"""Pages of read-only mappings are dropped, and read again on use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fvae_deploy.stream.rss import current_rss
 SIZE = 32 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
-def test_pages_go_and_come_back(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists mapped files")
+def test_pages_are_dropped_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * (SIZE // 256))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -26,8 +26,8 @@ def test_pages_go_and_come_back(tmp_path: Path) -> None:
         assert mapped[255::256] == b"\xff" * (SIZE // 256)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
-def test_private_copies_are_left(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists mapped files")
+def test_changed_pages_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(SIZE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:

@@ -1,4 +1,4 @@
-"""The TensorRT engine: on a GPU where one is, on a stand-in everywhere, and its refusals."""
+"""The TensorRT engine on a GPU if there is one, on a stand-in everywhere, and its errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestTensorRT(EngineContract):
 
 
 class TestOnAStandIn(EngineContract):
-    """The engine's own logic, device and runtime stood in for."""
+    """The engine's own logic, with stand-ins for the device and the runtime."""
 
     engine_name, device = "tensorrt", "cuda"
 
@@ -119,8 +119,8 @@ class TestOnAStandIn(EngineContract):
     ) -> None:
         engine = open_engine(bundle, manifest, "tensorrt", "cuda", "fp16")
         stream, data = Stream(engine, manifest, direction), sample(manifest, direction, 2, 3, 4)
-        found = stream.push_all(data, (1, 1))
-        assert 0 < error(found, getattr(reference, direction)(data)) < 1e-2
+        result = stream.push_all(data, (1, 1))
+        assert 0 < error(result, getattr(reference, direction)(data)) < 1e-2
         assert {state.kind for state in stream.state.values()} == {"float16"}
         assert engine.host(next(iter(stream.state.values()))).dtype == np.float16
         engine.close()
@@ -129,9 +129,9 @@ class TestOnAStandIn(EngineContract):
         engine = open_engine(bundle, manifest, "tensorrt", "cuda")
         data = sample(manifest, "decode", 0, 2, 2)
         result = engine.run("decode_first", {"z": data})["x"]
-        kept = result.copy()
+        copy = result.copy()
         engine.close()
-        np.testing.assert_array_equal(result, kept)
+        np.testing.assert_array_equal(result, copy)
 
     def test_the_cpu_is_refused_with_the_option_that_runs_it(
         self, bundle: Path, manifest: Manifest
@@ -141,7 +141,7 @@ class TestOnAStandIn(EngineContract):
 
 
 class TestStreams:
-    """Volumes through engines that were built for one size of tile."""
+    """Volumes through engines that were built for one tile size."""
 
     def test_a_ct_runs_in_tiles_of_the_size_that_was_built(
         self, small_bundle: Path, tmp_path: Path, write_ct: Any, monkeypatch: pytest.MonkeyPatch
@@ -160,18 +160,18 @@ class TestStreams:
         side = 2 * halo + 3
         write_engines(bundle, Manifest.load(bundle), cells=(side, side))
         write_ct(tmp_path / "ct.nii", (8 * side + 13, 8 * side + 20, 6))
-        found = []
+        results = []
         for engine, device in (("auto", "cuda"), ("onnxruntime", "cpu")):
             path = tmp_path / f"{engine}.zarr"
             options: dict[str, Any] = {"model": bundle, "engine": engine, "device": device}
             report = encode(tmp_path / "ct.nii", path, **options)
             reader = LatentReader(path)
-            found.append(reader.read(0, 3))
+            results.append(reader.read(0, 3))
             if engine == "auto":
                 assert report["plan"]["tile_cells"] == {"encode": [side, side]}
                 assert report["plan"]["tiles"]["encode"] > 1
                 assert report["engine"] == "tensorrt"
-        assert error(*found) < 2e-5
+        assert error(*results) < 2e-5
 
     def test_slices_smaller_than_what_was_built_are_refused_with_the_option(
         self, small_bundle: Path, tmp_path: Path, write_ct: Any, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +195,7 @@ class TestStreams:
 
 
 class TestRefusals:
-    """Each is a line that says what to do; none needs a GPU."""
+    """Errors in one line, each with a remedy; none needs a GPU."""
 
     @pytest.fixture
     def bundle(self, small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -206,7 +206,7 @@ class TestRefusals:
         write_engines(bundle, Manifest.load(bundle))
         return bundle
 
-    def refusal(self, bundle: Path, run: bool = False) -> str:
+    def error_of(self, bundle: Path, run: bool = False) -> str:
         def use() -> None:
             engine = open_engine(bundle, Manifest.load(bundle), "tensorrt", "cuda")
             if run:
@@ -221,52 +221,54 @@ class TestRefusals:
         from stand_in_gpu import change
 
         change(bundle / "engines/sm_89/fp32/encode_step.any.json", bundle="0" * 64)
-        found = self.refusal(bundle)
-        assert re.search(r"of 000000000000: it is stale, fvae build .* --target sm_89", found)
+        message = self.error_of(bundle)
+        assert re.search(r"of 000000000000: it is stale, fvae build .* --target sm_89", message)
 
     def test_engines_of_another_gpu_are_named(self, bundle: Path) -> None:
         (bundle / "engines/sm_89").rename(bundle / "engines/sm_86")
-        found = self.refusal(bundle)
-        assert re.search(r"found engines/sm_86/fp32: fvae build .* --target sm_89", found)
+        message = self.error_of(bundle)
+        assert re.search(r"found engines/sm_86/fp32: fvae build .* --target sm_89", message)
 
-    def test_engines_that_lie_in_the_wrong_folder_are_found_out(self, bundle: Path) -> None:
+    def test_engines_in_the_wrong_folder_are_detected(self, bundle: Path) -> None:
         from stand_in_gpu import change
 
         change(bundle / "engines/sm_89/fp32/decode_step.any.json", target="sm_120")
-        assert "architecture sm_89, found" in self.refusal(bundle)
+        assert "architecture sm_89, found" in self.error_of(bundle)
 
     def test_a_truncated_engine_is_never_loaded(self, bundle: Path) -> None:
         path = bundle / "engines/sm_89/fp32/encode_first.any.engine"
         path.write_bytes(path.read_bytes()[:-1])
-        assert re.search(r"it is damaged, fvae build", self.refusal(bundle, run=True))
+        assert re.search(r"it is damaged, fvae build", self.error_of(bundle, run=True))
 
     def test_another_version_of_tensorrt_is_refused_with_both_remedies(self, bundle: Path) -> None:
         from stand_in_gpu import change
 
         for path in (bundle / "engines/sm_89/fp32").glob("*.json"):
             change(path, version="1.2.3")
-        found = self.refusal(bundle)
-        assert found.endswith(
-            "found 0.stand.in: pip install tensorrt-rtx==1.2.3, or fvae build again"
+        message = self.error_of(bundle)
+        assert message.endswith(
+            "found 0.stand.in: pip install tensorrt-rtx==1.2.3, or run fvae build again"
         )
 
     def test_a_missing_part_and_a_damaged_description_are_refused(self, bundle: Path) -> None:
         folder = bundle / "engines/sm_89/fp32"
         (folder / "encode_first.any.json").write_text("{}")
-        assert "description of an engine" in self.refusal(bundle)
+        assert "description of an engine" in self.error_of(bundle)
         (folder / "encode_first.any.json").unlink()
-        assert "an engine of encode_first" in self.refusal(bundle)
+        assert "an engine of encode_first" in self.error_of(bundle)
 
     def test_sizes_that_nothing_was_built_for_name_the_option(self, bundle: Path) -> None:
         from stand_in_gpu import change
 
         shape = [1, 1, 1, 24, 24]
         change(bundle / "engines/sm_89/fp32/encode_first.any.json", profile={"x": [shape] * 3})
-        assert re.search(r"found \[1, 1, 1, 16, 16\]: .*--any-size", self.refusal(bundle, run=True))
+        assert re.search(
+            r"found \[1, 1, 1, 16, 16\]: .*--any-size", self.error_of(bundle, run=True)
+        )
 
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
-def test_a_machine_without_a_gpu_is_told_so(small_bundle: Path) -> None:
+def test_a_machine_without_a_gpu_is_an_error_with_the_remedy(small_bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt extra")
     pytest.importorskip("cuda.bindings", reason="needs the tensorrt extra")
     with pytest.raises(EngineError, match=r"NVIDIA GPU number 0, found cudaError\w+: install"):
@@ -274,9 +276,9 @@ def test_a_machine_without_a_gpu_is_told_so(small_bundle: Path) -> None:
 
 
 class TestNames:
-    """What the code calls is there, and takes what it is given, in the installed packages."""
+    """The installed packages have the names and arguments that the code uses."""
 
-    def test_of_the_cuda_runtime(self) -> None:
+    def test_the_cuda_runtime_has_all_names(self) -> None:
         runtime = pytest.importorskip("cuda.bindings", reason="needs the tensorrt extra").runtime
         text = (ROOT / "engines/cuda.py").read_text(encoding="utf-8")
         names = set(re.findall(r"\bcuda[A-Z]\w+", text)) - {"cudaMemcpy", "cudaSuccess"}
@@ -305,7 +307,7 @@ class TestNames:
             ("IOptimizationProfile", "set_shape", r"input: str, min: .*opt: .*max: "),
         ],
     )
-    def test_of_tensorrt(self, owner: str, name: str, arguments: str) -> None:
+    def test_tensorrt_has_all_arguments(self, owner: str, name: str, arguments: str) -> None:
         trt = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt extra")
         text = getattr(getattr(trt, owner), name).__doc__ or ""
         assert re.search(arguments, text), text.splitlines()[:4]

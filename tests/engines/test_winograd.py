@@ -1,4 +1,4 @@
-"""Convolutions with fewer products equal the plain ones, and are taken only where they may be."""
+"""Winograd convolutions equal the plain ones, and replace only those that they can."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 
 from openvino import opset13 as op  # noqa: E402
 
-from fvae_deploy.engines.winograd import spare_products  # noqa: E402
+from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 
 
 def model_of(x, *, weight, bias=None, past=None, pads=(0, 1, 1), strides=(1, 1, 1), outputs=1):
-    """A convolution along time as the bundles' graphs have it, and the arrays it takes."""
-    given = [op.parameter(x.shape, np.float32)]
-    data = given[0]
+    """Return a model with a convolution along time, like those in the bundles' graphs."""
+    parameters = [op.parameter(x.shape, np.float32)]
+    data = parameters[0]
     if past is not None:
-        given.append(op.parameter(past.shape, np.float32))
-        data = op.concat([given[1], data], 2)
-    made = op.convolution(data, op.constant(weight), strides, pads, pads, [1, 1, 1])
-    results = [made] * (outputs - 1)
+        parameters.append(op.parameter(past.shape, np.float32))
+        data = op.concat([parameters[1], data], 2)
+    result = op.convolution(data, op.constant(weight), strides, pads, pads, [1, 1, 1])
+    others = [result] * (outputs - 1)
     if bias is not None:
-        made = op.add(made, op.constant(bias))
-    return ov.Model([made, *results], given)
+        result = op.add(result, op.constant(bias))
+    return ov.Model([result, *others], parameters)
 
 
-def ran(model, *arrays):
+def run(model, *arrays):
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(model, "CPU", options)
     return [value.copy() for value in compiled(list(arrays)).values()]
@@ -38,7 +38,7 @@ def convolutions(model):
     return sum(node.get_type_name() == "Convolution" for node in model.get_ops())
 
 
-def drawn(seed, *shape):
+def random_array(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -54,21 +54,21 @@ def drawn(seed, *shape):
     shared=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_equal_but_for_rounding(pairs, size, channels, pads, batch, state, biased, shared, seed):
+def test_equal_except_for_rounding(pairs, size, channels, pads, batch, state, biased, shared, seed):
     out, deep = channels
-    arrays = [drawn(seed, batch, deep, 2 * pairs + (0 if state else 2), *size)]
-    options = {"weight": drawn(seed + 1, out, deep, 3, 3, 3), "pads": pads}
+    arrays = [random_array(seed, batch, deep, 2 * pairs + (0 if state else 2), *size)]
+    options = {"weight": random_array(seed + 1, out, deep, 3, 3, 3), "pads": pads}
     options["outputs"] = 2 if shared else 1
     if biased:
-        options["bias"] = drawn(seed + 2, 1, out, 1, 1, 1)
+        options["bias"] = random_array(seed + 2, 1, out, 1, 1, 1)
     if state:
-        options["past"] = drawn(seed + 3, batch, deep, 2, *size)
+        options["past"] = random_array(seed + 3, batch, deep, 2, *size)
         arrays.append(options["past"])
-    wanted = ran(model_of(arrays[0], **options), *arrays)
+    expected = run(model_of(arrays[0], **options), *arrays)
     model = model_of(arrays[0], **options)
-    spare_products(model, channels=2)
+    apply_winograd(model, channels=2)
     assert convolutions(model) == 4 * pairs
-    for a, b in zip(wanted, ran(model, *arrays), strict=True):
+    for a, b in zip(expected, run(model, *arrays), strict=True):
         assert a.shape == b.shape
         assert np.abs(a - b).max() <= 3e-6 * max(1, np.abs(a).max())
 
@@ -84,13 +84,13 @@ def test_equal_but_for_rounding(pairs, size, channels, pads, batch, state, biase
         ("no frames around", (1, 2, 6, 4, 4), (1, 3, 3), {}),
     ],
 )
-def test_others_stay(why, shape, kernel, options):
-    model = model_of(drawn(0, *shape), weight=drawn(1, 2, 2, *kernel), **options)
-    spare_products(model, channels=2)
+def test_other_convolutions_are_not_replaced(why, shape, kernel, options):
+    model = model_of(random_array(0, *shape), weight=random_array(1, 2, 2, *kernel), **options)
+    apply_winograd(model, channels=2)
     assert convolutions(model) == 1, why
 
 
-def test_few_channels_stay():
-    model = model_of(drawn(0, 1, 2, 4, 4, 4), weight=drawn(1, 4, 2, 3, 3, 3))
-    spare_products(model, channels=3)
+def test_convolutions_of_few_channels_are_not_replaced():
+    model = model_of(random_array(0, 1, 2, 4, 4, 4), weight=random_array(1, 4, 2, 3, 3, 3))
+    apply_winograd(model, channels=3)
     assert convolutions(model) == 1

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import write_fake_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import FILENAME, TensorSpec, kind_of, sha256
 from fvae_deploy.export.manifest import Manifest, Memory, Parity

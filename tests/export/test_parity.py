@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_engine import write_fake_bundle
 
 from fvae_deploy.engines.base import Engine, open_engine
-from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.check import clip, parity, stream
 from fvae_deploy.export.manifest import Intensity, Manifest

@@ -1,4 +1,4 @@
-"""What Triton compiles stays in the checkout, not in the home folder."""
+"""Keep Triton's compiled kernels in the checkout instead of the home folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for chips that are not here; nothing is run."""
+"""Compile kernels ahead of time for chips that this machine lacks; nothing is run."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from fvae_deploy.kernels.record import Recorder, Spec, record  # noqa: E402
 @pytest.mark.parametrize("module", [causal_conv3d, attention], ids=["convolution", "attention"])
 def test_the_heaviest_kernels_fit_every_chip_and_use_its_matrix_units(module, target):
     spec, kernel = next(module.specs())
-    found = compile_for("k", spec, kernel, CHIPS[target])
-    assert found.wrong == ()
-    assert found.spills == 0
-    assert found.shared <= found.limit
-    assert any(name in found.matrix for name in CHIPS[target].matrix)
-    assert found.vector_loads > 0
+    compiled = compile_for("k", spec, kernel, CHIPS[target])
+    assert compiled.wrong == ()
+    assert compiled.spills == 0
+    assert compiled.shared <= compiled.limit
+    assert any(name in compiled.matrix for name in CHIPS[target].matrix)
+    assert compiled.vector_loads > 0
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_launch_compiles_for_an_edge_gpu(name):
     for spec, kernel in KERNELS[name].specs():
-        found = compile_for(name, spec, kernel, CHIPS["sm_89"])
-        assert found.wrong == (), spec.name
-        assert found.moved > 0
-        assert found.flops > 0
-        assert found.plain >= found.moved, "a kernel by hand that saves nothing"
+        compiled = compile_for(name, spec, kernel, CHIPS["sm_89"])
+        assert compiled.wrong == (), spec.name
+        assert compiled.moved > 0
+        assert compiled.flops > 0
+        assert compiled.plain >= compiled.moved, "the kernel saves no memory traffic"
 
 
 def _attention(blocks: Blocks) -> Spec:
@@ -50,7 +50,7 @@ def _attention(blocks: Blocks) -> Spec:
     return Spec(
         "wide",
         lambda run, target, choose: attention.launch(
-            q, k, v, choose=lambda alike, offered, launch: launch(blocks), target=target, run=run
+            q, k, v, choose=lambda key, offered, launch: launch(blocks), target=target, run=run
         ),
         partial(attention.eager, q, k, v),
         1.0,
@@ -61,16 +61,16 @@ def _attention(blocks: Blocks) -> Spec:
 def test_a_config_that_spills_and_takes_too_much_memory_is_found():
     greedy = Blocks(rows=128, columns=128, depth=512, warps=4, stages=3)
     chip = CHIPS["sm_86"]
-    assert not attention.needs(greedy, 2, chip).fit(chip), "it would be left out before"
-    found = compile_for("attention", _attention(greedy), attention.kernel, chip)
-    assert any(reason.startswith("spills") for reason in found.wrong)
-    assert any("bytes of shared memory" in reason for reason in found.wrong)
+    assert not attention.needs(greedy, 2, chip).fit(chip), "`offered` would not leave it out"
+    compiled = compile_for("attention", _attention(greedy), attention.kernel, chip)
+    assert any(reason.startswith("spills") for reason in compiled.wrong)
+    assert any("bytes of shared memory" in reason for reason in compiled.wrong)
 
 
 def test_a_kernel_that_misses_the_matrix_units_of_its_chip_is_found():
     small = Blocks(rows=32, columns=16, depth=512, warps=8, stages=1)
-    found = compile_for("attention", _attention(small), attention.kernel, CHIPS["sm_90"])
-    assert "has no HGMMA" in found.wrong
+    compiled = compile_for("attention", _attention(small), attention.kernel, CHIPS["sm_90"])
+    assert "has no HGMMA" in compiled.wrong
 
 
 def test_a_kernel_with_narrow_loads_is_found():
@@ -78,36 +78,36 @@ def test_a_kernel_with_narrow_loads_is_found():
     weight = torch.empty(1, 1, 1, 97, 97, dtype=torch.float16, device="meta")
     narrow, eager = (partial(f, x, weight) for f in (causal_conv3d.launch, causal_conv3d.reference))
     spec = Spec("odd", narrow, eager, 1.0, 1.0)
-    found = compile_for("odd", spec, causal_conv3d.kernel, CHIPS["sm_89"])
-    assert "has no load of 128 bits" in found.wrong
+    compiled = compile_for("odd", spec, causal_conv3d.kernel, CHIPS["sm_89"])
+    assert "has no load of 128 bits" in compiled.wrong
 
 
 def test_bytes_are_counted_once_each():
     q, k, v = (torch.empty(1, 64, 1, 64, dtype=torch.float16, device="meta") for _ in range(3))
     launch, eager = (partial(f, q, k, v) for f in (attention.launch, attention.eager))
     spec = Spec("s", launch, eager, 1.0, 1.0)
-    found = compile_for("attention", spec, attention.kernel, CHIPS["sm_89"])
-    assert found.moved == 4 * 64 * 64 * 2
+    compiled = compile_for("attention", spec, attention.kernel, CHIPS["sm_89"])
+    assert compiled.moved == 4 * 64 * 64 * 2
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_torch_computes_what_a_launch_is_timed_beside(name):
+def test_torch_computes_the_same_shapes_as_the_launch_it_is_compared_with(name):
     for spec, kernel in KERNELS[name].specs():
         pair = spec.launch(run=Recorder(kernel), target="sm_90"), spec.eager()
-        results = (found if isinstance(found, tuple) else (found,) for found in pair)
-        for found, wanted in zip(*results, strict=True):
-            assert found.dtype == wanted.dtype
-            # Statistics of a kernel come in chunks of positions.
-            chunked = spec.name.startswith("channels")
-            assert found.shape[: 2 if chunked else 4] == wanted.shape[: 2 if chunked else 4]
+        results = (each if isinstance(each, tuple) else (each,) for each in pair)
+        for result, expected in zip(*results, strict=True):
+            assert result.dtype == expected.dtype
+            # A kernel returns statistics in chunks of positions, torch for all positions.
+            axes = 2 if spec.name.startswith("channels") else 4
+            assert result.shape[:axes] == expected.shape[:axes]
 
 
 def test_all_launches_of_a_doubling_are_counted():
     spec, kernel = next(KERNELS["upsample2x_conv"].specs())
     four = record(spec, kernel, "sm_90")
     assert len(four) == 4
-    found = compile_for("upsample2x_conv", spec, kernel, CHIPS["sm_90"])
-    assert found.moved == sum(launch.moved for launch in four)
+    compiled = compile_for("upsample2x_conv", spec, kernel, CHIPS["sm_90"])
+    assert compiled.moved == sum(launch.moved for launch in four)
 
 
 def test_a_roofline_is_the_slower_of_arithmetic_and_memory():
@@ -144,7 +144,7 @@ def test_unknown_names_are_refused(kernels, targets, message):
         planned(kernels, targets, every=False)
 
 
-def test_what_needs_a_gpu_says_so_where_there_is_none():
+def test_commands_that_need_a_gpu_say_so_without_one():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     for verb in ("test", "bench"):
@@ -153,15 +153,15 @@ def test_what_needs_a_gpu_says_so_where_there_is_none():
         assert "expected a GPU" in str(done.exception)
 
 
-def test_what_cannot_be_timed_is_reported_and_ends_nothing():
+def test_a_launch_that_cannot_be_timed_is_reported_and_stops_nothing():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    found = timing.median(lambda: None, Blocks(64, 64))
-    assert found.seconds is None
-    assert found.failure
-    assert "\n" not in found.failure
-    ran = timing.Median(2.0, blocks=Blocks(32, 32)), timing.Median(1.0, blocks=Blocks(16, 16))
-    row = timing.Timed("k", "s", (found, *ran), found, flops=1.0, moved=1, roofline=None)
-    assert row.best == ran[1]
-    assert row.failures == [f"{Blocks(64, 64)}: {found.failure}"]
-    assert timing.Timed("k", "s", (found,), found, 1.0, 1, None).best is None
+    failed = timing.median(lambda: None, Blocks(64, 64))
+    assert failed.seconds is None
+    assert failed.failure
+    assert "\n" not in failed.failure
+    timed = timing.Median(2.0, blocks=Blocks(32, 32)), timing.Median(1.0, blocks=Blocks(16, 16))
+    row = timing.Timed("k", "s", (failed, *timed), failed, flops=1.0, moved=1, roofline=None)
+    assert row.best == timed[1]
+    assert row.failures == [f"{Blocks(64, 64)}: {failed.failure}"]
+    assert timing.Timed("k", "s", (failed,), failed, 1.0, 1, None).best is None

@@ -1,6 +1,6 @@
-"""Kernels in Triton's interpreter against their references, and what refuses.
+"""Compare kernels in Triton's interpreter with their references, and check their errors.
 
-The interpreter is chosen when Triton is imported, so it has a process of its own.
+Triton selects the interpreter when it is imported, so the interpreter runs in its own process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ print(json.dumps({str(d): {t.name: worst(t, "cpu", d) for t in trials} for d in 
 
 
 def interpreted(code: str) -> str:
-    """Run code in a process where kernels are interpreted; its output."""
+    """Run code in a process with interpreted kernels; return its output."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -46,11 +46,11 @@ def interpreted(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads(interpreted(ALL))
-    return found
+    largest: dict[str, dict[str, float]] = json.loads(interpreted(ALL))
+    return largest
 
 
-# bfloat16: the interpreter's own products are wrong, so that they are taken in float32 there.
+# The interpreter multiplies bfloat16 wrongly; kernels multiply in float32 there.
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", [trial.name for each in TRIALS.values() for trial in each])
 def test_a_kernel_equals_its_reference_and_stays_inside_its_tensors(errors, name, dtype):
@@ -96,10 +96,10 @@ def test_trials_that_break_or_are_wrong_are_reported_and_the_others_run(monkeypa
 
     three = tuple(Trial(f.__name__, f) for f in (broken, sound, poisoned))
     monkeypatch.setattr(trials, "TRIALS", {"attention": three})
-    found = [f for f in trials.tried(["attention"], "cpu", "sm_80") if f.type == "float32"]
-    assert [f.passed for f in found] == [False, True, False]
-    assert found[0].failure == "RuntimeError: out of resource: shared memory Required: 300000"
-    assert "NaN" in found[2].failure
+    results = [f for f in trials.run_trials(["attention"], "cpu", "sm_80") if f.type == "float32"]
+    assert [f.passed for f in results] == [False, True, False]
+    assert results[0].failure == "RuntimeError: out of resource: shared memory Required: 300000"
+    assert "NaN" in results[2].failure
 
 
 def test_a_trial_of_all_blocks_launches_each_of_them():
@@ -122,14 +122,14 @@ def test_every_kernel_has_trials():
 @pytest.mark.parametrize(
     ("hip", "architecture", "chip"),
     [
-        (None, "NVIDIA H100 80GB HBM3", "sm_90"),  # as torch 2.11 names it
+        (None, "NVIDIA H100 80GB HBM3", "sm_90"),  # the name in torch 2.11
         ("7.0", "gfx942:sramecc+:xnack-", "gfx942"),
     ],
 )
 def test_a_gpu_is_known_by_its_architecture(monkeypatch, hip, architecture, chip):
-    found = SimpleNamespace(gcnArchName=architecture, major=9, minor=0)
+    properties = SimpleNamespace(gcnArchName=architecture, major=9, minor=0)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert Kernels("cuda", "auto").target == chip
 
 
@@ -142,7 +142,7 @@ compute_in_float32()
 assert getattr(torch.backends.cudnn, "conv", None) is None or (
     torch.backends.cudnn.conv.fp32_precision != "tf32"
 )
-# As torch.export reads them; settings of which it cannot make sense, it refuses.
+# torch.export reads these settings, and fails if they contradict the newer ones.
 assert not torch.backends.cudnn.allow_tf32
 assert not torch.backends.cuda.matmul.allow_tf32
 """
@@ -166,13 +166,13 @@ def test_channels_that_are_not_last_are_refused():
     [("state", (2, 8, 7, 16)), ("state", (1, 8, 8, 16)), ("residual", (1, 8, 8, 8))],
 )
 def test_tensors_of_other_shapes_are_refused_before_a_kernel_reads_past_them(name, shape):
-    x, weight, given = torch.zeros(1, 8, 8, 16), torch.zeros(3, 3, 3, 16, 16), torch.zeros(shape)
+    x, weight, tensor = torch.zeros(1, 8, 8, 16), torch.zeros(3, 3, 3, 16, 16), torch.zeros(shape)
     with pytest.raises(ValueError, match=rf"expected {name} \[.*\], found \[{shape[0]}, "):
-        causal_conv3d.launch(x, weight, window=SAME, **{name: given})
+        causal_conv3d.launch(x, weight, window=SAME, **{name: tensor})
     if name == "state":
         taps, bias = torch.zeros(27, 16), torch.zeros(16)
         with pytest.raises(ValueError, match=r"expected state \[2, 8, 8, 16\], found"):
-            depthwise_conv3d.launch(x, taps, bias, state=given)
+            depthwise_conv3d.launch(x, taps, bias, state=tensor)
 
 
 def test_the_reference_computes_where_there_is_no_gpu():
@@ -185,13 +185,13 @@ def test_the_reference_computes_where_there_is_no_gpu():
 
 
 @pytest.mark.parametrize("width", [8, 24, 224, 640, 1024])
-def test_heads_that_the_kernel_does_not_take_are_torchs(width):
+def test_torch_computes_heads_that_the_kernel_does_not_take(width):
     kernels = Kernels("cpu")
-    kernels.triton = True  # a launch would be refused here
+    kernels.triton = True  # launching a kernel would fail on this CPU
     q, k, v = torch.randn(3, 1, 5, 2, width)
     expected = attention.reference(q, k, v)
     torch.testing.assert_close(kernels.attention(q, k, v), expected)
-    with pytest.raises(ValueError, match=f"sum of two such, found {width}"):
+    with pytest.raises(ValueError, match=f"sum of two of these, found {width}"):
         attention.launch(q, k, v)
 
 

@@ -1,4 +1,4 @@
-"""LeanVAE and Wan on kernels against the plain networks: streamed and tiled."""
+"""Compare LeanVAE and Wan on kernels with the plain networks, streamed and tiled."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from fvae_deploy.kernels.dispatch import Kernels  # noqa: E402
 from fvae_deploy.stream.stages import CausalStream, whole_grids  # noqa: E402
 from fvae_deploy.stream.tiles import Grid  # noqa: E402
 
-# Heads of 16 channels at least.
+# The attention kernel needs heads of at least 16 channels.
 CONFIGS = {
     "wan2.1": {**WAN21, "base_dim": 8},
     "wan2.2": {**WAN22, "base_dim": 8, "decoder_base_dim": 8},
 }
-MARGIN = 8  # more than the halo of an outermost stage
+MARGIN = 8  # larger than the halo of an outermost stage
 
 
 def interpreted(code: str) -> None:
-    """Run a function of this file in a process where kernels are interpreted."""
+    """Run a function of this file in a process with interpreted kernels."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from test_networks import *; {code}"],
@@ -52,7 +52,7 @@ def interpreted(code: str) -> None:
 
 
 def streamed(bundle: Path, direction: str, tiled: bool) -> list[np.ndarray]:
-    """Three steps of a stream, in one piece or in tiles."""
+    """Run three steps of a stream, untiled or tiled; return the results."""
     manifest, plane = Manifest.load(bundle), (4, 13)
     grids = whole_grids(manifest, (direction,), plane)
     if tiled:
@@ -60,17 +60,17 @@ def streamed(bundle: Path, direction: str, tiled: bool) -> list[np.ndarray]:
         assert halo is not None
         grids |= {direction: Grid(*plane, (4, 2 * halo + 4), halo)}
         assert len(grids[direction].tiles) > 1
-    random, found = np.random.default_rng(0), []
+    random, results = np.random.default_rng(0), []
     stream = CausalStream(open_engine(bundle, manifest, "torch"), manifest, direction, grids)
     for first in (True, False, False):
         part = manifest.stage_part(direction, first)
         shape = part.inputs[0].sized(1, *(n * part.scale for n in plane))[1:]
-        found.append(stream.run(random.uniform(-1, 1, shape).astype(np.float32), first).copy())
-    return found
+        results.append(stream.run(random.uniform(-1, 1, shape).astype(np.float32), first).copy())
+    return results
 
 
 def write(bundle: str, folder: str) -> None:
-    """Leave streams of a bundle, in tiles, in a folder."""
+    """Write the results of tiled streams of a bundle to a folder."""
     for direction in ("encode", "decode"):
         np.savez(Path(folder) / f"{direction}.npz", *streamed(Path(bundle), direction, tiled=True))
 
@@ -78,45 +78,45 @@ def write(bundle: str, folder: str) -> None:
 def test_lean_vae_tiled_on_interpreted_kernels_equals_the_plain_network(small_bundle, tmp_path):
     interpreted(f"write({str(small_bundle)!r}, {str(tmp_path)!r})")
     for direction in ("encode", "decode"):
-        wanted = streamed(small_bundle, direction, tiled=False)
+        untiled = streamed(small_bundle, direction, tiled=False)
         with np.load(tmp_path / f"{direction}.npz") as file:
-            for found, expected in zip(file.values(), wanted, strict=True):
-                assert np.abs(found - expected).max() < 1e-5 * expected.std()
+            for result, expected in zip(file.values(), untiled, strict=True):
+                assert np.abs(result - expected).max() < 1e-5 * expected.std()
 
 
-def close(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
-    for a, b in zip(found, wanted, strict=True):
+def assert_close(results: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    for a, b in zip(results, expected, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 1e-5 * max(float(b.std()), 1e-3)
 
 
 @torch.inference_mode()
 def compare(name: str, backend: str) -> None:
-    """Stream three steps through every stage of both forms, and a tile of the outermost ones."""
+    """Stream steps through every stage, plain and on kernels; the outermost ones also tiled."""
     model, other = (wan_model(random_wan(CONFIGS[name]), 1) for _ in range(2))
     side = model.geometry.spatial
     torch.manual_seed(0)
     steps = [0.5 * torch.randn(1, 1, frames, 2 * side, 2 * side) for frames in (1, 4)]
     kernels = Kernels("cpu", backend)
     for stage, plain in model.stages.items():
-        made, cut = on_kernels(other.stages[stage], kernels), MARGIN + steps[0].shape[4] // 2
+        on_kernel, cut = on_kernels(other.stages[stage], kernels), MARGIN + steps[0].shape[4] // 2
         states: list[tuple[Any, ...]] = [(), (), ()]
         results = []
         for x in steps:
-            whole, found = plain(x, *states[0]), made(x, *states[1])
-            close(found, whole)
+            whole, result = plain(x, *states[0]), on_kernel(x, *states[1])
+            assert_close(result, whole)
             results.append(whole[0])
-            states[:2] = [whole[1:], found[1:]]
+            states[:2] = [whole[1:], result[1:]]
             if stage in ("encode0", list(model.stages)[-1]):
-                tile = made(x[..., :cut], *states[2])
+                tile = on_kernel(x[..., :cut], *states[2])
                 width = whole[0].shape[4] * (cut - MARGIN) // x.shape[4]
-                close((tile[0][..., :width],), (whole[0][..., :width],))
+                assert_close((tile[0][..., :width],), (whole[0][..., :width],))
                 states[2] = tile[1:]
         steps = results
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_wan_put_together_of_kernels_references_equals_the_plain_network(name):
+def test_wan_on_the_references_of_the_kernels_equals_the_plain_network(name):
     compare(name, "reference")
 
 

@@ -1,4 +1,4 @@
-"""Which blocks a chip can launch, and which of them a GPU is found to be fastest with."""
+"""Which blocks a chip can launch, and the measurement of the fastest ones."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OFFERED = [Blocks(128, 64, 64, 8, 2), Blocks(64, 64, 64, 4, 3), Blocks(256, 64, 
 
 
 class Stopwatch:
-    """Tells prepared times for launches, in order, and counts them."""
+    """Returns prepared times for launches, in order, and counts the launches."""
 
     def __init__(self, *seconds: float) -> None:
-        self.left, self.read = list(seconds), 0
+        self.left, self.count = list(seconds), 0
 
     def __call__(self, launch):
         launch()
-        self.read += 1
+        self.count += 1
         return self.left.pop(0)
 
 
@@ -41,21 +41,23 @@ def _tuner(folder, *seconds: float, gpu: str = "NVIDIA L4", compiler: str = "tri
     return Tuner(folder, gpu, compiler, Stopwatch(*seconds))
 
 
-def _launched(tuner: Tuner, alike: str = "convolution", offered=OFFERED) -> Blocks:
+def _launched(tuner: Tuner, key: str = "convolution", offered=OFFERED) -> Blocks:
     seen: list[Blocks] = []
-    tuner(alike, offered, seen.append)
+    tuner(key, offered, seen.append)
     return seen[-1]
 
 
 def test_the_fastest_blocks_are_launched_and_remembered(tmp_path):
     tuner = _tuner(tmp_path / "tuning", 3.0, 1.0, 2.0)
     assert _launched(tuner) == OFFERED[1]
-    assert _launched(tuner) == OFFERED[1], "not measured again: no times are left"
-    assert _launched(_tuner(tmp_path / "tuning")) == OFFERED[1], "nor by the next process"
+    assert _launched(tuner) == OFFERED[1], "measured again"
+    assert _launched(_tuner(tmp_path / "tuning")) == OFFERED[1], (
+        "measured again by the next process"
+    )
     assert [p.name for p in (tmp_path / "tuning").iterdir()] == ["nvidia-l4.json"]
 
 
-def test_launches_that_are_not_alike_are_measured_apart(tmp_path):
+def test_launches_with_different_keys_are_measured_separately(tmp_path):
     tuner = _tuner(tmp_path, 3.0, 1.0, 2.0, 1.0, 2.0, 3.0)
     assert _launched(tuner, "wide") == OFFERED[1]
     assert _launched(tuner, "narrow") == OFFERED[0]
@@ -90,17 +92,17 @@ def test_a_damaged_file_is_measured_anew(tmp_path, kept):
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "tuning").write_text("in the way")
     tuner = _tuner(tmp_path / "tuning", 3.0, 1.0, 2.0)
-    with pytest.warns(UserWarning, match="cannot be kept in .* will be measured again"):
+    with pytest.warns(UserWarning, match="cannot be stored in .* will be measured again"):
         assert _launched(tuner) == OFFERED[1]
     assert _launched(tuner) == OFFERED[1]
 
 
 @pytest.mark.parametrize(
-    ("target", "found"),
+    ("target", "chip"),
     [("sm_86", "sm_86"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120")],
 )
-def test_a_chip_that_is_not_listed_has_the_least_limits_of_its_generation(target, found):
-    assert like(target).target == found
+def test_a_chip_that_is_not_listed_has_the_tightest_limits_of_its_generation(target, chip):
+    assert like(target).target == chip
     assert known(target)
 
 
@@ -111,14 +113,14 @@ def test_a_generation_that_is_not_known_is_refused(target):
     assert not known(target)
 
 
-def test_what_does_not_fit_is_left_out():
+def test_blocks_that_do_not_fit_are_left_out():
     greedy = Blocks(256, 256, 128, 4, 4)
     chip = CHIPS["sm_86"]
     assert fitting([greedy, OFFERED[0]], lambda b: product(b, 2), chip) == [OFFERED[0]]
     assert not Needs(shared=chip.shared + 1, registers=1).fit(chip)
     assert not Needs(shared=1, registers=chip.registers + 1).fit(chip)
     assert not Needs(1, 1, tensor=513).fit(CHIPS["sm_100"])
-    assert Needs(1, 1, tensor=513).fit(chip), "no tensor memory to take"
+    assert Needs(1, 1, tensor=513).fit(chip), "the chip has no tensor memory"
 
 
 @settings(max_examples=200, deadline=None)
@@ -140,22 +142,22 @@ def test_every_shape_is_offered_a_few_different_blocks_on_every_chip(channels, w
         assert len(set(offered)) == len(offered)
 
 
-def test_launches_are_alike_by_type_channels_window_and_amount_of_work():
-    def alike(height: int, channels: int, dtype=torch.float16) -> str:
+def test_launches_share_a_key_by_type_channels_window_and_amount_of_work():
+    def key(height: int, channels: int, dtype=torch.float16) -> str:
         seen: list[str] = []
         x = torch.empty(1, height, 64, channels, dtype=dtype, device="meta")
         weight = torch.empty(3, 3, 3, channels, 96, dtype=dtype, device="meta")
         causal_conv3d.launch(
-            x, weight, window=causal_conv3d.SAME, choose=lambda alike, *_: seen.append(alike)
+            x, weight, window=causal_conv3d.SAME, choose=lambda key, *_: seen.append(key)
         )
         return seen[0]
 
-    assert alike(64, 96) == alike(63, 96)
-    others = [alike(128, 96), alike(64, 192), alike(64, 96, torch.float32)]
-    assert len({alike(64, 96), *others}) == 4
+    assert key(64, 96) == key(63, 96)
+    others = [key(128, 96), key(64, 192), key(64, 96, torch.float32)]
+    assert len({key(64, 96), *others}) == 4
 
 
-def test_what_is_compiled_is_the_choice_that_was_asked_for():
+def test_the_requested_blocks_are_compiled():
     spec, kernel = next(causal_conv3d.specs())
     offered = causal_conv3d.offered(96, 2, CHIPS["sm_89"], apart=True)
     assert choices(spec, kernel, "sm_89") == offered

@@ -5,10 +5,10 @@ import os
 import re
 
 import pytest
+from fake_engine import write_fake_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvae_deploy.engines.fake import write_fake_bundle
 from fvae_deploy.errors import PlanError, UsageError
 from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.parse import parse_bytes, show_bytes

@@ -1,33 +1,44 @@
-"""A codec in numpy alone, so that the whole pipeline runs in tests without a runtime.
+"""An engine in numpy alone, so that tests run the whole pipeline without a runtime.
 
-Linear, local and causal, with state, one cell of halo and one latent frame of context. With
-m the mean over a block of 4 frames (1 at the start) x 8 x 8 pixels, and box the zero-padded
-3x3 mean over cells:
+Its network is linear, local and causal, with state, a halo of one cell and a context of one
+latent frame. With m the mean over a block of 4 frames (1 at the start) x 8 x 8 pixels, and box
+the zero-padded 3x3 mean over cells:
 
     encode   z = (m[t], m[t - 1], box(m)[t])
     decode   cell[t] = z0[t] + (box(z1)[t] + z2[t] - 2 z0[t - 1]) / 16
 
-A cell is spread over its block with a slight grain, so that frames or pixels in the wrong
-order show. Before the start all is zero.
+The decoder multiplies each pixel of a block by its own factor near 1 (GRAIN), so that frames or
+pixels in the wrong order are detected. The state before the first frame is zero.
+
+`register` adds the engine to the table of engines. It is not part of the package.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from fvae_deploy.engines.base import check_inputs
+from fvae_deploy.engines.base import ENGINES, Entry, check_inputs
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import SCHEMA, Dimension, Network, Part, Source, TensorSpec, sha256
 from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
 
 TEMPORAL, SPATIAL, LATENTS = 4, 8, 3
+CHILD_PROCESS = Path(__file__).parent / "child_process"  # its sitecustomize.py registers, too
 GRAIN = (np.arange(TEMPORAL * SPATIAL**2).reshape(TEMPORAL, SPATIAL, SPATIAL) - 127.5) / 4096
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    """Add the engine to the table, here and in every Python process started from now on."""
+    patch.setitem(ENGINES, "fake", Entry(__name__, ("numpy",), ""))
+    patch.setenv("PYTHONPATH", str(CHILD_PROCESS), prepend=os.pathsep)
 
 
 class FakeEngine:
@@ -44,13 +55,13 @@ class FakeEngine:
         if (device, precision) != ("cpu", "fp32"):
             raise EngineError(
                 f"expected device cpu and precision fp32, found {device} and {precision}: "
-                "use these, the fake engine has no other"
+                "use --device cpu --precision fp32"
             )
         self.precision = precision
         self._manifest = manifest
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute one part, in double precision inside."""
+        """Compute one part, internally in double precision."""
         spec = self._manifest.part(part)
         check_inputs(spec, inputs)
         data, *state = (np.asarray(inputs[tensor.name]) for tensor in spec.inputs)
@@ -66,31 +77,31 @@ class FakeEngine:
         return {t.name: np.ascontiguousarray(value, dtype=np.float32) for t, value in named}
 
     def host(self, state: Any) -> Any:
-        """Return a state, which is an array already."""
+        """Return a state, which is already an array."""
         return state
 
     def release(self, part: str, compiled: bool) -> None:
-        """Release nothing."""
+        """Do nothing: there is no memory to release."""
 
     def close(self) -> None:
-        """Release nothing."""
+        """Do nothing: there is no memory to release."""
 
 
 def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> FakeEngine:
-    """Open a fake bundle; raises EngineError for a real one, or for a device but cpu."""
+    """Open a bundle of `write_fake_bundle`; raises EngineError for another, or without a CPU."""
     return FakeEngine(manifest, device, precision)
 
 
-def precisions() -> list[str]:
-    """Return the one precision there is."""
-    return ["fp32"]
+def precisions(device: str = "cpu") -> list[str]:
+    """Return the only precision, fp32."""
+    return ["fp32"] if device == "cpu" else []
 
 
 def encode(x: NDArray[Any], past: NDArray[Any] | None, block: int) -> tuple[NDArray[Any], ...]:
     """Frames x [C, T, H, W] and past m [1, h, w] -> z [3, T / block, h, w], next past."""
     _, t, height, width = x.shape
     cells = (t // block, block, height // SPATIAL, SPATIAL, width // SPATIAL, SPATIAL)
-    # Rounded at once: what goes into the state and what goes into the latents is the same.
+    # Rounded here, so that the state holds exactly the values of the latents.
     mean = x.mean(axis=0, dtype=np.float64).reshape(cells).mean(axis=(1, 3, 5))
     mean = mean.astype(np.float32)
     history = np.concatenate([np.zeros_like(mean[:1]) if past is None else past, mean])
@@ -110,7 +121,7 @@ COMPUTE = {"encode": encode, "decode": decode}
 
 
 def box(plane: NDArray[Any]) -> NDArray[Any]:
-    """Mean of the 3x3 cells around each, zeros beyond the border: [k, h, w] to the same."""
+    """Mean over the 3x3 cells around each cell, zeros beyond the border; keeps [k, h, w]."""
     _, h, w = plane.shape
     padded = np.pad(plane.astype(np.float64), ((0, 0), (1, 1), (1, 1)))
     mean: NDArray[Any] = np.mean(
@@ -131,7 +142,7 @@ def write_fake_bundle(folder: Path, channels: int = 1) -> Manifest:
         name="fake",
         description="Block means, for tests of the pipeline",
         licence="Apache-2.0",
-        source=Source("fvae_deploy.engines.fake", "1", sha256(weights)),
+        source=Source("fake_engine", "1", sha256(weights)),
         network=Network("fake", {}),
         geometry=Geometry(TEMPORAL, SPATIAL, LATENTS, channels, window=65),
         intensity=Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0),
