@@ -82,9 +82,7 @@ ENGINES = {
         ("tensorrt_rtx", "tensorrt"),
         "pip install 'fvae-deploy[tensorrt]'",
     ),
-    "openvino": Entry(
-        "fvae_deploy.engines.open_vino", ("openvino",), "pip install 'fvae-deploy[cpu]'"
-    ),
+    "openvino": Entry("fvae_deploy.engines.open_vino", ("openvino",), "pip install openvino"),
     "onnxruntime": Entry(
         "fvae_deploy.engines.onnx_runtime", ("onnxruntime",), "pip install 'fvae-deploy[cpu]'"
     ),
@@ -212,7 +210,10 @@ def open_engine(
     precision: str = "fp32",
     threads: int | None = None,
 ) -> Engine:
-    """Open a bundle in the engine of this name; raises EngineError with the remedy."""
+    """Open a bundle in the engine of this name; raises EngineError with the remedy.
+
+    `threads` limits the engine's threads on a CPU; None means all cores.
+    """
     if name not in ENGINES:
         raise EngineError(f"expected one of {', '.join(ENGINES)}, found engine {name!r}")
     able = offered(name)
@@ -220,5 +221,5 @@ def open_engine(
         raise EngineError(
             f"expected one of {', '.join(able)}, found precision {precision!r} for {name}"
         )
-    engine: Engine = load(name).open(bundle, manifest, device, precision)
+    engine: Engine = load(name).open(bundle, manifest, device, precision, threads)
     return engine

@@ -31,13 +31,22 @@ class EagerEngine:
 
     name = "torch"
 
-    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Bundle,
+        device: str,
+        precision: str,
+        threads: int | None = None,
+    ) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise EngineError(
                 f"expected a CUDA device, found torch {torch.__version__} without one: "
                 "use --device cpu, or install a CUDA build of torch"
             )
         self.precision = precision
+        if threads is not None:
+            torch.set_num_threads(threads)  # of the whole process: torch has no other setting
         try:
             self._device, self._dtype = torch.device(device), DTYPES[precision]
         except RuntimeError:
@@ -112,9 +121,11 @@ class EagerEngine:
         return tensor
 
 
-def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> EagerEngine:
+def open(
+    bundle: Path, manifest: Bundle, device: str, precision: str, threads: int | None
+) -> EagerEngine:
     """Open a bundle; raises EngineError if the device is not available."""
-    return EagerEngine(bundle, manifest, device, precision)
+    return EagerEngine(bundle, manifest, device, precision, threads)
 
 
 def precisions(device: str = "cpu") -> list[str]:

@@ -35,7 +35,14 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Bundle,
+        device: str,
+        precision: str,
+        threads: int | None = None,
+    ) -> None:
         if precision != manifest.precision:
             raise EngineError(
                 f"expected {manifest.precision}, the precision of this bundle, found {precision}: "
@@ -54,7 +61,7 @@ class OnnxRuntimeEngine:
         # The system's loader does not search the folders where pip installs CUDA's libraries.
         if device != "cpu" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        self.precision = precision
+        self.precision, self._threads = precision, threads
         self._bundle, self._manifest, self._device = bundle, manifest, device
         self._memory = "cpu" if device == "cpu" else "cuda"  # where tensors are stored
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -117,6 +124,7 @@ class OnnxRuntimeEngine:
             if self._device != "cpu":
                 options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             options.log_severity_level = 3
+            options.intra_op_num_threads = self._threads or 0  # 0 means all cores
             # With memory patterns, a heavy part takes 1.1 GiB instead of 0.7 GiB.
             options.enable_mem_pattern = not self._manifest.part(part).heavy
             session = ort.InferenceSession(
@@ -160,9 +168,11 @@ def check_placement(session: ort.InferenceSession, part: str) -> None:
         )
 
 
-def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OnnxRuntimeEngine:
+def open(
+    bundle: Path, manifest: Bundle, device: str, precision: str, threads: int | None
+) -> OnnxRuntimeEngine:
     """Open a bundle; raises EngineError if the device or precision is not available."""
-    return OnnxRuntimeEngine(bundle, manifest, device, precision)
+    return OnnxRuntimeEngine(bundle, manifest, device, precision, threads)
 
 
 def precisions(device: str = "cpu") -> list[str]:

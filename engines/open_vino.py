@@ -92,8 +92,15 @@ class OpenVINOEngine:
 
     name = "openvino"
 
-    def __init__(self, bundle: Path, manifest: Bundle, device: str, precision: str) -> None:
-        self.precision = precision
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Bundle,
+        device: str,
+        precision: str,
+        threads: int | None = None,
+    ) -> None:
+        self.precision, self._threads = precision, threads
         self._bundle, self._manifest, self._device = bundle, manifest, device.upper()
         self._core = ov.Core()
         if self._device not in self._core.available_devices:
@@ -154,6 +161,8 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
         }
+        if self._threads is not None and self._device == "CPU":
+            options["INFERENCE_NUM_THREADS"] = self._threads
         if not part.state_outputs:
             element = ov.Type.f32  # the inputs beside the data are not states: keep fp32
         model = _typed(_states_first(model), part, element)
@@ -184,9 +193,11 @@ def _typed(model: ov.Model, part: Part, element: ov.Type) -> ov.Model:
     return typed.build()
 
 
-def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> OpenVINOEngine:
+def open(
+    bundle: Path, manifest: Bundle, device: str, precision: str, threads: int | None
+) -> OpenVINOEngine:
     """Open a bundle; raises EngineError if the device cannot compute at this precision."""
-    return OpenVINOEngine(bundle, manifest, device, precision)
+    return OpenVINOEngine(bundle, manifest, device, precision, threads)
 
 
 def precisions(device: str = "cpu") -> list[str]:

@@ -299,8 +299,13 @@ def _bytes(shape: Shape, kind: str) -> int:
     return int(np.prod(shape)) * np.dtype(kind).itemsize
 
 
-def open(bundle: Path, manifest: Bundle, device: str, precision: str) -> TensorRTEngine:
-    """Open a bundle's engines for this machine's GPU; raises EngineError with the remedy."""
+def open(
+    bundle: Path, manifest: Bundle, device: str, precision: str, threads: int | None
+) -> TensorRTEngine:
+    """Open a bundle's engines for this machine's GPU; raises EngineError with the remedy.
+
+    `threads` has no effect: nothing is computed on the CPU.
+    """
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
         raise EngineError(f"expected device cuda for tensorrt, found {device!r}: use --device cuda")

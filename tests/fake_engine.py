@@ -87,7 +87,9 @@ class FakeEngine:
         """Do nothing: there is no memory to release."""
 
 
-def open(bundle: Path, manifest: Manifest, device: str, precision: str) -> FakeEngine:
+def open(
+    bundle: Path, manifest: Manifest, device: str, precision: str, threads: int | None
+) -> FakeEngine:
     """Open a bundle of `write_fake_bundle`; raises EngineError for another, or without a CPU."""
     return FakeEngine(manifest, device, precision)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +86,6 @@ def serve(
     Example: `fvae serve --folder /var/lib/fvae --memory 2GiB`
     """
     require(*NEEDS, extra="serve")
-    from fvae_deploy.api import MODEL
     from fvae_deploy.parse import parse_bytes
     from fvae_deploy.server.run import run
     from fvae_deploy.server.settings import Limits, Settings, check_exposure
@@ -95,13 +95,8 @@ def serve(
     check_exposure(host, not insecure_no_auth, tls_cert is not None, behind_proxy)
     settings = Settings(
         folder.absolute(),
-        parse_bytes(memory),
-        str(options.model or MODEL),
+        replace(options, memory=memory),
         generator,
-        options.engine,
-        options.precision,
-        options.device,
-        options.threads,
         keep_hours=keep,
         authenticated=not insecure_no_auth,
         secure=tls_cert is not None or behind_proxy,

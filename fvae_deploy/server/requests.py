@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from fvae_deploy.errors import UsageError
 from fvae_deploy.parse import parse_bytes, slice_range
 from fvae_deploy.server.store import Job
+from fvae_deploy.stream.options import RunOptions
 
 
 def _memory(text: str) -> str:
@@ -47,6 +49,25 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     memory: Memory = None
+
+    @property
+    def extension(self) -> str:
+        """File extension of a volume that the job writes."""
+        return str(getattr(self, "format", "nii.gz"))
+
+    def run_options(self, server: RunOptions) -> RunOptions:
+        """Return the options of the job's run; `server.memory` is the most it may use."""
+        limit = server.memory_bytes
+        memory = parse_bytes(self.memory) if self.memory else limit
+        return dataclasses.replace(
+            server,
+            memory=min(memory, limit) if memory is not None and limit is not None else memory,
+            protocol=getattr(self, "protocol", None),
+            step=getattr(self, "k", None),
+            dtype=getattr(self, "dtype", "int16"),
+            any_range=getattr(self, "any_range", False),
+            resume=True,
+        )
 
 
 class EncodeOptions(Options):
@@ -123,6 +144,19 @@ class GenerateOptions(Options):
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of the random noise.")] = 0
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
+
+
+def parse(verb: str, options: dict[str, Any]) -> Options:
+    """Return the options of a job as they were stored."""
+    return VERBS[verb].model_validate(options)
+
+
+VERBS: dict[str, type[Options]] = {
+    "encode": EncodeOptions,
+    "decode": DecodeOptions,
+    "reconstruct": ReconstructOptions,
+    "generate": GenerateOptions,
+}
 
 
 class JobView(BaseModel):

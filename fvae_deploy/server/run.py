@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
+from fvae_deploy.api import MODEL
 from fvae_deploy.engines.base import ENGINES, missing
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.export.manifest import Manifest
@@ -33,13 +34,14 @@ def run(
     Raises UsageError if another server uses the folder, and BundleError or EngineError if the
     worker could not open the model or the engine.
     """
-    Manifest.load(bundle_path(settings.model))
-    if settings.engine not in ("auto", *ENGINES):
+    Manifest.load(bundle_path(settings.options.model or MODEL))
+    engine = settings.options.engine
+    if engine not in ("auto", *ENGINES):
         raise EngineError(
-            f"expected auto or one of {', '.join(ENGINES)}, found {settings.engine!r}: choose one"
+            f"expected auto or one of {', '.join(ENGINES)}, found {engine!r}: choose one"
         )
-    if settings.engine != "auto" and (problem := missing(settings.engine)):
-        raise EngineError(f"engine {settings.engine} cannot run here: it {problem}")
+    if engine != "auto" and (problem := missing(engine)):
+        raise EngineError(f"engine {engine} cannot run here: it {problem}")
     settings.folder.mkdir(parents=True, exist_ok=True)
     with (settings.folder / "server.lock").open("w") as lock:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from fvae_deploy.errors import UsageError
+from fvae_deploy.stream.options import RunOptions
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class WorkerSettings:
+    """What the worker process needs to know."""
+
+    options: RunOptions
+    generator: str
+    attempts: int
+
+    def to_json(self) -> str:
+        """Return the settings as the worker's argument."""
+        return json.dumps({**asdict(self), "options": self.options.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerSettings:
+        """Read the worker's argument."""
+        content = json.loads(text)
+        return cls(**content | {"options": RunOptions(**content["options"])})
+
+
+@dataclass(frozen=True)
 class Settings:
     """Where a server keeps its jobs, what runs them, and its limits."""
 
     folder: Path
-    memory: int  # budget of a job in bytes, without libraries
-    model: str = "tiny"
+    options: RunOptions  # of every job; memory is the most that a job may ask for
     generator: str = "tiny-ldm"
-    engine: str = "auto"
-    precision: str = "fp32"
-    device: str = "cpu"
     keep_hours: float = 24  # how long an ended job and its result are kept
     authenticated: bool = True
     secure: bool = False  # clients connect over TLS, to this server or to a proxy

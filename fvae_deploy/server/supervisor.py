@@ -5,7 +5,6 @@ Also delete expired jobs with their files.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -13,12 +12,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from threading import Event, Thread
 
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.metrics import resident
-from fvae_deploy.server.settings import Settings
+from fvae_deploy.server.settings import Settings, WorkerSettings
 from fvae_deploy.server.store import ENDED, Store
 from fvae_deploy.server.worker import clear
 
@@ -86,11 +84,9 @@ class Supervisor:
             self._stop.wait(wait)
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        settings = asdict(self._settings)
-        names = ("memory", "model", "generator", "engine", "precision", "device")
-        options = {name: settings[name] for name in names}
-        options["attempts"] = settings["limits"]["attempts"]
-        arguments = [str(self._settings.folder), json.dumps(options)]
+        settings = self._settings
+        own = WorkerSettings(settings.options, settings.generator, settings.limits.attempts)
+        arguments = [str(settings.folder), own.to_json()]
         # The worker exits when this pipe closes, which the system does when this process ends.
         return subprocess.Popen(
             [sys.executable, "-m", "fvae_deploy.server.worker", *arguments],
@@ -101,7 +97,7 @@ class Supervisor:
         facts = self._store.worker()
         if facts.get("pid") != worker.pid:
             return
-        limit = facts["baseline"] + SLACK * self._settings.memory
+        limit = facts["baseline"] + SLACK * (self._settings.options.memory_bytes or 0)
         job = self._store.running_job()
         if job is not None and job.verb == "generate":
             limit += GENERATE_EXTRA

@@ -8,8 +8,8 @@ state of an interrupted job is in the store and in the .partial files beside its
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
-import json
 import os
 import shutil
 import sqlite3
@@ -24,9 +24,12 @@ from typing import Any
 
 from fvae_deploy import api
 from fvae_deploy.errors import FvaeError, LatentError, UsageError, VolumeError
-from fvae_deploy.parse import parse_bytes, slice_range
+from fvae_deploy.parse import slice_range
+from fvae_deploy.server import requests
+from fvae_deploy.server.settings import WorkerSettings
 from fvae_deploy.server.store import Job, Store
 from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.rss import current_rss, reset_peak
 from fvae_deploy.volume.open import open_volume
 
@@ -41,25 +44,27 @@ class CancelledError(FvaeError):
 def main() -> None:
     """Run jobs until standard input closes; print an error as one line and exit."""
     try:
-        serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        serve(Path(sys.argv[1]), WorkerSettings.from_json(sys.argv[2]))
     except FvaeError as error:
         print(f"fvae: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def serve(folder: Path, options: dict[str, Any]) -> None:
+def serve(folder: Path, settings: WorkerSettings) -> None:
     """Open the engine, then run jobs without end."""
     threading.Thread(target=_exit_with_server, daemon=True).start()
     os.nice(10)  # the server process has priority
     with (folder / "worker.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the worker of a killed server may still be exiting
         store = Store(folder)
-        store.recover(options["attempts"])
+        store.recover(settings.attempts)
+        options = settings.options
         with open_codec(
-            options["model"],
-            engine=options["engine"],
-            precision=options["precision"],
-            device=options["device"],
+            options.model or api.MODEL,
+            engine=options.engine,
+            precision=options.precision,
+            device=options.device,
+            threads=options.threads,
         ) as codec:
             facts = {
                 "pid": os.getpid(),
@@ -73,7 +78,7 @@ def serve(folder: Path, options: dict[str, Any]) -> None:
                 store.set_worker(facts | {"baseline": current_rss()})
                 while (job := store.claim()) is None:
                     time.sleep(IDLE)
-                run_job(store, job, codec, options)
+                run_job(store, job, codec, settings)
 
 
 def _exit_with_server() -> None:
@@ -81,11 +86,11 @@ def _exit_with_server() -> None:
     os._exit(0)
 
 
-def run_job(store: Store, job: Job, codec: Codec, options: dict[str, Any]) -> None:
+def run_job(store: Store, job: Job, codec: Codec, settings: WorkerSettings) -> None:
     """Run one job and record in the store how it ended."""
     folder, state = store.files / job.id, "failed"
     try:
-        result, report = _resume_or_restart(store, job, folder, codec, options)
+        result, report = _resume_or_restart(store, job, folder, codec, settings)
         _to_disk(folder / result)
     except CancelledError as error:
         kind, message, state = "cancelled", str(error), "cancelled"
@@ -117,65 +122,54 @@ def clear(folder: Path, job: Job | None) -> None:
 
 
 def _resume_or_restart(
-    store: Store, job: Job, folder: Path, codec: Codec, options: dict[str, Any]
+    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
 ) -> tuple[str, dict[str, Any]]:
     """Resume a job that a dead worker left; start it again if another version had begun it."""
     try:
-        return _perform(store, job, folder, codec, options)
+        return _perform(store, job, folder, codec, settings)
     except (LatentError, UsageError):
         partial = [path for path in folder.glob("*.partial") if path.is_dir()]
         if not partial:
             raise
     for path in partial:
         shutil.rmtree(path)
-    return _perform(store, job, folder, codec, options)
+    return _perform(store, job, folder, codec, settings)
 
 
 def _perform(
-    store: Store, job: Job, folder: Path, codec: Codec, options: dict[str, Any]
+    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
 ) -> tuple[str, dict[str, Any]]:
     """Run the verb; return the file name of the result and the run report."""
-    job_options = dict(job.options)
-    extension = job_options.pop("format", "nii.gz")
-    requested_memory = job_options.pop("memory", None)
-    limit = int(options["memory"])
-    job_options["memory"] = min(parse_bytes(requested_memory), limit) if requested_memory else limit
-    source, result = _input(job, folder), f"result.{extension}"
+    request = requests.parse(job.verb, job.options)
+    options = request.run_options(settings.options)
+    source, name = _input(job, folder), f"result.{request.extension}"
+    output = folder / ("latents.zarr" if job.verb == "encode" else name)
+    _remove(output)  # from a worker that died before it could record the result
     begin = _progress(store, job)
-    if job.verb == "encode":
-        store_path = folder / "latents.zarr"
-        reader = open_volume(source, job_options.pop("series", None))
-        tick = begin("encode", reader.geometry.shape[2])
-        report = api.encode(
-            reader, store_path, model=codec, resume=True, progress=tick, **job_options
-        )
-        result = "result.zip"
-        _pack(store_path, folder / result)
-    elif job.verb == "decode":
+    if isinstance(request, requests.GenerateOptions):
+        report = _generate(job, folder, source, output, begin, request, options, settings)
+    elif isinstance(request, requests.DecodeOptions):
+        slices = slice_range(request.slices) if request.slices else None
         tick = begin("decode", None)
-        slices = slice_range(job_options.pop("slices")) if "slices" in job_options else None
-        report = api.decode(
-            source,
-            folder / result,
-            model=codec,
-            slices=slices,
-            resume=True,
-            progress=tick,
-            **job_options,
-        )
-    elif job.verb == "reconstruct":
-        reader = open_volume(source, job_options.pop("series", None))
-        tick = begin("reconstruct", reader.geometry.shape[2])
-        report = api.reconstruct(
-            reader, folder / result, model=codec, resume=True, progress=tick, **job_options
-        )
-        if extension == "dcm":
-            _pack(folder / result, folder / "result.zip")
-            result = "result.zip"
+        report = api.decode(source, output, options, slices=slices, codec=codec, progress=tick)
     else:
-        report = _generate(job, folder, source, folder / result, begin, job_options, options)
-    report["input"], report["output"] = f"input.{job.kind}", result
-    return result, report
+        assert isinstance(request, requests.EncodeOptions)
+        run = api.encode if job.verb == "encode" else api.reconstruct
+        reader = open_volume(source, request.series)
+        tick = begin(job.verb, reader.geometry.shape[2])
+        report = run(reader, output, options, codec=codec, progress=tick)
+        if output.is_dir():
+            name = "result.zip"
+            _pack(output, folder / name)
+    report["input"], report["output"] = f"input.{job.kind}", name
+    return name, report
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _generate(
@@ -184,9 +178,11 @@ def _generate(
     mask: Path,
     output: Path,
     begin: Callable[[str, int], Callable[[int], None]],
-    job_options: dict[str, Any],
-    options: dict[str, Any],
+    request: requests.GenerateOptions,
+    options: RunOptions,
+    settings: WorkerSettings,
 ) -> dict[str, Any]:
+    from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate
 
     disease = next((folder / "input").glob("disease.nii*"), None)
@@ -194,15 +190,17 @@ def _generate(
     report = generate(
         mask,
         output,
+        dataclasses.replace(options, model=settings.generator),
+        GenerationOptions(
+            steps=request.steps,
+            eta=request.eta,
+            guidance=request.guidance,
+            stitch=request.stitch,
+            seed=request.seed,
+        ),
         findings=str(findings) if findings.is_file() else None,  # a path: text could name a file
         disease_mask=disease,
-        model=options["generator"],
-        engine=options["engine"],
-        precision=options["precision"],
-        device=options["device"],
-        resume=True,
         progress=begin,
-        **job_options,
     )
     report["generator"]["disease_mask"] = disease and disease.name
     return report

@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.engines.base import choose, obstacle, open_engine, precisions
+from fvae_deploy.engines.base import choose, obstacle, open_engine, precision_problem
 from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
@@ -75,15 +75,12 @@ class Opened(Generic[Kind]):
 
 
 def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
-    """Choose for a device and precision; TensorRT is taken where engines are built for the GPU."""
+    """Choose an engine for a device and precision; TensorRT only if it has engines for the GPU."""
     from fvae_deploy.engines.devices import unfit
 
     def problem(name: str) -> str | None:
         lacks = obstacle(name) if device == "cpu" else unfit(name)
-        if lacks is None and device == "cpu" and precision not in precisions(name):
-            return f"does not compute in {precision} on this CPU"
-        if lacks is None and name == "onnxruntime" and (precision != "fp32" or ":" in device):
-            return "runs in fp32 only, and only on the first GPU"
+        lacks = lacks or precision_problem(name, precision, device)
         if lacks is not None or name != "tensorrt":
             return lacks
         try:

@@ -19,7 +19,7 @@ from fvae_deploy.bench import worker as bench_worker
 from fvae_deploy.bench.run import Case, Work
 from fvae_deploy.bench.run import ceiling as measured
 from fvae_deploy.cli import main as cli
-from fvae_deploy.cli.console import bench_table
+from fvae_deploy.cli.tables import bench_table
 from fvae_deploy.errors import BundleError, EngineError, PlanError
 from fvae_deploy.export.bundle import Source
 from fvae_deploy.export.manifest import Manifest
