@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.engines.cuda import Gpu
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.built import ANY, Built, Shape, find, read_engine
+from fvae_deploy.export.built import ANY, BuiltEngine, Shape, find, read_engine
 from fvae_deploy.export.bundle import Bundle, Part
 
 GRAPHS = 16  # of one engine: two for each of so many tiles; more are launched without
@@ -59,7 +59,7 @@ class DeviceArray:
 class _Loaded:
     """One engine file, loaded, with its context, buffers and graphs."""
 
-    def __init__(self, gpu: Gpu, engine: Any, built: Built, part: Part) -> None:
+    def __init__(self, gpu: Gpu, engine: Any, built: BuiltEngine, part: Part) -> None:
         self._gpu, self._built, self._part = gpu, built, part
         self._engine = engine  # the context lives in it
         self._context = engine.create_execution_context()
@@ -218,7 +218,7 @@ class TensorRTEngine:
         self._runtime = None
         self._gpu.close()
 
-    def _load(self, built: Built, part: Part) -> _Loaded:
+    def _load(self, built: BuiltEngine, part: Part) -> _Loaded:
         if built.file not in self._loaded:
             content = read_engine(self._bundle, built)
             self._runtime = self._runtime or self._trt.Runtime(self._logger)
@@ -232,7 +232,7 @@ class TensorRTEngine:
         return self._loaded[built.file]
 
 
-def runtime_of(built: list[Built], bundle: Path) -> Any:
+def runtime_of(built: list[BuiltEngine], bundle: Path) -> Any:
     """Import the package that engines were built with; raises EngineError for another version."""
     wanted = sorted({(each.package, each.version) for each in built})
     (package, version), *others = wanted

@@ -19,7 +19,7 @@ from fvae_deploy.bench import worker as bench_worker
 from fvae_deploy.bench.run import Case, Work
 from fvae_deploy.bench.run import ceiling as measured
 from fvae_deploy.cli import main as cli
-from fvae_deploy.cli.console import bench_table
+from fvae_deploy.cli.tables import bench_table
 from fvae_deploy.errors import BundleError, EngineError, PlanError
 from fvae_deploy.export.bundle import Source
 from fvae_deploy.export.manifest import Manifest
@@ -30,19 +30,19 @@ SHORT = Work(size=64, slices=5, rounds=1, repeats=0)
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure in this process: what is measured does not matter."""
-    monkeypatch.setattr(bench, "ceiling", lambda *of: 1e11)
+    """Measure in the test's own process; the numbers do not matter here."""
+    monkeypatch.setattr(bench, "ceiling", lambda *key: 1e11)
     monkeypatch.setattr(bench, "in_process", lambda **job: bench_worker.window(job))
 
 
 @pytest.fixture
 def fvae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `fvae bench` in this process, whose measurements must not begin: exit code, stderr."""
+    """Run `fvae bench` without any measurement; returns the exit code and stderr."""
 
-    def begun(**job: Any) -> None:
+    def fail(**job: Any) -> None:
         raise AssertionError(f"{job} was measured")
 
-    monkeypatch.setattr(bench, "in_process", begun)
+    monkeypatch.setattr(bench, "in_process", fail)
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["fvae", "bench", *map(str, arguments)])
@@ -73,10 +73,9 @@ def exported(request: Any, weights: Path, tmp_path_factory: pytest.TempPathFacto
     from fvae_deploy.export.sources import load
     from fvae_deploy.export.to_onnx import export_bundle
 
-    found = load(str(weights / "small.ckpt"), gray=request.param == "gray")
+    loaded = load(str(weights / "small.ckpt"), gray=request.param == "gray")
     folder = tmp_path_factory.mktemp("bundles") / str(request.param)
-    said = {"name": "small", "description": "", "licence": "", "version": "0.1.0"}
-    export_bundle(found.model, folder, source=found.source, **said)
+    export_bundle(loaded, folder, version="0.1.0")
     return folder
 
 
@@ -94,9 +93,9 @@ def test_weights_that_are_not_the_bundles_are_no_peer(
     exported: Path, weights: Path, fvae: Any, name: str
 ) -> None:
     options = ("--engines", "torch", "--peer", weights / name)
-    code, said = fvae("-m", exported, *options)
+    code, stderr = fvae("-m", exported, *options)
     assert code == 4
-    assert re.match(r"fvae: expected .*, found (others|nothing)\b.*\n$", said)
+    assert re.match(r"fvae: expected .*, found (others|nothing)\b.*\n$", stderr)
 
 
 def test_without_a_hash_a_peer_is_held_to_the_geometry(exported: Path, weights: Path) -> None:
@@ -104,32 +103,32 @@ def test_without_a_hash_a_peer_is_held_to_the_geometry(exported: Path, weights: 
 
     manifest = replace(Manifest.load(exported), source=Source("module:factory", "", ""))
     check_peer(weights / "small.ckpt", manifest)
-    with pytest.raises(BundleError, match=r"expected a peer of .*=4.*, found .*=6"):
+    with pytest.raises(BundleError, match=r"expected a peer with .*=4.*, found .*=6"):
         check_peer(weights / "other.ckpt", manifest)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--engines", "tflite"], r"--engines among .*openvino.*, found 'tflite'"),
         (["--engines", "torch,"], r"--engines among .*, found ''"),
         (["--engines", "openvino:int8"], r"openvino among fp32, bf16, fp16, found 'int8'"),
-        (["--engines", "fake", "--step", "2"], r"1 latent frame a step of fake, found 2"),
+        (["--engines", "fake", "--step", "2"], r"1 latent frame per step of fake, found 2"),
         (["--device", "gpu"], r"--engines with --device gpu, found none"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_before_work(
-    fake_bundle: Path, tmp_path: Path, fvae: Any, options: list[str], said: str
+    fake_bundle: Path, tmp_path: Path, fvae: Any, options: list[str], message: str
 ) -> None:
     text = (fake_bundle / "manifest.json").read_text(encoding="utf-8")
-    text = text.replace('"4*k"', "4").replace('"k"', "1")  # one latent frame a step
+    text = text.replace('"4*k"', "4").replace('"k"', "1")  # one latent frame per step
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
     (tmp_path / "weights.safetensors").write_bytes(
         (fake_bundle / "weights.safetensors").read_bytes()
     )
     code, err = fvae("-m", tmp_path, *options)
     assert code == 2
-    assert re.match(f"fvae: expected .*{said}", err)
+    assert re.match(f"fvae: expected .*{message}", err)
     assert err.count("\n") == 1
 
 

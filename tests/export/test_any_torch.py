@@ -21,6 +21,7 @@ from safetensors.torch import save_file  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError, EngineError, LatentError, PlanError, UsageError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.any_torch import load  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
@@ -291,8 +292,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def export(folder: Path, factory: str, **options: Any) -> Manifest:
     model, source = load(f"their_vae:{factory}", **options)
-    texts = {"name": "theirs", "description": "d", "licence": "l", "version": "0"}
-    return export_bundle(model, folder, source=source, **texts)
+    return export_bundle(LoadedModel(model, source, "theirs", "d", "l"), folder, version="0")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 diffusers = pytest.importorskip("diffusers", reason="needs the export extra")
 from safetensors import safe_open  # noqa: E402
 
-from fvae_deploy.export.generator import waves  # noqa: E402
+from fvae_deploy.export.generator import timestep_embedding  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -32,7 +32,7 @@ class Golden(NamedTuple):
 
 
 def time(network: UNet, t: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(waves(t.item(), network.config.model_channels))
+    return torch.from_numpy(timestep_embedding(t.item(), network.config.model_channels))
 
 
 @pytest.fixture(scope="module", params=["a", "b"])

@@ -18,21 +18,25 @@ from random_lean_vae import SMALL_SCALE  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import LatentNormalisation, Manifest, Parity  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
-from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
+from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, trace  # noqa: E402
 from fvae_deploy.make import bundle as make_bundle  # noqa: E402
 
 PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
-TEXTS = {"name": "n", "description": "d", "licence": "l", "version": "0"}
 TINY = Path(__file__).parents[2] / "tools" / "train_tiny" / "tiny.safetensors"
 
 
+def loaded(model: LeanVAE, name: str = "n") -> LoadedModel:
+    stages = lean_vae_model(model, 1, SMALL_SCALE)
+    return LoadedModel(stages, Source("s", "r", "0"), name, "d", "l")
+
+
 def export(model: LeanVAE, folder: Path, **options: Any) -> Manifest:
-    cut = lean_vae_model(model, 1, SMALL_SCALE)
-    return export_bundle(cut, folder, source=Source("s", "r", "0"), **{**TEXTS, **options})
+    return export_bundle(loaded(model), folder, version="0", options=ExportOptions(**options))
 
 
 def test_the_folder_holds_the_manifest_one_weights_file_and_four_graphs(
@@ -100,7 +104,7 @@ def test_a_part_traced_again_has_the_same_bytes_and_the_opset_asked_for(
     small_model: LeanVAE, small_bundle: Path, opset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nor does the rule of the optimizer that is left out for its time change anything.
-    monkeypatch.setattr(to_onnx, "_without_pairs", contextlib.nullcontext)
+    monkeypatch.setattr(to_onnx, "_without_slice_split_rule", contextlib.nullcontext)
     model = lean_vae_model(small_model, 1, SMALL_SCALE)
     encode, spec = model.stages["encode"], parts_of(model)[0]
     proto = trace(encode, spec, opset)
@@ -195,17 +199,18 @@ def test_the_second_of_two_exports_to_one_folder_is_refused(
 @pytest.mark.parametrize("name", ["../../escaped/evil", "a/b", "..", ""])
 def test_a_name_that_is_a_path_is_refused(small_model: LeanVAE, tmp_path: Path, name: str) -> None:
     with pytest.raises(BundleError, match="expected a plain name"):
-        export(small_model, tmp_path / "bundle", name=name)
+        export_bundle(loaded(small_model, name), tmp_path / "bundle", version="0")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_could_not_be_opened_again_is_refused(
     small_model: LeanVAE, tmp_path: Path, without_graphs: None
 ) -> None:
-    cut = lean_vae_model(small_model, 1, SMALL_SCALE)
-    wrong = dataclasses.replace(cut, latent=LatentNormalisation((0.0,), (1.0,)))
+    network = loaded(small_model)
+    model = dataclasses.replace(network.model, latent=LatentNormalisation((0.0,), (1.0,)))
+    wrong = dataclasses.replace(network, model=model)
     with pytest.raises(BundleError, match="a scale for every latent channel"):
-        export_bundle(wrong, tmp_path / "bundle", source=Source("s", "r", "0"), **TEXTS)
+        export_bundle(wrong, tmp_path / "bundle", version="0")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from fvae_deploy.cli.main import app  # noqa: E402
 from fvae_deploy.errors import BundleError, ConditionError, UsageError  # noqa: E402
-from fvae_deploy.export.generator import GeneratorManifest, waves  # noqa: E402
+from fvae_deploy.export.generator import GeneratorManifest, timestep_embedding  # noqa: E402
 from fvae_deploy.export.generators import is_generator, load_generator  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
@@ -68,7 +68,7 @@ def test_every_engine_denoises_as_the_network_as_published(small_generator, engi
         wanted = network(
             torch.from_numpy(x),
             torch.from_numpy(mask),
-            torch.from_numpy(waves(333, 32)),
+            torch.from_numpy(timestep_embedding(333, 32)),
             *network.keys_values(context),
         ).numpy()
     with open_denoiser(small_generator, engine=engine) as denoiser:
@@ -87,7 +87,7 @@ def golden(request, tmp_path_factory) -> tuple[str, Path]:
         pytest.skip("golden tensors are not here: expected ../shared/golden beside the checkout")
     folder = tmp_path_factory.mktemp("golden") / request.param
     found = load(GOLDEN / f"{request.param}.ckpt")
-    write_bundle(found.manifest, found.stages, folder)
+    write_bundle(found, folder)
     return request.param, folder
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.sources import load  # noqa: E402
@@ -198,8 +199,8 @@ def saved(tmp_path: Path, network: Any) -> Path:
 
 
 def bundle(folder: Path, model: Any) -> Path:
-    texts = {"name": "n", "description": "d", "licence": "l", "version": "0"}
-    export_bundle(model, folder, source=Source("s", "r", "0"), **texts)
+    loaded = LoadedModel(model, Source("s", "r", "0"), "n", "d", "l")
+    export_bundle(loaded, folder, version="0")
     return folder
 
 

@@ -52,16 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("bundles") / "wan"
-    found = load(str(folder))
-    export_bundle(
-        found.model,
-        target,
-        name="wan",
-        description=found.description,
-        licence=found.licence,
-        source=found.source,
-        version="0.1.0",
-    )
+    export_bundle(dataclasses.replace(load(str(folder)), name="wan"), target, version="0.1.0")
     return target
 
 
