@@ -29,7 +29,7 @@ def load_checkpoint(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
         raise
     except Exception as error:  # a damaged pickle may raise almost any exception
         raise BundleError(
-            f"expected a file of nothing but tensors, found {path}: {_reason(error)}; save it "
+            f"expected a file that contains only tensors, found {path}: {_reason(error)}; save it "
             "again as safetensors"
         ) from None
 

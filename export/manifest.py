@@ -145,7 +145,7 @@ class Manifest(Bundle):
             "a shift and a scale for every latent channel": len(channels) == 1,
             "finite shifts, and finite scales other than 0": all(self.latent.scale)
             and all(map(math.isfinite, (*self.latent.shift, *self.latent.scale))),
-            "HU and model ranges whose ends ascend": all(
+            "HU and model ranges in ascending order": all(
                 a < b and math.isfinite(b - a) for a, b in (window, model)
             ),
         }

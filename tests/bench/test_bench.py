@@ -1,4 +1,4 @@
-"""`fvae bench`: peers have the bundle's weights, rows say how they ran, bad options are refused."""
+"""`fvae bench`: peers need the bundle's weights, rows report how they ran, errors are one line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def exported(request: Any, weights: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.usefixtures("here")
-def test_a_peer_of_the_same_weights_gives_the_same(exported: Path, weights: Path) -> None:
+def test_a_peer_with_the_same_weights_gives_the_same_results(exported: Path, weights: Path) -> None:
     cases = [Case("torch"), Case("reference")]
     manifest = Manifest.load(exported)
     row, _ = bench.bench(exported, manifest, cases, SHORT, weights=weights / "small.ckpt")
@@ -89,7 +89,7 @@ def test_a_peer_of_the_same_weights_gives_the_same(exported: Path, weights: Path
 
 
 @pytest.mark.parametrize("name", ["other.ckpt", "absent.ckpt", "."])
-def test_weights_that_are_not_the_bundles_are_no_peer(
+def test_a_peer_with_other_weights_is_refused(
     exported: Path, weights: Path, fvae: Any, name: str
 ) -> None:
     options = ("--engines", "torch", "--peer", weights / name)
@@ -98,7 +98,7 @@ def test_weights_that_are_not_the_bundles_are_no_peer(
     assert re.match(r"fvae: expected .*, found (others|nothing)\b.*\n$", stderr)
 
 
-def test_without_a_hash_a_peer_is_held_to_the_geometry(exported: Path, weights: Path) -> None:
+def test_without_a_hash_a_peer_is_checked_by_its_geometry(exported: Path, weights: Path) -> None:
     from fvae_deploy.export.peer import check_peer
 
     manifest = replace(Manifest.load(exported), source=Source("module:factory", "", ""))
@@ -117,7 +117,7 @@ def test_without_a_hash_a_peer_is_held_to_the_geometry(exported: Path, weights: 
         (["--device", "gpu"], r"--engines with --device gpu, found none"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused_before_work(
+def test_options_that_do_not_fit_are_refused_before_any_work(
     fake_bundle: Path, tmp_path: Path, fvae: Any, options: list[str], message: str
 ) -> None:
     text = (fake_bundle / "manifest.json").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def test_what_cannot_be_asked_for_is_refused_before_work(
     assert err.count("\n") == 1
 
 
-def test_engines_that_are_named_may_be_on_any_device_and_peers_are_not_quantised(
+def test_named_engines_may_use_any_device_and_peers_are_not_quantised(
     fvae: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Case] = []
@@ -156,7 +156,7 @@ def test_engines_that_are_named_may_be_on_any_device_and_peers_are_not_quantised
     assert seen[-1] == Case("openvino", device="gpu")
 
 
-def test_torch_in_half_precision_on_a_cpu_must_be_asked_for(
+def test_torch_in_half_precision_on_a_cpu_runs_only_on_request(
     fvae: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="needs the export extra")
@@ -174,7 +174,7 @@ def test_torch_in_half_precision_on_a_cpu_must_be_asked_for(
 
 
 def least(manifest: Manifest) -> int:
-    """Bytes of the least budget that encodes and decodes."""
+    """Return the smallest memory budget, in bytes, that can encode and decode."""
 
     def needed(direction: str) -> int:
         with pytest.raises(PlanError) as found:
@@ -185,7 +185,7 @@ def least(manifest: Manifest) -> int:
 
 
 @pytest.mark.usefixtures("here")
-def test_rows_say_how_they_ran(fake_bundle: Path) -> None:
+def test_rows_report_how_they_ran(fake_bundle: Path) -> None:
     manifest = Manifest.load(fake_bundle)
     cases = [Case("fake"), Case("fake", memory=2**30), Case("fake", memory=least(manifest))]
     plain, roomy, tight = json.loads(json.dumps(bench.bench(fake_bundle, manifest, cases, SHORT)))
@@ -201,7 +201,7 @@ def test_rows_say_how_they_ran(fake_bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_has_no_ceiling_is_shown_without(
+def test_a_row_without_a_ceiling_is_shown_without_one(
     fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(**job: Any) -> Any:
@@ -219,13 +219,13 @@ def test_what_has_no_ceiling_is_shown_without(
     assert "%" not in screen.export_text()
 
 
-def test_a_worker_tells_what_is_wrong_and_no_class(tmp_path: Path) -> None:
+def test_an_error_in_the_worker_is_reported_without_its_class(tmp_path: Path) -> None:
     job = {"task": "window", "bundle": str(tmp_path), "engine": "fake", "precision": "fp32"}
     with pytest.raises(EngineError, match="engine fake fp32 failed in its own process: expected"):
         bench_worker.in_process(**job)
 
 
-def test_networks_to_measure_are_made_by_the_names_that_there_are(tmp_path: Path) -> None:
+def test_random_weights_exist_for_every_listed_name(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="needs the export extra")
     script = Path(__file__).parents[2] / "benchmarks" / "random_weights.py"
     command = [sys.executable, str(script), "leanvae", str(tmp_path / "x.ckpt")]

@@ -222,7 +222,7 @@ class TestRefusals:
 
         change(bundle / "engines/sm_89/fp32/encode_step.any.json", bundle="0" * 64)
         found = self.refusal(bundle)
-        assert re.search(r"of 000000000000: it is stale, fvae build .* --target sm_89", found)
+        assert re.search(r"for 000000000000: it is stale, run fvae build .* --target sm_89", found)
 
     def test_engines_of_another_gpu_are_named(self, bundle: Path) -> None:
         (bundle / "engines/sm_89").rename(bundle / "engines/sm_86")
