@@ -48,14 +48,15 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return state, {name: _json(text) for name, text in metadata.items() if name != "format"}
 
 
-def misfits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
+def misfits(actual: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
     """Return which tensors do not fit, or "" if all do; both arguments are shapes by key."""
-    other = [key for key in wanted.keys() & found.keys() if tuple(found[key]) != tuple(wanted[key])]
+    common = expected.keys() & actual.keys()
+    other = [key for key in common if tuple(actual[key]) != tuple(expected[key])]
     return "; ".join(
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
         for what, keys in (
-            ("keys missing", wanted.keys() - found.keys()),
-            ("keys of another network", found.keys() - wanted.keys()),
+            ("keys missing", expected.keys() - actual.keys()),
+            ("keys of another network", actual.keys() - expected.keys()),
             ("keys with other shapes", other),
         )
         if keys

@@ -92,8 +92,8 @@ def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Bundle) -> N
 def on_kernels(stage: nn.Module, manifest: Bundle, kernels: Kernels) -> nn.Module:
     """Return the form of a stage, weights loaded, that runs on hand-written kernels.
 
-    Without Triton the stage is returned unchanged. Raises EngineError if the user asked for kernels
-    and the family has none.
+    The stage is returned unchanged if `kernels` computes without Triton. Raises EngineError if the
+    user requested kernels and the family has none.
     """
     family = manifest.network.family
     if not kernels.triton:
