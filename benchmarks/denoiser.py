@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fvae_deploy.bench.run import ceiling
 from fvae_deploy.engines.base import missing, precisions
-from fvae_deploy.export.generator import waves
+from fvae_deploy.export.generator import timestep_embedding
 from fvae_deploy.export.generators import load_generator
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 from fvae_deploy.export.models.denoiser_layers import AlongFrames, Attention, FrameNorm, InFrame
@@ -128,10 +128,13 @@ def main() -> None:
         weights = {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items()}
         torch.save({"state_dict": weights, "unet_config": config}, folder / "unet.ckpt")
         found = load_generator(folder / "unet.ckpt", version="bench")
-        manifest = write_bundle(found.manifest, found.stages, folder / "bundle")
+        manifest = write_bundle(found, folder / "bundle")
         del found
         published(network)
-        of = network, *map(torch.from_numpy, (x, mask, waves(500, options.width), context))
+        of = (
+            network,
+            *map(torch.from_numpy, (x, mask, timestep_embedding(500, options.width), context)),
+        )
         runs: dict[str, Callable[[], np.ndarray]] = {
             "published, torch fp32": lambda: published_step(*of)
         }

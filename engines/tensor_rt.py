@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fvae_deploy.engines.base import check_inputs, offered
 from fvae_deploy.engines.cuda import Gpu
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.built import ANY, Built, Shape, find, read_engine
+from fvae_deploy.export.built import ANY, BuiltEngine, Shape, find, read_engine
 from fvae_deploy.export.bundle import Bundle, Part
 
 GRAPHS = 16  # per engine file: two for each tile size; further tiles run without a graph
@@ -61,7 +61,7 @@ class DeviceArray:
 class _Loaded:
     """A loaded engine file with its execution context, buffers and CUDA graphs."""
 
-    def __init__(self, gpu: Gpu, engine: Any, built: Built, part: Part) -> None:
+    def __init__(self, gpu: Gpu, engine: Any, built: BuiltEngine, part: Part) -> None:
         self._gpu, self._built, self._part = gpu, built, part
         self._engine = engine  # the context needs it to stay alive
         self._context = engine.create_execution_context()
@@ -231,7 +231,7 @@ class TensorRTEngine:
         self._runtime = None
         self._gpu.close()
 
-    def _load(self, built: Built, part: Part) -> _Loaded:
+    def _load(self, built: BuiltEngine, part: Part) -> _Loaded:
         if built.file not in self._loaded:
             content = read_engine(self._bundle, built)
             self._runtime = self._runtime or self._trt.Runtime(self._logger)
@@ -245,7 +245,7 @@ class TensorRTEngine:
         return self._loaded[built.file]
 
 
-def import_runtime(built: list[Built], bundle: Path) -> Any:
+def import_runtime(built: list[BuiltEngine], bundle: Path) -> Any:
     """Import the package that built the engines; raises EngineError for another version."""
     versions = sorted({(each.package, each.version) for each in built})
     (package, version), *others = versions

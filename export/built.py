@@ -1,10 +1,11 @@
-"""Engines built ahead of time beside a bundle: where they lie, and what each says of itself.
+"""TensorRT engines stored beside a bundle: their files, and a description of each.
 
-    BUNDLE/engines/sm_89/fp16/encode_step.1x64x64.engine     what TensorRT loads
-                              encode_step.1x64x64.json       a `Built`
+    BUNDLE/engines/sm_89/fp16/encode_step.1x64x64.engine     the file that TensorRT loads
+                              encode_step.1x64x64.json       its description, a `BuiltEngine`
                               encode_step.any.engine         the same part for a range of sizes
 
-They can always be built again from the bundle, so whatever does not fit is refused, never mended.
+Engines can always be built again from the bundle, so one that does not fit raises an error and
+is never repaired.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fvae_deploy.export.bundle import Bundle, sha256
 
 FOLDER = "engines"
 ANY = "any"  # the variant for a range of sizes
-TYPES = {  # of states
+TYPES = {  # type of the states, by precision
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -31,126 +32,131 @@ TYPES = {  # of states
 }
 
 Shape = tuple[int, ...]
-Range = tuple[Shape, Shape, Shape]  # least, best, most
-Profile = Mapping[str, Range]  # by input
+Range = tuple[Shape, Shape, Shape]  # smallest, the one tuned for, largest
+Profile = Mapping[str, Range]  # by name of the input
 
 
 @dataclass(frozen=True)
-class Built:
-    """One engine: one part, for one GPU architecture, in one precision."""
+class BuiltEngine:
+    """Description of one engine: one part, for one GPU architecture, in one precision."""
 
     part: str
-    variant: str  # which sizes it is for: the file's second name
-    target: str  # sm_89
+    variant: str  # sizes that it was built for, as in the file name: "1x64x64" or "any"
+    target: str  # GPU architecture, like sm_89
     precision: str
     package: str  # tensorrt_rtx or tensorrt
     version: str  # of that package
     bundle: str  # `fingerprint` of the bundle that it was built from
-    state: str  # type of the states that it takes and returns; data are float32
-    profile: Profile  # the shapes that it takes
+    state: str  # type of its state inputs and outputs; data are float32
+    profile: Profile  # the input shapes that it accepts
     bytes: int
     sha256: str
 
     @property
     def file(self) -> str:
-        """Name of the engine's file without its end."""
+        """Name of the engine's file without its suffix."""
         return f"{self.part}.{self.variant}"
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether inputs of these shapes lie within its ranges."""
-        return all(_within(shapes[name], *each) for name, each in self.profile.items())
+        """Return whether the engine accepts inputs of these shapes."""
+        return all(_within(shapes[name], *limits) for name, limits in self.profile.items())
 
     def save(self, folder: Path) -> None:
-        """Write it beside its engine."""
+        """Write this description beside its engine."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
         (folder / f"{self.file}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def fingerprint(bundle: Bundle) -> str:
-    """Hash of all files of a bundle: an engine of another one is stale."""
+    """Return a hash of all files of a bundle; an engine with another one is stale."""
     return hashlib.sha256(json.dumps(sorted(bundle.files.items())).encode()).hexdigest()
 
 
 def folder_of(bundle: Path, target: str, precision: str) -> Path:
-    """Where engines for one architecture and precision lie."""
+    """Return the folder of the engines for one architecture and precision."""
     return bundle / FOLDER / target / precision
 
 
-def find(bundle: Path, manifest: Bundle, target: str, precision: str) -> dict[str, list[Built]]:
-    """Return the engines of every part, narrow ones first, each checked but for its bytes.
+def find(
+    bundle: Path, manifest: Bundle, target: str, precision: str
+) -> dict[str, list[BuiltEngine]]:
+    """Return the engines of every part, those for one size before those for a range.
 
-    Raises EngineError with the remedy where one is missing, stale or for another architecture.
+    The engine files themselves are not read; `read_engine` checks them. Raises EngineError with
+    the remedy if an engine is missing, stale or for another architecture.
     """
     folder = folder_of(bundle, target, precision)
     remedy = f"fvae build {bundle} --target {target} --precision {precision}"
     if not folder.is_dir():
-        found = sorted(str(p.relative_to(bundle)) for p in (bundle / FOLDER).glob("*/*"))
+        folders = sorted(str(p.relative_to(bundle)) for p in (bundle / FOLDER).glob("*/*"))
         raise EngineError(
             f"expected engines for {target} in {precision} beside {manifest.name}, found "
-            f"{', '.join(found) or 'none'}: {remedy}"
+            f"{', '.join(folders) or 'none'}: run {remedy}"
         )
-    built: dict[str, list[Built]] = {part.name: [] for part in manifest.parts}
+    by_part: dict[str, list[BuiltEngine]] = {part.name: [] for part in manifest.parts}
     for path in sorted(folder.glob("*.json")):
-        each = _read(path, remedy)
-        for what, expected, have in (
-            ("architecture", target, each.target),
-            ("precision", precision, each.precision),
-            ("bundle", fingerprint(manifest)[:12], each.bundle[:12]),
+        engine = _read(path, remedy)
+        for what, expected, actual in (
+            ("architecture", target, engine.target),
+            ("precision", precision, engine.precision),
+            ("bundle", fingerprint(manifest)[:12], engine.bundle[:12]),
         ):
-            if expected != have:
+            if expected != actual:
                 raise EngineError(
-                    f"expected an engine of {what} {expected}, found {path} of {have}: it is "
-                    f"stale, {remedy}"
+                    f"expected an engine for {what} {expected}, found {path} for {actual}: it is "
+                    f"stale, run {remedy}"
                 )
-        built.setdefault(each.part, []).append(each)
-    for name, those in built.items():
-        if not those:
-            raise EngineError(f"expected an engine of {name} in {folder}, found none: {remedy}")
-        those.sort(key=lambda each: each.variant == ANY)
-    return built
+        by_part.setdefault(engine.part, []).append(engine)
+    for name, engines in by_part.items():
+        if not engines:
+            raise EngineError(f"expected an engine of {name} in {folder}, found none: run {remedy}")
+        engines.sort(key=lambda engine: engine.variant == ANY)
+    return by_part
 
 
-def read_engine(bundle: Path, each: Built) -> bytes:
-    """Read an engine whole; raises EngineError where its bytes are not those that were built."""
-    path = folder_of(bundle, each.target, each.precision) / f"{each.file}.engine"
-    remedy = f"fvae build {bundle} --target {each.target} --precision {each.precision}"
+def read_engine(bundle: Path, engine: BuiltEngine) -> bytes:
+    """Read an engine file; raises EngineError if its bytes are not those that were built."""
+    path = folder_of(bundle, engine.target, engine.precision) / f"{engine.file}.engine"
+    remedy = f"fvae build {bundle} --target {engine.target} --precision {engine.precision}"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise EngineError(f"expected an engine {path}, found {error.strerror}: {remedy}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != each.sha256:
         raise EngineError(
-            f"expected {each.bytes} bytes of sha256 {each.sha256[:12]}… in {path}, found "
-            f"{len(content)} of {found[:12]}…: it is damaged, {remedy}"
+            f"expected an engine {path}, found {error.strerror}: run {remedy}"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != engine.sha256:
+        raise EngineError(
+            f"expected {engine.bytes} bytes with sha256 {engine.sha256[:12]}… in {path}, found "
+            f"{len(content)} bytes with {digest[:12]}…: the file is damaged, run {remedy}"
         )
     return content
 
 
-def describe(path: Path, **facts: Any) -> Built:
-    """Say of an engine file what it is."""
-    return Built(bytes=path.stat().st_size, sha256=sha256(path), **facts)
+def describe(path: Path, **facts: Any) -> BuiltEngine:
+    """Return the description of an engine file; `facts` are its fields besides size and hash."""
+    return BuiltEngine(bytes=path.stat().st_size, sha256=sha256(path), **facts)
 
 
-def _read(path: Path, remedy: str) -> Built:
+def _read(path: Path, remedy: str) -> BuiltEngine:
     try:
         content = json.loads(path.read_bytes())
         profile = {
-            name: tuple(tuple(map(int, shape)) for shape in each)
-            for name, each in content.pop("profile").items()
+            name: tuple(tuple(map(int, shape)) for shape in limits)
+            for name, limits in content.pop("profile").items()
         }
-        return Built(profile=profile, **content)  # type: ignore[arg-type]
+        return BuiltEngine(profile=profile, **content)  # type: ignore[arg-type]
     except FileNotFoundError:
-        raise EngineError(f"expected {path}, found none: {remedy}") from None
+        raise EngineError(f"expected {path}, found none: run {remedy}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise EngineError(
             f"expected the description of an engine in {path}, found {type(error).__name__}: "
-            f"{remedy}"
+            f"run {remedy}"
         ) from None
 
 
-def _within(shape: Shape, least: Shape, best: Shape, most: Shape) -> bool:
-    """Whether a shape lies between two others; `best` is what the engine is tuned for."""
-    return len(shape) == len(least) and all(
-        a <= n <= b for a, n, b in zip(least, shape, most, strict=True)
+def _within(shape: Shape, smallest: Shape, tuned: Shape, largest: Shape) -> bool:
+    """Return whether every size of a shape lies between the smallest and the largest."""
+    return len(shape) == len(smallest) and all(
+        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
     )

@@ -2,11 +2,11 @@
 
     manifest.json         a `Bundle` of some kind
     weights.safetensors   the exported weights; the graphs refer into it
-    *.onnx                one graph a part; of weights it holds those alone that the exporter
-                          turned over
+    *.onnx                one graph per part; it holds only those weights that the exporter
+                          had to transpose
 
-`Bundle.load` checks kind, schema version, every field's type and every file's sha256, so that
-a damaged bundle or one of another version is refused with the remedy.
+`Bundle.load` checks kind, schema version, every field's type and every file's sha256. A damaged
+bundle, or one of another version, raises an error that names the remedy.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fvae_deploy.errors import BundleError
 SCHEMA = 3
 FILENAME = "manifest.json"
 
-# Multiply-adds for a latent cell from which on a part is heavy: compiling it or allocating its
-# working memory anew costs nothing next to a run, so neither is kept while others run.
+# A part with more multiply-adds per latent cell is heavy: compiling it and allocating its working
+# memory again cost little compared with a run, so neither is kept while other parts run.
 HEAVY = 5e6
 
 TYPES = ("float32", "int64")
@@ -38,7 +38,7 @@ Dimension = int | str  # 16, or an expression in k, h, w, n: "k", "4*k", "8*h"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named input or output of a part, with symbolic sizes in k, h, w and n.
+    """A named input or output of a part; its sizes may depend on k, h, w and n.
 
     k counts latent frames; h and w count the part's cells (see `Part.scale`); n counts the
     tokens of a text.
@@ -59,15 +59,15 @@ class TensorSpec:
         return tuple(sizes)
 
     def factor(self, symbol: str) -> int:
-        """How many of this tensor's elements lie along one k, h, w or n; 0 where it has none."""
+        """Return this tensor's elements per k, h, w or n; 0 if no dimension depends on it."""
         for dimension in self.shape:
-            factor, _, found = str(dimension).rpartition("*")
-            if found == symbol:
+            factor, _, own_symbol = str(dimension).rpartition("*")
+            if own_symbol == symbol:
                 return int(factor or 1)
         return 0
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether some k, h, w and n of at least 1 give this shape."""
+        """Return whether some k, h, w and n of at least 1 give this shape."""
         if len(shape) != len(self.shape):
             return False
         for size, dimension in zip(shape, self.shape, strict=True):
@@ -82,48 +82,48 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """One exported graph: a stage of a network, on the first frames, on later ones or on all.
+    """One exported graph: a stage of a network, for the first frames, for later ones or for all.
 
-    Parts are named STAGE_first, STAGE_step or STAGE; stages run in the order of the manifest,
-    those of a VAE begin with encode or decode, each on the whole map that the one before made.
-    The first input and the first output carry the data; all further ones are state. Where a
-    part returns state, what was given is its predecessor, in the same order.
+    Parts are named STAGE_first, STAGE_step or STAGE. Stages run in the order of the manifest,
+    each on the whole output of the one before; the names of a VAE's stages begin with encode or
+    decode. The first input and the first output carry the data; all further ones are state.
+    Where a part returns state, its state outputs replace its state inputs, in the same order.
     """
 
     name: str
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    scale: int  # cells of this part along H, and along W, in one latent cell
-    halo: int | None  # its reach along H and W in its own cells; None: it sees the whole plane
-    context: int  # its reach back in latent frames
-    mac_per_cell: int  # multiply-adds for one cell of one latent frame
-    whole: str = ""  # why it sees the whole plane
+    scale: int  # cells of this part per latent cell, along H and along W alike
+    halo: int | None  # reach along H and W in this part's cells; None: it needs the whole plane
+    context: int  # reach back in time, in latent frames
+    mac_per_cell: int  # multiply-adds per cell of this part and latent frame
+    whole: str = ""  # the reason why it needs the whole plane
 
     @property
     def stage(self) -> str:
-        """The stage that this part runs."""
+        """Name of the stage that this part runs."""
         return self.name.removesuffix("_first").removesuffix("_step")
 
     @property
     def heavy(self) -> bool:
-        """Whether a run costs so much that nothing need be kept ready for it."""
+        """Whether a run costs so much that keeping the part ready between runs saves little."""
         return self.mac_per_cell * self.scale**2 > HEAVY
 
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs that carry state."""
+        """Inputs that carry state."""
         return self.inputs[1:]
 
     @property
     def state_outputs(self) -> tuple[TensorSpec, ...]:
-        """The outputs that carry state, in the order of `state_inputs` of the step part."""
+        """Outputs that carry state, in the order of the step part's `state_inputs`."""
         return self.outputs[1:]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from: a name, path or hub id, its revision and its sha256."""
+    """Origin of the weights: name, path or hub id, revision and sha256."""
 
     id: str
     revision: str
@@ -140,10 +140,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What every bundle says of itself; each kind adds its own."""
+    """Fields of every bundle's manifest; each kind of bundle adds its own."""
 
-    KIND: ClassVar[str] = ""  # in the manifest's first lines
-    USE: ClassVar[str] = ""  # what takes a bundle of this kind
+    KIND: ClassVar[str] = ""  # the value of the field `kind`
+    USE: ClassVar[str] = ""  # remedy for a user who gave this kind where another was needed
 
     schema: int
     kind: str
@@ -162,16 +162,18 @@ class Bundle:
         for part in self.parts:
             if part.name == name:
                 return part
-        found = ", ".join(part.name for part in self.parts)
-        raise BundleError(f"expected a part {name} in bundle {self.name}, found {found}")
+        names = ", ".join(part.name for part in self.parts)
+        raise BundleError(
+            f"expected a part {name} in bundle {self.name}, found {names}: export the bundle again"
+        )
 
     @property
     def identity(self) -> str:
-        """Short hash of the file of weights: latents of one identity decode with it alone."""
+        """Short hash of the weights file; latents decode only with the identity they came from."""
         return self.files["weights.safetensors"][:16]
 
     def rules(self) -> dict[str, bool]:
-        """Return what well-typed fields must also be, and whether they are."""
+        """Return what the fields must satisfy besides their types, and whether they do."""
         names = {part.file for part in self.parts if part.file}
         tensors = [t for part in self.parts for t in (*part.inputs, *part.outputs)]
         return {
@@ -190,7 +192,7 @@ class Bundle:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the manifest into the bundle's folder: the whole of it, or what was there stays."""
+        """Write the manifest into the bundle's folder, replacing an old one in one step."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
         temporary = folder / f".{FILENAME}"
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -200,8 +202,8 @@ class Bundle:
     def load(cls, folder: Path, verify: bool = True) -> Self:
         """Read and check a bundle.
 
-        Raises BundleError when the folder holds no bundle, the manifest is of another schema
-        or ill-typed, or (with `verify`) a file's hash differs.
+        Raises BundleError if the folder holds no bundle, if the manifest has another schema
+        version or wrong types, or (with `verify`) if a file's hash differs.
         """
         path = folder / FILENAME
         try:
@@ -209,7 +211,7 @@ class Bundle:
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"expected a bundle at {folder}, found no {FILENAME}: "
-                "make one with fvae export, or see fvae models"
+                "make one with fvae export, or list the built-in ones with fvae models"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(
@@ -219,19 +221,19 @@ class Bundle:
         if schema != SCHEMA:
             raise BundleError(
                 f"expected bundle schema {SCHEMA}, found {schema!r:.40} in {path}: export the "
-                "bundle again with this fvae, or install the fvae that made it"
+                "bundle again with this version of fvae, or install the version that made it"
             )
         if content.get("kind") != cls.KIND:
             others = {other.KIND: other.USE for other in Bundle.__subclasses__()}
-            found = content.get("kind")
+            kind = content.get("kind")
             raise BundleError(
-                f"expected a bundle of kind {cls.KIND} at {folder}, found {found!r:.40}: "
-                f"{others.get(str(found), 'export it again with this fvae')}"
+                f"expected a bundle of kind {cls.KIND} at {folder}, found {kind!r:.40}: "
+                f"{others.get(str(kind), 'export it again with this version of fvae')}"
             )
         manifest: Self = _parse(cls, content, path, "manifest")
-        wanted = next((wanted for wanted, holds in manifest.rules().items() if not holds), None)
-        if wanted is not None:
-            raise BundleError(f"expected {wanted} in {path}: export the bundle again")
+        broken = next((rule for rule, holds in manifest.rules().items() if not holds), None)
+        if broken is not None:
+            raise BundleError(f"expected {broken} in {path}: export the bundle again")
         if verify:
             manifest.verify(folder)
         return manifest
@@ -240,20 +242,20 @@ class Bundle:
         """Compare every file's sha256; raises BundleError for the first that differs."""
         for name, expected in self.files.items():
             try:
-                found = sha256(folder / name)
+                digest = sha256(folder / name)
             except OSError as error:
                 raise BundleError(
                     f"expected {name} in bundle {folder}, found {error.strerror}: export it again"
                 ) from None
-            if found != expected:
+            if digest != expected:
                 raise BundleError(
                     f"expected sha256 {expected[:12]}… of {name} in bundle {folder}, found "
-                    f"{found[:12]}…: the file was changed or damaged, export the bundle again"
+                    f"{digest[:12]}…: the file was changed or damaged, export the bundle again"
                 )
 
 
 def kind_of(folder: Path) -> str:
-    """Kind of a bundle as its manifest names it, "" where there is none; nothing is checked."""
+    """Return the kind in a bundle's manifest, or "" if there is none; nothing else is checked."""
     try:
         return str(json.loads((folder / FILENAME).read_bytes())["kind"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -261,15 +263,15 @@ def kind_of(folder: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in blocks."""
+    """Return the hexadecimal sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
-    """Rebuild dataclasses from JSON, checking every type on the way."""
+    """Rebuild dataclasses from JSON and check the type of every value."""
 
-    def refuse() -> BundleError:
+    def wrong_type() -> BundleError:
         return BundleError(
             f"expected {getattr(kind, '__name__', kind)} at {where} in {path}, found "
             f"{value!r:.40}: export the bundle again"
@@ -280,11 +282,11 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise refuse()
-        hints, found = typing.get_type_hints(kind), {}
+            raise wrong_type()
+        hints, fields = typing.get_type_hints(kind), {}
         for field in dataclasses.fields(kind):
             if field.name in value:
-                found[field.name] = _parse(
+                fields[field.name] = _parse(
                     hints[field.name], value[field.name], path, f"{where}.{field.name}"
                 )
             elif field.default is dataclasses.MISSING:
@@ -292,14 +294,14 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
                     f"expected a field {field.name} at {where} in {path}, found none: "
                     "export the bundle again"
                 )
-        return kind(**found)
+        return kind(**fields)
     if origin is tuple:
         if not isinstance(value, list):
-            raise refuse()
+            raise wrong_type()
         return tuple(_parse(arguments[0], item, path, f"{where}[]") for item in value)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise refuse()
+            raise wrong_type()
         return {
             str(k): _parse(arguments[1], v, path, f"{where}[{k!r:.40}]") for k, v in value.items()
         }
@@ -308,12 +310,12 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise refuse() from None
+            raise wrong_type() from None
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
-        raise refuse()
+        raise wrong_type()
     return value
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file of this name lies in a folder itself, not elsewhere."""
+    """Return whether a name is a plain file name, without a path to another folder."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")

@@ -1,7 +1,7 @@
-"""Parity: how far an engine's results lie from the reference's, on one clip.
+"""Parity: the error of an engine's results against the reference's, on one clip.
 
-The clip has what a CT has: smooth tissue, sharp edges against a saturated flat, and noise.
-White noise alone would flatter or damn an engine at frequencies that no volume has.
+The clip has the features of a CT: smooth tissue, sharp edges next to saturated regions, and noise.
+White noise alone would measure the engine mostly at frequencies that no volume has.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.generator import GeneratorManifest, NoiseParity, waves
+from fvae_deploy.export.generator import GeneratorManifest, NoiseParity, timestep_embedding
 from fvae_deploy.export.manifest import Intensity, Manifest, Parity
 
 Array = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """What is asked of an engine here; every engine has it."""
+    """The methods of an engine that parity needs; every engine has them."""
 
     name: str
     precision: str
@@ -42,7 +42,7 @@ def parity(
     size: tuple[int, int] = (9, 12),
     steps: int = 2,
 ) -> Parity:
-    """Encode one clip in both, decode the reference's latents in both, and compare.
+    """Compare two engines: encode one clip in both, decode the reference's latents in both.
 
     Parameters
     ----------
@@ -56,10 +56,10 @@ def parity(
     Returns
     -------
     Parity
-        Largest error of the latents in deviations of the reference's; mean and largest error
-        of the decoded frames in HU, both clamped to the model's range first.
+        Largest error of the latents, in standard deviations of the reference's latents; mean and
+        largest error of the decoded frames in HU, both clamped to the model's range first.
 
-    Raises EngineError where results are not finite.
+    Raises EngineError if results are not finite.
     """
     geometry, intensity = manifest.geometry, manifest.intensity
     steps = steps if geometry.first_slices == 1 else 0
@@ -86,10 +86,10 @@ def parity(
 def noise_parity(
     reference: Runner, engine: Runner, manifest: GeneratorManifest, seed: int = 0
 ) -> NoiseParity:
-    """Run one step of noise, a random mask and a random context in both, and compare.
+    """Compare one denoising step in two engines, on random noise, mask and context.
 
-    Errors are in deviations of the reference's result. Raises EngineError where they are not
-    finite.
+    Errors are in standard deviations of the reference's result. Raises EngineError if they are
+    not finite.
     """
     random = np.random.default_rng(seed)
     side = 4 * manifest.multiple
@@ -98,24 +98,25 @@ def noise_parity(
     context = random.standard_normal((8, width), dtype=np.float32)
     x, mask = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
     results = []
-    for each in (reference, engine):
-        made = each.run("context", {"context": context})
-        text = {name: np.array(each.host(value)) for name, value in made.items()}
-        given = {"x": x, "mask_latent": mask, "time": waves(500, manifest.width), **text}
-        results.append(each.run("denoise", given)["noise"].astype(np.float64))
+    time = timestep_embedding(500, manifest.width)
+    for runner in (reference, engine):
+        outputs = runner.run("context", {"context": context})
+        text = {name: np.array(runner.host(value)) for name, value in outputs.items()}
+        inputs = {"x": x, "mask_latent": mask, "time": time, **text}
+        results.append(runner.run("denoise", inputs)["noise"].astype(np.float64))
     error = np.abs(results[1] - results[0]) / results[0].std()
     if not np.isfinite(error).all():
         raise EngineError(
             f"expected finite values from a step in {engine.name} {engine.precision}, found NaN or "
-            "infinite ones: this network does not run in that precision there"
+            "infinite ones: use another precision or engine for this network"
         )
     return NoiseParity(engine.name, engine.precision, float(error.mean()), float(error.max()))
 
 
 def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> Array:
-    """Run a whole clip or latent [1, C, T, H, W] untiled: the first frames, then steps of one.
+    """Run a whole clip or latent [1, C, T, H, W] untiled, in steps of one latent frame.
 
-    Raises EngineError where the result is not finite.
+    Raises EngineError if the result is not finite.
     """
     geometry = manifest.geometry
     encode = direction == "encode"
@@ -128,21 +129,21 @@ def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> A
         for stage in manifest.stages(direction):
             part = manifest.stage_part(stage, first=not start)
             names = (spec.name for spec in part.inputs)
-            given = dict(zip(names, (x, *states.pop(stage, ())), strict=False))
-            outputs = engine.run(part.name, given)
+            inputs = dict(zip(names, (x, *states.pop(stage, ())), strict=False))
+            outputs = engine.run(part.name, inputs)
             x, *states[stage] = (outputs[spec.name] for spec in part.outputs)
         results.append(x.copy())  # the engine may overwrite it in the next run
     result = np.concatenate(results, axis=2)
     if not np.isfinite(result).all():
         raise EngineError(
             f"expected finite values from {direction} in {engine.name} {engine.precision}, found "
-            "NaN or infinite ones: this network does not run in that precision there"
+            "NaN or infinite ones: use another precision or engine for this network"
         )
     return result
 
 
 def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:
-    """Make a clip [T, H, W] in the model's range: waves in a drifting ellipse, air, noise."""
+    """Make a clip [T, H, W] in the model's range: a drifting ellipse of tissue, air, noise."""
     random = np.random.default_rng(seed)
     t, y, x = np.meshgrid(
         np.linspace(0, shape[0] / 32, shape[0]),
@@ -154,7 +155,7 @@ def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:
     for _ in range(12):  # up to 3 periods across the plane
         pitch, phase = random.uniform(-3, 3, 3) * np.pi, random.uniform(0, 2 * np.pi)
         tissue += 0.2 * np.cos(pitch[0] * t + pitch[1] * y + pitch[2] * x + phase)
-    tissue = np.where(tissue > 0.6, 1.0, tissue)  # bone: an edge inside
+    tissue = np.where(tissue > 0.6, 1.0, tissue)  # bone: sharp edges inside the body
     body = ((y - 0.1 * t) / 0.8) ** 2 + ((x + 0.1 * t) / 0.9) ** 2 < 1
     values = np.where(body, tissue, -1.0) + 0.03 * random.standard_normal(shape)
     share = (np.clip(values, -1, 1) + 1) / 2

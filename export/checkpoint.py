@@ -1,4 +1,4 @@
-"""Files of tensors, pickled or not, read without running what is in them."""
+"""Read files of tensors, pickled or not, without running code in them."""
 
 from __future__ import annotations
 
@@ -18,52 +18,53 @@ _NAME = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)")
 
 
 def load_checkpoint(path: Path, device: str = "cpu", *, mmap: bool = False) -> Any:
-    """Load what `torch.save` wrote: tensors, numbers, texts and containers of them, and no more.
+    """Load a file of `torch.save`: only tensors, numbers, texts and containers of them.
 
-    Raises BundleError for anything else, a damaged file too, and FileNotFoundError.
+    Raises BundleError for any other content and for a damaged file, and FileNotFoundError.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged pickle raises almost any kind
+    except Exception as error:  # a damaged pickle may raise almost any exception
         raise BundleError(
-            f"expected a file of tensors alone, found {path}: {_reason(error)}; save it again as "
-            "safetensors"
+            f"expected a file that contains only tensors, found {path}: {_reason(error)}; save it "
+            "again as safetensors"
         ) from None
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Load a safetensors file: its tensors, and its metadata, each value as JSON where it is that.
+    """Load the tensors and the metadata of a safetensors file; JSON in the metadata is parsed.
 
-    Raises BundleError for anything else.
+    Raises BundleError for any other file.
     """
     try:
         with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
-    return state, {name: _json(text) for name, text in said.items() if name != "format"}
+    return state, {name: _json(text) for name, text in metadata.items() if name != "format"}
 
 
-def misfits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
-    """Name tensors that do not fit, both given as shapes by key; "" where all do."""
-    other = [key for key in wanted.keys() & found.keys() if tuple(found[key]) != tuple(wanted[key])]
+def misfits(actual: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
+    """Return which tensors do not fit, or "" if all do; both arguments are shapes by key."""
+    common = expected.keys() & actual.keys()
+    other = [key for key in common if tuple(actual[key]) != tuple(expected[key])]
     return "; ".join(
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
         for what, keys in (
-            ("keys missing", wanted.keys() - found.keys()),
-            ("keys of another network", found.keys() - wanted.keys()),
-            ("keys of other shapes", other),
+            ("keys missing", expected.keys() - actual.keys()),
+            ("keys of another network", actual.keys() - expected.keys()),
+            ("keys with other shapes", other),
         )
         if keys
     )
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors by key."""
+    """Return the shapes of tensors by key."""
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
@@ -75,13 +76,13 @@ def _json(text: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Tell what is wrong without torch's advice, which is to run it all the same."""
+    """Return what is wrong, without torch's advice, which is to load the file unsafely."""
     text = str(error)
-    named = _NAME.search(text)
-    if named:
-        return f"it holds a {named.group(1)}, which would have to be run"
+    forbidden = _NAME.search(text)
+    if forbidden:
+        return f"loading the {forbidden.group(1)} in it would run code"
     if "weights_only" in text or "Weights only" in text:
-        return "no checkpoint of torch's"
+        return "it is not a torch checkpoint"
     lines = text.splitlines()
     name = type(error).__name__
-    return f"{name}: {lines[0]}" if lines else f"an early end ({name})"
+    return f"{name}: {lines[0]}" if lines else f"the file is cut short ({name})"

@@ -1,7 +1,6 @@
-"""The manifest of a generator's bundle: what makes latents of a VAE from mask and text.
+"""The manifest of a generator's bundle; a generator makes a VAE's latents from a mask and a text.
 
-Beside the graphs lies `tokenizer.json` (Hugging Face tokenizers) where the bundle has a text
-encoder.
+A bundle with a text encoder also contains `tokenizer.json` (Hugging Face tokenizers).
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from fvae_deploy.export.manifest import LatentNormalisation
 
 TOKENIZER = "tokenizer.json"
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "I": "S", "S": "I"}  # ends of an axis
-PERIOD = 10_000  # of the slowest wave
+MAX_PERIOD = 10_000  # of the timestep embedding, as in latent diffusion
 
 
 @dataclass(frozen=True)
 class NoiseParity:
-    """Error of one step in one engine and precision, in deviations of float32 torch's result."""
+    """Error of one step in one engine and precision, in standard deviations of float32 torch's."""
 
     engine: str
     precision: str
@@ -32,62 +31,63 @@ class NoiseParity:
 
 @dataclass(frozen=True)
 class Masks:
-    """How a mask becomes what the network sees: labels painted in HU, encoded as a CT is.
+    """How a mask becomes input of the network: each label is painted in HU, then encoded like a CT.
 
-    Findings of a disease mask replace the organ below; their label is the class plus `offset`.
-    `orientation` is that of the axes in training, as "LPS"; "" where they were as files had them.
+    Findings of a disease mask replace the organ at that place; their label is the class plus
+    `offset`. `orientation` is that of the training data's axes, like "LPS"; "" if those were used
+    as stored in the files.
     """
 
-    palette: dict[str, float]  # HU of every label; JSON's keys are text
+    palette: dict[str, float]  # HU of every label; a label is text, as JSON keys are
     offset: int
     orientation: str = ""
 
 
 @dataclass(frozen=True)
 class GeneratorManifest(Bundle):
-    """Everything about a generator; see the fields' own types."""
+    """The manifest of a generator's bundle."""
 
     KIND: ClassVar[str] = "generator"
     USE: ClassVar[str] = "it is a generator, give it as --model to fvae generate"
 
-    vae: str  # a bundle's name: the one that made the latents it was trained on
-    vae_identity: str  # of its weights; "" where nobody said
-    window: int  # latent frames that it was trained on
-    plane: tuple[int, int]  # pixels of a slice that it was trained on
-    latent: LatentNormalisation  # of the latents: (stored - shift) * scale is what it denoises
-    mask: LatentNormalisation  # of the encoded mask
+    vae: str  # name of the VAE's bundle whose latents it was trained on
+    vae_identity: str  # identity of that bundle; "" if unknown
+    window: int  # latent frames per training window
+    plane: tuple[int, int]  # pixels per slice in training
+    latent: LatentNormalisation  # the network denoises (stored - shift) * scale
+    mask: LatentNormalisation  # the same for the encoded mask
     masks: Masks
     schedule: dict[str, Any]  # diffusers' configuration of the noise schedule
-    sampler: str  # of `fvae_deploy.sampler.SAMPLERS`
-    steps: int
-    eta: float  # of DDIM
-    tokens: int  # of a text, filled up; 0 without a text encoder
-    findings: str  # what is said where nothing is asked for
-    centred_noise: bool = False  # it has mean 0 in every channel of every frame
+    sampler: str  # default sampler, one of `fvae_deploy.generation.sampler.SAMPLERS`
+    steps: int  # default number of denoising steps
+    eta: float  # default eta of DDIM
+    tokens: int  # length of a text after padding; 0 without a text encoder
+    findings: str  # text that is used if the user gives none
+    centred_noise: bool = False  # the noise has mean 0 in every channel of every frame
     parity: tuple[NoiseParity, ...] = ()
 
     @property
     def channels(self) -> int:
-        """Channels of a latent."""
+        """Number of latent channels."""
         return len(self.latent.shift)
 
     @property
     def width(self) -> int:
-        """Size of the time waves."""
+        """Width of the timestep embedding that the network takes."""
         return next(t.sized()[1] for t in self.part("denoise").inputs if t.name == "time")
 
     @property
     def multiple(self) -> int:
-        """What h and w must be multiples of."""
+        """Number that the height and width of the latents must be multiples of."""
         return self.part("denoise").inputs[0].factor("h")
 
     def rules(self) -> dict[str, bool]:
-        """Return what well-typed fields must also be, and whether they are."""
+        """Return what the fields must satisfy besides their types, and whether they do."""
         names = {part.name for part in self.parts}
         lengths = {
             len(numbers)
-            for each in (self.latent, self.mask)
-            for numbers in (each.shift, each.scale)
+            for normalisation in (self.latent, self.mask)
+            for numbers in (normalisation.shift, normalisation.scale)
         }
         return super().rules() | {
             "the parts context and denoise": {"context", "denoise"} <= names,
@@ -108,7 +108,7 @@ class GeneratorManifest(Bundle):
         }
 
 
-def waves(t: float, width: int) -> NDArray[np.float32]:
-    """Cosines, then sines, of time t at geometric frequencies from 1 down: [1, width]."""
-    angles = float(t) * np.exp(-np.log(PERIOD) * 2 / width * np.arange(width // 2))
+def timestep_embedding(t: float, width: int) -> NDArray[np.float32]:
+    """Return cosines, then sines, of t at frequencies falling geometrically from 1: [1, width]."""
+    angles = float(t) * np.exp(-np.log(MAX_PERIOD) * 2 / width * np.arange(width // 2))
     return np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)[None]

@@ -1,19 +1,20 @@
-"""Weights of a generator: checkpoint, configuration and text encoder to what is exported.
+"""Load a generator for export from its checkpoint, configuration and text encoder.
 
-    tiny_ldm.safetensors        everything in it: weights, configuration and tokenizer
-    unet.ckpt                   Lightning, weights under `model.diffusion_model.`; its
-                                `unet_config`, or that of the reference's YAML (`config`)
+    tiny_ldm.safetensors        contains everything: weights, configuration and tokenizer
+    unet.ckpt                   a Lightning checkpoint with weights under
+                                `model.diffusion_model.`, and its `unet_config`, or that of the
+                                reference's YAML (`config`)
     text                        a folder or hub id of a BERT-class encoder with its tokenizer;
-                                weights under `text_transformer.` in the checkpoint win
+                                weights under `text_transformer.` in the checkpoint have
+                                priority over its own
 
-Loaded without running code of the files: tensors and numbers alone.
+Only tensors and numbers are read; no code in the files is run.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import SCHEMA, Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
+from fvae_deploy.export.draft import BundleDraft
 from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, Masks
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.manifest import LatentNormalisation
@@ -40,7 +42,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.txt",
 )
-# The published generator, where its configuration does not say otherwise.
+# Values of the published generator, used if its configuration does not give others.
 SCALE = 1.52
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -69,17 +71,8 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class FoundGenerator:
-    """A generator ready for export: manifest without files, stages, further files of text."""
-
-    manifest: GeneratorManifest
-    stages: Mapping[str, nn.Module]
-    texts: Mapping[str, str]
-
-
 def is_generator(path: Path) -> bool:
-    """Whether a file holds a generator's weights, by the names of its tensors."""
+    """Return whether a file holds a generator's weights, judged by the names of its tensors."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -87,7 +80,7 @@ def is_generator(path: Path) -> bool:
         if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth"):
             content = load_checkpoint(path, "meta", mmap=True)
             return any(str(name).startswith(UNET) for name in content["state_dict"])
-    except (*LOAD_ERRORS, BundleError):  # damaged or foreign: whoever loads it says what is wrong
+    except (*LOAD_ERRORS, BundleError):  # the error is raised again where the file is loaded
         return False
     return False
 
@@ -100,11 +93,12 @@ def load_generator(
     text: str | None = None,
     version: str,
     progress: Callable[[str], None] = lambda message: None,
-) -> FoundGenerator:
+) -> BundleDraft[GeneratorManifest]:
     """Load a generator from a checkpoint.
 
-    `config` is the reference's YAML, needed where the checkpoint has no `unet_config`; `text` a
-    folder or hub id of the text encoder. Raises BundleError for files that do not fit.
+    `config` is the reference's YAML, required if the checkpoint has no `unet_config`; `text` is a
+    folder or hub id of the text encoder; `version` is that of fvae. Raises BundleError for files
+    that do not fit.
     """
     state, facts = _read(path)
     if config is not None:
@@ -116,15 +110,15 @@ def load_generator(
             "--config FILE"
         )
     network = UNet(DenoiserConfig.read(unet_config))
-    _fill(network, _under(state, UNET), f"{UNET}*", path)
+    _load_weights(network, _under(state, UNET), f"{UNET}*", path)
     channels, width = network.config.out_channels, network.config.context_dim
-    encoder, tokenizer = _text(state, facts, text, progress)
+    encoder, tokenizer = _text_encoder(state, facts, text, progress)
     if encoder is not None and encoder.config.hidden_size != width:
         raise BundleError(
             f"expected a text encoder of width {width}, found {encoder.config.hidden_size}: give "
-            "the one that this generator was trained with as --text"
+            "the one that this generator was trained with, as --text"
         )
-    described = network_of(network, encoder)
+    rebuilding = network_of(network, encoder)
     stages = stages_of(network, encoder)
     parts = parts_of(stages, network.config)
     try:
@@ -134,20 +128,20 @@ def load_generator(
             name=name or path.stem,
             fvae_version=version,
             source=Source(path.name, "", sha256(path)),
-            network=described,
+            network=rebuilding,
             parts=parts,
-            tokens=0 if tokenizer is None else _length(tokenizer),
+            tokens=0 if tokenizer is None else _padded_length(tokenizer),
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise BundleError(
             f"expected a generator's facts in {path}, found {type(error).__name__}: {error}; save "
             "them with the weights"
         ) from None
-    return FoundGenerator(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
+    return BundleDraft(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
 
 
 def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> GeneratorManifest:
-    """Make a manifest without files; raises almost any error for facts that are no facts."""
+    """Build a manifest without files; may raise almost any error if facts have wrong types."""
     palette = {str(label): float(hu) for label, hu in given["palette"].items()}
     return GeneratorManifest(
         **fields,
@@ -174,7 +168,7 @@ def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> Generat
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a checkpoint, and what else it says."""
+    """Return the tensors of a checkpoint, and the facts stored with them."""
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
@@ -183,18 +177,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = {str(k): v.float() for k, v in tensors if torch.is_tensor(v)}
     except LOAD_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BundleError(f"expected a generator's checkpoint, found {path}: {reason}") from None
+        raise BundleError(
+            f"expected a generator's checkpoint, found {path}: {reason}; save it again"
+        ) from None
     return state, {k: content[k] for k in ("unet_config",) if k in content}
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    """Read what of the reference's configuration says what the network is."""
+    """Read the facts about the network from the reference's YAML."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         params = content["model"]["params"]
-        found: dict[str, Any] = {"unet_config": dict(params["unet_config"]["params"])}
+        unet_config = dict(params["unet_config"]["params"])
         scale = float(params.get("scale_factor", SCALE))
         schedule = {
             "num_train_timesteps": int(params.get("timesteps", 1000)),
@@ -207,37 +203,38 @@ def _yaml(path: Path) -> dict[str, Any]:
             f"expected model.params.unet_config.params in {path}, found "
             f"{' '.join(str(reason).split())}: give the reference's YAML"
         ) from None
-    return found | {"schedule": SCHEDULE | schedule, "scale": scale}
+    return {"unet_config": unet_config, "schedule": SCHEDULE | schedule, "scale": scale}
 
 
-def _text(
+def _text_encoder(
     state: Mapping[str, Tensor],
     facts: Mapping[str, Any],
-    place: str | None,
+    location: str | None,
     progress: Callable[[str], None],
 ) -> tuple[Any, str | None]:
-    """Return text encoder and tokenizer (JSON), or neither."""
+    """Return the text encoder and its tokenizer as JSON, or None for both if there is none."""
     weights = _under(state, TEXT)
-    if place is None:
+    if location is None:
         if "text_config" not in facts or "tokenizer" not in facts:
             return None, None
         encoder = bert(facts["text_config"])
-        _fill(encoder, weights, f"{TEXT}*", Path("the checkpoint"))
+        _load_weights(encoder, weights, f"{TEXT}*", Path("the checkpoint"))
         return encoder, json.dumps(facts["tokenizer"])
     from transformers import AutoTokenizer
 
-    if is_hub_id(place):
-        wanted = ("config.json",) if weights else ("config.json", "model.safetensors")
-        folder, _ = fetch(place, progress, wanted, TOKENIZER_FILES)
+    if is_hub_id(location):
+        required = ("config.json",) if weights else ("config.json", "model.safetensors")
+        folder, _ = fetch(location, progress, required, TOKENIZER_FILES)
     else:
-        folder = Path(place)
+        folder = Path(location)
     if not folder.is_dir():
         raise BundleError(
-            f"expected the folder of a text encoder or hf:OWNER/NAME, found {place}: check --text"
+            f"expected the folder of a text encoder or hf:OWNER/NAME, found {location}: check "
+            "--text"
         )
     try:
         encoder = bert(json.loads((folder / "config.json").read_bytes()))
-        found = weights or _pretrained(folder)
+        weights = weights or _pretrained_weights(folder)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
@@ -249,17 +246,17 @@ def _text(
         backend.enable_truncation(length)
     except BundleError:
         raise
-    except Exception as error:  # damaged files of tokenizers raise just that
+    except Exception as error:  # damaged tokenizer files raise a plain Exception
         raise BundleError(
-            f"expected a BERT-class encoder with its tokenizer in {place}, found "
+            f"expected a BERT-class encoder with its tokenizer in {location}, found "
             f"{(str(error) or type(error).__name__).splitlines()[0]}: give its folder as --text"
         ) from None
-    _fill(encoder, found, "the text encoder", folder)
+    _load_weights(encoder, weights, "the text encoder", folder)
     return encoder, backend.to_str()
 
 
-def _pretrained(folder: Path) -> dict[str, Tensor]:
-    """Weights of a folder in transformers' format, without the name of the whole in front."""
+def _pretrained_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a folder in transformers' format, without the prefix "bert."."""
     if (folder / "model.safetensors").is_file():
         state, _ = load_safetensors(folder / "model.safetensors")
     else:
@@ -268,28 +265,29 @@ def _pretrained(folder: Path) -> dict[str, Tensor]:
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Tensors whose names begin so, without it."""
+    """Return the tensors whose names have this prefix, with the prefix removed."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _fill(network: nn.Module, weights: Mapping[str, Tensor], what: str, path: Path) -> None:
-    """Load weights; raises BundleError naming what is missing or of another shape."""
-    wanted = network.state_dict()
-    for name, value in wanted.items():
+def _load_weights(network: nn.Module, weights: Mapping[str, Tensor], what: str, path: Path) -> None:
+    """Load weights; raises BundleError that names a tensor that is missing or has another shape."""
+    expected = network.state_dict()
+    for name, value in expected.items():
         if name not in weights:
             raise BundleError(
-                f"expected {what} with {name} in {path}, found none: it is another network"
+                f"expected {what} with {name} in {path}, found none: it is another network, check "
+                "the file"
             )
         if weights[name].shape != value.shape:
             raise BundleError(
                 f"expected {name} {list(value.shape)} in {path}, found "
-                f"{list(weights[name].shape)}: the configuration is another network's"
+                f"{list(weights[name].shape)}: the configuration is of another network, check both"
             )
-    network.load_state_dict({name: weights[name].float() for name in wanted})
+    network.load_state_dict({name: weights[name].float() for name in expected})
 
 
 def _normalisation(given: Mapping[str, Any], kind: str, channels: int) -> LatentNormalisation:
-    """Shift and scale by channel, or the one factor of the published model."""
+    """Return shift and scale per channel, or the single factor of the published model."""
     shift = given.get(f"{kind}_shift", [0.0] * channels)
     scale = given.get(f"{kind}_scale", [float(given.get("scale", SCALE))] * channels)
     if not len(shift) == len(scale) == channels:
@@ -297,12 +295,12 @@ def _normalisation(given: Mapping[str, Any], kind: str, channels: int) -> Latent
     return LatentNormalisation(tuple(map(float, shift)), tuple(map(float, scale)))
 
 
-def _length(tokenizer: str) -> int:
-    """Read how many tokens a text is filled up to."""
+def _padded_length(tokenizer: str) -> int:
+    """Return the number of tokens that the tokenizer pads a text to."""
     padding = json.loads(tokenizer)["padding"]
     if padding["pad_id"] != PAD:
         raise BundleError(
-            f"expected a tokenizer that fills up with token {PAD}, found {padding['pad_id']}: "
+            f"expected a tokenizer that pads with token {PAD}, found {padding['pad_id']}: "
             "number its tokens as BERT does"
         )
     return int(padding["strategy"]["Fixed"])

@@ -1,8 +1,9 @@
-"""Weights from a Hugging Face hub: one file or the files of a folder, of one commit, verified.
+"""Download weights from a Hugging Face hub and verify them: one file, or a folder's files.
 
-`hf:OWNER/NAME[/path][@REVISION]` names them. The library `huggingface_hub` asks, downloads,
-resumes and caches, and reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. Here its answers
-are pinned to one commit and held to the hub's hashes, and its errors become one line.
+An id has the form `hf:OWNER/NAME[/path][@REVISION]`. The library `huggingface_hub` downloads,
+resumes and caches, and reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. This module makes
+sure that all files come from one commit, compares them with the hub's hashes, and turns the
+library's errors into one line.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 VAE = ("config.json", "diffusion_pytorch_model.safetensors")  # as diffusers saves one
 PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 
-# The library reports versions and draws bars, unless told not to before its first import. That
-# may be transformers', so it is told here, and this module is imported before transformers.
+# The library sends telemetry and draws progress bars unless these variables are set before its
+# first import. transformers imports it too, so this module must be imported before transformers.
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
 }
-for _name, _value in QUIET.items():  # the user's environment may want it otherwise
+for _name, _value in QUIET.items():  # what the user has set stays
     os.environ.setdefault(_name, _value)
 
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-PART = r"(?!\.\.?(?:[/@]|\Z))[^/@\\]+"  # a folder or file, neither . nor ..
+PART = r"(?!\.\.?(?:[/@]|\Z))[^/@\\]+"  # a folder or file name other than . and ..
 REVISION = r"\w[\w.+-]*(?:/\w[\w.+-]*)*"
 PLACE = rf"hf:({NAME}/{NAME})((?:/{PART})*)(?:@({REVISION}))?"
 
@@ -55,21 +56,21 @@ class Place:
 
     @property
     def is_file(self) -> bool:
-        """Whether this is one file of weights rather than a folder."""
+        """Whether this is a file of weights rather than a folder."""
         return self.path.endswith(FILES)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text means weights on a hub rather than a path."""
+    """Return whether a text names weights on a hub rather than a path."""
     return text.startswith("hf:")
 
 
 def parse(text: str) -> Place:
-    """Read `hf:OWNER/NAME[/path][@REVISION]`; raises BundleError for anything else."""
+    """Parse `hf:OWNER/NAME[/path][@REVISION]`; raises BundleError for any other form."""
     match = re.fullmatch(PLACE, text, re.ASCII)
     if match is None or not text.isprintable() or re.search(r"--|\.\.|\.git\Z", match[1]):
         raise BundleError(
-            "expected hf:OWNER/NAME, then /FOLDER or /FILE and @REVISION where needed, "
+            "expected hf:OWNER/NAME, with /FOLDER or /FILE and @REVISION if needed, "
             f"found {text!r:.80}: check the name"
         )
     return Place(match[1], match[2].removeprefix("/"), match[3] or "main")
@@ -78,14 +79,14 @@ def parse(text: str) -> Place:
 def fetch(
     text: str,
     progress: Callable[[str], None] = lambda message: None,
-    wanted: Sequence[str] = VAE,
-    also: Sequence[str] = (),
+    required: Sequence[str] = VAE,
+    optional: Sequence[str] = (),
 ) -> tuple[Path, Source]:
     """Download weights, unless they are cached, and verify them.
 
-    Of a folder the files `wanted` are fetched, config.json first, and those of `also` that are
-    there. Returns the file, or that folder in the cache; and the source, whose revision is the
-    commit that all files are of, and whose sha256 that of the file or of the last one wanted.
+    From a folder, the `required` files are fetched, config.json first, and those of the `optional`
+    files that exist. Returns the file or folder in the cache, and the source. Its revision is the
+    commit of all files; its sha256 is that of the file, or of the folder's last required file.
     Raises BundleError.
     """
     place = parse(text)
@@ -93,19 +94,19 @@ def fetch(
     offline = hub.constants.HF_HUB_OFFLINE
     with _one_line(hub, place):
         commit, listing = (_look_in_cache if offline else _look_on_hub)(hub, place)
-        names = _choose_files(place, listing, wanted, offline)
-        more = [name for name in _inside(place, also) if name in listing]
+        names = _choose_files(place, listing, required, offline)
+        more = [name for name in _inside(place, optional) if name in listing]
         paths = {name: _download(hub, place, commit, name, progress) for name in [*names, *more]}
         digests = {name: _verify(path, listing[name], place) for name, path in paths.items()}
         if place.revision != commit and not offline:
-            # The cache then knows which commit the branch was, for use offline.
+            # So that the cache records the commit of this branch, for use offline.
             hub.hf_hub_download(place.repo, names[0], revision=place.revision)
     first = paths[names[0]]
     return first if place.is_file else first.parent, Source(place.id, commit, digests[names[-1]])
 
 
 def _library() -> ModuleType:
-    """Import the hub's library."""
+    """Import huggingface_hub; raises BundleError if it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -118,7 +119,7 @@ def _library() -> ModuleType:
 
 
 def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
-    """Ask the hub which commit the revision is, and for the files in it with their hashes."""
+    """Ask the hub for the revision's commit, and for its files with their hashes."""
     info = hub.HfApi().model_info(
         place.repo,
         revision=place.revision,
@@ -132,24 +133,24 @@ def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
 
 
 def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
-    """Find the commit and the files that an earlier fetch left."""
+    """Return the commit and the files that an earlier fetch left in the cache."""
     anchor = place.path if place.is_file else f"{place.path}/config.json".removeprefix("/")
-    found = hub.try_to_load_from_cache(place.repo, anchor, revision=place.revision)
-    if not isinstance(found, str):
+    cached = hub.try_to_load_from_cache(place.repo, anchor, revision=place.revision)
+    if not isinstance(cached, str):
         raise BundleError(
             f"expected {place.id} at {place.revision} in {hub.constants.HF_HUB_CACHE}, found "
-            "none, and HF_HUB_OFFLINE is set: unset it and run once with a network"
+            "none, and HF_HUB_OFFLINE is set: unset it and run once with network access"
         )
-    commit = Path(found).parents[anchor.count("/")]
+    commit = Path(cached).parents[anchor.count("/")]
     files = (path for path in commit.rglob("*") if path.is_file())
     return commit.name, {path.relative_to(commit).as_posix(): "" for path in files}
 
 
 def _choose_files(
-    place: Place, listing: dict[str, str], wanted: Sequence[str], offline: bool
+    place: Place, listing: dict[str, str], required: Sequence[str], offline: bool
 ) -> list[str]:
-    """Return the files to fetch: the one named, or those wanted of the folder."""
-    names = [place.path] if place.is_file else _inside(place, wanted)
+    """Return the files to fetch: the named file, or the required files of the folder."""
+    names = [place.path] if place.is_file else _inside(place, required)
     missing = next((name for name in names if name not in listing), None)
     if missing is None:
         return names
@@ -157,29 +158,29 @@ def _choose_files(
     if missing.endswith(".safetensors") and pickle and not place.is_file:
         raise BundleError(
             f"expected {missing} in hf:{place.repo}, found {pickle}, a pickle that may run "
-            "code: save it again as safetensors, or name a @REVISION that has them"
+            "code: save it again as safetensors, or name a @REVISION that has safetensors"
         )
     folder = f"{place.path}/" if place.path and not place.is_file else ""
-    found = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
-    found.sort(key=lambda name: ("vae" not in name.lower(), name))
-    remedy = "unset HF_HUB_OFFLINE" if offline else "name a file or folder that is there"
+    weights = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
+    weights.sort(key=lambda name: ("vae" not in name.lower(), name))
+    remedy = "unset HF_HUB_OFFLINE" if offline else "name a file or folder that exists there"
     if f"{missing}.index.json" in listing:
-        remedy = "weights in shards are not taken, save them again as one file"
+        remedy = "sharded weights are not supported, save them again as one file"
     raise BundleError(
         f"expected {missing} in hf:{place.repo} at {place.revision}, found "
-        f"{', '.join(found[:4]) or 'no weights'}: {remedy}"
+        f"{', '.join(weights[:4]) or 'no weights'}: {remedy}"
     )
 
 
 def _inside(place: Place, names: Sequence[str]) -> list[str]:
-    """Names of files of the folder as the repository has them."""
+    """Return the paths in the repository of files of the folder."""
     return [f"{place.path}/{name}".removeprefix("/") for name in names]
 
 
 def _download(
     hub: ModuleType, place: Place, commit: str, name: str, progress: Callable[[str], None]
 ) -> Path:
-    """Return a file's path in the cache, downloaded where it is not there yet."""
+    """Download a file unless it is cached; return its path in the cache."""
     plan = hub.hf_hub_download(place.repo, name, revision=commit, dry_run=True)
     if plan.will_download:
         size, cache = plan.file_size or 0, Path(hub.constants.HF_HUB_CACHE).absolute()
@@ -187,41 +188,41 @@ def _download(
         if free < size:
             raise BundleError(
                 f"expected {size / 2**20:,.1f} MiB free in {cache} for {name}, found "
-                f"{free / 2**20:,.1f} MiB: make room, or set HF_HOME to a folder elsewhere"
+                f"{free / 2**20:,.1f} MiB: free disk space, or set HF_HOME to a folder elsewhere"
             )
         progress(f"downloading {name}, {size / 2**20:,.1f} MiB, from {place.repo}")
     return Path(hub.hf_hub_download(place.repo, name, revision=commit))
 
 
 def _verify(path: Path, listed: str, place: Place) -> str:
-    """Return a file's sha256; where it is not what the hub listed, remove the file and raise.
+    """Return a file's sha256; raises BundleError and removes the file if the hash is wrong.
 
     The hub lists large files by their sha256, small ones by git's sha1. The cache names files
-    by the same hash, which serves where nothing was listed.
+    by the same hash, which is used when the hub was not asked.
     """
-    wanted = listed or (path.readlink().name if path.is_symlink() else "")
-    digest = found = sha256(path)
-    if len(wanted) == 40:
+    expected = listed or (path.readlink().name if path.is_symlink() else "")
+    digest = actual = sha256(path)
+    if len(expected) == 40:
         content = path.read_bytes()
-        found = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-    if wanted != found and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", wanted):
+        actual = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+    if expected != actual and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", expected):
         name = path.name
         while path.is_symlink():  # from the snapshot's link down to the content
             link, path = path, path.parent / path.readlink()
             link.unlink()
         path.unlink()
         raise BundleError(
-            f"expected {name} of {place.id} with hash {wanted[:12]}…, found {found[:12]}…: it was "
-            "damaged on the way or in the cache, and is removed from there; run again"
+            f"expected {name} of {place.id} with hash {expected[:12]}…, found {actual[:12]}…: it "
+            "was damaged in transfer or in the cache, and has been removed; run again"
         )
     return digest
 
 
 @contextmanager
 def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
-    """Turn what the library raises into a BundleError of one line.
+    """Turn any exception of the library into a BundleError of one line.
 
-    That is any exception: its HTTP client's own, which differ by version, pass through it.
+    Exceptions of its HTTP client, which differ by version, reach us too, so all are caught.
     """
     try:
         yield
@@ -236,7 +237,7 @@ def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
 
 
 def _explain(hub: ModuleType, place: Place, error: BaseException) -> tuple[str, str]:
-    """Return what was found, and what helps."""
+    """Return what was found and the remedy, for the error message."""
     errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{place.repo}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     if isinstance(error, errors.GatedRepoError):
@@ -253,7 +254,7 @@ def _explain(hub: ModuleType, place: Place, error: BaseException) -> tuple[str, 
         cache = hub.constants.HF_HUB_CACHE
         return (
             f"{error.strerror} in {cache}",
-            "make room there, or set HF_HOME to a folder elsewhere",
+            "free disk space there, or set HF_HOME to a folder elsewhere",
         )
     first = (str(error).strip() or "no answer").splitlines()[0]
     return (

@@ -1,8 +1,8 @@
-"""The VAEs of the paper and of the field: where their weights are, and how their latents lie.
+"""Published VAEs, those of the paper and other common ones: sources of weights, and geometry.
 
-Facts are from the paper's public scripts and the authors' pages. Nothing here was downloaded:
-every hub id is unchecked until a fetch has confirmed it. Licences are those that the authors'
-pages name; whoever uses weights reads them there.
+Facts are from the paper's public scripts and the authors' pages. No weights were downloaded for
+this table, so a hub id is only confirmed when a fetch succeeds. Licences are those that the
+authors' pages name; read them there before using the weights.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ UNKNOWN = "unknown: see the authors' page"
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published VAE: `temporal` slices of `spatial` x `spatial` pixels become one latent cell."""
+    """A published VAE; one latent cell covers `temporal` slices of `spatial` x `spatial` pixels."""
 
     name: str
-    hub: str  # what `export.hub.fetch` takes; "" where the weights are not on a hub
+    hub: str  # id for `export.hub.fetch`; "" if the weights are not on a hub
     family: str  # "wan", "lean_vae", "kl" and "tiny" (diffusers' AutoencoderTiny), or "own code"
     temporal: int
     spatial: int
     latent_channels: int
     licence: str
     note: str
-    window: int = 0  # slices of one window in the paper's protocol; 0: not in the paper
-    model_range: tuple[float, float] = (-1.0, 1.0)  # what [-1000, 1000] HU becomes
+    window: int = 0  # slices per window in the paper's protocol; 0: not in the paper
+    model_range: tuple[float, float] = (-1.0, 1.0)  # model values for [-1000, 1000] HU
 
 
 KNOWN = (
@@ -49,7 +49,7 @@ KNOWN = (
         latent_channels=48,
         window=65,
         licence="Apache-2.0",
-        note="pixels folded 2x2 in front, hence 16; attention over each whole frame",
+        note="2x2 pixels become channels first, hence 16; attention over each whole frame",
     ),
     KnownModel(
         name="leanvae4",
@@ -61,7 +61,7 @@ KNOWN = (
         window=65,
         model_range=(-0.5, 0.5),
         licence="MIT",
-        note="39.8 M parameters; everything in it is local",
+        note="39.8 M parameters; every layer is local",
     ),
     KnownModel(
         name="leanvae16",
@@ -84,7 +84,7 @@ KNOWN = (
         latent_channels=4,
         window=65,
         licence=UNKNOWN,
-        note="latents fit Stable Diffusion 2.1; code at github.com/AILab-CVC/CV-VAE",
+        note="latents compatible with Stable Diffusion 2.1; code at github.com/AILab-CVC/CV-VAE",
     ),
     KnownModel(
         name="iv-vae",
@@ -95,7 +95,7 @@ KNOWN = (
         latent_channels=16,
         window=65,
         licence=UNKNOWN,
-        note="weights at modelscope.cn/models/wpy1999/iv-vae; the paper runs z16_dim96",
+        note="weights at modelscope.cn/models/wpy1999/iv-vae; the paper uses z16_dim96",
     ),
     KnownModel(
         name="videovae+",
@@ -106,7 +106,7 @@ KNOWN = (
         latent_channels=16,
         window=64,
         licence="CC-BY-NC-ND",
-        note="weights linked from github.com/VideoVerses/VideoVAEPlus; the paper runs sota-16z",
+        note="weights linked from github.com/VideoVerses/VideoVAEPlus; the paper uses sota-16z",
     ),
     KnownModel(
         name="wf-vae",
@@ -117,7 +117,7 @@ KNOWN = (
         latent_channels=16,
         window=65,
         licence="Apache-2.0",
-        note="wavelets beside the convolutions; code at github.com/PKU-YuanGroup/WF-VAE",
+        note="wavelets alongside the convolutions; code at github.com/PKU-YuanGroup/WF-VAE",
     ),
     KnownModel(
         name="sd-vae",
@@ -127,7 +127,7 @@ KNOWN = (
         spatial=8,
         latent_channels=4,
         licence="MIT",
-        note="Stable Diffusion 1 and 2, decoder tuned for squared error; slice by slice",
+        note="Stable Diffusion 1 and 2, decoder fine-tuned for squared error; slice by slice",
     ),
     KnownModel(
         name="sdxl-vae",
@@ -173,5 +173,5 @@ KNOWN = (
 
 
 def known(name: str) -> KnownModel | None:
-    """Return the model of that name, or None where there is none."""
+    """Return the model of that name, or None if there is none."""
     return next((model for model in KNOWN if model.name == name), None)

@@ -1,4 +1,4 @@
-"""The manifest of a VAE's bundle: all that an engine and the stream must know about it."""
+"""The manifest of a VAE's bundle: all that engines and the streaming code need to know."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fvae_deploy.export.bundle import Bundle, Part
 
 @dataclass(frozen=True)
 class Geometry:
-    """How latents lie over frames: strides, channels, and what a stream begins with.
+    """How slices map to latent frames: strides, channels, and the size of the first step.
 
-    The first step takes `first_slices` slices to `first_frames` latent frames, further ones
-    `temporal` slices a latent frame. A network without causal state takes a whole window at
-    once: its first step is the window, and there are no further ones.
+    The first step turns `first_slices` slices into `first_frames` latent frames; later steps turn
+    `temporal` slices into one latent frame. A network without causal state takes a whole window at
+    once: its first step is the window, and there are no later ones.
     """
 
     temporal: int
@@ -29,12 +29,12 @@ class Geometry:
     first_frames: int = 1
 
     def slices(self, frames: int) -> int:
-        """Slices that the first so many latent frames stand for."""
+        """Return the number of slices that the first `frames` latent frames represent."""
         return self.first_slices + self.temporal * (frames - self.first_frames)
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Protocols that the network can follow, its own first."""
+        """Protocols that the network supports, its own first."""
         return ("windows",) if self.first_slices > 1 else ("causal", "windows")
 
 
@@ -50,7 +50,7 @@ class Intensity:
 
 @dataclass(frozen=True)
 class LatentNormalisation:
-    """Per channel, already applied inside the parts: stored = (latent - shift) * scale."""
+    """Shift and scale per channel, applied inside the parts: stored = (latent - shift) * scale."""
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
@@ -62,18 +62,18 @@ class Parity:
 
     engine: str
     precision: str
-    latent_max: float  # in deviations of the latent
+    latent_max: float  # in standard deviations of the reference's latent
     hu_mean: float
     hu_max: float
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a stage adds in one engine, measured at export.
+    """Bytes of memory that a stage needs in one engine, measured at export.
 
-    They are fixed + per_cell * cells, of the stage's own cells, k * h * w of the tile that the
-    engine computes, and at least `compiling`, what it takes to make the stage ready whatever the
-    tile. A heavy part keeps `kept` of them between runs, its states apart.
+    A tile of k * h * w of the stage's own cells needs fixed + per_cell * cells, and at least
+    `compiling`, which compiling the stage takes for any tile. A heavy part keeps `kept` bytes
+    between runs, besides its states.
     """
 
     engine: str
@@ -85,13 +85,13 @@ class Memory:
     compiling: int = 0
 
     def bytes(self, cells: int) -> int:
-        """Of a tile of so many cells, in all latent frames of a step."""
+        """Return the bytes for a tile of `cells` cells, over all latent frames of a step."""
         return max(self.compiling, self.fixed + self.per_cell * cells)
 
 
 @dataclass(frozen=True)
 class Manifest(Bundle):
-    """Everything about a VAE; see the fields' own types."""
+    """The manifest of a VAE's bundle."""
 
     KIND: ClassVar[str] = "vae"
     USE: ClassVar[str] = "it is a VAE, give it as --model to encode, decode or reconstruct"
@@ -103,36 +103,40 @@ class Manifest(Bundle):
     memory: tuple[Memory, ...] = ()
 
     def stages(self, direction: str) -> tuple[str, ...]:
-        """Names of the stages of "encode" or "decode", in the order in which they run."""
+        """Return the stages' names of "encode" or "decode", in the order in which they run."""
         names = (part.stage for part in self.parts)
         return tuple(dict.fromkeys(name for name in names if name.startswith(direction)))
 
     def stage_part(self, stage: str, first: bool) -> Part:
-        """Return the part that runs a stage; one without state is the same for all frames."""
+        """Return the part that runs a stage; a stage without state has one part for all frames."""
         names = {part.name for part in self.parts}
         other = f"{stage}_step" if first else f"{stage}_first"
         name = f"{stage}_first" if first else f"{stage}_step"
         return self.part(other if name not in names and other in names else name)
 
     def context(self, direction: str) -> int:
-        """Latent frames that a direction sees back, all stages together."""
+        """Return how many latent frames back a direction reaches, all stages together."""
         return sum(self.stage_part(s, first=False).context for s in self.stages(direction))
 
     def check_step(self, k: int | None) -> int:
-        """Return the latent frames that a step takes: `k`, or 1 for None.
+        """Return the number of latent frames per step: `k`, or 1 for None.
 
-        Raises UsageError where the parts take another number.
+        Raises UsageError if the parts do not support that number.
         """
         k = 1 if k is None else k
         if k < 1:
-            raise UsageError(f"expected at least 1 latent frame a step, found {k}")
+            raise UsageError(
+                f"expected at least 1 latent frame per step, found {k}: choose a larger --step"
+            )
         steps = [part for part in self.parts if part.name.endswith("_step")]
         if k > 1 and not any(t.factor("k") for part in steps for t in part.inputs):
-            raise UsageError(f"expected 1 latent frame a step of {self.name}, found {k}")
+            raise UsageError(
+                f"expected 1 latent frame per step of {self.name}, found {k}: use --step 1"
+            )
         return k
 
     def rules(self) -> dict[str, bool]:
-        """Return what well-typed fields must also be, and whether they are."""
+        """Return what the fields must satisfy besides their types, and whether they do."""
         g, i = self.geometry, self.intensity
         channels = {len(self.latent.shift), len(self.latent.scale), g.latent_channels}
         window, model = (i.hu_min, i.hu_max), (i.model_min, i.model_max)
@@ -141,7 +145,7 @@ class Manifest(Bundle):
             "a shift and a scale for every latent channel": len(channels) == 1,
             "finite shifts, and finite scales other than 0": all(self.latent.scale)
             and all(map(math.isfinite, (*self.latent.shift, *self.latent.scale))),
-            "HU and model ranges that ascend": all(
+            "HU and model ranges in ascending order": all(
                 a < b and math.isfinite(b - a) for a, b in (window, model)
             ),
         }

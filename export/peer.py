@@ -1,14 +1,14 @@
-"""Peers to measure against on the same weights: networks as their authors run them.
+"""Peers for `fvae bench`: the same weights, run by the authors' own implementations.
 
-`reference`: LeanVAE in the published formulation: eager torch, a whole window at once,
-tokens channels last in memory, and around every 3-D depthwise convolution a permutation to
-channels first, explicit padding and back; Haar bands by strided convolution.
+`reference`: LeanVAE in the published formulation. Eager torch, a whole window at once; tokens
+are channels last in memory, and every 3-D depthwise convolution permutes them to channels first,
+pads explicitly and permutes back; Haar bands come from strided convolutions.
 
-`diffusers` and `diffusers tiling`: a diffusers VAE through its own `encode` and `decode`,
+`diffusers` and `diffusers tiling`: a diffusers VAE through its own `encode` and `decode`, in
 eager torch, without and with its `enable_tiling`.
 
-Nothing is folded; what they compute equals the exported parts (tested), but for the blended
-seams of diffusers' tiles.
+Nothing is folded. The results equal those of the exported parts (tests check this), except at
+the blended seams of diffusers' tiles.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def peers(weights: Path) -> tuple[str, ...]:
-    """Names of the peers that run these weights."""
+    """Return the names of the peers that can run these weights."""
     return (DIFFUSERS, TILING) if weights.is_dir() else (REFERENCE,)
 
 
 def check_peer(weights: Path, manifest: Manifest) -> None:
-    """Raise BundleError for weights that are not a bundle's: by hash, else by geometry."""
+    """Raise BundleError unless the bundle was made from these weights, by hash or by geometry."""
     file = weights / WEIGHTS if weights.is_dir() else weights
     if not file.is_file():
         raise BundleError(f"expected a peer's weights at {file}, found nothing: check --peer")
@@ -49,14 +49,14 @@ def check_peer(weights: Path, manifest: Manifest) -> None:
         if sha256(file) != source.sha256:
             raise BundleError(
                 f"expected the weights that {manifest.name} was exported from ({source.id}, sha256 "
-                f"{source.sha256[:12]}…) as its peer, found others in {file}: give those"
+                f"{source.sha256[:12]}…) for --peer, found others in {file}: give those weights"
             )
         return
-    found = load(str(weights), gray=manifest.geometry.channels == 1).model.geometry
-    if found != manifest.geometry:
+    geometry = load(str(weights), gray=manifest.geometry.channels == 1).model.geometry
+    if geometry != manifest.geometry:
         raise BundleError(
-            f"expected a peer of {manifest.geometry}, found {found} in {weights}: give the weights "
-            f"of {manifest.name}"
+            f"expected a peer with {manifest.geometry}, found {geometry} in {weights}: give the "
+            f"weights of {manifest.name}"
         )
 
 
@@ -70,18 +70,19 @@ def peer_window(
     *,
     gray: bool = True,
 ) -> Callable[[], NDArray[np.float32]]:
-    """Make a function that passes one clip or latent through a peer.
+    """Return a function that passes one clip or latent through a peer.
 
-    x [C, T, H, W] is in the model's range, a gray one is replicated to the network's
-    channels as the published scripts do; or [D, t, h, w] latents, normalised where the
-    bundle's are. Returns what the bundle gives: latents [D, t, h, w], or pictures [C, T, H, W],
-    of a `gray` one the mean over channels.
+    x is a clip [C, T, H, W] in the model's range, or latents [D, t, h, w] normalised like the
+    bundle's. A gray clip is replicated to the network's channels, as the published scripts do. The
+    function returns what the bundle returns: latents [D, t, h, w], or frames [C, T, H, W]; with
+    `gray` those are the mean over channels.
     """
     if device != "cpu":
         compute_in_float32()
     dtype = DTYPES[precision]
-    made = _published(weights) if peer == REFERENCE else _diffusers(weights, peer == TILING)
-    network, channels, encode, decode = made
+    network, channels, encode, decode = (
+        _published(weights) if peer == REFERENCE else _diffusers(weights, peer == TILING)
+    )
     network.to(device, dtype)
     window = torch.from_numpy(x)[None]
     if direction == "encode":
@@ -89,8 +90,8 @@ def peer_window(
 
     @torch.inference_mode()
     def run() -> NDArray[np.float32]:
-        given = window.to(device, dtype)
-        y: Tensor = encode(given) if direction == "encode" else decode(given)
+        data = window.to(device, dtype)
+        y: Tensor = encode(data) if direction == "encode" else decode(data)
         if gray and direction == "decode":
             y = y.mean(1, keepdim=True)
         return y[0].float().cpu().numpy()
@@ -98,10 +99,12 @@ def peer_window(
     return run
 
 
+# The network, its channels, and its encode and decode.
 Coders = tuple[nn.Module, int, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def _published(weights: Path) -> Coders:
+    """Load a LeanVAE in the published formulation, and scale latents as the bundle does."""
     loaded, metadata = load_lean_vae(weights)
     model = Published(loaded).eval()
     scale = torch.tensor(metadata.get("latent_scale", 1.0)).view(-1, 1, 1, 1)
@@ -131,20 +134,20 @@ def _diffusers(folder: Path, tiling: bool) -> Coders:
             torch.tensor(value or 0.0).view(1, 1, 1, 1, 1)
             for value in (getattr(config, "shift_factor", 0.0), config.scaling_factor)
         )
-    pictures = next(model.parameters()).ndim == 4  # a slice at a time, as a batch
+    slicewise = next(model.parameters()).ndim == 4  # a 2-D network: slices are the batch
 
     def encode(x: Tensor) -> Tensor:
-        x = x[0].transpose(0, 1) if pictures else x
-        found = model.encode(x)
-        z = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
-        z = z.transpose(0, 1)[None] if pictures else z
+        x = x[0].transpose(0, 1) if slicewise else x
+        output = model.encode(x)
+        z = output.latent_dist.mean if hasattr(output, "latent_dist") else output.latents
+        z = z.transpose(0, 1)[None] if slicewise else z
         normalised: Tensor = (z - shift.to(z)) * scale.to(z)
         return normalised
 
     def decode(z: Tensor) -> Tensor:
         z = z / scale.to(z) + shift.to(z)
-        x: Tensor = model.decode(z[0].transpose(0, 1) if pictures else z).sample
-        return x.transpose(0, 1)[None] if pictures else x
+        x: Tensor = model.decode(z[0].transpose(0, 1) if slicewise else z).sample
+        return x.transpose(0, 1)[None] if slicewise else x
 
     channels = config.in_channels // (getattr(config, "patch_size", None) or 1) ** 2
     return model, channels, encode, decode
@@ -158,13 +161,13 @@ class PublishedDepthwise(nn.Module):
         self.ds_conv = layer.ds_conv
 
     def forward(self, x: Tensor, state: CausalState) -> Tensor:
-        """X [B, T, H, W, D] of a whole window; the state stays unused."""
+        """Convolve x [B, T, H, W, D], a whole window; the state is not used."""
         padded = F.pad(x.permute(0, 4, 1, 2, 3), (1, 1, 1, 1, 2, 0))
         convolved: Tensor = self.ds_conv(padded.contiguous())
         return convolved.permute(0, 2, 3, 4, 1)
 
 
-def _along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _haar_along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Add and subtract neighbours of x [B, C, T, H, W] along one axis, by convolutions."""
     shape, stride = [1, 1, 1, 1, 1], [1, 1, 1]
     shape[axis], stride[axis - 2] = 2, 2
@@ -177,8 +180,8 @@ def _along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _back(low: Tensor, high: Tensor, axis: int) -> Tensor:
-    """Undo `_along` by transposed convolutions."""
+def _inverse_haar_along(low: Tensor, high: Tensor, axis: int) -> Tensor:
+    """Invert `_haar_along` by transposed convolutions."""
     shape, stride = [1, 1, 1, 1, 1], [1, 1, 1]
     shape[axis], stride[axis - 2] = 2, 2
     groups = low.shape[1]
@@ -192,23 +195,24 @@ def _back(low: Tensor, high: Tensor, axis: int) -> Tensor:
 
 
 def published_haar(x: Tensor) -> Tensor:
-    """Equal `haar`, one axis and one band after the other, by strided grouped convolutions."""
+    """Compute `haar` axis by axis and band by band, with strided grouped convolutions."""
     bands = [x]
     for axis in (4, 3) if x.shape[2] == 1 else (2, 3, 4):
-        bands = [half for band in bands for half in _along(band, axis)]
+        bands = [half for band in bands for half in _haar_along(band, axis)]
     return torch.cat(bands, dim=1)
 
 
 def published_inverse_haar(bands: Tensor, channels: int) -> Tensor:
-    """Equal `inverse_haar`, by transposed convolutions."""
-    found = list(torch.split(bands, channels, dim=1))
-    for axis in (3, 4) if len(found) == 4 else (4, 3, 2):
-        found = [_back(low, high, axis) for low, high in zip(found[::2], found[1::2], strict=True)]
-    return found[0]
+    """Compute `inverse_haar` with transposed convolutions."""
+    parts = list(torch.split(bands, channels, dim=1))
+    for axis in (3, 4) if len(parts) == 4 else (4, 3, 2):
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_inverse_haar_along(low, high, axis) for low, high in pairs]
+    return parts[0]
 
 
 class Published(LeanVAE):
-    """`LeanVAE` in the published formulation; computes the same."""
+    """`LeanVAE` in the published formulation; its results are the same."""
 
     def __init__(self, model: LeanVAE) -> None:
         super().__init__(model.config)
@@ -219,9 +223,9 @@ class Published(LeanVAE):
                     setattr(module, name, PublishedDepthwise(child))
 
     def bands(self, x: Tensor) -> Tensor:
-        """Wavelet bands, by convolutions."""
+        """Compute the wavelet bands, by convolutions."""
         return published_haar(x)
 
     def pixels(self, bands: Tensor) -> Tensor:
-        """Undo `bands`."""
+        """Invert `bands`."""
         return published_inverse_haar(bands, self.config.in_channels)

@@ -1,14 +1,16 @@
-"""A float32 graph in half precision, every cast written out: strongly typed builders add none.
+"""Rewrite a float32 graph to half precision, with explicit casts.
+
+Strongly typed TensorRT builders add no casts themselves.
 
     data float32 --cast--> half ... half --cast--> data float32
     states half ---------> half ... half ---------> states half
 
-What must not be halved stays in float32: softmax, norms, also those that a graph spells out.
-Those are found by their reductions: a *statistic* is what a reduction gives, and what follows
-from statistics and constants alone, sums over channels by a convolution among it; an
-element-wise operation that computes one, feeds a reduction, or joins a statistic to something
-else is computed in float32. So squares do not overflow in float16 and an epsilon of 1e-12 does
-not vanish.
+Softmax and norms stay in float32, also norms that a graph spells out in single operations. Those
+are recognised by their reductions: a *statistic* is the result of a reduction, or of an operation
+whose inputs are only statistics and constants (a convolution that sums over channels, for
+example). An element-wise operation is computed in float32 if it computes a statistic, feeds a
+reduction, or combines a statistic with something else. So squares do not overflow in float16, and
+an epsilon of 1e-12 does not become zero.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Abs", "Neg", "Exp", "Log"),
     *("Max", "Min", "Clip"),
 }
-# They move a statistic without computing.
+# Operations that move a statistic without changing its values.
 CARRIERS = {"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Cast", "Identity"}
-# They mix statistics.
+# Operations that combine statistics linearly.
 LINEAR = {"Conv", "MatMul"}
-# Inputs that the operator wants in float32 whatever the data are.
+# Inputs, by index, that the operator requires in float32 for data of any type.
 FIXED = {"Resize": (1, 2)}
 
 
 def halve(path: Path, part: Part, precision: str) -> onnx.ModelProto:
     """Read a part's graph and rewrite it, weights included, to "fp16" or "bf16".
 
-    Raises BundleError for a graph with subgraphs, whose types are not followed.
+    Raises BundleError for a graph with subgraphs, whose types this code does not track.
     """
     model = read_graph(path)
     if any(a.type == onnx.AttributeProto.GRAPH for n in model.graph.node for a in n.attribute):
@@ -58,14 +60,14 @@ def halve(path: Path, part: Part, precision: str) -> onnx.ModelProto:
 
 
 class _Rewriter:
-    """One graph on its way to half precision."""
+    """Rewrites one graph to half precision."""
 
     def __init__(self, model: onnx.ModelProto, half: int, states: set[str]) -> None:
         graph = self.graph = model.graph
         self.half, self.states = half, states
         self.types = _types(model)
         self.constants = {t.name: t for t in graph.initializer}
-        self.produced: dict[str, int] = {}  # the type that a float tensor now has
+        self.produced: dict[str, int] = {}  # the new type of a float tensor, by name
         self.casts: dict[tuple[str, int], str] = {}
         self.nodes: list[NodeProto] = []
 
@@ -83,7 +85,7 @@ class _Rewriter:
             for name in node.output:
                 self.produced[name] = kind
         for value in graph.output:
-            self._end(value)
+            self._cast_output(value)
         used = {name for node in self.nodes for name in node.input}
         kept = [t for t in graph.initializer if t.name in used]
         for field, content in (("node", self.nodes), ("initializer", kept), ("value_info", [])):
@@ -91,13 +93,14 @@ class _Rewriter:
             getattr(graph, field).extend(content)
 
     def _boundary(self, value: Any) -> int:
+        """Set the type of a graph input or output, half for states, and return it."""
         kind = self.half if value.name in self.states else TensorProto.FLOAT
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = kind
         return kind
 
-    def _end(self, value: Any) -> None:
-        """Give an output its name in the type that it must have."""
+    def _cast_output(self, value: Any) -> None:
+        """Cast a graph output to the type that it must have, under its own name."""
         name = value.name
         if self.types.get(name) != TensorProto.FLOAT:
             return
@@ -111,7 +114,7 @@ class _Rewriter:
         self.nodes.append(helper.make_node("Cast", [inner], [name], to=kind))
 
     def _retype(self, node: NodeProto, kind: int) -> None:
-        """Let a node compute in a type: its float inputs are cast to it."""
+        """Make a node compute in a type, by casting its float inputs to it."""
         for i, name in enumerate(node.input):
             if self.types.get(name) == TensorProto.FLOAT and i not in FIXED.get(node.op_type, ()):
                 node.input[i] = self._as(name, kind)
@@ -119,10 +122,12 @@ class _Rewriter:
             if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT:
                 attribute.i = kind
             elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-                attribute.t.CopyFrom(_converted(attribute.t, kind))  # of ConstantOfShape
+                attribute.t.CopyFrom(
+                    _converted(attribute.t, kind)
+                )  # the fill value of ConstantOfShape
 
     def _as(self, name: str, kind: int) -> str:
-        """Return the name of a tensor in a type; constants are converted, others cast once."""
+        """Return the name of a tensor in a type; constants are converted, others are cast once."""
         constant = self.constants.get(name)
         if self.produced.get(name, TensorProto.FLOAT) == kind:
             return name
@@ -135,21 +140,21 @@ class _Rewriter:
         return self.casts[name, kind]
 
     def _wide(self) -> set[int]:
-        """Places of the nodes that compute in float32."""
+        """Return the indices of the nodes that compute in float32."""
         wide: set[int] = set()
         statistics: set[str] = set()
         reduced: set[str] = set()
         for i, node in enumerate(self.graph.node):
             floats = [n for n in node.input if self.types.get(n) == TensorProto.FLOAT]
-            given = [n for n in floats if n not in self.constants]
-            known = [n in statistics for n in given]
+            variables = [n for n in floats if n not in self.constants]
+            known = [n in statistics for n in variables]
             follows = node.op_type in ELEMENTWISE | CARRIERS | LINEAR and any(known)
             if node.op_type in REDUCTIONS:
-                reduced.update(given)
+                reduced.update(variables)
             if node.op_type in REDUCTIONS or (follows and all(known)):
                 statistics.update(node.output)
-            joins = follows and (all(known) or node.op_type in ELEMENTWISE)
-            if node.op_type in WIDE or joins:
+            combines = follows and (all(known) or node.op_type in ELEMENTWISE)
+            if node.op_type in WIDE or combines:
                 wide.add(i)
         return wide | {
             i
@@ -158,6 +163,7 @@ class _Rewriter:
         }
 
     def _constants_to_initializers(self) -> None:
+        """Turn Constant nodes into initializers, so that both are converted alike."""
         kept = []
         for node in self.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -172,7 +178,7 @@ class _Rewriter:
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element types of all tensors of a graph, by name."""
+    """Return the element types of all tensors of a graph, by name."""
     graph = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
     values: Iterable[Any] = (*graph.input, *graph.output, *graph.value_info)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -180,7 +186,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model whose large weights are empty: inference needs their types and shapes."""
+    """Copy a model without the values of large weights, which shape inference does not need."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
@@ -191,10 +197,10 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _converted(tensor: TensorProto, kind: int, name: str = "") -> TensorProto:
-    """Round a constant to a type; values beyond float16's largest become that."""
+    """Round a constant to a type; float16 values are clipped to the largest finite one."""
     values = numpy_helper.to_array(tensor)
     if kind == TensorProto.FLOAT16:
-        most = np.finfo(np.float16).max
-        values = np.clip(values, -most, most)
+        largest = np.finfo(np.float16).max
+        values = np.clip(values, -largest, largest)
     dtype = helper.tensor_dtype_to_np_dtype(kind)
     return numpy_helper.from_array(values.astype(dtype), name or tensor.name)

@@ -1,7 +1,7 @@
-"""Parts of a network's stages: shapes, reach and cost, found by running them small.
+"""Describe the parts of a network: their shapes, reach and cost, from runs on small planes.
 
-Shapes are read off four runs that differ in k, h and w by one; reach and cost by
-`reach.analyse`; and an impulse confirms that nothing beyond the halo feels a cell.
+Shapes come from four runs whose k, h and w differ by one, reach and cost from `reach.analyse`.
+An impulse confirms that a changed cell changes nothing beyond the halo.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ BASE = {"k": 1, "h": 3, "w": 4}
 def parts_of(model: Model) -> tuple[Part, ...]:
     """Describe every part of a model, in the order in which they run.
 
-    Raises BundleError when a shape is no multiple of k, h or w, or a cell is felt beyond the
-    halo.
+    Raises BundleError if a size is not a multiple of k, h or w, or if a cell changes results
+    beyond the halo.
     """
     symbols = ("k", "h", "w") if model.any_step else ("h", "w")
-    grown = [BASE, *({**BASE, symbol: BASE[symbol] + 1} for symbol in symbols)]
-    runs = [_run(model, **sizes) for sizes in grown]
+    sizes = [BASE, *({**BASE, symbol: BASE[symbol] + 1} for symbol in symbols)]
+    runs = [_run(model, **size) for size in sizes]
     parts = []
     for stage, network in model.stages.items():
-        made = {
+        signatures = {
             kind: _signature(stage, kind, [run[stage, kind] for run in runs], symbols)
             for kind in model.kinds
         }
-        scale = min(_along_h(tensors[0]) for tensors in made[model.kinds[-1]])
+        scale = min(_along_h(tensors[0]) for tensors in signatures[model.kinds[-1]])
         specs = {
             kind: tuple(tuple(_in_cells(t, scale) for t in side) for side in sides)
-            for kind, sides in made.items()
+            for kind, sides in signatures.items()
         }
         inputs, _ = specs[model.kinds[-1]]
-        given = _random(inputs, PLANE, _dtype(network))
+        data, *state = _random(inputs, PLANE, _dtype(network))
         frames = 1 if model.geometry.first_slices == 1 else model.geometry.first_frames
-        found = analyse(network, given[0], given[1:], frames)
-        if found.halo is not None and model.foreign:
-            found = local_or_whole(network, inputs, found)
-        elif found.halo is not None:
-            check_reach(stage, network, inputs, found.halo)
+        analysis = analyse(network, data, state, frames)
+        if analysis.halo is not None and model.foreign:
+            analysis = local_or_whole(network, inputs, analysis)
+        elif analysis.halo is not None:
+            check_reach(stage, network, inputs, analysis.halo)
         for kind, (inputs, outputs) in specs.items():
             name = f"{stage}_{kind}"
             parts.append(
@@ -58,34 +58,34 @@ def parts_of(model: Model) -> tuple[Part, ...]:
                     inputs=inputs,
                     outputs=outputs,
                     scale=scale,
-                    halo=found.halo,
-                    context=found.context,
-                    mac_per_cell=_cost(network, kind, inputs, found),
-                    whole=found.whole,
+                    halo=analysis.halo,
+                    context=analysis.context,
+                    mac_per_cell=_cost(network, kind, inputs, analysis),
+                    whole=analysis.whole,
                 )
             )
     return tuple(parts)
 
 
-def _cost(network: nn.Module, kind: str, inputs: Sequence[TensorSpec], found: Analysis) -> int:
-    """Multiply-adds a cell: the first frame of a causal stream has less to do than others."""
+def _cost(network: nn.Module, kind: str, inputs: Sequence[TensorSpec], analysis: Analysis) -> int:
+    """Return the multiply-adds per cell; the first frame of a causal network costs less."""
     if kind == "step" or len(inputs) > 1 or inputs[0].shape[2] != 1:
-        return found.mac_per_cell
+        return analysis.mac_per_cell
     return macs(network, _random(inputs, PLANE, _dtype(network))[0], ()) // (PLANE * PLANE)
 
 
 def check_reach(stage: str, network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> None:
-    """See that nothing beyond the halo feels a cell; raises BundleError when it does."""
-    reach = felt(network, inputs, halo)
+    """Raise BundleError if changing a cell changes results beyond the halo."""
+    reach = measure_reach(network, inputs, halo)
     if reach > halo:
         raise BundleError(
             f"expected stage {stage} to reach {halo} cells, as its convolutions do, found "
-            f"{reach}: it cannot be tiled; export it as one whole part"
+            f"{reach}: it cannot be tiled; export it as a part that takes the whole plane"
         )
 
 
-def felt(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> int:
-    """Change one cell of every input; how many cells away that is felt, up to halo + 1."""
+def measure_reach(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> int:
+    """Change one cell of every input; return how many cells away results change, up to halo + 1."""
     side = 2 * halo + 3
     before = _random(inputs, side, _dtype(network))
     after = [tensor.clone() for tensor in before]
@@ -99,28 +99,30 @@ def felt(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> int:
         change = change.amax(0)
     per_cell = change.shape[-1] // side
     change = change.unflatten(0, (side, per_cell)).unflatten(2, (side, per_cell)).amax((1, 3))
-    # Fast convolutions spread rounding over neighbours: that is no reach.
+    # Fast convolution algorithms spread rounding errors over neighbours; those do not count.
     beyond = (change > 1e-5 * change.max()).nonzero()
     return int((beyond - (halo + 1)).abs().max()) if len(beyond) else 0
 
 
-def local_or_whole(network: nn.Module, inputs: Sequence[TensorSpec], found: Analysis) -> Analysis:
-    """Keep the halo of foreign code where impulse and tile confirm it, else take it whole.
+def local_or_whole(
+    network: nn.Module, inputs: Sequence[TensorSpec], analysis: Analysis
+) -> Analysis:
+    """Keep the halo of foreign code if an impulse and a tile confirm it; else drop the halo.
 
-    Convolutions alone do not tell of statistics over the plane that are taken by hand, of
-    resampling, or of values that depend on the place, such as position embeddings.
+    Convolutions alone do not show hand-written statistics over the plane, resampling, or values
+    that depend on the position, such as position embeddings.
     """
-    assert found.halo is not None
+    assert analysis.halo is not None
     reason = ""
-    if felt(network, inputs, found.halo) > found.halo:
-        reason = f"a cell is felt farther than its convolutions reach ({found.halo} cells)"
-    elif not _tile_equals_whole(network, inputs, found.halo):
+    if measure_reach(network, inputs, analysis.halo) > analysis.halo:
+        reason = f"a cell is felt farther than its convolutions reach ({analysis.halo} cells)"
+    elif not _tile_equals_whole(network, inputs, analysis.halo):
         reason = "its values depend on the place in the plane"
-    return dataclasses.replace(found, halo=None, whole=reason) if reason else found
+    return dataclasses.replace(analysis, halo=None, whole=reason) if reason else analysis
 
 
 def _tile_equals_whole(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> bool:
-    """Leave out the plane's first row and column of cells: the rest stays, but for the halo."""
+    """Return whether the plane without its first row and column gives the same beyond the halo."""
     plane = _random(inputs, 2 * halo + 3, _dtype(network))
     tile = [t[..., (n := _along_h(s)) :, n:] for t, s in zip(plane, inputs, strict=True)]
     with torch.no_grad():
@@ -135,7 +137,7 @@ Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]  # inputs, out
 
 
 def _run(model: Model, k: int, h: int, w: int) -> dict[tuple[str, str], Any]:
-    """Run all stages at one size; returns shapes of inputs and outputs by (stage, kind)."""
+    """Run all stages at one size; returns the shapes of inputs and outputs by (stage, kind)."""
     g, shapes, dtype = model.geometry, {}, _dtype(next(iter(model.stages.values())))
     for direction in ("encode", "decode"):
         state: dict[str, Sequence[Tensor]] = {}
@@ -150,17 +152,17 @@ def _run(model: Model, k: int, h: int, w: int) -> dict[tuple[str, str], Any]:
             )
             for stage, network in model.stages.items():
                 if stage.startswith(direction):
-                    given = [x, *state.get(stage, ())]
+                    inputs = [x, *state.get(stage, ())]
                     with torch.no_grad():
-                        results = network(*given)
-                    sides = ([t.shape for t in given], [t.shape for t in results])
+                        results = network(*inputs)
+                    sides = ([t.shape for t in inputs], [t.shape for t in results])
                     shapes[stage, kind] = sides
                     x, state[stage] = results[0], results[1:]
     return shapes
 
 
 def _signature(stage: str, kind: str, runs: list[Any], symbols: Sequence[str]) -> Signature:
-    """Symbolic shapes, still in latent cells, from the shapes of a run at every size."""
+    """Return inputs and outputs with symbolic sizes in latent cells, from one run per size."""
     data = ("x", "z") if stage.startswith("encode") else ("z", "x")
     sides = []
     for side in (0, 1):
@@ -184,18 +186,20 @@ def _dimension(size: int, grown: Mapping[str, int]) -> Dimension:
             if factor * BASE[symbol] != size:
                 raise BundleError(
                     f"expected sizes that are multiples of {symbol}, found {size} growing by "
-                    f"{factor}: this network's maps are not whole cells"
+                    f"{factor}: this network has maps that are not whole cells, so it cannot be "
+                    "exported"
                 )
             return f"{factor}*{symbol}" if factor > 1 else symbol
     return size
 
 
 def _along_h(tensor: TensorSpec) -> int:
+    """Return the tensor's elements along H per cell, at least 1."""
     return max(1, tensor.factor("h"))
 
 
 def _in_cells(tensor: TensorSpec, scale: int) -> TensorSpec:
-    """Express a shape in the stage's cells instead of latent cells."""
+    """Return a spec whose sizes are in the stage's cells instead of latent cells."""
     shape: list[Dimension] = []
     for dimension in tensor.shape:
         factor, _, symbol = str(dimension).rpartition("*")
@@ -217,7 +221,7 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _cell(spec: TensorSpec, at: int) -> tuple[slice, ...]:
-    """Index of one cell (at, at), all channels and frames."""
+    """Return the index of the cell (at, at), for all channels and frames."""
     index = []
     for dimension in spec.shape:
         factor, _, symbol = str(dimension).rpartition("*")

@@ -1,16 +1,16 @@
-"""How far a network reaches in space and time, read off its convolutions in one run.
+"""How far a network reaches in space and time, derived from its convolutions in one run.
 
-Every tensor of the run carries the reach of its farthest path: a convolution adds what its
-kernel overhangs, anything else passes on the largest of its inputs. Distances are measured
-in the stage's cells, so a convolution at twice the resolution adds half as much. Padding is
-taken as centred, as all these networks have it; the impulse test (`probe.check_reach`)
-confirms the result on the very weights.
+Every tensor of the run carries the reach of its farthest path: a convolution adds the overhang
+of its kernel, any other operation passes on the largest reach of its inputs. Distances are
+measured in the stage's cells, so a convolution at twice the resolution adds half as much.
+Padding is assumed to be centred, as in all these networks; the impulse test
+(`probe.check_reach`) confirms the result on the actual weights.
 
-A state is the tail of some layer's input, so it reaches as far back as that input and by
-its own length more. It shows where it is concatenated: `cat([state, x])` of a state of n
-frames with x of r frames a latent frame reaches n / r latent frames further back than x.
+A state is the tail of some layer's input, so it reaches back as far as that input plus its own
+length. That length becomes visible where it is concatenated: `cat([state, x])`, of a state of n
+frames and x of r frames per latent frame, reaches n / r latent frames further back than x.
 
-Attention over positions and group normalisation see the whole plane.
+Attention over positions and group normalisation reach the whole plane.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
-PLANE = 16  # cells a side of the plane that is run
+PLANE = 16  # side of the plane that is run, in cells
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Reach in cells along H and W and in latent frames; `whole` says what sees everything."""
+    """Reach in cells along H and W and in latent frames; `whole` is why it is the whole plane."""
 
     halo: Fraction = Fraction(0)
     context: Fraction = Fraction(0)
     whole: str = ""
-    state: bool = False  # a state itself, or a view of it
+    state: bool = False  # the tensor is a state, or a view of one
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyse` found: reach and cost of one stage."""
+    """Reach and cost of one stage, as returned by `analyse`."""
 
     halo: int | None
     context: int
@@ -53,29 +53,29 @@ class Analysis:
 
 
 def analyse(stage: nn.Module, data: Tensor, state: Sequence[Tensor], frames: int) -> Analysis:
-    """Run a stage once on PLANE x PLANE cells and `frames` latent frames."""
-    follow = _Follow(data, state, frames)
-    with torch.inference_mode(False), torch.no_grad(), follow:
+    """Return reach and cost of a stage, from runs on PLANE x PLANE cells and `frames` frames."""
+    tracker = _ReachTracker(data, state, frames)
+    with torch.inference_mode(False), torch.no_grad(), tracker:
         outputs = stage(data, *state)
-    found = [follow.known.get(output, Reach()) for output in outputs]
-    whole = next((reach.whole for reach in found if reach.whole), "")
+    reaches = [tracker.known.get(output, Reach()) for output in outputs]
+    whole = next((reach.whole for reach in reaches if reach.whole), "")
     return Analysis(
-        halo=None if whole else math.ceil(max(reach.halo for reach in found)),
-        context=math.ceil(max(reach.context for reach in found)),
+        halo=None if whole else math.ceil(max(reach.halo for reach in reaches)),
+        context=math.ceil(max(reach.context for reach in reaches)),
         whole=whole,
         mac_per_cell=macs(stage, data, state) // (PLANE * PLANE * frames),
     )
 
 
 def macs(stage: nn.Module, data: Tensor, state: Sequence[Tensor]) -> int:
-    """Count the multiply-adds of one run."""
+    """Return the multiply-adds of one run."""
     with torch.no_grad(), FlopCounterMode(display=False) as count:
         stage(data, *state)
     return int(count.get_total_flops()) // 2
 
 
-class _Follow(TorchDispatchMode):
-    """Follows the reach of every tensor through one run."""
+class _ReachTracker(TorchDispatchMode):
+    """Tracks the reach of every tensor through one run."""
 
     def __init__(self, data: Tensor, state: Sequence[Tensor], frames: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -87,23 +87,24 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        reaches = [self.known[t] for t in given if t in self.known]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reaches = [self.known[t] for t in inputs if t in self.known]
         if reaches:
-            reach = self._through(func.overloadpacket, args, reaches)
+            reach = self._reach_of_result(func.overloadpacket, args, reaches)
             for result in tree_leaves(results):
                 if isinstance(result, Tensor):
                     self.known[result] = reach
         return results
 
-    def _through(self, operation: Any, args: Any, reaches: list[Reach]) -> Reach:
+    def _reach_of_result(self, operation: Any, args: Any, reaches: list[Reach]) -> Reach:
+        """Return the reach of an operation's result, given those of its inputs."""
         halo = max(reach.halo for reach in reaches)
         context = max(reach.context for reach in reaches)
         whole = next((reach.whole for reach in reaches if reach.whole), "")
         if operation is aten.convolution:
             halo += _overhang(*args)
         elif operation is aten.cat and {reach.state for reach in reaches} == {True, False}:
-            context += self._length(*args)
+            context += self._state_length(*args)
         elif "native_group_norm" in str(operation):
             whole = whole or "group normalisation takes its statistics over the whole plane"
         elif "scaled_dot_product" in str(operation) or (
@@ -112,8 +113,8 @@ class _Follow(TorchDispatchMode):
             whole = whole or "attention looks at the whole plane"
         return Reach(halo, context, whole, all(reach.state for reach in reaches))
 
-    def _length(self, tensors: Sequence[Tensor], axis: int = 0) -> Fraction:
-        """Length of the state among concatenated tensors, in latent frames."""
+    def _state_length(self, tensors: Sequence[Tensor], axis: int = 0) -> Fraction:
+        """Return the length of the state among concatenated tensors, in latent frames."""
         states = [t for t in tensors if t in self.known and self.known[t].state]
         others = [t for t in tensors if t in self.known and not self.known[t].state]
         past, now = (sum(t.shape[axis] for t in ts) for ts in (states, others))
@@ -130,16 +131,16 @@ def _overhang(
     transposed: bool,
     *rest: Any,
 ) -> Fraction:
-    """Cells that a convolution reaches beyond those below its output.
+    """Return how many cells a convolution reaches beyond its output cell.
 
-    A 1-D one may lie along any axis of the plane, or of time: taken as the plane's.
+    A 1-D convolution may run along H, W or time; it is counted as one along H or W.
     """
-    most = Fraction(0)
+    largest = Fraction(0)
     for axis in (-2, -1)[-len(stride) :]:
         width = (weight.shape[axis] - 1) * dilation[axis] + 1
         if transposed:
             beyond = -(-width // stride[axis]) - 1
         else:
             beyond = max(0, -(-(width - stride[axis]) // 2))
-        most = max(most, Fraction(beyond, max(1, round(x.shape[axis] / PLANE))))
-    return most
+        largest = max(largest, Fraction(beyond, max(1, round(x.shape[axis] / PLANE))))
+    return largest

@@ -1,10 +1,12 @@
-"""Where weights come from: files, folders and hub ids, loaded without running their code.
+"""Load a VAE for export from a file, a folder, a hub id, a published model's name or a factory.
 
 tools/x.safetensors, LeanVAE-dim16.ckpt     LeanVAE's weights with their configuration
 folder/ with config.json                    diffusers' format
 hf:OWNER/NAME/path@REVISION                 either of them from a hub
-wan2.1, leanvae16, ...                      the same by a name of `fvae models`
-package.module:factory                      any torch VAE: the one case that runs its code
+wan2.1, leanvae16, ...                      the same, by a name that `fvae models` lists
+package.module:factory                      any torch VAE
+
+Only the last one runs code that comes with the model; all others are read as tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ import torch
 from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.bundle import Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
+from fvae_deploy.export.draft import LoadedModel
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.known import known
-from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
 
@@ -33,19 +35,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A network ready for export, and what its bundle is to say about it."""
-
-    model: Model
-    source: Source
-    name: str
-    description: str
-    licence: str
-
-
-@dataclass(frozen=True)
 class Foreign:
-    """What a torch VAE of foreign code does not say of itself; see `models.any_torch.load`."""
+    """Facts about foreign code that it does not state itself; see `models.any_torch.load`."""
 
     weights: Path | None = None
     window: int = 65
@@ -58,51 +49,50 @@ def load(
     gray: bool = True,
     foreign: Foreign | None = None,
     progress: Progress = lambda message: None,
-) -> Found:
-    """Load a network from a file, a folder, a hub id, a known name or a factory.
+) -> LoadedModel:
+    """Load a network from a file, a folder, a hub id, a published model's name or a factory.
 
-    `gray` folds three channels into one; `foreign` goes with a factory alone. Raises
-    BundleError for anything that is not a network of a family that can be exported, and
-    UsageError for `foreign` where it does not belong.
+    `gray` folds three channels into one; `foreign` is only for a factory. Raises BundleError for
+    networks that cannot be exported, and UsageError if `foreign` is given without a factory.
     """
     factory = ":" in text and not is_hub_id(text) and not Path(text).exists()
     if foreign is not None and foreign != Foreign() and not factory:
         raise UsageError(
-            f"expected a factory package.module:callable with --weights, --window or --range, "
+            "expected --weights, --window and --range only with a factory package.module:callable, "
             f"found {text}: leave them out"
         )
     if factory:
         from fvae_deploy.export.models import any_torch
 
-        of = foreign or Foreign()
+        facts = foreign or Foreign()
         model, source = any_torch.load(
             text,
-            of.weights,
-            window=of.window,
-            intensity=of.intensity,
+            facts.weights,
+            window=facts.window,
+            intensity=facts.intensity,
             channels=1 if gray else None,
         )
-        return Found(model, source, text.rpartition(":")[2], f"torch module {text}", UNKNOWN)
+        return LoadedModel(model, source, text.rpartition(":")[2], f"torch module {text}", UNKNOWN)
     entry = None if Path(text).exists() else known(text)
     if entry is not None and entry.family == "own code":
         raise BundleError(
             f"expected a model that diffusers or fvae implements, found {text}: export it from "
-            "its own checkout with --model module:factory --weights FILE, see docs/any-vae.md"
+            "its authors' code with --model module:factory --weights FILE, see docs/any-vae.md"
         )
     place = entry.hub if entry is not None else text
     path, pinned = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
-    found = _diffusers(path, gray) if path.is_dir() else _lean_vae(path, gray)
+    loaded = _diffusers(path, gray) if path.is_dir() else _lean_vae(path, gray)
     if entry is not None:
-        found = dataclasses.replace(found, name=entry.name, licence=entry.licence)
-    return dataclasses.replace(found, source=pinned or found.source)
+        loaded = dataclasses.replace(loaded, name=entry.name, licence=entry.licence)
+    return dataclasses.replace(loaded, source=pinned or loaded.source)
 
 
 def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
     """Load a LeanVAE from `.ckpt` (`{"args", "state_dict"}`) or `.safetensors`.
 
-    A safetensors file carries its configuration as JSON under "args" in its metadata. Returns
-    the network and the metadata ("description", "licence", "latent_scale" where given).
-    Raises BundleError for anything that is not such a file.
+    A safetensors file holds its configuration as JSON under "args" in its metadata. Returns
+    the network and the other metadata ("description", "licence", "latent_scale" if present).
+    Raises BundleError for any other file.
     """
     if not path.is_file():
         raise BundleError(
@@ -118,7 +108,9 @@ def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
     elif path.suffix in (".ckpt", ".pt", ".pth"):
         state, metadata = _checkpoint(path)
     else:
-        raise BundleError(f"expected weights in .ckpt or .safetensors, found {path.name}")
+        raise BundleError(
+            f"expected weights as .ckpt or .safetensors, found {path.name}: save them so"
+        )
     try:
         model = LeanVAE(LeanVAEConfig.from_args(_channels(metadata.pop("args"), state))).eval()
         model.load(state)
@@ -126,12 +118,12 @@ def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BundleError(
             f"expected LeanVAE's configuration and weights in {path}, found {reason:.200}; save "
-            "both again"
+            "both again from one model"
         ) from None
     return model, metadata
 
 
-def _lean_vae(path: Path, gray: bool) -> Found:
+def _lean_vae(path: Path, gray: bool) -> LoadedModel:
     model, metadata = load_lean_vae(path)
     scale = metadata.get("latent_scale")
     if scale is not None and not _is_scale(scale, model.config.latent_dim):
@@ -139,7 +131,7 @@ def _lean_vae(path: Path, gray: bool) -> Found:
             f"expected {model.config.latent_dim} numbers other than 0 as latent_scale in {path}, "
             f"found {scale!r:.40}: save them with the weights"
         )
-    return Found(
+    return LoadedModel(
         lean_vae_model(model.float(), 1 if gray else None, scale),
         Source(path.name, "", sha256(path)),
         path.stem,
@@ -148,20 +140,20 @@ def _lean_vae(path: Path, gray: bool) -> Found:
     )
 
 
-def _diffusers(folder: Path, gray: bool) -> Found:
-    """Load a folder in diffusers' format by the class that its config.json names."""
+def _diffusers(folder: Path, gray: bool) -> LoadedModel:
+    """Load a folder in diffusers' format as the class that its config.json names."""
     try:
         kind = str(json.loads((folder / "config.json").read_bytes())["_class_name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(
             f"expected a folder in diffusers' format, found no config.json with a _class_name in "
-            f"{folder}: give the folder of the VAE itself, often called vae"
+            f"{folder}: give the folder of the VAE itself, often named vae"
         ) from None
     from fvae_deploy.export.models import diffusers_family
 
     model, weights = diffusers_family.load(folder, kind)
     name = folder.absolute().name  # "." has none
-    return Found(
+    return LoadedModel(
         diffusers_family.cut(model, 1 if gray else None),
         Source(name, "", sha256(weights)),
         name,
@@ -174,24 +166,27 @@ def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     content = load_checkpoint(path)
     if not isinstance(content, dict) or not {"args", "state_dict"} <= content.keys():
         raise BundleError(
-            f'expected a LeanVAE checkpoint with "args" and "state_dict", found {path} without'
+            f'expected a LeanVAE checkpoint with "args" and "state_dict", found {path} without '
+            "them: save both in one dictionary"
         )
     for name in ("args", "state_dict"):
         if not isinstance(content[name], dict):
-            found = type(content[name]).__name__
-            raise BundleError(f'expected a dictionary "{name}" in {path}, found a {found}')
+            kind = type(content[name]).__name__
+            raise BundleError(
+                f'expected a dictionary "{name}" in {path}, found a {kind}: save the file again'
+            )
     return content["state_dict"], {"args": content["args"]}
 
 
-def _is_scale(found: Any, channels: int) -> bool:
-    """Whether this is a factor for every latent channel."""
-    numbers = found if isinstance(found, list) else []
+def _is_scale(value: Any, channels: int) -> bool:
+    """Return whether a value is a list of one factor per latent channel."""
+    numbers = value if isinstance(value, list) else []
     return len(numbers) == channels and all(
         type(n) in (int, float) and 0 < abs(n) < math.inf for n in numbers
     )
 
 
 def _channels(args: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Read the input channels, which the published args leave out, off the first layer."""
+    """Add the input channels, which the published args lack, from the first layer's shape."""
     first = state.get("encoder.image_low_proj.1.weight")
     return args if first is None else {"in_channels": first.shape[1] // 16, **args}

@@ -1,9 +1,9 @@
-"""One graph to one engine, in a process of its own: `python tensorrt_worker.py < REQUEST`.
+"""Build one engine from one graph, in a separate process: `python tensorrt_worker.py < REQUEST`.
 
-The builder orders the outputs in its tables by where they lie in memory. So that the same graph
-gives the same bytes, the process is fresh, imports TensorRT and nothing else, and on Linux has its
-memory at addresses that do not change. And whatever the builder takes or breaks ends with it. The
-answer is a line of JSON.
+The builder orders the outputs in its tables by their memory addresses. So that the same graph
+gives the same bytes, the process is fresh, imports nothing but TensorRT, and on Linux uses fixed
+memory addresses. A separate process also frees the builder's memory, and its crashes stay in it.
+The answer is a line of JSON.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 
 class Refused(Exception):  # noqa: N818
-    """What the parser or the builder said."""
+    """The parser or the builder refused the graph; the message is TensorRT's."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Build; raises Refused with what TensorRT said."""
+    """Build an engine; raises Refused with TensorRT's message."""
     begin = time.perf_counter()
     trt = importlib.import_module(request["package"])
-    said: list[str] = []
+    errors: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
@@ -35,32 +35,32 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                said.append(message)
+                errors.append(message)
 
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(request["graph"]):
-        raise Refused("; ".join(_told(parser.get_error(i)) for i in range(parser.num_errors)))
+        raise Refused("; ".join(_describe(parser.get_error(i)) for i in range(parser.num_errors)))
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32, in every engine
-    if request["package"] == "tensorrt_rtx":  # it builds for GPUs that are not here
+    if request["package"] == "tensorrt_rtx":  # it can build for GPUs that this machine lacks
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, request["target"].upper().replace("_", ""))
         config.set_compute_capability(capability, 0)
     cache = Path(request["timing_cache"])
-    if request["package"] == "tensorrt":  # timings of kernels: TensorRT for RTX has none
+    if request["package"] == "tensorrt":  # TensorRT for RTX does not time kernels
         timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
     profile = builder.create_optimization_profile()
     for name, (least, best, most) in request["profile"].items():
         profile.set_shape(name, least, best, most)
     if config.add_optimization_profile(profile) < 0:
-        raise Refused("; ".join(said) or "the range of shapes was refused")
+        raise Refused("; ".join(errors) or "the range of shapes was refused")
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise Refused("; ".join(said) or "no engine, and no word why")
+        raise Refused("; ".join(errors) or "no engine and no error message")
     Path(request["output"]).write_bytes(memoryview(engine))
     if request["package"] == "tensorrt":
         cache.write_bytes(memoryview(timings.serialize()))
@@ -71,13 +71,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _told(error: Any) -> str:
-    """Say in one line what a parser error is and where."""
+def _describe(error: Any) -> str:
+    """Return a parser error and the node that it is about, in one line."""
     return f"{error.node_name()} ({error.node_operator()}): {error.desc()}"
 
 
 def fix_addresses() -> None:
-    """Begin anew without address randomisation, where the system lets us."""
+    """Restart this process without address randomisation, if the system allows it."""
     if not sys.platform.startswith("linux"):
         return
     personality, fixed = ctypes.CDLL(None).personality, 0x0040000

@@ -1,9 +1,9 @@
-"""Network to bundle: ONNX graphs that share one weights file, and the manifest.
+"""Write a bundle: ONNX graphs that share one weights file, and the manifest.
 
 The graphs hold no weights: every initializer points, by offset and length, into
-`weights.safetensors` (ONNX external data is any file). So first and step parts share their
-weights on disk, the torch engine loads the same bytes, and the bundle is as small as the
-network.
+`weights.safetensors` (ONNX allows any file as external data). So first and step parts share
+their weights on disk, the torch engine loads the same bytes, and the bundle is no larger than
+the network.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import onnx
 import torch
@@ -30,105 +30,75 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import SCHEMA, Bundle, Part, Source, TensorSpec, is_plain, sha256
+from fvae_deploy.export.bundle import Bundle, Part, TensorSpec, is_plain, sha256
+from fvae_deploy.export.draft import BundleDraft, Kind, LoadedModel, draft_vae
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.probe import parts_of
-
-Kind = TypeVar("Kind", bound=Bundle)
 
 WEIGHTS = "weights.safetensors"
-EXAMPLE = {"k": 2, "h": 3, "w": 4, "n": 5}  # sizes traced with; all of them stay symbolic
-OTHER = {"k": 3, "h": 5, "w": 7}  # sizes at which the trace of foreign code must hold, too
+EXAMPLE = {"k": 2, "h": 3, "w": 4, "n": 5}  # sizes for tracing; all of them stay symbolic
+OTHER = {"k": 3, "h": 5, "w": 7}  # further sizes, at which the trace of foreign code is checked
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of an export.
+
+    `opset` is the ONNX operator set, 18 or later. `progress` is called with a line for the user.
+    `measure` is called with the bundle's temporary folder and its manifest, before the bundle gets
+    its final name, and returns the manifest with the measurements added.
+    """
+
+    opset: int = 18
+    progress: Callable[[str], None] = lambda message: None
+    measure: Callable[[Path, Any], Any] = lambda folder, manifest: manifest
+
+
+DEFAULTS = ExportOptions()
 
 
 def export_bundle(
-    model: Model,
-    folder: Path,
-    *,
-    name: str,
-    description: str,
-    licence: str,
-    source: Source,
-    version: str,
-    opset: int = 18,
-    progress: Callable[[str], None] = lambda message: None,
-    measure: Callable[[Path, Manifest], Manifest] = lambda folder, manifest: manifest,
+    loaded: LoadedModel, folder: Path, *, version: str, options: ExportOptions = DEFAULTS
 ) -> Manifest:
-    """Write a VAE's bundle to `folder`, which appears only when it is whole.
+    """Write a VAE's bundle to `folder`, which appears only when it is complete.
 
-    `opset` is the ONNX operator set, 18 or later; `measure` is `write_bundle`'s. Raises
-    BundleError when the folder exists or cannot be written, or the network cannot be cut into
-    parts.
+    `version` is that of fvae. Raises BundleError if the folder exists or cannot be written, or if
+    the network cannot be cut into parts.
     """
-    _check_new(folder, name)
-    progress("measuring how far each stage reaches")
-    manifest = Manifest(
-        schema=SCHEMA,
-        kind=Manifest.KIND,
-        fvae_version=version,
-        name=name,
-        description=description,
-        licence=licence,
-        source=source,
-        network=model.network,
-        precision="fp32",
-        parts=parts_of(model),
-        files={},
-        geometry=model.geometry,
-        intensity=model.intensity,
-        latent=model.latent,
-    )
-    return write_bundle(
-        manifest,
-        model.stages,
-        folder,
-        opset,
-        progress,
-        foreign=model.foreign,
-        measure=measure,
-    )
+    _check_new(folder, loaded.name)
+    options.progress("measuring the reach of each stage")
+    return write_bundle(draft_vae(loaded, version), folder, options)
 
 
-def write_bundle(
-    manifest: Kind,
-    stages: Mapping[str, nn.Module],
-    folder: Path,
-    opset: int = 18,
-    progress: Callable[[str], None] = lambda message: None,
-    *,
-    foreign: bool = False,
-    texts: Mapping[str, str] = MappingProxyType({}),
-    measure: Callable[[Path, Kind], Kind] = lambda folder, manifest: manifest,
-) -> Kind:
-    """Write weights, a graph for each part, further files of text, and the manifest.
+def write_bundle(draft: BundleDraft[Kind], folder: Path, options: ExportOptions = DEFAULTS) -> Kind:
+    """Write weights, a graph for each part, further text files, and the manifest.
 
-    `measure` is given the folder before it has its name, and returns the manifest with what it
-    found. Returns the manifest with the files' hashes. Raises BundleError as `export_bundle` does.
+    Returns the manifest with the files' hashes and the measurements. Raises BundleError as
+    `export_bundle` does.
     """
+    manifest = draft.manifest
     _check_new(folder, manifest.name)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        said = _said(manifest) if foreign else None
-        save_file(_weights(stages), temporary / WEIGHTS, said)
+        metadata = _identity_metadata(manifest) if draft.foreign else None
+        save_file(_weights(draft.stages), temporary / WEIGHTS, metadata)
         (temporary / WEIGHTS).chmod(0o644)
         offsets = _offsets(temporary / WEIGHTS)
         for number, part in enumerate(manifest.parts):
-            progress(f"exporting graph {number + 1} of {len(manifest.parts)}: {part.name}")
-            proto = trace(stages[part.stage], part, opset, foreign)
+            options.progress(f"exporting graph {number + 1} of {len(manifest.parts)}: {part.name}")
+            proto = trace(draft.stages[part.stage], part, options.opset, draft.foreign)
             _point_into(proto, offsets, f"{part.stage}.")
             onnx.save(proto, str(temporary / part.file))
-        for file, text in texts.items():
+        for file, text in draft.texts.items():
             (temporary / file).write_text(text, encoding="utf-8")
-        names = [WEIGHTS, *(part.file for part in manifest.parts), *texts]
+        names = [WEIGHTS, *(part.file for part in manifest.parts), *draft.texts]
         files = {name: sha256(temporary / name) for name in names}
         manifest = dataclasses.replace(manifest, files=files)
         manifest.save(temporary)
-        type(manifest).load(temporary, verify=False)  # what could not be opened again is refused
-        manifest = measure(temporary, manifest)
+        type(manifest).load(temporary, verify=False)  # raises if the bundle could not be opened
+        manifest = options.measure(temporary, manifest)
         manifest.save(temporary)
         temporary.chmod(0o755)
-        _check_new(folder, manifest.name)  # another export may have come before
+        _check_new(folder, manifest.name)  # another export may have finished meanwhile
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +109,8 @@ def write_bundle(
 def _check_new(folder: Path, name: str) -> None:
     if not is_plain(name):
         raise BundleError(
-            f"expected a plain name of the bundle, found {name!r}: give one as --name"
+            f"expected a plain name for the bundle, without / or \\, found {name!r}: give one "
+            "with --name"
         )
     if folder.exists():
         raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
@@ -147,39 +118,44 @@ def _check_new(folder: Path, name: str) -> None:
         raise BundleError(f"expected a folder {folder.parent}, found none: create it")
 
 
-def _said(manifest: Bundle) -> dict[str, str]:
-    """Say what latents depend on beside the weights of foreign code: the identity then has it."""
-    facts = dataclasses.asdict(manifest)
-    return {"fvae": json.dumps({name: facts[name] for name in ("geometry", "intensity", "latent")})}
+def _identity_metadata(manifest: Bundle) -> dict[str, str]:
+    """Return geometry, intensity and normalisation as metadata of the weights file.
+
+    Latents of foreign code depend on them too, and the bundle's identity hashes that file.
+    """
+    fields = dataclasses.asdict(manifest)
+    facts = {name: fields[name] for name in ("geometry", "intensity", "latent")}
+    return {"fvae": json.dumps(facts)}
 
 
 def _weights(stages: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """All stages' weights by name; one that has two names is written twice."""
+    """Return all stages' weights by name; a tensor with two names is copied for the second."""
     weights: dict[str, torch.Tensor] = {}
-    places: set[int] = set()
+    addresses: set[int] = set()
     for stage, network in stages.items():
         for key, value in network.state_dict().items():
-            place = value.untyped_storage().data_ptr()
-            weights[f"{stage}.{key}"] = value.clone() if place in places else value.contiguous()
-            places.add(place)
+            address = value.untyped_storage().data_ptr()
+            shared = address in addresses
+            weights[f"{stage}.{key}"] = value.clone() if shared else value.contiguous()
+            addresses.add(address)
     return weights
 
 
 def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> onnx.ModelProto:
-    """Export one part with symbolic k, h and w.
+    """Export one part to ONNX with symbolic k, h, w and n.
 
-    Raises BundleError where the exporter cannot, or where the trace of `foreign` code does
-    not hold at other sizes.
+    Raises BundleError if the exporter fails, or if the trace of `foreign` code is wrong at other
+    sizes.
     """
     example = [
         torch.zeros(spec.sized(**EXAMPLE), dtype=getattr(torch, spec.type)) for spec in part.inputs
     ]
     used = {s for s in EXAMPLE if any(spec.factor(s) for spec in part.inputs)}
-    least = {"k": 2} if part.name == "denoise" else {}  # it reflects at both ends
+    least = {"k": 2} if part.name == "denoise" else {}  # its window is reflected at both ends
     symbols = {name: torch.export.Dim(name, min=least.get(name, 1), max=1 << 16) for name in used}
     dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
     try:
-        with _quiet(), _without_pairs():
+        with _quiet(), _without_slice_split_rule():
             program = torch.onnx.export(
                 network,
                 tuple(example),
@@ -187,60 +163,60 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
                 opset_version=opset,
                 input_names=[spec.name for spec in part.inputs],
                 output_names=[spec.name for spec in part.outputs],
-                # The signature is (data, *state): the state's shapes go as one tuple.
+                # The signature is (data, *state), so the states' shapes are one tuple.
                 dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise BundleError(
             f"expected {part.name} to export to ONNX, found {_reason(error)}; "
-            "change that code, or see the whole with --debug"
+            "change that code, or print the full traceback with --debug"
         ) from error
     assert program is not None
     if foreign:
         assert program.exported_program is not None
         _check_trace(network, program.exported_program.module(), part)
     proto: onnx.ModelProto = program.model_proto
-    for thing in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        del thing.metadata_props[:]  # source lines of the exporting machine
-        thing.doc_string = ""
+    for element in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        del element.metadata_props[:]  # source paths of the exporting machine
+        element.doc_string = ""
     return proto
 
 
 def _reason(error: BaseException) -> str:
-    """Tell what the exporter says without its advice: the first line, and where it was."""
+    """Return the exporter's message without its advice: the first line, and the code location."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = [line for line in lines[1:] if line.startswith("Caused by")]
-    return f"{type(error).__name__}: {'; '.join([*lines[:1], *places[:1]])[:300]}"
+    locations = [line for line in lines[1:] if line.startswith("Caused by")]
+    return f"{type(error).__name__}: {'; '.join([*lines[:1], *locations[:1]])[:300]}"
 
 
 def _check_trace(network: nn.Module, traced: nn.Module, part: Part) -> None:
-    """Compare network and trace at sizes other than those traced with.
+    """Compare network and trace at sizes other than those used for tracing.
 
-    A loop over the plane is traced with the turns that it took, silently.
+    A loop over the plane is traced, without a warning, with the number of turns that it took.
     """
     seeded = torch.Generator().manual_seed(0)
-    given = [torch.randn(spec.sized(**OTHER), generator=seeded) for spec in part.inputs]
+    inputs = [torch.randn(spec.sized(**OTHER), generator=seeded) for spec in part.inputs]
     with torch.no_grad():
-        wanted = network(*given)[0]
+        expected = network(*inputs)[0]
         try:
-            found = traced(*given)[0]
-            fits = found.shape == wanted.shape
-            fits = fits and bool((found - wanted).abs().max() <= 1e-4 * wanted.abs().max())
+            result = traced(*inputs)[0]
+            fits = result.shape == expected.shape
+            fits = fits and bool((result - expected).abs().max() <= 1e-4 * expected.abs().max())
         except (RuntimeError, AssertionError):  # a guard on sizes
             fits = False
     if not fits:
         raise BundleError(
-            f"expected a graph of {part.name} for slices of any size, found one that holds at "
-            "the size traced with alone: its code decides or loops by height or width; where "
-            "that is tiling of its own, switch it off in the factory"
+            f"expected a graph of {part.name} for slices of any size, found one that is right "
+            "only at the traced size: its code branches or loops over height or width; if that "
+            "is tiling of its own, switch it off in the factory"
         )
 
 
 def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
-    """`{"8*h": 24}` of a spec as torch.export's derived dimensions."""
+    """Return a spec's symbolic sizes, like "8*h", as torch.export's derived dimensions by axis."""
     dynamic = {}
     for axis, dimension in enumerate(spec.shape):
         factor, _, symbol = str(dimension).rpartition("*")
@@ -250,11 +226,11 @@ def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _without_pairs() -> Iterator[None]:
-    """Keep the exporter's optimizer from looking at all pairs of nodes for two slices.
+def _without_slice_split_rule() -> Iterator[None]:
+    """Switch off the optimizer's rule that searches all pairs of nodes for two slices to merge.
 
-    No network here has such a pair. The search took up to half of an export, and hours where
-    foreign code is unrolled over a window.
+    No network here has such a pair. The search took up to half of the export's time, and hours
+    for foreign code that is unrolled over a window.
     """
     slice_split_rule.try_rewrite = lambda *args, **kwargs: None
     try:
@@ -265,7 +241,7 @@ def _without_pairs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter (progress lines, graphs, notes) off the terminal."""
+    """Hide the exporter's output (progress lines, graphs, notes) from the terminal."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -281,7 +257,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _offsets(weights: Path) -> dict[str, tuple[int, int]]:
-    """Byte offset and length of every tensor in a safetensors file."""
+    """Return the byte offset and length of every tensor in a safetensors file."""
     with weights.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
@@ -293,12 +269,12 @@ def _offsets(weights: Path) -> dict[str, tuple[int, int]]:
 def _point_into(
     proto: onnx.ModelProto, offsets: Mapping[str, tuple[int, int]], prefix: str
 ) -> None:
-    """Replace the weights of a graph by references into the weights file."""
+    """Replace the weights in a graph by references into the weights file."""
     for tensor in proto.graph.initializer:
-        found = offsets.get(prefix + tensor.name)
-        if found is None:
-            continue  # a constant of the graph's own
-        offset, length = found
+        span = offsets.get(prefix + tensor.name)
+        if span is None:
+            continue  # a constant of the graph itself
+        offset, length = span
         if len(tensor.raw_data) != length:
             raise BundleError(
                 f"expected {length} bytes of {tensor.name} in the graph, found "

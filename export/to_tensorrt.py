@@ -1,10 +1,10 @@
-"""Bundle to TensorRT engines, ahead of time: TensorRT for RTX on any CPU, TensorRT on its GPU.
+"""Build TensorRT engines from a bundle: TensorRT for RTX on any CPU, TensorRT on its own GPU.
 
 A part becomes an engine for one GPU architecture (`sm_89`), in one precision, for the shapes of its
-planned tiles; where sizes vary, one more for a range of shapes. The same graph and shapes give the
-same bytes. (Not so with a range in h and w: the builder numbers sizes that it cannot name in an
-order that varies, some 20 bytes of an engine.) Engines appear under their names when all parts of
-a target and precision are built.
+planned tiles; if sizes vary, a further engine covers a range of shapes. The same graph and shapes
+give the same bytes, except with a range in h and w: there the builder numbers unnamed sizes in a
+varying order, which changes about 20 bytes of an engine. Engines get their final names when all
+parts of a target and precision are built.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import onnx
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
 from fvae_deploy.export import tensorrt_worker
-from fvae_deploy.export.built import TYPES, Built, Profile, describe, fingerprint, folder_of
+from fvae_deploy.export.built import TYPES, BuiltEngine, Profile, describe, fingerprint, folder_of
 from fvae_deploy.export.bundle import Bundle, Part
 from fvae_deploy.export.precision import halve
 
-# What TensorRT for RTX names; TensorRT builds for the GPU that is there.
+# Targets of TensorRT for RTX; TensorRT builds only for the GPU of the machine.
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-LEAST = {"bf16": 80, "fp8": 89}  # compute capability
+LEAST = {"bf16": 80, "fp8": 89}  # smallest compute capability, by precision
 PACKAGES = {"tensorrt_rtx": "pip install tensorrt-rtx", "tensorrt": "pip install tensorrt"}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that a part is built for, in its own cells: k frames of h x w, n tokens."""
+    """Sizes that a part is built for: k latent frames of h x w of its own cells, n tokens."""
 
     k: int = 1
     h: int = 1
@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Variant:
-    """Sizes that one engine of a part is built for: from `least` to `most`, best at `planned`."""
+    """Sizes that one engine of a part is built for: from `least` to `most`, tuned for `planned`."""
 
     name: str
     least: Sizes
@@ -56,7 +56,7 @@ class Variant:
     most: Sizes
 
     def profile(self, part: Part) -> Profile:
-        """Shapes of the inputs that vary in the graph."""
+        """Return the range of shapes of every input whose sizes vary."""
         return {
             spec.name: (
                 spec.sized(*astuple(self.least)),
@@ -70,23 +70,28 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """One engine as built, and what that took."""
+    """An engine that was built, with the time and memory that the build took."""
 
-    built: Built
+    built: BuiltEngine
     seconds: float
     peak_bytes: int
 
 
 def check_request(package: str, target: str, precision: str) -> None:
-    """Raise UsageError or EngineError for what cannot be built, before any work."""
+    """Raise UsageError or EngineError if this cannot be built, before any work is done."""
     if package not in PACKAGES:
-        raise UsageError(f"expected one of {', '.join(PACKAGES)}, found package {package!r}")
+        raise UsageError(
+            f"expected one of {', '.join(PACKAGES)}, found package {package!r}: correct --package"
+        )
     if precision not in TYPES:
-        raise UsageError(f"expected one of {', '.join(TYPES)}, found precision {precision!r}")
+        raise UsageError(
+            f"expected one of {', '.join(TYPES)}, found precision {precision!r}: correct "
+            "--precision"
+        )
     if package == "tensorrt_rtx" and target not in TARGETS:
         raise UsageError(
-            f"expected targets among {', '.join(TARGETS)}, found {target!r}: TensorRT for RTX has "
-            "no other, use --package tensorrt on a machine with that GPU"
+            f"expected targets among {', '.join(TARGETS)}, found {target!r}: TensorRT for RTX "
+            "supports no other, use --package tensorrt on a machine with that GPU"
         )
     if re.fullmatch(r"sm_\d+", target, re.ASCII) is None:
         raise UsageError(f"expected a target like sm_90, found {target!r}: name a GPU architecture")
@@ -100,18 +105,18 @@ def check_request(package: str, target: str, precision: str) -> None:
 def build(
     bundle: Path,
     manifest: Bundle,
-    wanted: Mapping[str, Sequence[Variant]],
+    variants: Mapping[str, Sequence[Variant]],
     *,
     target: str,
     precision: str,
     package: str = "tensorrt_rtx",
     graphs: Mapping[str, Path] | None = None,
 ) -> Iterator[Row]:
-    """Build all parts for one target and precision; yields each when it is done.
+    """Build all parts for one target and precision; yields each engine when it is built.
 
-    `wanted` has the variants of every part by name, `graphs` quantised graphs where there are
-    some. The folder of engines appears, or is replaced, when the last part is done. Raises
-    EngineError with TensorRT's words for a part that does not parse or build.
+    `variants` are the sizes to build, by the name of the part; `graphs` are quantised graphs, if
+    any. The folder of engines appears, or is replaced, after the last part. Raises EngineError
+    with TensorRT's message for a part that does not parse or build.
     """
     check_request(package, target, precision)
     final = folder_of(bundle, target, precision)
@@ -120,11 +125,11 @@ def build(
         temporary = Path(tempfile.mkdtemp(prefix=f".{precision}.", dir=final.parent))
     except OSError as error:
         raise BundleError(
-            f"expected to write beside the bundle in {final.parent}, found {error.strerror}: copy "
-            f"the bundle to a folder of your own, cp -r {bundle} ."
+            f"expected a writable folder {final.parent} in the bundle, found {error.strerror}: "
+            f"copy the bundle to a folder of your own, cp -r {bundle} ."
         ) from None
     try:
-        for part, variant in ((p, v) for p in manifest.parts for v in wanted[p.name]):
+        for part, variant in ((p, v) for p in manifest.parts for v in variants[p.name]):
             path = temporary / f"{part.name}.{variant.name}.engine"
             with tempfile.TemporaryDirectory() as scratch:
                 answer = _in_worker(
@@ -165,16 +170,16 @@ def _graph(
     graphs: Mapping[str, Path] | None,
     scratch: Path,
 ) -> Path:
-    """Find the graph to build: the bundle's own, or one rewritten to `scratch`.
+    """Return the graph to build: the bundle's own, or one rewritten to `scratch`.
 
-    The parser looks for weights beside the graph, where the bundle's one file of weights is.
+    The parser looks for the weights file beside the graph, where the bundle has it.
     """
     if graphs is not None:
         return graphs[part.name]
     if precision == "fp32":
         return bundle / part.file
     path = scratch / part.file
-    # Weights in a file of their own: a message of more than 2 GiB cannot be written.
+    # Weights go to a separate file, since protobuf cannot write messages of more than 2 GiB.
     onnx.save(
         halve(bundle / part.file, part, precision),
         str(path),
@@ -185,7 +190,7 @@ def _graph(
 
 
 def _in_worker(part: Part, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the builder in a fresh process; raises EngineError where it refuses or breaks."""
+    """Run the builder in a fresh process; raises EngineError if it refuses or crashes."""
     run = subprocess.run(
         [sys.executable, tensorrt_worker.__file__],
         input=json.dumps(request),
@@ -197,21 +202,21 @@ def _in_worker(part: Part, request: Mapping[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(lines[-1]) if run.returncode == 0 and lines else {}
     if "version" in answer:
         return answer
-    ended = run.stderr.strip().splitlines()[-1:] or [f"the builder ended with {run.returncode}"]
-    if run.returncode < 0:  # what it wrote before was no reason
-        ended = [f"the builder killed by {signal.Signals(-run.returncode).name}"]
+    crash = run.stderr.strip().splitlines()[-1:] or [f"the builder ended with {run.returncode}"]
+    if run.returncode < 0:  # then its last output is not the reason
+        crash = [f"the builder killed by {signal.Signals(-run.returncode).name}"]
     raise EngineError(
         f"expected {part.name} to build for {request['target']} with {request['package']}, found "
-        f"{answer.get('refused', ended[0])}; run it in another engine, or change that part"
+        f"{answer.get('refused', crash[0])}; run it in another engine, or change that part"
     )
 
 
-def _replace(final: Path, made: Path) -> None:
-    """Give a folder its name; what had the name before goes."""
+def _replace(final: Path, temporary: Path) -> None:
+    """Rename a folder to its final name and delete the folder that had this name before."""
     if final.exists():
         old = Path(tempfile.mkdtemp(prefix=".old.", dir=final.parent))
         final.rename(old / "engines")
-        made.rename(final)
+        temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        made.rename(final)
+        temporary.rename(final)

@@ -1,14 +1,15 @@
-"""Bundle to a model repository of NVIDIA's Triton Inference Server.
+"""Write a bundle as a model repository for NVIDIA's Triton Inference Server.
 
-    DIR/tiny-encode/config.pbtxt        ONNX Runtime: a model a stage, which keeps its state
-        tiny-encode/1/model.onnx        between the requests of a sequence; START chooses first
-                      weights.safetensors   or step
-    DIR/tiny-encode_step/config.pbtxt   TensorRT: a model a part; states travel with requests
+    DIR/tiny-encode/config.pbtxt        ONNX Runtime: one model per stage; Triton keeps its state
+        tiny-encode/1/model.onnx        between the requests of a sequence, and the input START
+                      weights.safetensors   selects the first or the step part
+    DIR/tiny-encode_step/config.pbtxt   TensorRT: one model per part; requests carry the states
         tiny-encode_step/1/model.plan
 
-For ONNX Runtime first and step become the branches of one graph, whose states Triton carries: a
-client sends frames and gets latents. A plan has no branches and Triton starts states from zeros,
-which a first frame does not, so with TensorRT the client hands the states on.
+For ONNX Runtime, the first and the step part become branches of one graph, and Triton keeps the
+states: a client sends frames and receives latents. A TensorRT plan has no branches, and Triton
+initialises states with zeros, which is wrong for a first frame. So with TensorRT the client passes
+the states from one request to the next.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from fvae_deploy.errors import BundleError, EngineError
-from fvae_deploy.export.built import ANY, Built, find, folder_of, read_engine
+from fvae_deploy.export.built import ANY, BuiltEngine, find, folder_of, read_engine
 from fvae_deploy.export.bundle import Bundle, Part, TensorSpec
 
 WEIGHTS = "weights.safetensors"
-IDLE = 600_000_000  # microseconds after which a sequence that says nothing more is forgotten
+IDLE = 600_000_000  # microseconds without a request after which Triton ends a sequence
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 TYPES["int64"] = "TYPE_INT64"
 
@@ -35,10 +36,11 @@ TYPES["int64"] = "TYPE_INT64"
 def write_repository(
     bundle: Path, manifest: Bundle, folder: Path, *, target: str = "", precision: str = "fp32"
 ) -> list[str]:
-    """Write the repository to a new folder, which appears when it is whole; returns model names.
+    """Write the repository to a new folder, which appears when it is complete.
 
-    With a `target` the engines built for it are served, else the graphs by ONNX Runtime. Raises
-    BundleError where the folder exists, EngineError where no engine that Triton takes was built.
+    With a `target`, Triton serves the engines built for it, else the graphs with ONNX Runtime.
+    Returns the names of the models. Raises BundleError if the folder exists, and EngineError if
+    no engine that Triton can load was built.
     """
     if folder.exists():
         raise BundleError(f"expected a new folder, found {folder}: remove it or choose another")
@@ -59,7 +61,7 @@ def write_repository(
 
 
 def _graphs(bundle: Path, manifest: Bundle, folder: Path) -> Iterator[str]:
-    """Write a model for every stage."""
+    """Write an ONNX Runtime model for every stage; yields the names."""
     by_name = {part.name: part for part in manifest.parts}
     weights: Path | None = None
     for stage in dict.fromkeys(part.stage for part in manifest.parts):
@@ -75,7 +77,7 @@ def _graphs(bundle: Path, manifest: Bundle, folder: Path) -> Iterator[str]:
             assert part is not None
             shutil.copyfile(bundle / part.file, version / "model.onnx")
             config = _config(name, "onnxruntime", part)
-        # ONNX takes no weights from a file that lies in a second place: the bundle's stays alone.
+        # onnx refuses weights files with several hard links, so the bundle's own file is copied.
         if weights is None:
             shutil.copyfile(bundle / WEIGHTS, version / WEIGHTS)
             weights = version / WEIGHTS
@@ -88,18 +90,18 @@ def _graphs(bundle: Path, manifest: Bundle, folder: Path) -> Iterator[str]:
 def _plans(
     bundle: Path, manifest: Bundle, folder: Path, target: str, precision: str
 ) -> Iterator[str]:
-    """Write a model for every part; of several sizes those for any, else the first."""
-    for part_name, those in find(bundle, manifest, target, precision).items():
-        built = those[-1] if those[-1].variant == ANY else those[0]
+    """Write a TensorRT model for every part, from its engine for any size or else the first."""
+    for part_name, engines in find(bundle, manifest, target, precision).items():
+        built = engines[-1] if engines[-1].variant == ANY else engines[0]
         if built.package != "tensorrt":
             raise EngineError(
-                f"expected engines built with tensorrt for Triton, found {built.package}: on a "
+                f"expected engines built with tensorrt for Triton, found {built.package}: run on a "
                 f"machine with that GPU, fvae build {bundle} --target {target} --package tensorrt"
             )
         name = f"{manifest.name}-{part_name}"
         version = folder / name / "1"
         version.mkdir(parents=True)
-        read_engine(bundle, built)  # a damaged one is refused
+        read_engine(bundle, built)  # raises if the file is damaged
         source = folder_of(bundle, target, precision) / f"{built.file}.engine"
         _link(source, version / "model.plan")
         config = _config(name, "tensorrt", manifest.part(part_name), built=built)
@@ -108,15 +110,15 @@ def _plans(
 
 
 def branched(bundle: Path, first: Part, step: Part) -> onnx.ModelProto:
-    """Join both parts of a stage in one graph: START true runs the first, which needs no state."""
+    """Join both parts of a stage in one graph; START selects the first, which needs no state."""
     shared: dict[tuple[str, ...], str] = {}
     weights: list[TensorProto] = []
     branches = []
     for part in (first, step):
         model = onnx.load(bundle / part.file, load_external_data=False)
-        given = {spec.name for spec in part.inputs}
+        inputs = {spec.name for spec in part.inputs}
         renamed = _share_weights(model.graph, shared, weights)
-        branches.append(_branch(model.graph, f"{part.name}.", given, renamed))
+        branches.append(_branch(model.graph, f"{part.name}.", inputs, renamed))
     choice = helper.make_node(
         "If",
         ["START"],
@@ -144,7 +146,7 @@ def branched(bundle: Path, first: Part, step: Part) -> onnx.ModelProto:
 def _share_weights(
     graph: onnx.GraphProto, shared: dict[tuple[str, ...], str], weights: list[TensorProto]
 ) -> dict[str, str]:
-    """Move external weights out to the joined graph, each once; returns their new names."""
+    """Move external weights to the joined graph, each only once; returns their new names."""
     renamed = {}
     for tensor in graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -162,19 +164,19 @@ def _share_weights(
 
 
 def _branch(
-    graph: onnx.GraphProto, prefix: str, given: set[str], renamed: dict[str, str]
+    graph: onnx.GraphProto, prefix: str, inputs: set[str], renamed: dict[str, str]
 ) -> onnx.GraphProto:
-    """Make a graph a branch: its inputs come from around it, all else has names of its own."""
+    """Turn a graph into a branch: it takes the outer graph's inputs; other names get a prefix."""
 
     def name(old: str) -> str:
-        return old if old in given or not old else renamed.get(old, prefix + old)
+        return old if old in inputs or not old else renamed.get(old, prefix + old)
 
     for node in graph.node:
         node.input[:] = [name(n) for n in node.input]
         node.output[:] = [name(n) for n in node.output]
         node.name = prefix + node.name
-    for thing in (*graph.initializer, *graph.output):
-        thing.name = name(thing.name)
+    for tensor in (*graph.initializer, *graph.output):
+        tensor.name = name(tensor.name)
     graph.ClearField("input")
     graph.ClearField("value_info")
     graph.name = prefix.rstrip(".")
@@ -187,7 +189,7 @@ def _info(spec: TensorSpec) -> onnx.ValueInfoProto:
 
 
 def _open(spec: TensorSpec) -> list[int | None]:
-    """Shape of data: the first step has another number of frames than the others."""
+    """Return the shape of data with open T, H and W; T differs between first and later steps."""
     return [*(s if isinstance(s, int) else None for s in spec.shape[:2]), None, None, None]
 
 
@@ -198,9 +200,9 @@ def _config(
     *,
     states: bool = False,
     x: Sequence[int | None] = (),
-    built: Built | None = None,
+    built: BuiltEngine | None = None,
 ) -> str:
-    """Write a model's configuration in protobuf's text form."""
+    """Return a model's configuration in protobuf's text format."""
     data_in = part.inputs[:1] if states else part.inputs
     data_out = part.outputs[:1] if states else part.outputs
     half = built.state if built is not None and part.state_outputs else "float32"
@@ -238,7 +240,7 @@ def _dims(shape: Sequence[int | str | None]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Let a file lie in a second place too, without its bytes twice where the disk can."""
+    """Hard-link a file to a second path, or copy it if the file system cannot link."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,8 +1,8 @@
-"""`fvae selftest`: everything that a GPU owner is asked to try, in one run and one JSON.
+"""`fvae selftest`: run all checks that a GPU owner is asked for, and report them in one JSON.
 
-Each check says whether it passed, how long it took and what it found; one that fails does not keep
-the others from running. What is not installed is left out, and the report says so. Without a GPU
-the same checks go through the engines of the CPU.
+Each check reports whether it passed, how long it took and its results; after a failure the other
+checks still run. Engines that are not installed are left out, and the report lists them. Without a
+GPU the same checks use the CPU engines.
 """
 
 from __future__ import annotations
@@ -34,83 +34,83 @@ from fvae_deploy.stream.tiles import Grid
 from fvae_deploy.version import __version__
 
 ROOT = Path(__file__).parents[1]
-HU = {"fp32": 1.0, "fp16": 40.0, "bf16": 250.0}  # largest error of tiny that passes
+HU = {"fp32": 1.0, "fp16": 40.0, "bf16": 250.0}  # largest error of tiny to pass, by precision
 SIDE, SLICES, ROUNDS = 512, 17, 5
 RUNNERS = ("pytest", "hypothesis")
 SUITES = ("tests/engines", "tests/export/test_lean_vae_goldens.py", "tests/kernels")
 
 
 def require_gpu() -> str:
-    """Return the architecture of the GPU that is here; raises EngineError where there is none."""
+    """Return the architecture of this machine's GPU; raises EngineError if there is none."""
     from fvae_deploy.engines.devices import DRIVER, target
 
-    found = target()
-    if found is None:
-        raise EngineError(f"expected a GPU to test, found that fvae needs {DRIVER}")
-    return found
+    architecture = target()
+    if architecture is None:
+        raise EngineError(f"expected a GPU to test, found none: fvae needs {DRIVER}")
+    return architecture
 
 
 def selftest(
     gpu: bool, *, suites: bool = True, progress: Callable[[str], None] = lambda message: None
 ) -> dict[str, Any]:
-    """Run all checks; raises EngineError where a GPU is asked for and there is none."""
+    """Run all checks and return the report; raises EngineError if `gpu` is set without a GPU."""
     target, device = require_gpu() if gpu else "", "cuda" if gpu else "cpu"
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     absent = {name: why for name in AUTO[device] if (why := lacking(name, device))}
     for name, why in absent.items():
         row = {"name": name, "seconds": 0.0, "passed": None, "left_out": f"not installed: {why}"}
-        found.append(row)
+        rows.append(row)
 
     def check(name: str, work: Callable[[], dict[str, Any]]) -> None:
         progress(name)
         begin = time.perf_counter()
         try:
             facts = work()
-        except Exception as error:  # whatever a GPU nobody has seen does: it belongs in the report
+        except Exception as error:  # any failure on an untested GPU belongs in the report
             facts = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
         seconds = round(time.perf_counter() - begin, 3)
-        found.append({"name": name, "seconds": seconds, "passed": True} | facts)
+        rows.append({"name": name, "seconds": seconds, "passed": True} | facts)
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(shutil.copytree(BUILT_IN / "tiny", Path(folder) / "tiny"))
         if gpu and "tensorrt" not in absent:
-            check("engines built", partial(built, bundle, target))
+            check("engines built", partial(build_engines, bundle, target))
         for engine, precision in cases(device):
-            check(f"{engine} {precision}", partial(one, bundle, engine, precision, device))
+            check(f"{engine} {precision}", partial(check_engine, bundle, engine, precision, device))
         if gpu and "torch" not in absent:
-            check("kernels equal their references", partial(kernels, "test", Path(folder)))
-            check("kernels timed", partial(kernels, "bench", Path(folder)))
+            check("kernels equal their references", partial(run_kernels, "test", Path(folder)))
+            check("kernels timed", partial(run_kernels, "bench", Path(folder)))
         if suites:
-            check("test suites", tests)
+            check("test suites", run_test_suites)
         tuned = [json.loads(file.read_text("utf-8")) for file in bundle.glob("tuning/*.json")]
     return {
         "fvae": __version__,
         "machine": machine(),
         "gpu": {"target": target, "card": card()} if gpu else None,
-        "passed": not any(row["passed"] is False for row in found),
-        "checks": found,
-        "blocks": tuned,  # the fastest for launches of tiny
+        "passed": not any(row["passed"] is False for row in rows),
+        "checks": rows,
+        "blocks": tuned,  # the fastest block sizes for the kernel launches of tiny
     }
 
 
 def cases(device: str) -> Iterator[tuple[str, str]]:
-    """Engines and precisions to try: on a GPU all that are installed, wherever they may fail."""
+    """Yield the engines and precisions to try; on a GPU every precision of every installed one."""
     for name in AUTO[device]:
         if lacking(name, device) is None:
-            able = precisions(name) if device == "cpu" else PRECISIONS
-            only = ("fp32",) if name == "onnxruntime" else able
-            yield from ((name, precision) for precision in only)
+            supported = precisions(name) if device == "cpu" else PRECISIONS
+            tried = ("fp32",) if name == "onnxruntime" else supported
+            yield from ((name, precision) for precision in tried)
 
 
 def lacking(name: str, device: str) -> str | None:
-    """Say what an engine needs on this machine and has not; None when nothing is missing."""
+    """Return what an engine lacks on this machine, or None if nothing is missing."""
     from fvae_deploy.engines.devices import unfit
 
     return obstacle(name) if device == "cpu" else unfit(name)
 
 
-def built(bundle: Path, target: str) -> dict[str, Any]:
-    """Build tiny's engines for the GPU that is here."""
+def build_engines(bundle: Path, target: str) -> dict[str, Any]:
+    """Build tiny's TensorRT engines for this machine's GPU."""
     from fvae_deploy.export.to_tensorrt import TARGETS
     from fvae_deploy.make.engines import make_engines, row_facts
 
@@ -119,25 +119,25 @@ def built(bundle: Path, target: str) -> dict[str, Any]:
     return {"rows": [row_facts(r) for r in make_engines(bundle, [target], PRECISIONS, **options)]}
 
 
-def one(bundle: Path, engine: str, precision: str, device: str) -> dict[str, Any]:
-    """Compare an engine with one in float32 on the CPU, tile it, and time it."""
+def check_engine(bundle: Path, engine: str, precision: str, device: str) -> dict[str, Any]:
+    """Compare an engine with float32 on the CPU, tiled with untiled results, and time it."""
     manifest = Manifest.load(bundle)
-    against = "torch" if obstacle("onnxruntime") else "onnxruntime"
-    reference = open_engine(bundle, manifest, against)
+    reference_name = "torch" if obstacle("onnxruntime") else "onnxruntime"
+    reference = open_engine(bundle, manifest, reference_name)
     with open_codec(bundle, engine=engine, precision=precision, device=device) as codec:
         errors = parity(reference, codec.engine, manifest)
-        tiled = tiling(codec)
+        tiled = tiling_error(codec)
         speed = throughput(codec)
     limit = HU[precision]
-    # Tiles differ from the whole by summation order alone: the precision's own rounding.
+    # Tiles differ from the whole only by the order of sums, so by the precision's rounding.
     passed = errors.hu_max <= limit and tiled <= limit / 2000
-    found = {"passed": passed, "against": against, "parity": asdict(errors)}
-    found["kernels"] = getattr(codec.engine, "kernels", None)
-    return found | {"tiled_difference": tiled, **speed}
+    facts = {"passed": passed, "against": reference_name, "parity": asdict(errors)}
+    facts["kernels"] = getattr(codec.engine, "kernels", None)
+    return facts | {"tiled_difference": tiled, **speed}
 
 
-def tiling(codec: Codec) -> float:
-    """Largest difference of tiled from whole latents, as a share of the largest latent."""
+def tiling_error(codec: Codec) -> float:
+    """Return the largest difference of tiled from untiled latents, over the largest latent."""
     x, halo = _clip(codec, 96, 9), codec.manifest.part("encode_step").halo
     assert halo is not None
     whole = codec.encode(x)
@@ -147,18 +147,18 @@ def tiling(codec: Codec) -> float:
 
 
 def throughput(codec: Codec) -> dict[str, Any]:
-    """Slices per second through encode and decode, medians, beside the work they took."""
+    """Return slices and TFLOP per second of encode and decode, from the median of several runs."""
     x = _clip(codec, SIDE, SLICES)
     facts: dict[str, Any] = {}
     data = {"encode": x, "decode": codec.encode(x)}
     cells = (SIDE // codec.manifest.geometry.spatial) ** 2 * data["decode"].shape[1]
-    for direction, given in data.items():
+    for direction, values in data.items():
         run = getattr(codec, direction)
-        run(given)
+        run(values)
         seconds = []
         for _ in range(ROUNDS):
             begin = time.perf_counter()
-            run(given)
+            run(values)
             seconds.append(time.perf_counter() - begin)
         median = statistics.median(seconds)
         macs = codec.manifest.part(f"{direction}_step").mac_per_cell * cells
@@ -170,12 +170,12 @@ def throughput(codec: Codec) -> dict[str, Any]:
     return {"throughput": facts}
 
 
-def kernels(verb: str, folder: Path) -> dict[str, Any]:
-    """Test or time the kernels in a process of their own, which an error of the GPU may end."""
+def run_kernels(verb: str, folder: Path) -> dict[str, Any]:
+    """Test or time the kernels in a separate process, which a GPU error may kill."""
     from fvae_deploy.engines.devices import remarks
 
-    if lacks := remarks("torch"):
-        return {"passed": None, "left_out": lacks[0]}
+    if problems := remarks("torch"):
+        return {"passed": None, "left_out": problems[0]}
     file = folder / f"{verb}.json"
     run = _run("-m", "fvae_deploy", "kernels", verb, "--json", str(file))
     rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -183,14 +183,14 @@ def kernels(verb: str, folder: Path) -> dict[str, Any]:
     return {"passed": run.returncode == 0, "rows": rows, "output": output}
 
 
-def tests() -> dict[str, Any]:
-    """Run the contract suite, the goldens and the kernels' tests, where this is a checkout."""
+def run_test_suites() -> dict[str, Any]:
+    """Run the engines' contract tests, the golden tests and the kernel tests, in a checkout."""
     paths = [suite for suite in SUITES if (ROOT / suite).exists()]
     if not paths:
-        return {"passed": None, "left_out": "the tests are in a checkout of the source alone"}
+        return {"passed": None, "left_out": "the tests are only in a checkout of the source code"}
     absent = [name for name in RUNNERS if importlib.util.find_spec(name) is None]
     if absent:
-        why = f"need {' and '.join(absent)}: pip install 'fvae-deploy[dev]'"
+        why = f"the tests need {' and '.join(absent)}: pip install 'fvae-deploy[dev]'"
         return {"passed": None, "left_out": why}
     run = _run("-m", "pytest", "-q", *paths)
     output = (run.stdout + run.stderr).strip()[-2000:]
@@ -198,25 +198,25 @@ def tests() -> dict[str, Any]:
 
 
 def card() -> dict[str, Any]:
-    """Return what nvidia-smi says of the GPUs, and the rooflines known for chips."""
-    wanted = "--query-gpu=name,driver_version,memory.total,clocks.max.sm"
+    """Return nvidia-smi's description of the GPUs, and the rooflines of known chips."""
+    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm"
     try:
-        told = subprocess.run(
-            ["nvidia-smi", wanted, "--format=csv,noheader"],
+        output = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=False,
         ).stdout.strip()
     except OSError as error:
-        told = str(error)
-    return {"nvidia_smi": told, "rooflines": {name: asdict(chip) for name, chip in CHIPS.items()}}
+        output = str(error)
+    return {"nvidia_smi": output, "rooflines": {name: asdict(chip) for name, chip in CHIPS.items()}}
 
 
 def _clip(codec: Codec, side: int, slices: int) -> Any:
     """Make a clip [C, T, H, W] in the model's range."""
-    of = codec.manifest
-    x = clip((slices, side, side), of.intensity, seed=0)[None]
-    return x.repeat(of.geometry.channels, axis=0)
+    manifest = codec.manifest
+    x = clip((slices, side, side), manifest.intensity, seed=0)[None]
+    return x.repeat(manifest.geometry.channels, axis=0)
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -69,19 +69,15 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
     from random_lean_vae import SMALL_SCALE
 
     from fvae_deploy.export.bundle import Source
+    from fvae_deploy.export.draft import LoadedModel
     from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
     from fvae_deploy.export.to_onnx import export_bundle
 
     def build(folder: Path) -> None:
-        export_bundle(
-            lean_vae_model(small_model, 1, SMALL_SCALE),
-            folder,
-            name="small",
-            description="random weights",
-            licence="Apache-2.0",
-            source=Source("random", "0", "0" * 64),
-            version="0.1.0",
-        )
+        model = lean_vae_model(small_model, 1, SMALL_SCALE)
+        source = Source("random", "0", "0" * 64)
+        loaded = LoadedModel(model, source, "small", "random weights", "Apache-2.0")
+        export_bundle(loaded, folder, version="0.1.0")
 
     return _built_once("small", build, tmp_path_factory)
 

@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from fvae_deploy.export.built import ANY, Built, Profile, describe, fingerprint, folder_of
+from fvae_deploy.export.built import ANY, BuiltEngine, Profile, describe, fingerprint, folder_of
 from fvae_deploy.export.bundle import Bundle, Part
 from fvae_deploy.export.precision import halve
 
@@ -199,7 +199,7 @@ def write_engines(
 
 def built_of(
     path: Path, part: Part, manifest: Bundle, precision: str, cells: tuple[int, int] | None
-) -> Built:
+) -> BuiltEngine:
     least, most = {"k": 1, "h": 1, "w": 1}, {"k": 9, "h": 99, "w": 99}
     if cells is not None:
         least = most = {"k": 1, "h": cells[0], "w": cells[1]}

@@ -400,7 +400,7 @@ def test_a_checkpoint_that_runs_code_is_not_run(desk, capsys):
 
     torch.save({"args": {}, "state_dict": Trap()}, desk / "trap.ckpt")
     arguments = ["export", "-m", desk / "trap.ckpt", "-o", desk / "new", "-q"]
-    refused(capsys, desk, arguments, 4, "tensors alone")
+    refused(capsys, desk, arguments, 4, "contains only tensors")
 
 
 @pytest.mark.parametrize("existing", ["bundle", "ct.nii"])

@@ -14,57 +14,59 @@ from fvae_deploy.errors import EngineError
 
 
 @pytest.mark.skipif(target() is not None, reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so_in_one_line() -> None:
-    with pytest.raises(EngineError, match="expected a GPU to test, found that fvae needs") as found:
+def test_without_a_gpu_the_error_is_one_line() -> None:
+    with pytest.raises(
+        EngineError, match="expected a GPU to test, found none: fvae needs"
+    ) as caught:
         selftest.selftest(gpu=True)
-    assert "\n" not in str(found.value)
-    assert found.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 5
 
 
-def test_the_checks_run_on_the_cpu_and_make_one_json(
+def test_the_checks_run_on_the_cpu_and_return_one_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs the cpu extra")
     monkeypatch.setattr(selftest, "SIDE", 64)
     monkeypatch.setattr(selftest, "ROUNDS", 2)
     monkeypatch.setattr(selftest, "cases", lambda device: [("onnxruntime", "fp32")])
-    found = json.loads(json.dumps(selftest.selftest(gpu=False, suites=False)))
-    (row,) = (row for row in found["checks"] if row["passed"] is not None)
-    assert found["passed"]
+    report = json.loads(json.dumps(selftest.selftest(gpu=False, suites=False)))
+    (row,) = (row for row in report["checks"] if row["passed"] is not None)
+    assert report["passed"]
     assert row["against"] == "onnxruntime"
     assert row["parity"]["hu_max"] < 0.01
     assert row["tiled_difference"] < 1e-5
     assert row["throughput"]["decode"]["slices_per_second"] > 0
 
 
-def test_a_check_that_breaks_is_reported_and_the_others_run(
+def test_a_failing_check_is_reported_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def one(bundle: Path, engine: str, precision: str, device: str) -> dict[str, Any]:
+    def check_engine(bundle: Path, engine: str, precision: str, device: str) -> dict[str, Any]:
         if engine == "broken":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return {"passed": True}
 
-    monkeypatch.setattr(selftest, "one", one)
+    monkeypatch.setattr(selftest, "check_engine", check_engine)
     monkeypatch.setattr(selftest, "cases", lambda device: [("broken", "fp32"), ("sound", "fp16")])
-    found = selftest.selftest(gpu=False, suites=False)
-    broken, sound = (row for row in found["checks"] if row["passed"] is not None)
+    report = selftest.selftest(gpu=False, suites=False)
+    broken, sound = (row for row in report["checks"] if row["passed"] is not None)
     assert not broken["passed"]
     assert "illegal memory access" in broken["error"]
     assert sound["passed"]
-    assert not found["passed"]
+    assert not report["passed"]
 
 
-def test_what_is_not_installed_is_left_out_with_the_reason_and_fails_nothing(
+def test_engines_that_are_not_installed_are_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     why = {"tensorrt": "needs the package tensorrt_rtx: pip", "onnxruntime": "needs CUDA: pip"}
     monkeypatch.setattr(selftest, "require_gpu", lambda: "sm_90")
     monkeypatch.setattr(selftest, "lacking", lambda name, device: why.get(name))
-    monkeypatch.setattr(selftest, "one", lambda *case: {"passed": True})
-    monkeypatch.setattr(selftest, "kernels", lambda verb, folder: {"passed": True})
-    found = selftest.selftest(gpu=True, suites=False)
-    rows = {row["name"]: row for row in found["checks"]}
+    monkeypatch.setattr(selftest, "check_engine", lambda *case: {"passed": True})
+    monkeypatch.setattr(selftest, "run_kernels", lambda verb, folder: {"passed": True})
+    report = selftest.selftest(gpu=True, suites=False)
+    rows = {row["name"]: row for row in report["checks"]}
     assert list(rows) == [
         "tensorrt",
         "onnxruntime",
@@ -75,42 +77,42 @@ def test_what_is_not_installed_is_left_out_with_the_reason_and_fails_nothing(
     for name, reason in why.items():
         assert rows[name]["passed"] is None
         assert rows[name]["left_out"] == f"not installed: {reason}"
-    assert found["passed"]
-    assert found["gpu"]["target"] == "sm_90"
+    assert report["passed"]
+    assert report["gpu"]["target"] == "sm_90"
 
 
-def test_a_wheel_has_no_suites_and_nothing_fails_for_it(
+def test_an_installed_wheel_leaves_out_the_test_suites_and_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selftest, "ROOT", tmp_path)
     monkeypatch.setattr(selftest, "cases", lambda device: [])
-    found = selftest.selftest(gpu=False)
-    assert found["passed"]
-    assert "in a checkout" in found["checks"][-1]["left_out"]
+    report = selftest.selftest(gpu=False)
+    assert report["passed"]
+    assert "in a checkout" in report["checks"][-1]["left_out"]
 
 
-def test_without_what_runs_the_suites_they_are_left_out_with_the_remedy(
+def test_without_pytest_the_test_suites_are_left_out_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(selftest, "RUNNERS", ("pytest", "no_such_runner"))
-    found = selftest.tests()
-    assert found["passed"] is None
-    assert found["left_out"] == "need no_such_runner: pip install 'fvae-deploy[dev]'"
+    report = selftest.run_test_suites()
+    assert report["passed"] is None
+    assert report["left_out"] == "the tests need no_such_runner: pip install 'fvae-deploy[dev]'"
 
 
-def test_what_the_suites_say_on_stderr_is_kept(
+def test_the_stderr_of_the_test_suites_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selftest, "ROOT", tmp_path)
     (tmp_path / "tests" / "kernels").mkdir(parents=True)
     broken = "raise RuntimeError('a library is missing')"
     (tmp_path / "tests" / "kernels" / "conftest.py").write_text(broken, encoding="utf-8")
-    found = selftest.tests()
-    assert found["passed"] is False
-    assert "a library is missing" in found["output"]
+    report = selftest.run_test_suites()
+    assert report["passed"] is False
+    assert "a library is missing" in report["output"]
 
 
-def test_torch_without_triton_runs_on_a_gpu_and_its_kernels_are_left_out(
+def test_without_triton_torch_runs_on_a_gpu_but_the_kernel_checks_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch", reason="needs the export extra")
@@ -122,14 +124,14 @@ def test_torch_without_triton_runs_on_a_gpu_and_its_kernels_are_left_out(
     monkeypatch.setattr(devices, "target", lambda: "sm_89")
     assert devices.unfit("torch") is None
     (remark,) = devices.remarks("torch")
-    assert selftest.kernels("test", tmp_path) == {"passed": None, "left_out": remark}
+    assert selftest.run_kernels("test", tmp_path) == {"passed": None, "left_out": remark}
 
 
-def test_a_report_of_a_kernel_that_fails_has_the_rows_of_the_others(tmp_path: Path) -> None:
+def test_a_failing_kernel_run_is_reported_with_its_output(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs the kernels extra")
     if target() is not None:
         pytest.skip("this machine has a GPU")
-    found = selftest.kernels("test", tmp_path)
-    assert not found["passed"]
-    assert found["rows"] == []
-    assert "expected a GPU" in found["output"]
+    report = selftest.run_kernels("test", tmp_path)
+    assert not report["passed"]
+    assert report["rows"] == []
+    assert "expected a GPU" in report["output"]

@@ -1,22 +1,21 @@
-"""The denoiser of the latent diffusion model: a 2-D U-Net over frames, made pseudo-3-D.
+"""The denoiser of the latent diffusion model: a pseudo-3-D U-Net, 2-D with convolutions in time.
 
     x, mask_latent [f, D, h, w], time [1, W], context [tokens, dim]  -->  noise [f, D, h, w]
 
-The U-Net is that of latent diffusion (Rombach et al., 2022), its convolutions 2-D for every
-latent frame. After every 3x3 convolution a convolution of three frames joins the frames at every
-pixel, reflected at both ends of the window. Attention stays within a frame: to itself and to the
-text.
+The U-Net is that of latent diffusion (Rombach et al., 2022), with 2-D convolutions on every latent
+frame. Each 3x3 convolution is followed by a convolution over three frames at every pixel,
+reflected at both ends of the window. Attention is within a frame, to itself and to the text.
 
-Published with frames as batch, the network is computed as one volume [1, C, f, h, w]: runtimes
-then keep one layout from end to end, where convolutions along the batch cost half the time in
-reordering (docs/log.md). Tokens of attention are the same memory, read as [f, h * w, C]. `fold`
-turns all convolutions into 3-D ones for that; until then, in training, they are what is fastest
-in eager torch.
+The published code has frames as batch; here the network is computed as one volume
+[1, C, f, h, w]. Runtimes then keep one layout from end to end, while convolutions along the batch
+spent half of the time on reordering (docs/log.md). Attention reads the same memory as tokens
+[f, h * w, C]. `fold` turns all convolutions into 3-D ones for this; before that, in training, they
+have the form that is fastest in eager torch.
 
-The text's keys and values depend neither on frame nor on step, so they are a part of their
-own, computed once a generation (`models.denoiser_parts`). That is exact. Time enters
-as the waves that the reference makes of it (`export.generator.waves`): computed inside, in half
-precision, neighbouring times would be one.
+The text's keys and values depend neither on the frame nor on the step, so they are a separate
+part, computed once per generation (`models.denoiser_parts`); the result is the same. Time enters
+as the reference's sinusoidal embedding (`export.generator.timestep_embedding`), computed outside:
+inside, in half precision, neighbouring times would become equal.
 
 Parameter names are those of the published checkpoints (`model.diffusion_model.*`).
 """
@@ -45,7 +44,7 @@ from fvae_deploy.export.models.denoiser_layers import (
     Upsample,
 )
 
-# Options of latent diffusion that none of these networks uses, and the values that mean so.
+# Options of latent diffusion that these networks do not use, with the values that switch them off.
 UNUSED: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
     "num_classes": (None,),
@@ -78,26 +77,29 @@ class DenoiserConfig:
             if any(width % divisor for width in widths):
                 raise BundleError(
                     f"expected widths that divide into {what} of {divisor}, found "
-                    f"{', '.join(map(str, widths))}: the unet_config is not this network's"
+                    f"{', '.join(map(str, widths))}: give the unet_config of this network"
                 )
         if self.in_channels != 2 * self.out_channels:
             raise BundleError(
-                f"expected as many mask as latent channels, found {self.in_channels} channels in "
-                f"and {self.out_channels} out: the unet_config is not this network's"
+                f"expected as many mask as latent channels, found {self.in_channels} input "
+                f"and {self.out_channels} output channels: give the unet_config of this network"
             )
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> DenoiserConfig:
-        """Read a reference `unet_config`; raises BundleError for options that are not this net's.
+        """Read a reference `unet_config`; raises BundleError for options that are not supported.
 
-        What does not shape the network at inference (image_size, dropout, use_checkpoint, …)
-        is ignored.
+        Options that do not matter at inference (image_size, dropout, use_checkpoint, …) are
+        ignored.
         """
         for name, allowed in UNUSED.items():
             value = config.get(name, allowed[0])
             if value not in allowed:
-                raise BundleError(f"expected {name} {allowed[0]} in unet_config, found {value!r}")
-        found: dict[str, Any] = {}
+                raise BundleError(
+                    f"expected {name} {allowed[0]} in unet_config, found {value!r}: other values "
+                    "are not supported"
+                )
+        fields: dict[str, Any] = {}
         for name in cls.__dataclass_fields__:
             value = config.get(name, 1 if name == "transformer_depth" else None)
             several = name in ("attention_resolutions", "channel_mult")
@@ -105,14 +107,14 @@ class DenoiserConfig:
             if not numbers or not all(type(n) is int and n > 0 for n in numbers):
                 raise BundleError(
                     f"expected {'whole numbers' if several else 'a whole number'} {name} in "
-                    f"unet_config, found {value!r}"
+                    f"unet_config, found {value!r}: give the unet_config of this network"
                 )
-            found[name] = tuple(numbers) if several else value
-        return cls(**found)
+            fields[name] = tuple(numbers) if several else value
+        return cls(**fields)
 
 
 class UNet(nn.Module):
-    """The network as published, keys and values of the text given."""
+    """The network as published, except that keys and values of the text are inputs."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -170,50 +172,51 @@ class UNet(nn.Module):
 
     @staticmethod
     def joined(x: Tensor, skip: Tensor) -> Tensor:
-        """Join channels [B, C, f, h, w] with those of a level above."""
+        """Concatenate x [B, C, f, h, w] with a skip connection along the channels."""
         return torch.cat([x, skip], dim=1)
 
     @property
     def text_attention(self) -> list[Attention]:
-        """The layers that attend to the text, in the order in which they run."""
+        """Layers that attend to the text, in the order in which they run."""
         return [m.attn2 for m in self.modules() if isinstance(m, Transformer)]
 
     def fold(self) -> None:
-        """Take what saves work and changes no result; weights then have other shapes."""
+        """Change the layers to forms that save work at inference; this reshapes the weights."""
         for kind in (Upsample, InFrame, AlongFrames, GEGLU):
             for module in list(self.modules()):
                 if isinstance(module, kind):
                     module.fold()
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Context [tokens, dim] -> keys, values, keys, ... [1, heads, tokens, d] for `forward`."""
+        """Map context [tokens, dim] to keys, values, keys, ... [1, heads, tokens, d]."""
         pairs = [layer.keys_values(context[None]) for layer in self.text_attention]
         return tuple(tensor for pair in pairs for tensor in pair)
 
     def forward(self, x: Tensor, mask_latent: Tensor, time: Tensor, *text: Tensor) -> Tensor:
-        """Predict the noise of x [f, D, h, w], given time [1, W], keys and values of the text."""
+        """Predict the noise in x [f, D, h, w] from time [1, W], keys and values of the text."""
         embedding = self.time_embed(time)
         y = torch.cat([x, mask_latent], dim=1).transpose(0, 1)[None]
         return self.predict(y, embedding, text)[0].transpose(0, 1)
 
     def predict(self, y: Tensor, embedding: Tensor, text: Iterable[Tensor]) -> Tensor:
-        """Latents and mask [B, 2D, f, h, w], times as embeddings [B, E] -> [B, D, f, h, w].
+        """Map latents and mask [B, 2D, f, h, w] and time embeddings [B, E] to [B, D, f, h, w].
 
-        Keys and values of the text are [B * f, heads, m, d], or of one text [1, heads, m, d].
+        Keys and values of the text are [B * f, heads, m, d], or [1, heads, m, d] for a single text.
         """
-        waiting = iter(text)
+        keys_values = iter(text)
         skips = []
         for block in self.input_blocks:
-            y = _through(block, y, embedding, waiting)
+            y = _apply(block, y, embedding, keys_values)
             skips.append(y)
-        y = _through(self.middle_block, y, embedding, waiting)
+        y = _apply(self.middle_block, y, embedding, keys_values)
         for block in self.output_blocks:
-            y = _through(block, self.joined(y, skips.pop()), embedding, waiting)
+            y = _apply(block, self.joined(y, skips.pop()), embedding, keys_values)
         result: Tensor = self.out_tem(self.out(y))
         return result
 
 
-def _through(block: nn.Module, x: Tensor, embedding: Tensor, text: Iterator[Tensor]) -> Tensor:
+def _apply(block: nn.Module, x: Tensor, embedding: Tensor, text: Iterator[Tensor]) -> Tensor:
+    """Run the layers of a block; each transformer takes its keys and values from `text`."""
     for layer in block.children():
         if isinstance(layer, ResBlock):
             x = layer(x, embedding)

@@ -1,6 +1,6 @@
-"""The layers of the denoiser, on volumes [B, C, f, h, w]; see `models.denoiser`.
+"""Layers of the denoiser, on volumes [B, C, f, h, w]; see `models.denoiser`.
 
-Folded, for inference, B is 1.
+After `fold`, for inference, B must be 1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ GROUPS = 32
 
 
 class InFrame(nn.Conv2d):
-    """A 2-D convolution of every frame."""
+    """A 2-D convolution within every frame."""
 
     def fold(self) -> None:
-        """Lock the weights in the shape in which `forward` takes them."""
+        """Reshape the weights for the 3-D convolution that `forward` then uses."""
         self.weight = nn.Parameter(self.weight[:, :, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, f, h, w] -> [B, C', f, h', w']."""
+        """Map x [B, C, f, h, w] to [B, C', f, h', w']."""
         if self.weight.ndim == 4:
             frames = super().forward(x.transpose(1, 2).flatten(0, 1))
             result: Tensor = frames.unflatten(0, (len(x), -1)).transpose(1, 2)
@@ -34,51 +34,51 @@ class InFrame(nn.Conv2d):
 
 
 class AlongFrames(nn.Module):
-    """A convolution of three frames at every pixel, the ends reflected."""
+    """A convolution over three frames at every pixel, with both ends reflected."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.temporal_conv = nn.Conv1d(width, width, 3)
 
     def fold(self) -> None:
-        """Lock the weights in the shape in which `forward` takes them."""
+        """Reshape the weights for the 3-D convolution that `forward` then uses."""
         self.temporal_conv.weight = nn.Parameter(self.temporal_conv.weight[..., None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, f, h, w], at least two frames, to as many."""
+        """Map x [B, C, f, h, w], with f >= 2, to the same shape."""
         weight, bias = self.temporal_conv.weight, self.temporal_conv.bias
         frames = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
         if weight.ndim == 5:
             return F.conv3d(frames, weight, bias)
-        beside = torch.cat([frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:]], dim=1)
-        return F.linear(beside.movedim(1, -1), weight.mT.flatten(1), bias).movedim(-1, 1)
+        neighbours = torch.cat([frames[:, :, :-2], frames[:, :, 1:-1], frames[:, :, 2:]], dim=1)
+        return F.linear(neighbours.movedim(1, -1), weight.mT.flatten(1), bias).movedim(-1, 1)
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group norm of every frame, by sums over planes alone, which need no other layout."""
+    """Group norm of every frame, computed from sums over planes, which keep the memory layout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, f, h, w] to as many."""
-        centred = x - self._of_groups(x.mean((3, 4)))
+        """Map x [B, C, f, h, w] to the same shape."""
+        centred = x - self._group_means(x.mean((3, 4)))
         area = x.shape[3] * x.shape[4]
         squares: Tensor = torch.linalg.vector_norm(centred, dim=(3, 4)).square() / area
-        inverse = torch.rsqrt(self._of_groups(squares) + self.eps)
+        inverse = torch.rsqrt(self._group_means(squares) + self.eps)
         scale = self.weight[:, None, None, None] * inverse
         result: Tensor = centred * scale + self.bias[:, None, None, None]
         return result
 
-    def _of_groups(self, means: Tensor) -> Tensor:
-        """Means of channels [B, C, f] to those of their groups [B, C, f, 1, 1]."""
+    def _group_means(self, means: Tensor) -> Tensor:
+        """Map means of channels [B, C, f] to the means of their groups [B, C, f, 1, 1]."""
         share = means.shape[1] // self.num_groups
-        # One layer that mixes channels: what TensorRT made of reshape, mean and expand, fused with
-        # what is around them, was not the same from build to build.
+        # A single convolution, since TensorRT fused reshape, mean and expand with the layers around
+        # them in ways that differed from build to build.
         ones = means.new_ones((means.shape[1], share, 1))
         result: Tensor = F.conv1d(means, ones, groups=self.num_groups) / share
         return result[..., None, None]
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU and convolution twice, the time embedding added between."""
+    """Twice norm, SiLU and convolution, with the time embedding added in between."""
 
     def __init__(self, width: int, out: int, embedding: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if width == out else InFrame(width, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """X [B, C, f, h, w] and embedding [B, E] -> [B, C', f, h, w]."""
+        """Map x [B, C, f, h, w] and embedding [B, E] to [B, C', f, h, w]."""
         y = self.in_layers_tem(self.in_layers(x))
         y = y + self.emb_layers(embedding)[..., None, None, None]
         y = self.out_layers_tem(self.out_layers(y))
@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of many narrow heads; keys and values may be given."""
+    """Multi-head attention; keys and values are inputs."""
 
     def __init__(self, width: int, context: int, head: int) -> None:
         super().__init__()
@@ -114,13 +114,13 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [..., n, dim] to keys and values [..., heads, n, d]."""
+        """Map tokens [..., n, dim] to keys and values [..., heads, n, d]."""
         return self._split(self.to_k(tokens)), self._split(self.to_v(tokens))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens x [f, n, C] attend to keys and values [f or 1, heads, m, d]."""
+        """Let tokens x [f, n, C] attend to keys and values [f or 1, heads, m, d]."""
         frames = x.shape[:2]
-        if keys.shape[0] == 1:  # the same for all frames, so all their tokens are one frame's
+        if keys.shape[0] == 1:  # the same for all frames, so treat all tokens as one frame
             x = x.flatten(0, 1)[None]
         y = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values)
         result: Tensor = self.to_out(y.transpose(-3, -2).flatten(-2))
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer to twice the width: value * gelu(gate), the second half being the gate."""
+    """A linear layer to value and gate, the second half; returns value * gelu(gate)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class GEGLU(nn.Module):
         self.halves: nn.ModuleList | None = None
 
     def fold(self) -> None:
-        """Compute value and gate apart, which spares the copies that cut them."""
+        """Split the layer into two for value and gate, which saves copying the halves."""
         self.halves = nn.ModuleList(
             nn.utils.skip_init(nn.Linear, self.proj.in_features, self.proj.out_features // 2)
             for _ in range(2)
@@ -151,7 +151,7 @@ class GEGLU(nn.Module):
         del self.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., C] -> [..., inner]."""
+        """Map x [..., C] to [..., inner]."""
         if self.halves is None:
             value, gate = self.proj(x).chunk(2, dim=-1)
         else:
@@ -161,7 +161,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU of four times the width and back."""
+    """GEGLU to four times the width, and a linear layer back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(width, inner), nn.Identity(), nn.Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., C] -> [..., C]."""
+        """Map x [..., C] to [..., C]."""
         result: Tensor = self.net(x)
         return result
 
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens x [f, n, C]; keys and values of the text [f or 1, heads, m, d]."""
+        """Map tokens x [f, n, C], with keys and values of the text [f or 1, heads, m, d]."""
         normed = self.norm1(x)
         x = x + self.attn1(normed, *self.attn1.keys_values(normed))
         x = x + self.attn2(self.norm2(x), keys, values)
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformers on the pixels of every frame as tokens, with a residual around them."""
+    """Transformers with the pixels of every frame as tokens, and a residual around them."""
 
     def __init__(self, width: int, context: int, head: int, depth: int) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = InFrame(width, width, 1)
 
     def forward(self, x: Tensor, text: Iterator[Tensor]) -> Tensor:
-        """X [B, C, f, h, w]; takes two tensors of the text for every transformer."""
+        """Map x [B, C, f, h, w] to the same shape; each transformer takes two tensors of `text`."""
         pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 4, 1)  # [B, f, h, w, C]
         frames = pixels[0] if len(x) == 1 else pixels.flatten(0, 1)
         tokens = frames.flatten(1, 2)
@@ -220,7 +220,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, then one along the frames."""
+    """A convolution of stride 2, then a convolution along the frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -228,14 +228,15 @@ class Downsample(nn.Module):
         self.op_tem = AlongFrames(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, f, h, w], h and w even -> [B, C, f, h/2, w/2]."""
-        # Of the border of 1 all around, none is met at the far sides; so sizes stay exact.
+        """Map x [B, C, f, h, w], with h and w even, to [B, C, f, h/2, w/2]."""
+        # The published padding of 1 on all sides is never read at the bottom and right, so it is
+        # left out there.
         result: Tensor = self.op_tem(self.op(F.pad(x, (1, 0, 1, 0))))
         return result
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour by 2, a convolution, then one along the frames."""
+    """Nearest-neighbour upsampling by 2, a convolution, then a convolution along the frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -244,12 +245,12 @@ class Upsample(nn.Module):
         self.doubling: Doubling | None = None
 
     def fold(self) -> None:
-        """Do both in 4/9 of the work from now on."""
+        """Combine upsampling and convolution, which takes 4/9 of the work."""
         self.doubling = Doubling(self.conv)
         del self.conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B, C, f, h, w] -> [B, C, f, 2h, 2w]."""
+        """Map x [B, C, f, h, w] to [B, C, f, 2h, 2w]."""
         if self.doubling is None:
             x = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
         else:

@@ -1,12 +1,13 @@
-"""The generator cut into parts: text to tokens, tokens to keys and values, one step.
+"""The parts of a generator: text encoder, keys and values of the text, one denoising step.
 
     text      ids [n]                                   -> context [n, dim]
     context   context [n, dim]                          -> key0, value0, key1, ... [1, heads, n, d]
     denoise   x, mask_latent [k, D, h, w], time [1, W],
               key0, value0, ...                         -> noise [k, D, h, w]
 
-The first two run once a generation, the last at every step. `text` is there where the bundle
-was exported with a text encoder. A step takes the whole plane: attention and group norm see it.
+The first two run once per generation, the last at every step. The part `text` exists if the
+bundle was exported with a text encoder. A step takes the whole plane, which attention and group
+norm need.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Network, Part, TensorSpec
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 
-PAD = 0  # the token that fills a text up; BERT's
+PAD = 0  # the padding token of BERT
 
 
 class Text(nn.Module):
-    """A text encoder of BERT's class; tokens that fill up are not attended to."""
+    """A BERT-class text encoder; padding tokens are masked in attention."""
 
     def __init__(self, encoder: BertModel) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> tuple[Tensor]:
-        """Ids [n] -> context [n, dim]."""
+        """Map ids [n] to context [n, dim]."""
         batch = ids[None]
-        found = self.encoder(
+        output = self.encoder(
             input_ids=batch,
             attention_mask=(batch != PAD).long(),
             token_type_ids=torch.zeros_like(batch),
             position_ids=torch.arange(batch.shape[1], device=batch.device)[None],
         )
-        return (found.last_hidden_state[0],)
+        return (output.last_hidden_state[0],)
 
 
 class Context(nn.Module):
-    """Keys and values of the text for every layer that attends to it; takes their weights over."""
+    """Keys and values of the text for every layer that attends to it; moves their weights here."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()
@@ -58,38 +59,38 @@ class Context(nn.Module):
             del layer.to_k, layer.to_v
 
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Context [n, dim] -> keys, values, keys, ... [1, heads, n, d]."""
-        found = []
+        """Map context [n, dim] to keys, values, keys, ... [1, heads, n, d]."""
+        results = []
         for heads, pair in zip(self.heads, self.layers, strict=True):
             assert isinstance(pair, nn.ModuleList)
-            found += [
-                made(context).unflatten(-1, (heads, -1)).transpose(0, 1)[None] for made in pair
+            results += [
+                layer(context).unflatten(-1, (heads, -1)).transpose(0, 1)[None] for layer in pair
             ]
-        return tuple(found)
+        return tuple(results)
 
 
 class Denoise(nn.Module):
-    """One step of the network, as a function of data and what is given beside it."""
+    """One denoising step of the network, as a function of data and conditions."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, *given: Tensor) -> tuple[Tensor]:
-        """X [k, D, h, w]; given are mask_latent, time and the text's keys and values."""
+        """Predict the noise in x [k, D, h, w]; `given` is mask_latent, time, keys and values."""
         return (self.network(x, *given),)
 
 
 def stages_of(network: UNet, text: BertModel | None) -> dict[str, nn.Module]:
-    """Cut a network into its stages, in the order in which they run; takes it apart."""
+    """Cut a network into its stages, in the order in which they run; changes the network."""
     network.fold()
-    found: dict[str, nn.Module] = {} if text is None else {"text": Text(text)}
-    found |= {"context": Context(network), "denoise": Denoise(network)}
-    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+    stages: dict[str, nn.Module] = {} if text is None else {"text": Text(text)}
+    stages |= {"context": Context(network), "denoise": Denoise(network)}
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
 def network_of(network: UNet, text: BertModel | None) -> Network:
-    """Say what the torch engine needs to build the stages again."""
+    """Return the family and configuration from which `rebuild` builds the stages again."""
     config: dict[str, Any] = {"unet": dataclasses.asdict(network.config)}
     if text is not None:
         config["text"] = text.config.to_diff_dict()
@@ -97,33 +98,33 @@ def network_of(network: UNet, text: BertModel | None) -> Network:
 
 
 def rebuild(config: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Build the stages of an exported bundle, weights to be loaded."""
+    """Build the stages of an exported bundle, without weights."""
     text = bert(config["text"]) if "text" in config else None
     return stages_of(UNet(DenoiserConfig.read(config["unet"])), text)
 
 
 def bert(config: Mapping[str, Any]) -> BertModel:
-    """Build a text encoder, its attention in plain operations.
+    """Build a text encoder whose attention consists of plain operations.
 
     Raises BundleError for a configuration that is not BERT's.
     """
     try:
-        made: BertModel = BertModel(
+        model: BertModel = BertModel(
             BertConfig(**{**config, "attn_implementation": "eager"}), add_pooling_layer=False
         )
-    except Exception as error:  # what checks the configuration raises many kinds
+    except Exception as error:  # transformers' checks raise many kinds of exception
         reason = " ".join(str(error).split())
         raise BundleError(
-            f"expected a configuration of a BERT-class encoder, found: {reason:.200}; take that "
-            "of its weights"
+            f"expected a configuration of a BERT-class encoder, found: {reason:.200}; take the "
+            "config.json of the weights"
         ) from None
-    # Constants, given at every call instead: no checkpoint and no bundle holds them.
-    del made.embeddings.position_ids, made.embeddings.token_type_ids
-    return made
+    # These constants are arguments of every call instead, so that bundles need not store them.
+    del model.embeddings.position_ids, model.embeddings.token_type_ids
+    return model
 
 
 def parts_of(stages: Mapping[str, nn.Module], config: DenoiserConfig) -> tuple[Part, ...]:
-    """Describe the parts of these stages."""
+    """Return the descriptions of the parts of these stages."""
     width, channels = config.model_channels, config.out_channels
     factor = 2 ** (len(config.channel_mult) - 1)
     network = stages["denoise"].network
@@ -135,20 +136,20 @@ def parts_of(stages: Mapping[str, nn.Module], config: DenoiserConfig) -> tuple[P
         for what in ("key", "value")
     ]
     frames = ("k", channels, f"{factor}*h", f"{factor}*w")
-    given = (TensorSpec("mask_latent", frames), TensorSpec("time", (1, width)), *text)
-    found = [
+    conditions = (TensorSpec("mask_latent", frames), TensorSpec("time", (1, width)), *text)
+    parts = [
         _part("context", [context], text, 0),
         _part(
             "denoise",
-            [TensorSpec("x", frames), *given],
+            [TensorSpec("x", frames), *conditions],
             [TensorSpec("noise", frames)],
             multiply_adds(network, factor),
             whole="attention and group norm see the whole plane",
         ),
     ]
     if "text" in stages:
-        found.insert(0, _part("text", [TensorSpec("ids", ("n",), "int64")], [context], 0))
-    return tuple(found)
+        parts.insert(0, _part("text", [TensorSpec("ids", ("n",), "int64")], [context], 0))
+    return tuple(parts)
 
 
 def _part(
@@ -168,7 +169,7 @@ def _part(
 
 
 def multiply_adds(network: UNet, factor: int) -> int:
-    """Count the multiply-adds for one latent cell of one frame, on a plane of 8 * factor."""
+    """Return the multiply-adds per latent cell and frame, from a run on 8 * factor cells a side."""
     config, side = network.config, 8 * factor
     x = torch.zeros(3, config.out_channels, side, side)
     shape = (1, 1, 1, config.num_head_channels)

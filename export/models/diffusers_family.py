@@ -1,4 +1,4 @@
-"""VAEs that diffusers implements: loaded from its own folder format, cut by their family."""
+"""Load VAEs that diffusers implements from its folder format, and cut them into stages."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fvae_deploy.export.checkpoint import misfits, shapes
 from fvae_deploy.export.models.family import Model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load(folder: Path, kind: str) -> tuple[Any, Path]:
-    """Build a network of a diffusers class and load its safetensors; returns both.
+    """Build a network of a diffusers class and load its weights; returns it and the weights file.
 
-    Only classes listed here are built. Raises BundleError for any other, for missing or
-    damaged weights, and for weights that do not fit the configuration.
+    Raises BundleError for classes that are not in `_classes`, for missing or damaged weights,
+    and for weights that do not fit the configuration.
     """
     classes = _classes()
     if kind not in classes:
@@ -38,7 +38,7 @@ def load(folder: Path, kind: str) -> tuple[Any, Path]:
             "safe_serialization=True"
         )
     network = classes[kind]
-    # Its configuration alone decides what is built; diffusers only warns of unknown keys.
+    # diffusers would only warn about unknown keys in the configuration; they do not matter here.
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -46,23 +46,25 @@ def load(folder: Path, kind: str) -> tuple[Any, Path]:
             model = network.from_config(config)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise BundleError(
-            f"expected a configuration of {kind} in {folder}, found: {str(error).strip()[:200]}"
+            f"expected a configuration of {kind} in {folder}, found: {str(error).strip()[:200]}; "
+            "take the config.json of the weights"
         ) from None
     _load_weights(model, path, kind)
     return model.eval().requires_grad_(False).float(), path
 
 
 def cut(model: Any, channels: int | None) -> Model:
-    """Cut a network of any of the classes into stages; `channels` is 1 for gray.
+    """Cut a network of any of these classes into stages; `channels` is 1 for gray.
 
-    Raises BundleError for a configuration whose numbers are none.
+    Raises BundleError for a configuration with values of wrong types.
     """
     kind = type(model).__name__
     try:
         return _cutters()[kind](model, channels)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BundleError(
-            f"expected a configuration of {kind}, found: {str(error).strip()[:200]}"
+            f"expected a configuration of {kind}, found: {str(error).strip()[:200]}; take the "
+            "config.json of the weights"
         ) from error
 
 
@@ -89,24 +91,26 @@ def _cutters() -> dict[str, Callable[[Any, int | None], Model]]:
 
 
 def _load_weights(model: Any, path: Path, kind: str) -> None:
-    """Give a network the tensors of a file; every name and shape must fit."""
+    """Load a file's tensors into a network; every name and shape must fit."""
     try:
         with safe_open(path, "pt") as file:
-            names = {_today(name): name for name in file.keys()}  # noqa: SIM118
-            found = {name: file.get_slice(old).get_shape() for name, old in names.items()}
-            if reason := misfits(found, shapes(model.state_dict())):
+            names = {_current_name(name): name for name in file.keys()}  # noqa: SIM118
+            stored = {name: file.get_slice(old).get_shape() for name, old in names.items()}
+            if reason := misfits(stored, shapes(model.state_dict())):
                 raise BundleError(
                     f"expected the weights of this {kind}, found {reason} in {path}: take "
                     "config.json and weights from the same place"
                 )
             model.load_state_dict({n: file.get_tensor(o) for n, o in names.items()}, assign=True)
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+        raise BundleError(
+            f"expected a safetensors file, found {path}: {error}; download it again"
+        ) from None
 
 
-def _today(name: str) -> str:
-    """Name that a tensor has today: the files of Stable Diffusion's VAEs have attention's old."""
-    place = name.split(".")
-    if "attentions" in place[-4:-3]:
-        place[-2] = OLD.get(place[-2], place[-2])
-    return ".".join(place)
+def _current_name(name: str) -> str:
+    """Return a tensor's current name; files of Stable Diffusion's VAEs use old attention names."""
+    path = name.split(".")
+    if "attentions" in path[-4:-3]:
+        path[-2] = OLD_NAMES.get(path[-2], path[-2])
+    return ".".join(path)

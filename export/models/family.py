@@ -1,10 +1,10 @@
-"""What every family of networks gives to export and to the torch engine, and their table.
+"""The table of network families, and the interface between them, export and the torch engine.
 
-A family is a module of this folder with
+A family is a module of this folder with a function
 
-    rebuild(config, ...) -> dict[str, nn.Module]     stages, weights to be loaded
+    rebuild(config, ...) -> dict[str, nn.Module]     the stages, without weights
 
-given the configuration, and of a VAE geometry and latent normalisation.
+of the configuration and, for a VAE, of geometry and latent normalisation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
 if TYPE_CHECKING:
     from fvae_deploy.kernels.dispatch import Kernels
 
-# Families whose stages have a form on hand-written kernels, `on_kernels` of these modules.
+# Families that can run on hand-written kernels, and the modules with their `on_kernels`.
 ON_KERNELS = {"lean_vae": "lean_vae_kernels", "wan": "wan_kernels"}
 
 FAMILIES = {
@@ -41,11 +41,11 @@ FAMILIES = {
 class Model:
     """A frozen VAE cut into stages, ready for export.
 
-    `stages` are in order, `encode…` then `decode…`, each a function (data, *state) -> (data,
-    *state) that is given no state with the first frames. `kinds` are the parts of every
-    stage: a causal network has "first" and "step", one without state either of them.
-    `any_step` says whether a step may take several latent frames at once. `foreign` marks code
-    of others: where it proves not to be local it is taken whole, not refused.
+    `stages` are in order, `encode…` then `decode…`. Each is a function (data, *state) -> (data,
+    *state) that takes no state with the first frames. `kinds` are the parts of every stage: a
+    causal network has "first" and "step", one without state has one of them. `any_step` says
+    whether a step may take several latent frames at once. `foreign` marks other people's code:
+    if it proves not to be local, it gets the whole plane instead of an error.
     """
 
     network: Network
@@ -59,10 +59,10 @@ class Model:
 
 
 def rebuild(manifest: Bundle) -> dict[str, nn.Module]:
-    """Build an exported network's stages again, without weights; `fill` gives them theirs.
+    """Build an exported network's stages again, without weights; `fill` loads them.
 
-    Raises EngineError for a family that is not torch's, BundleError for a configuration that
-    builds nothing.
+    Raises EngineError for a family that torch cannot build, and BundleError for a configuration
+    that does not fit the family.
     """
     network = manifest.network
     if network.family not in FAMILIES:
@@ -73,27 +73,27 @@ def rebuild(manifest: Bundle) -> dict[str, nn.Module]:
     module = importlib.import_module(f"fvae_deploy.export.models.{FAMILIES[network.family]}")
     try:
         with torch.device("meta"):
-            given = (manifest.geometry, manifest.latent) if isinstance(manifest, Manifest) else ()
-            stages: dict[str, nn.Module] = module.rebuild(network.config, *given)
+            facts = (manifest.geometry, manifest.latent) if isinstance(manifest, Manifest) else ()
+            stages: dict[str, nn.Module] = module.rebuild(network.config, *facts)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise _unfit(manifest, error) from error
+        raise _misfit(manifest, error) from error
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
 def fill(stage: nn.Module, weights: Mapping[str, Tensor], manifest: Bundle) -> None:
-    """Give a stage its weights; raises BundleError when they are not its own."""
+    """Load a stage's weights; raises BundleError if they do not fit."""
     try:
         stage.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise _unfit(manifest, error) from error
+        raise _misfit(manifest, error) from error
     stage.requires_grad_(False)
 
 
 def on_kernels(stage: nn.Module, manifest: Bundle, kernels: Kernels) -> nn.Module:
-    """Give a stage, its weights loaded, the form that runs on hand-written kernels.
+    """Return the form of a stage, weights loaded, that runs on hand-written kernels.
 
-    It stays as it is where `kernels` computes references. Raises EngineError for a family
-    without such a form that was asked for it.
+    The stage is returned unchanged if `kernels` computes without Triton. Raises EngineError if the
+    user requested kernels and the family has none.
     """
     family = manifest.network.family
     if not kernels.triton:
@@ -106,11 +106,12 @@ def on_kernels(stage: nn.Module, manifest: Bundle, kernels: Kernels) -> nn.Modul
             "use FVAE_KERNELS=auto"
         )
     module = importlib.import_module(f"fvae_deploy.export.models.{ON_KERNELS[family]}")
-    made: nn.Module = module.on_kernels(stage, kernels)
-    return made.eval().requires_grad_(False)
+    replaced: nn.Module = module.on_kernels(stage, kernels)
+    return replaced.eval().requires_grad_(False)
 
 
-def _unfit(manifest: Bundle, error: Exception) -> BundleError:
+def _misfit(manifest: Bundle, error: Exception) -> BundleError:
+    """Return the error for a configuration or weights that do not fit the network."""
     reason = (str(error).splitlines() or [""])[-1].strip()
     return BundleError(
         f"expected a network that fits bundle {manifest.name}'s weights, found: {reason}; "

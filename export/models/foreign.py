@@ -1,8 +1,8 @@
-"""A VAE of the user's own: its factory imported and called, its weights read as tensors.
+"""Build a VAE from the user's own code: import and call its factory, and load its weights.
 
-Importing the factory runs the user's code, as `python -m` would; weights are only ever read,
-by safetensors or by torch's reader of tensors alone. What goes wrong inside foreign code is
-told in one line with its reason.
+Importing the factory runs the user's code, as `python -m` would. Weights are only read, with
+safetensors or with torch's tensors-only reader. Errors inside foreign code are reported in one
+line with their reason.
 """
 
 from __future__ import annotations
@@ -26,105 +26,117 @@ DIRECTIONS = ("encode", "decode")
 
 
 def build(factory: str) -> nn.Module:
-    """Import "package.module:callable" and call it; the network comes as float32, frozen.
+    """Import "package.module:callable" and call it; returns a frozen network in float32.
 
-    Raises BundleError for anything else than a module with encode and decode.
+    Raises BundleError if the result is not a module with encode and decode.
     """
     module, colon, path = factory.partition(":")
     if not (colon and all(part.isidentifier() for part in f"{module}.{path}".split("."))):
-        raise BundleError(f"expected a factory like package.module:function, found {factory!r}")
+        raise BundleError(
+            f"expected a factory like package.module:function, found {factory!r}: correct --model"
+        )
     if sys.path[0] not in ("", os.getcwd()):
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it; foreign code imports late, too
+        sys.path.insert(0, os.getcwd())  # as with `python -m`; stays, since code may import later
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise BundleError(
-            f"expected a module {module} to import, found {_reason(error)}: run fvae in its "
-            "checkout, or put that on PYTHONPATH, and install what it needs"
+            f"expected a module {module} to import, found {_reason(error)}: run fvae in the "
+            "folder of its code or add that to PYTHONPATH, and install the packages it needs"
         ) from error
     try:
         for name in path.split("."):
-            found = getattr(found, name)
+            target = getattr(target, name)
     except AttributeError:
-        raise BundleError(f"expected {path} in {found.__name__}, found none") from None
-    if not callable(found):
-        raise BundleError(f"expected a function {factory}, found a {type(found).__name__}")
+        raise BundleError(
+            f"expected {path} in {target.__name__}, found none: correct --model"
+        ) from None
+    if not callable(target):
+        raise BundleError(
+            f"expected a function {factory}, found a {type(target).__name__}: correct --model"
+        )
     try:
         with torch.no_grad():
-            network = found()
+            network = target()
     except (Exception, SystemExit) as error:
         raise BundleError(
-            f"expected {factory}() to build a network, found {_reason(error)}"
+            f"expected {factory}() to build a network, found {_reason(error)}: correct the factory"
         ) from error
     absent = [name for name in DIRECTIONS if not callable(getattr(network, name, None))]
     if not isinstance(network, nn.Module) or absent:
         lacking = f" without {' and '.join(absent)}" if absent else ""
         raise BundleError(
             f"expected {factory}() to return a torch module with encode and decode, found a "
-            f"{type(network).__name__}{lacking}"
+            f"{type(network).__name__}{lacking}: correct the factory"
         )
     return network.cpu().float().eval().requires_grad_(False)
 
 
 def load_weights(network: nn.Module, path: Path, factory: str) -> None:
-    """Give a network the tensors of a file; every name and shape must fit.
+    """Load a file's tensors into a network; every name and shape must fit.
 
-    Weights of parts that the network does not have at all (a loss, a discriminator) are left.
+    Weights of submodules that the network does not have (a loss, a discriminator) are ignored.
     """
-    wanted = network.state_dict()
-    tops = {name.partition(".")[0] for name in wanted}
-    found = {k: v for k, v in _tensors(path).items() if k.partition(".")[0] in tops}
-    if reason := misfits(shapes(found), shapes(wanted)):
+    expected = network.state_dict()
+    submodules = {name.partition(".")[0] for name in expected}
+    weights = {k: v for k, v in _tensors(path).items() if k.partition(".")[0] in submodules}
+    if reason := misfits(shapes(weights), shapes(expected)):
         raise BundleError(
             f"expected the weights of {factory}, found {reason} in {path}: check the factory's "
             "configuration"
         )
-    network.load_state_dict(found)
+    network.load_state_dict(weights)
 
 
 def call(network: Any, direction: str, x: Tensor) -> Tensor:
-    """Run encode or decode and take the tensor out of what it returns."""
+    """Run encode or decode and return the tensor in its result."""
     try:
         returned = getattr(network, direction)(x)
     except Exception as error:
         if torch.compiler.is_exporting():
-            raise  # the exporter reads it
+            raise  # the exporter needs the original exception
         raise BundleError(
-            f"expected {direction} to take {list(x.shape)}, found {_reason(error)}"
+            f"expected {direction} to take {list(x.shape)}, found {_reason(error)}: adapt it in "
+            "the factory"
         ) from error
-    found = returned[0] if isinstance(returned, tuple | list) and returned else returned
+    result = returned[0] if isinstance(returned, tuple | list) and returned else returned
     for name in ("latent_dist", "latents", "sample", "mode", "mean"):
-        if isinstance(found, Tensor):
+        if isinstance(result, Tensor):
             break
-        inner = getattr(found, name, None)
+        inner = getattr(result, name, None)
         if name == "mode" and callable(inner):
             inner = inner()
         if inner is not None and not callable(inner):
-            found = inner
-    if not isinstance(found, Tensor):
+            result = inner
+    if not isinstance(result, Tensor):
         raise BundleError(
             f"expected {direction} to return a tensor, a distribution with mode or mean, an "
             f"output with latent_dist or sample, or a tuple that begins with one, found a "
             f"{type(returned).__name__}: wrap it in the factory"
         )
-    return found
+    return result
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors, unwrapping "state_dict" and "model"; runs nothing in it."""
+    """Read a file of tensors, also below "state_dict" or "model", without running code in it."""
     if not path.is_file():
         raise BundleError(f"expected weights at {path}, found nothing: check the path")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise BundleError(f"expected a safetensors file, found {path}: {error}") from None
+            raise BundleError(
+                f"expected a safetensors file, found {path}: {error}; save it again"
+            ) from None
     content = load_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content:
-        raise BundleError(f"expected tensors by name in {path}, found {type(content).__name__}")
+        raise BundleError(
+            f"expected tensors by name in {path}, found {type(content).__name__}: save the state "
+            "dict alone"
+        )
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise BundleError(
@@ -135,6 +147,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: BaseException) -> str:
-    """Tell an exception in a few words."""
+    """Return an exception's type and first line."""
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:200]}"

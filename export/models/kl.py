@@ -2,15 +2,18 @@
 
     x [1, C, k, H, W]  -- encode -->  z [1, D, k, h, w]  -- decode -->  x
 
-The slices are a batch; nothing passes from one to another. Encoder and decoder are one
-stage each: every group normalisation takes its statistics over the whole slice, so none of
-their layers can run in tiles that are exact (docs/adr/0009-group-norm.md).
+The slices are a batch and do not influence each other. Encoder and decoder are one stage each:
+every group normalisation takes its statistics over the whole slice, so none of their layers can
+run in exact tiles (docs/adr/0009-group-norm.md).
 
-Folded: the mean of the posterior, `quant_conv` and the latent normalisation into the
-encoder's last convolution; the normalisation's inverse into `post_quant_conv`, which an
-identity stands for where there is none, as the convolution after it pads with zeros and
-could not take a shift; replicated input and averaged output channels into the first and
-last layer; the doubling of maps into smaller convolutions.
+These operations are folded into weights:
+
+- the mean of the posterior, `quant_conv` and the latent normalisation into the encoder's last
+  convolution;
+- the inverse normalisation into `post_quant_conv`. A network without it gets an identity there,
+  since the next convolution pads with zeros and therefore cannot absorb a shift;
+- replicated input and averaged output channels into the first and last layer;
+- upsampling into smaller convolutions.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 class Linear(nn.Module):
-    """A linear layer whose weight lies as a graph multiplies it: else each keeps a turned copy."""
+    """A linear layer with its weight transposed, so that a graph needs no transposed copy of it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [k, n, C] -> [k, n, D]."""
+        """Map x [k, n, C] to [k, n, D]."""
         return x @ self.weight + self.bias
 
 
@@ -84,12 +87,12 @@ def kl_model(model: AutoencoderKL, channels: int | None = None) -> Model:
 def rebuild(
     config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Build the stages of an exported bundle, weights to be loaded."""
+    """Build the stages of an exported bundle, without weights."""
     return _stages(AutoencoderKL(**config), geometry, latent)
 
 
 def _normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """As diffusers' pipelines do it: by statistics of every channel, or one shift and factor."""
+    """Return diffusers' normalisation: statistics per channel, or one shift and one factor."""
     count, factor = config["latent_channels"], config["scaling_factor"]
     mean, deviation = config["latents_mean"], config["latents_std"]
     if mean is None or deviation is None:
@@ -107,12 +110,12 @@ def _normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
 def _stages(
     model: AutoencoderKL, geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Fold, and make `encode` and `decode`."""
+    """Fold the network in place and return the stages `encode` and `decode`."""
     encoder, decoder = model.encoder, model.decoder
     with torch.no_grad():
         shift, scale = (torch.tensor(v, dtype=torch.float64) for v in (latent.shift, latent.scale))
         _fold_posterior(encoder.conv_out, model.quant_conv, shift, scale)
-        first = _undo(model.post_quant_conv, decoder.conv_in.weight.dtype, shift, scale)
+        first = _fold_inverse(model.post_quant_conv, decoder.conv_in.weight.dtype, shift, scale)
         if geometry.channels == 1:
             fold_gray(encoder.conv_in, decoder.conv_out)
         for block in decoder.up_blocks:
@@ -123,12 +126,12 @@ def _stages(
                 for name in ("to_q", "to_k", "to_v"):
                     setattr(module, name, Linear(getattr(module, name)))
                 module.to_out[0] = Linear(module.to_out[0])
-        found = {"encode": Slices([encoder]), "decode": Slices([first, decoder])}
-    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+        stages = {"encode": Slices([encoder]), "decode": Slices([first, decoder])}
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
 def _fold_posterior(last: nn.Conv2d, quant: nn.Conv2d | None, shift: Tensor, scale: Tensor) -> None:
-    """Make the encoder end in (mean - shift) * scale; the mean is the first half of its end."""
+    """Make the encoder return (mean - shift) * scale; the mean is the first half of its output."""
     assert last.bias is not None
     count, dtype = len(shift), last.weight.dtype
     weight, bias = last.weight.double(), last.bias.double()
@@ -142,8 +145,10 @@ def _fold_posterior(last: nn.Conv2d, quant: nn.Conv2d | None, shift: Tensor, sca
     last.bias = nn.Parameter(((bias - shift) * scale).to(dtype))
 
 
-def _undo(quant: nn.Conv2d | None, dtype: torch.dtype, shift: Tensor, scale: Tensor) -> nn.Conv2d:
-    """Make the decoder begin with stored / scale + shift, and then its own 1x1 convolution."""
+def _fold_inverse(
+    quant: nn.Conv2d | None, dtype: torch.dtype, shift: Tensor, scale: Tensor
+) -> nn.Conv2d:
+    """Return the decoder's first 1x1 convolution, with stored / scale + shift folded into it."""
     count = len(shift)
     first = nn.Conv2d(count, count, 1) if quant is None else quant
     assert first.bias is not None

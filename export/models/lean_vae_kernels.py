@@ -1,9 +1,9 @@
-"""LeanVAE's stages on hand-written kernels: the same functions of the same weights.
+"""LeanVAE's stages on hand-written kernels: the same functions with the same weights.
 
-Tokens travel channels last, [k, h, w, E]. A layer is three launches: the depthwise convolution
-with its state and residual, norm with both linear layers and their gate, and the way back with
-the residual. Pixels become tokens by one convolution whose channels are 8 pixels of a row, so
-that nothing is reordered before it.
+Tokens are channels last, [k, h, w, E]. A layer takes three launches: the depthwise convolution
+with its state and residual, the norm with both widening linear layers and their gate, and the
+narrowing linear layer with the residual. Pixels become tokens by one convolution whose channels
+are 8 pixels of a row, so that nothing is reordered before it.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from fvae_deploy.kernels.dispatch import Kernels
 
 
 def _point(weight: Tensor) -> nn.Parameter:
-    """Take the weight [out, in, 1, 1] of a 1x1 convolution as a kernel's [1, 1, 1, in, out]."""
-    return _kept(weight[:, :, 0, 0].T[None, None, None])
+    """Return the weight [out, in, 1, 1] of a 1x1 convolution as a kernel's [1, 1, 1, in, out]."""
+    return _frozen(weight[:, :, 0, 0].T[None, None, None])
 
 
-def _kept(value: Tensor) -> nn.Parameter:
+def _frozen(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.contiguous(), requires_grad=False)
 
 
 class KernelLayer(nn.Module):
-    """A `FoldedLayer`."""
+    """`FoldedLayer` on kernels."""
 
     def __init__(self, layer: FoldedLayer, kernels: Kernels) -> None:
         super().__init__()
         self.kernels, self.residual, self.epsilon = kernels, layer.residual, layer.epsilon
         taps = torch.stack([layer.tap0, layer.tap1, layer.tap2])[:, :, 0]  # [3, E, 3, 3]
-        self.taps, self.bias = _kept(taps.permute(0, 2, 3, 1).flatten(0, 2)), layer.bias
-        self.value, self.gate = (_kept(w[:, :, 0, 0].T) for w in (layer.value, layer.gate))
+        self.taps, self.bias = _frozen(taps.permute(0, 2, 3, 1).flatten(0, 2)), layer.bias
+        self.value, self.gate = (_frozen(w[:, :, 0, 0].T) for w in (layer.value, layer.gate))
         self.value_bias, self.gate_bias = layer.value_bias, layer.gate_bias
         self.narrow = _point(layer.narrow)
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens x [k, h, w, E], past [2, h, w, E] or None at the start -> (x, next past)."""
+        """Map tokens x [k, h, w, E] and past [2, h, w, E], None at the start, to (x, next past)."""
         y, after = self.kernels.depthwise_conv3d(x, self.taps, self.bias, state=past)
         weights = (self.value, self.gate, self.value_bias, self.gate_bias)
         wide = self.kernels.gated_linear(y.flatten(0, 2), *weights, eps=self.epsilon)
@@ -59,7 +59,7 @@ class KernelLayer(nn.Module):
 
 
 class KernelStack(nn.Module):
-    """A `FoldedStack`."""
+    """`FoldedStack` on kernels."""
 
     def __init__(self, stack: FoldedStack, kernels: Kernels) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class KernelStack(nn.Module):
         self.layers = nn.ModuleList(KernelLayer(layer, kernels) for layer in layers)
 
     def forward(self, x: Tensor, past: Iterator[Tensor], states: list[Tensor]) -> Tensor:
-        """Tokens x [k, h, w, E]; takes each layer's past, appends its next to `states`."""
+        """Map tokens x [k, h, w, E]; take each layer's past and append its next to `states`."""
         for layer in self.layers:
             x, state = layer(x, next(past, None))
             states.append(state)
@@ -79,7 +79,7 @@ def _stacks(stacks: nn.ModuleList, kernels: Kernels) -> nn.ModuleList:
 
 
 class KernelEncode(nn.Module):
-    """`EncodeParts`."""
+    """`EncodeParts` on kernels."""
 
     def __init__(self, parts: EncodeParts, kernels: Kernels) -> None:
         super().__init__()
@@ -88,21 +88,23 @@ class KernelEncode(nn.Module):
             weight = parts.get_parameter(f"{kind}_embed")[:, :, 0, 0]
             weight = weight.unflatten(1, (-1, frames, PATCH, PATCH))  # [E, C, frames, 8, 8]
             weight = weight.permute(1, 2, 3, 4, 0)[:, :, :, None]
-            self.register_parameter(f"{kind}_embed", _kept(weight))
+            self.register_parameter(f"{kind}_embed", _frozen(weight))
             bias = parts.get_parameter(f"{kind}_embed_bias")
             self.register_parameter(f"{kind}_embed_bias", bias)
         self.low, self.high = KernelStack(parts.low, kernels), KernelStack(parts.high, kernels)
         self.fusion, self.phi = KernelStack(parts.fusion, kernels), _point(parts.phi)
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Frames x [1, C, 1 or 4k, H, W] and the state -> (z [1, D, k, h, w], *state)."""
+        """Map frames x [1, C, 1 or 4k, H, W] and the state to (z [1, D, k, h, w], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         weight = self.get_parameter(f"{kind}_embed")
         window, tokens = Window(stride=(frames, PATCH, 1)), None
-        for channel, each in zip(x[0].contiguous(), weight, strict=True):
+        for channel, channel_weight in zip(x[0].contiguous(), weight, strict=True):
             rows = channel.unflatten(2, (-1, PATCH))  # [T, H, W/8, 8]
             bias = self.get_parameter(f"{kind}_embed_bias") if tokens is None else None
-            tokens, _ = self.kernels.causal_conv3d(rows, each, bias, window=window, residual=tokens)
+            tokens, _ = self.kernels.causal_conv3d(
+                rows, channel_weight, bias, window=window, residual=tokens
+            )
         history, states = iter(past), list[Tensor]()
         assert tokens is not None
         low = self.low(tokens[..., : self.low_width], history, states)
@@ -113,13 +115,13 @@ class KernelEncode(nn.Module):
 
 
 class KernelDecode(nn.Module):
-    """`DecodeParts`."""
+    """`DecodeParts` on kernels."""
 
     def __init__(self, parts: DecodeParts, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.low_width, self.channels = parts.low_width, parts.channels
-        self.unscale = _kept(parts.unscale[:, 0, 0])
+        self.unscale = _frozen(parts.unscale[:, 0, 0])
         self.q, self.phi = _point(parts.q), _point(parts.phi)
         self.ascent = nn.ParameterList(_point(-weight) for weight in parts.descent)
         self.thresholds = parts.thresholds
@@ -134,14 +136,14 @@ class KernelDecode(nn.Module):
             self.register_parameter(f"{kind}_unembed_bias", bias)
 
     def forward(self, z: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Latents z [1, D, k, h, w] and the state -> (x [1, C, 1 or 4k, H, W], *state)."""
+        """Map latents z [1, D, k, h, w] and the state to (x [1, C, 1 or 4k, H, W], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         history, states = iter(past), list[Tensor]()
         latents = (z[0].permute(1, 2, 3, 0) * self.unscale).contiguous()  # [k, h, w, D]
         x = self._product(latents, self.q)
         for i, threshold in enumerate(self.thresholds):
-            wrong = self._product(x, self.phi) - latents
-            descended = self._product(wrong, self.ascent[i], residual=x)
+            mismatch = self._product(x, self.phi) - latents
+            descended = self._product(mismatch, self.ascent[i], residual=x)
             x = self.forward_l[i](descended, history, states)
             x = x.sign() * F.relu(x.abs() - threshold.flatten())
             x = descended + self.backward_l[i](x, history, states)
@@ -167,7 +169,7 @@ class KernelDecode(nn.Module):
 
 
 def on_kernels(stage: nn.Module, kernels: Kernels) -> nn.Module:
-    """Give a stage, its weights loaded, the form that runs on kernels."""
+    """Return the form of a stage, weights loaded, that runs on kernels."""
     if isinstance(stage, EncodeParts):
         return KernelEncode(stage, kernels)
     assert isinstance(stage, DecodeParts)

@@ -1,21 +1,21 @@
-"""LeanVAE's four parts as an inference engine likes them: folded, frames as batch.
+"""LeanVAE's four parts, rewritten for inference engines: weights folded, frames as batch.
 
-Equal to `LeanVAE` up to rounding, with the algebra done once at export:
+The results equal those of `LeanVAE` up to rounding. Done once at export:
 
 - Haar transform and patch embedding are linear, so together they are one strided
-  convolution from pixels to tokens; likewise one 1x1 convolution and a pixel shuffle back.
-- Gray: the three replicated input channels are summed into one, the mean over the three
-  output channels is taken in the weights (`channels=1` of a three-channel checkpoint).
-- The layer norm's gain and bias go into the following linear layer; the residual around a
-  depthwise convolution is 1 added to its centre tap; the first frame of a stream meets
-  only the last time tap, since its past is zero.
-- The hidden width is padded with zeros to a multiple of 16, a vector register: 341 channels
-  cost 1.2x of 352 in OpenVINO here.
+  convolution from pixels to tokens, and one 1x1 convolution and a pixel shuffle back.
+- Gray (`channels=1` of a three-channel checkpoint): weights of the three replicated input
+  channels are summed, weights of the three output channels are averaged.
+- The layer norm's gain and bias go into the following linear layer. The residual around a
+  depthwise convolution is 1 added to its centre tap. The first frame of a stream uses only the
+  last time tap, since its past is zero.
+- The hidden width is padded with zeros to a multiple of 16, a vector register: in OpenVINO
+  341 channels took 1.2 times as long as 352.
 - The latent normalisation is applied inside.
 
-Tokens travel as [k, E, h, w], so that every linear layer is a 1x1 convolution; states are
-[2, h, w, E] (channels last, the layout that CPU convolutions use inside: 70 ms instead of
-76 ms a decoder step of 512x512x4 voxels, as states need no reordering).
+Tokens are [k, E, h, w], so that every linear layer is a 1x1 convolution. States are
+[2, h, w, E]: channels last, the layout that CPU convolutions use internally, so states need no
+reordering (70 ms instead of 76 ms per decoder step of 512x512x4 voxels).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _pad(value: Tensor, axis: int) -> Tensor:
 
 
 def _matrix(value: Tensor) -> nn.Parameter:
-    """Take a matrix [out, in] as the weight of a 1x1 convolution."""
+    """Return a matrix [out, in] as the weight of a 1x1 convolution."""
     return _frozen(value[:, :, None, None])
 
 
@@ -77,20 +77,20 @@ class FoldedLayer(nn.Module):
         self.narrow = _matrix(_pad(narrow.weight, 1))
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens x [k, E, h, w], past [2, h, w, E] or None at the start -> (x, next past)."""
+        """Map tokens x [k, E, h, w] and past [2, h, w, E], None at the start, to (x, next past)."""
         channels = x.shape[1]
 
         def tap(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.conv2d(frames, weight, bias, padding=1, groups=channels)
 
-        if past is None:  # one frame, and zeros before it
+        if past is None:  # a single frame with zeros before it
             frames = torch.cat([torch.zeros_like(x), x])
             y = tap(x, self.tap2, self.bias)
         else:
             frames = torch.cat([past.permute(0, 3, 1, 2), x])
             y = tap(frames[:-2], self.tap0, self.bias)
             y = y + tap(frames[1:-1], self.tap1) + tap(x, self.tap2)
-        # Sums of squares do not fit half precision.
+        # Sums of squares may overflow in half precision.
         wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
         centred = wide - wide.mean(1, keepdim=True)
         variance = (centred * centred).mean(1, keepdim=True)
@@ -109,7 +109,7 @@ class FoldedStack(nn.Module):
         self.layers = nn.ModuleList(FoldedLayer(layers, i) for i in range(len(layers.dconv_layer)))
 
     def forward(self, x: Tensor, past: Iterator[Tensor], states: list[Tensor]) -> Tensor:
-        """Tokens x [k, E, h, w]; takes each layer's past, appends its next to `states`."""
+        """Map tokens x [k, E, h, w]; take each layer's past and append its next to `states`."""
         for layer in self.layers:
             x, state = layer(x, next(past, None))
             states.append(state)
@@ -140,13 +140,13 @@ class EncodeParts(nn.Module):
         self.phi = _matrix(phi * torch.tensor(scale, dtype=phi.dtype)[:, None])
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Frames x [1, C, 1 or 4k, H, W] and the state -> (z [1, D, k, h, w], *state)."""
+        """Map frames x [1, C, 1 or 4k, H, W] and the state to (z [1, D, k, h, w], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         _, c, t, height, width = x.shape
         x = x.reshape(c, t // frames, frames, height, width).transpose(0, 1)
         x = x.reshape(t // frames, c * frames, height, width)
         weight, bias = self.get_parameter(f"{kind}_embed"), self.get_parameter(f"{kind}_embed_bias")
-        # Pixels to channels first: a 1x1 convolution then, faster than a strided 8x8 one.
+        # Pixel unshuffle and a 1x1 convolution are faster than a strided 8x8 convolution.
         x = F.conv2d(F.pixel_unshuffle(x, PATCH), weight, bias)
         history, states = iter(past), list[Tensor]()
         low = self.low(x[:, : self.low_width], history, states)
@@ -181,7 +181,7 @@ class DecodeParts(nn.Module):
             self.register_parameter(f"{kind}_unembed_bias", _frozen(bias.reshape(rows)))
 
     def forward(self, z: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Latents z [1, D, k, h, w] and the state -> (x [1, C, 1 or 4k, H, W], *state)."""
+        """Map latents z [1, D, k, h, w] and the state to (x [1, C, 1 or 4k, H, W], *state)."""
         kind, frames = ("video", STRIDE) if past else ("image", 1)
         history, states = iter(past), list[Tensor]()
         z = z[0].transpose(0, 1) * self.unscale  # [k, D, h, w]
@@ -212,8 +212,8 @@ def lean_vae_model(
     channels
         1 for gray; None for the network's own number.
     scale
-        One factor per latent channel that brings it to unit deviation; None leaves latents
-        as the network makes them.
+        One factor per latent channel that scales it to unit standard deviation; None leaves
+        the latents unchanged.
     """
     config = model.config
     geometry = Geometry(STRIDE, PATCH, config.latent_dim, channels or config.in_channels, window=65)
@@ -231,7 +231,7 @@ def lean_vae_model(
 def rebuild(
     config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Build the stages of an exported bundle, weights to be loaded."""
+    """Build the stages of an exported bundle, without weights."""
     return _stages(LeanVAE(LeanVAEConfig(**config)), geometry, latent.scale)
 
 
@@ -243,17 +243,18 @@ def _stages(model: LeanVAE, geometry: Geometry, scale: Sequence[float]) -> dict[
 
 
 def _patch_weights(model: LeanVAE, frames: int) -> tuple[Tensor, Tensor]:
-    """`embed` of one patch as a matrix [E, C, frames, 8, 8] and a bias, found by its images."""
+    """Return `embed` of one patch as a matrix [E, C, frames, 8, 8] and a bias."""
     c, dtype = model.config.in_channels, model.latent_bottleneck.phi.dtype
     n = c * frames * PATCH * PATCH
     basis = torch.eye(n, dtype=dtype).reshape(n, c, frames, PATCH, PATCH)
     bias = model.embed(torch.zeros_like(basis[:1])).reshape(-1)
+    # The images of the unit vectors are the columns of the matrix.
     weight = (model.embed(basis).reshape(n, -1) - bias).T
     return weight.reshape(-1, c, frames, PATCH, PATCH), bias
 
 
 def _unpatch_weights(model: LeanVAE, kind: str) -> tuple[Tensor, Tensor]:
-    """`unembed` of one token as a matrix [E, C, frames, 8, 8] and a bias [C, frames, 8, 8]."""
+    """Return `unembed` of one token as a matrix [E, C, frames, 8, 8] and a bias without E."""
     width, dtype = model.config.embedding_dim, model.latent_bottleneck.phi.dtype
     basis = torch.eye(width, dtype=dtype).reshape(width, 1, 1, 1, width)
     bias = model.unembed(torch.zeros_like(basis[:1]), kind)

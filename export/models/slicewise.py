@@ -1,4 +1,4 @@
-"""What families of 2-D networks share: slices as a batch, gray, and exact doubling."""
+"""Code shared by families of 2-D networks: slices as a batch, gray folding, exact upsampling."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fvae_deploy.errors import BundleError
 
 
 class Slices(nn.Module):
-    """Layers in a row on a batch of slices: a stage without state."""
+    """A sequence of layers on a batch of slices: a stage without state."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """X [1, C, k, H, W] -> [1, D, k, h, w]."""
+        """Map x [1, C, k, H, W] to [1, D, k, h, w]."""
         y = x[0].transpose(0, 1)  # [k, C, H, W]
         for layer in self.layers:
             y = layer(y)
@@ -28,11 +28,11 @@ class Slices(nn.Module):
 
 
 class Doubling(nn.Module):
-    """Nearest neighbour by 2, then a 3x3 convolution, in 4/9 of the work.
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, in 4/9 of the work.
 
-    They are four 2x2 convolutions, one for each place of a pixel in its doubled cell: rows
-    (-1, 0) with weights (w0, w1 + w2) for the upper place, rows (0, 1) with (w0 + w1, w2) for
-    the lower; columns alike. The same as one transposed 4x4 convolution of stride 2 is no
+    Both together are four 2x2 convolutions, one for each position of a pixel in its doubled cell:
+    rows (-1, 0) with weights (w0, w1 + w2) for the upper position, rows (0, 1) with (w0 + w1, w2)
+    for the lower; the same for columns. A single transposed 4x4 convolution of stride 2 is no
     faster in OpenVINO, and takes 1.7 times the memory in ONNX Runtime (docs/adr/0009).
     """
 
@@ -42,22 +42,22 @@ class Doubling(nn.Module):
         upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=weight.dtype)
         for i, rows in enumerate((upper, upper.flip(0, 1))):
             for j, columns in enumerate((upper, upper.flip(0, 1))):
-                place = torch.einsum("ar,bc,oirc->oiab", rows, columns, weight)
-                self.register_parameter(f"weight{i}{j}", nn.Parameter(place))
+                combined = torch.einsum("ar,bc,oirc->oiab", rows, columns, weight)
+                self.register_parameter(f"weight{i}{j}", nn.Parameter(combined))
         self.bias = convolution.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [k, C, H, W] -> [k, D, 2H, 2W]."""
-        places = [
+        """Map x [k, C, H, W] to [k, D, 2H, 2W]."""
+        positions = [
             F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), self.get_parameter(f"weight{i}{j}"), self.bias)
             for i in (0, 1)
             for j in (0, 1)
         ]  # [k, D, H, W] each
-        return F.pixel_shuffle(torch.stack(places, dim=2).flatten(1, 2), 2)
+        return F.pixel_shuffle(torch.stack(positions, dim=2).flatten(1, 2), 2)
 
 
 def channels_of(config: Mapping[str, Any], channels: int | None) -> int:
-    """Channels of a slice: those wanted, else the network's own; raises BundleError for two."""
+    """Return `channels`, or the network's own number; raises BundleError if it has two numbers."""
     inside, outside = config["in_channels"], config["out_channels"]
     if channels is None and inside != outside:
         raise BundleError(
@@ -68,7 +68,7 @@ def channels_of(config: Mapping[str, Any], channels: int | None) -> int:
 
 
 def fold_gray(first: nn.Conv2d, last: nn.Conv2d) -> None:
-    """Sum over replicated input channels, mean over output channels."""
+    """Fold gray into the weights: sum over input channels, mean over output channels."""
     assert last.bias is not None
     first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
     last.weight = nn.Parameter(last.weight.mean(0, keepdim=True))

@@ -1,16 +1,16 @@
-"""diffusers' `AutoencoderTiny` (TAESD and its kin), slice by slice, cut into local stages.
+"""diffusers' `AutoencoderTiny` (TAESD and similar), slice by slice, cut into local stages.
 
     x [1, C, k, H, W]  -- encode0, encode1, ... -->  z [1, D, k, h, w]  -- decode0, ... -->  x
 
-The slices are a batch; nothing passes from one to another. A stage ends where the
-resolution changes, at the smaller of the two maps: in the encoder behind a convolution of
-stride 2, in the decoder before a doubling. Nothing but convolutions reaches beyond a pixel,
-so every stage runs in exact tiles.
+The slices are a batch and do not influence each other. A stage ends where the resolution
+changes, at the smaller of the two maps: in the encoder after a convolution of stride 2, in the
+decoder before an upsampling. Only convolutions reach beyond a pixel, so every stage runs in
+exact tiles.
 
-Folded: the network's own range [0, 1], as far as its convolutions, which pad with zeros,
-can take it; the latent normalisation into the encoder's last convolution; replicated input
-and averaged output channels into the first and last layer; the doubling of maps into
-smaller convolutions.
+These operations are folded into weights: the network's own range [0, 1], except for the shift
+that a convolution with zero padding cannot absorb; the latent normalisation into the encoder's
+last convolution; replicated input and averaged output channels into the first and last layer;
+upsampling into smaller convolutions.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
-LIMIT = 3.0  # the decoder squashes latents into (-3, 3)
+LIMIT = 3.0  # the decoder limits latents to (-3, 3) with tanh
 
 
 class Lift(nn.Module):
-    """Pixels from [-1, 1] to [0, 2]; the factor 1/2 is in the convolution that follows."""
+    """Shift pixels from [-1, 1] to [0, 2]; the next convolution contains the factor 1/2."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [k, C, H, W] + 1."""
+        """Return x + 1; x is [k, C, H, W]."""
         return x + 1
 
 
 class Squash(nn.Module):
-    """tanh of stored latents / (LIMIT * scale) + shift / LIMIT; the convolution has LIMIT."""
+    """tanh(stored / (LIMIT * scale) + shift / LIMIT); the next layer multiplies by LIMIT."""
 
     def __init__(self, shift: float, scale: float) -> None:
         super().__init__()
         self.factor, self.offset = 1 / (LIMIT * scale), shift / LIMIT
 
     def forward(self, z: Tensor) -> Tensor:
-        """Z [k, D, h, w]."""
+        """Limit latents z [k, D, h, w]."""
         return torch.tanh(z * self.factor + self.offset)
 
 
 def tiny_model(model: AutoencoderTiny, channels: int | None = None) -> Model:
     """Cut the network into stages, folding it in place; `channels` is 1 for gray.
 
-    Raises BundleError for a configuration whose encoder and decoder differ in their factor,
-    or that enlarges maps in another way than by repeating pixels.
+    Raises BundleError if encoder and decoder change the resolution by different factors, or if
+    the upsampling is not nearest neighbour.
     """
     known = inspect.signature(AutoencoderTiny.__init__).parameters
     config = {k: v for k, v in model.config.items() if k in known}
     levels = len(config["num_encoder_blocks"])
-    found = config["num_decoder_blocks"], config["upsampling_scaling_factor"]
-    if (len(found[0]), found[1], config["upsample_fn"]) != (levels, 2, "nearest"):
+    decoder_levels, factor = len(config["num_decoder_blocks"]), config["upsampling_scaling_factor"]
+    if (decoder_levels, factor, config["upsample_fn"]) != (levels, 2, "nearest"):
         raise BundleError(
-            f"expected a decoder of {levels} levels, doubled by nearest as the encoder halves, "
-            f"found {len(found[0])} levels, times {found[1]} by {config['upsample_fn']}: export "
-            "it from Python code with --model module:factory"
+            f"expected a decoder of {levels} levels with nearest-neighbour upsampling by 2, like "
+            f"the encoder, found {decoder_levels} levels, times {factor} by "
+            f"{config['upsample_fn']}: export it from Python code with --model module:factory"
         )
     geometry = Geometry(
         temporal=1,
@@ -96,14 +96,14 @@ def tiny_model(model: AutoencoderTiny, channels: int | None = None) -> Model:
 def rebuild(
     config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Build the stages of an exported bundle, weights to be loaded."""
+    """Build the stages of an exported bundle, without weights."""
     return _stages(AutoencoderTiny(**config), geometry, latent)
 
 
 def _stages(
     model: AutoencoderTiny, geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Fold and cut: `encode0`, ... and `decode0`, ..."""
+    """Fold the network in place and return the stages `encode0`, ... and `decode0`, ..."""
     encoder, decoder = model.encoder.layers, model.decoder.layers
     shift, scale = latent.shift[0], latent.scale[0]
     with torch.no_grad():
@@ -113,14 +113,14 @@ def _stages(
         _fold_affine(decoder[-1], 2.0, -1.0)
         if geometry.channels == 1:
             fold_gray(encoder[0], decoder[-1])
-        found = {f"encode{i}": Slices(s) for i, s in enumerate(_encoder(encoder))}
-        found |= {
-            f"decode{i}": Slices(s) for i, s in enumerate(_decoder(decoder, Squash(shift, scale)))
-        }
-    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+        squash = Squash(shift, scale)
+        stages = {f"encode{i}": Slices(s) for i, s in enumerate(_encoder_stages(encoder))}
+        stages |= {f"decode{i}": Slices(s) for i, s in enumerate(_decoder_stages(decoder, squash))}
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
-def _encoder(encoder: nn.Sequential) -> Iterator[list[nn.Module]]:
+def _encoder_stages(encoder: nn.Sequential) -> Iterator[list[nn.Module]]:
+    """Yield the layers of each stage of the encoder."""
     layers: list[nn.Module] = [Lift()]
     for layer in encoder:
         layers.append(layer)
@@ -130,7 +130,8 @@ def _encoder(encoder: nn.Sequential) -> Iterator[list[nn.Module]]:
     yield layers
 
 
-def _decoder(decoder: nn.Sequential, squash: Squash) -> Iterator[list[nn.Module]]:
+def _decoder_stages(decoder: nn.Sequential, squash: Squash) -> Iterator[list[nn.Module]]:
+    """Yield the layers of each stage of the decoder."""
     layers: list[nn.Module] = [squash]
     for before, layer in zip([None, *decoder], decoder, strict=False):
         if isinstance(layer, nn.Upsample):
@@ -144,7 +145,7 @@ def _decoder(decoder: nn.Sequential, squash: Squash) -> Iterator[list[nn.Module]
 
 
 def _fold_affine(last: nn.Conv2d, factor: float, offset: float) -> None:
-    """Let a convolution give factor * its result + offset."""
+    """Make a convolution return factor * result + offset."""
     assert last.bias is not None
     last.weight = nn.Parameter(last.weight * factor)
     last.bias = nn.Parameter(last.bias * factor + offset)

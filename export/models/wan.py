@@ -2,19 +2,19 @@
 
     x [1, C, 1 + 4n, H, W]  -- encode -->  z [1, D, 1 + n, H/8, W/8]  -- decode -->  x
 
-diffusers runs the network a latent frame at a time and hands every causal convolution its
-last frames through a list, `feat_cache`. Here that list is the state: filled from inputs,
-returned as outputs, so that each stage is a pure function. A stage ends where the
-resolution changes, at the smaller of the two maps; only the innermost ones, at the latent's
-resolution, hold attention and see the whole frame.
+diffusers runs the network one latent frame at a time and passes every causal convolution its
+last frames through a list, `feat_cache`. Here that list is the state: filled from inputs and
+returned as outputs, so that each stage is a pure function. A stage ends where the resolution
+changes, at the smaller of the two maps. Only the innermost stages, at the latent's resolution,
+have attention and need the whole frame.
 
-What differs between the first frame and later ones is made uniform: a convolution's cache
-has one frame after the first, a zero frame goes in front of it; the decoder's marker "Rep"
-equals a cache of zeros, which is what a state that a first part does not return starts from.
+Differences between the first frame and later ones are removed: a convolution's cache that holds
+only one frame gets a zero frame in front; the decoder's marker "Rep" is replaced by the cache of
+zeros that it stands for.
 
-Folded: the mean of the posterior and the latent normalisation into the 1x1x1 convolutions
-next to the latent, replicated input and averaged output channels into the first and last
-layer. diffusers clamps the result to [-1, 1]; here that is left to the conversion to HU.
+Folded into weights: the mean of the posterior and the latent normalisation into the 1x1x1
+convolutions next to the latent; replicated input and averaged output channels into the first and
+last layer. diffusers clamps the result to [-1, 1]; here the conversion to HU does that.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ UP_BLOCKS = (wan.WanUpBlock, wan.WanResidualUpBlock)
 
 
 class Causal(nn.Module):
-    """A causal convolution by itself, with the cache that diffusers' blocks keep inside."""
+    """A causal convolution outside of diffusers' blocks, with a cache like that of the blocks."""
 
     def __init__(self, convolution: wan.WanCausalConv3d) -> None:
         super().__init__()
         self.convolution = convolution
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W]; takes and leaves its slot of the cache."""
+        """Convolve x [1, C, T, H, W]; read and replace this layer's slot of the cache."""
         slot = feat_idx[0]
         past = feat_cache[slot]
         frames = x if past is None else torch.cat([past, x], dim=2)
         feat_cache[slot], feat_idx[0] = frames[:, :, -2:], slot + 1
         if past is None:
-            # Of zeros and one frame, the last time tap meets the frame. OpenVINO 2026.4 computes
-            # the padded form of a single channel wrongly in bfloat16.
+            # After zeros, only the last time tap meets the frame. OpenVINO 2026.4 computes the
+            # padded form wrongly in bfloat16 for a single channel.
             last, bias = self.convolution.weight[:, :, -1:], self.convolution.bias
             return F.conv3d(x, last, bias, padding=(0, 1, 1))
         result: Tensor = self.convolution(x, past)
@@ -61,21 +61,21 @@ class Causal(nn.Module):
 
 
 class Plain(nn.Module):
-    """Layers without state in a row."""
+    """A sequence of layers without state."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """Pass x through; the cache stays as it is."""
+        """Apply the layers to x; the cache stays unchanged."""
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 class Upsample(nn.Module):
-    """Doubling in space, and in time but for the first frame; replaces diffusers' upsampling."""
+    """Upsampling by 2 in space, and in time except for the first frame; replaces diffusers'."""
 
     def __init__(self, layer: wan.WanResample) -> None:
         super().__init__()
@@ -84,11 +84,11 @@ class Upsample(nn.Module):
         self.doubling = Doubling(layer.resample[1])
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W] -> [1, C', T or 2T, 2H, 2W]."""
+        """Map x [1, C, T, H, W] to [1, C', T or 2T, 2H, 2W]."""
         if hasattr(self, "time_conv"):
             slot = feat_idx[0]
             past = feat_cache[slot]
-            if past is None:  # the first frame stays one, and is not remembered
+            if past is None:  # the first frame is not doubled and not kept in the cache
                 feat_cache[slot] = torch.zeros_like(x).repeat(1, 1, 2, 1, 1)
             else:
                 feat_cache[slot] = torch.cat([past, x], dim=2)[:, :, -2:]
@@ -100,25 +100,25 @@ class Upsample(nn.Module):
 
 
 class Patches(nn.Module):
-    """Wan2.2's patches of pixels as channels, or back."""
+    """Wan2.2's patches: pixels to channels, or back."""
 
     def __init__(self, size: int, back: bool) -> None:
         super().__init__()
         self.size, self.turn = size, wan.unpatchify if back else wan.patchify
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, C, T, H, W] to [1, C * size^2, T, H / size, W / size], or back."""
+        """Map x [1, C, T, H, W] to [1, C * size^2, T, H / size, W / size], or back."""
         result: Tensor = self.turn(x, self.size)
         return result
 
 
 class WanStage(nn.Module):
-    """Consecutive layers of encoder or decoder as one function of data and state."""
+    """Consecutive layers of encoder or decoder, as one function of data and state."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        # A time stride of 2 needs one frame of the past, a kernel of 3 two.
+        # A convolution with time stride 2 needs one frame of state, one with stride 1 two.
         self.frames = [
             2 // m.stride[0]
             for m in self.modules()
@@ -126,7 +126,7 @@ class WanStage(nn.Module):
         ]
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Take data [1, C, T, H, W] and state [1, C, 1 or 2, H, W] each -> (data, *state)."""
+        """Map data [1, C, T, H, W] and states [1, C, 1 or 2, H, W] to (data, *states)."""
         cache: list[Any] = list(past) if past else [None] * len(self.frames)
         slot = [0]
         for layer in self.layers:
@@ -138,6 +138,7 @@ class WanStage(nn.Module):
 
 
 def _padded(value: Tensor, frames: int) -> Tensor:
+    """Prepend zero frames to a state that has fewer than `frames` frames."""
     missing = frames - value.shape[2]
     if missing < 1:
         return value
@@ -147,7 +148,7 @@ def _padded(value: Tensor, frames: int) -> Tensor:
 def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model:
     """Cut the network into stages, folding it in place; `channels` is 1 for gray.
 
-    Raises BundleError for a configuration that gives latents no whole cells.
+    Raises BundleError if the latent statistics do not fit the latent channels.
     """
     config = dict(model.config)
     patch = config["patch_size"] or 1
@@ -162,7 +163,7 @@ def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model
     if not len(shift) == len(deviation) == config["z_dim"]:
         raise BundleError(
             f"expected {config['z_dim']} latents_mean and latents_std in the configuration, "
-            f"found {len(shift)} and {len(deviation)}: add them"
+            f"found {len(shift)} and {len(deviation)}: correct config.json"
         )
     latent = LatentNormalisation(tuple(shift), tuple(1 / d for d in deviation))
     kept = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -178,14 +179,14 @@ def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model
 def rebuild(
     config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Build the stages of an exported bundle, weights to be loaded."""
+    """Build the stages of an exported bundle, without weights."""
     return _stages(wan.AutoencoderKLWan(**config), geometry, latent)
 
 
 def _stages(
     model: wan.AutoencoderKLWan, geometry: Geometry, latent: LatentNormalisation
 ) -> dict[str, nn.Module]:
-    """Fold and cut: `encode0`, ... and `decode0`, ..."""
+    """Fold the network in place and return the stages `encode0`, ... and `decode0`, ..."""
     with torch.no_grad():
         _fold_latent(
             model.quant_conv,
@@ -196,12 +197,13 @@ def _stages(
         patch = model.config.patch_size or 1
         if geometry.channels == 1:
             _fold_gray(model.encoder.conv_in, model.decoder.conv_out, patch)
-        found = {f"encode{i}": WanStage(s) for i, s in enumerate(_encoder(model, patch))}
-        found |= {f"decode{i}": WanStage(s) for i, s in enumerate(_decoder(model, patch))}
-    return {name: stage.eval().requires_grad_(False) for name, stage in found.items()}
+        stages = {f"encode{i}": WanStage(s) for i, s in enumerate(_encoder_stages(model, patch))}
+        stages |= {f"decode{i}": WanStage(s) for i, s in enumerate(_decoder_stages(model, patch))}
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
-def _encoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+def _encoder_stages(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+    """Yield the layers of each stage of the encoder."""
     encoder = model.encoder
     layers: list[nn.Module] = [Plain(Patches(patch, back=False))] if patch > 1 else []
     layers.append(Causal(encoder.conv_in))
@@ -219,7 +221,8 @@ def _encoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module
     yield layers + head
 
 
-def _decoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+def _decoder_stages(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+    """Yield the layers of each stage of the decoder."""
     decoder = model.decoder
     layers: list[nn.Module] = [
         Plain(model.post_quant_conv),
@@ -243,7 +246,7 @@ def _decoder(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module
 
 
 def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
-    """Make latents (mean of the posterior - shift) * scale: the posterior's first half."""
+    """Make latents (mean - shift) * scale; the mean is the posterior's first half."""
     shift, scale = shift.to(last.weight), scale.to(last.weight)
     weight, bias = last.weight[: len(shift)], last.bias[: len(shift)]
     last.weight = nn.Parameter(weight * scale.view(-1, 1, 1, 1, 1))
@@ -253,7 +256,7 @@ def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
 
 
 def _fold_gray(first: Any, last: Any, patch: int) -> None:
-    """Sum over replicated input channels, mean over output channels; patches vary fastest."""
+    """Fold gray into the weights of channels in which the pixels of a patch vary fastest."""
     inside = first.weight.unflatten(1, (-1, patch * patch))
     first.weight = nn.Parameter(inside.sum(1))
     last.weight = nn.Parameter(last.weight.unflatten(0, (-1, patch * patch)).mean(0))

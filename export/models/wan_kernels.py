@@ -1,10 +1,10 @@
-"""Wan's stages on hand-written kernels: the layers that compute, replaced one by one.
+"""Wan's stages on hand-written kernels: computing layers are replaced one by one.
 
-Replacements take and give [1, C, T, H, W] and the cache as diffusers' layers do, so that its
-blocks around them stay as they are; in memory, channels come last throughout. A residual block
-is four launches: 1 / RMS of its input, convolution, 1 / RMS, convolution with the residual. Norms
-and SiLU are applied as a convolution reads, or by a launch before it where that is faster, and
-states are written with it.
+Replacements have the interface of diffusers' layers, [1, C, T, H, W] and the cache, so that the
+blocks around them stay unchanged; in memory, channels are last throughout. A residual block takes
+four launches: 1 / RMS of its input, convolution, 1 / RMS, convolution with the residual. A
+convolution applies norm and SiLU to its input while reading it, or a launch before it does so where
+that is faster. The convolution also writes the next state.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from fvae_deploy.kernels.norm_silu import Activation
 
 
 def _frames(x: Tensor) -> Tensor:
-    """[1, C, T, H, W] as [T, H, W, C]; no copy where channels are last in memory."""
+    """Return x [1, C, T, H, W] as [T, H, W, C]; no copy if channels are last in memory."""
     return x[0].permute(1, 2, 3, 0).contiguous()
 
 
 def _volume(frames: Tensor) -> Tensor:
-    """[T, H, W, C] as [1, C, T, H, W]; the memory stays."""
+    """Return a view of frames [T, H, W, C] as [1, C, T, H, W]."""
     return frames.permute(3, 0, 1, 2)[None]
 
 
 def _past(cache: list[Any], slot: int, frames: int) -> Tensor | None:
-    """Take the last frames of a cache, as frames."""
+    """Return the last frames in a slot of the cache as [T, H, W, C], or None if it is empty."""
     return None if cache[slot] is None else _frames(cache[slot])[-frames:]
 
 
 class Convolution(nn.Module):
-    """A convolution of any kind, its weights packed for the kernel."""
+    """A 2-D or 3-D convolution with its weights packed for the kernel."""
 
     def __init__(
         self, layer: nn.Conv2d | nn.Conv3d, kernels: Kernels, window: Window | None = None
@@ -49,34 +49,34 @@ class Convolution(nn.Module):
         self.bias, self.kernels = layer.bias, kernels
         self.window = window or (SAME if self.weight.shape[1] == 3 else Window())
 
-    def frames(self, x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-        """Convolve x [T, H, W, C]; see `causal_conv3d.reference`."""
-        found: tuple[Tensor, Tensor] = self.kernels.causal_conv3d(
-            x, self.weight, self.bias, window=self.window, **more
+    def frames(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Convolve x [T, H, W, C]; see `causal_conv3d.reference` for options and results."""
+        results: tuple[Tensor, Tensor] = self.kernels.causal_conv3d(
+            x, self.weight, self.bias, window=self.window, **options
         )
-        return found
+        return results
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, T, H, W], no state."""
+        """Convolve x [1, C, T, H, W] without state."""
         return _volume(self.frames(_frames(x))[0])
 
 
 class Normed(nn.Module):
-    """A convolution after RMS norm and, but for attention, SiLU."""
+    """RMS norm, SiLU (not before attention) and a convolution."""
 
     def __init__(self, norm: wan.WanRMS_norm, layer: Any, kernels: Kernels, silu: bool) -> None:
         super().__init__()
         self.gamma = nn.Parameter(norm.gamma.float().flatten(), requires_grad=False)
         self.convolution, self.kernels, self.silu = Convolution(layer, kernels), kernels, silu
 
-    def frames(self, x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-        """Convolve x [T, H, W, C], normalised on the way in."""
-        lit = Activation(self.gamma, inverse=self.kernels.rms(x), silu=self.silu)
-        return self.convolution.frames(x, activation=lit, **more)
+    def frames(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Normalise and convolve x [T, H, W, C]."""
+        activation = Activation(self.gamma, inverse=self.kernels.rms(x), silu=self.silu)
+        return self.convolution.frames(x, activation=activation, **options)
 
 
 class KernelCausal(nn.Module):
-    """`Causal`, after the norm that comes before it where there is one."""
+    """`Causal` on kernels, together with the norm before it if there is one."""
 
     def __init__(self, layer: Causal, kernels: Kernels, before: Plain | None = None) -> None:
         super().__init__()
@@ -89,15 +89,15 @@ class KernelCausal(nn.Module):
         )
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W]; takes and leaves its slot of the cache."""
+        """Convolve x [1, C, T, H, W]; read and replace this layer's slot of the cache."""
         slot = feat_idx[0]
-        y, after = self.convolution.frames(_frames(x), state=_past(feat_cache, slot, 2))
-        feat_cache[slot], feat_idx[0] = _volume(after), slot + 1
+        y, state = self.convolution.frames(_frames(x), state=_past(feat_cache, slot, 2))
+        feat_cache[slot], feat_idx[0] = _volume(state), slot + 1
         return _volume(y)
 
 
 class KernelResidual(nn.Module):
-    """`WanResidualBlock`."""
+    """`WanResidualBlock` on kernels."""
 
     def __init__(self, block: wan.WanResidualBlock, kernels: Kernels) -> None:
         super().__init__()
@@ -109,18 +109,18 @@ class KernelResidual(nn.Module):
         )
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W]; takes and leaves two slots of the cache."""
+        """Apply the block to x [1, C, T, H, W]; read and replace two slots of the cache."""
         slot, frames = feat_idx[0], _frames(x)
-        beside = frames if self.shortcut is None else self.shortcut.frames(frames)[0]
+        residual = frames if self.shortcut is None else self.shortcut.frames(frames)[0]
         y, first = self.first.frames(frames, state=_past(feat_cache, slot, 2))
-        y, second = self.second.frames(y, state=_past(feat_cache, slot + 1, 2), residual=beside)
+        y, second = self.second.frames(y, state=_past(feat_cache, slot + 1, 2), residual=residual)
         feat_cache[slot : slot + 2] = [_volume(first), _volume(second)]
         feat_idx[0] = slot + 2
         return _volume(y)
 
 
 class KernelAttention(nn.Module):
-    """`WanAttentionBlock`: one head over the tokens of every frame."""
+    """`WanAttentionBlock` on kernels: one head over the tokens of every frame."""
 
     def __init__(self, block: wan.WanAttentionBlock, kernels: Kernels) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class KernelAttention(nn.Module):
         self.proj = Convolution(block.proj, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, T, H, W] to as many."""
+        """Apply attention with a residual to x [1, C, T, H, W]."""
         frames = _frames(x)
         qkv, _ = self.to_qkv.frames(frames)
         tokens = qkv.flatten(1, 2)[:, :, None]  # [T, H * W, one head, 3 C]
@@ -138,7 +138,7 @@ class KernelAttention(nn.Module):
 
 
 class KernelDown(nn.Module):
-    """`WanResample` to half the size, and but for the first frame to half the frames."""
+    """`WanResample` on kernels: half the size, and half the frames except for the first."""
 
     def __init__(self, layer: wan.WanResample, kernels: Kernels) -> None:
         super().__init__()
@@ -151,49 +151,49 @@ class KernelDown(nn.Module):
         )
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W] -> [1, C, T or T / 2, H / 2, W / 2]."""
+        """Map x [1, C, T, H, W] to [1, C, T or T / 2, H / 2, W / 2]."""
         y, _ = self.resample.frames(_frames(x))
         if self.time is not None:
             slot = feat_idx[0]
-            past, after = _past(feat_cache, slot, 1), y
+            past, state = _past(feat_cache, slot, 1), y
             if past is not None:
-                y, after = self.time.frames(y, state=past)
-            feat_cache[slot], feat_idx[0] = _volume(after), slot + 1
+                y, state = self.time.frames(y, state=past)
+            feat_cache[slot], feat_idx[0] = _volume(state), slot + 1
         return _volume(y)
 
 
 class KernelUpsample(nn.Module):
-    """`Upsample`."""
+    """`Upsample` on kernels."""
 
     def __init__(self, layer: Upsample, kernels: Kernels) -> None:
         super().__init__()
         doubling: Doubling = layer.doubling
-        places = [doubling.get_parameter(f"weight{i}{j}") for i in (0, 1) for j in (0, 1)]
-        packed = torch.stack(tuple(places)).unflatten(0, (2, 2))  # [2, 2, D, C, 2, 2]
+        positions = [doubling.get_parameter(f"weight{i}{j}") for i in (0, 1) for j in (0, 1)]
+        packed = torch.stack(tuple(positions)).unflatten(0, (2, 2))  # [2, 2, D, C, 2, 2]
         packed = packed.permute(0, 1, 4, 5, 3, 2)[:, :, None].contiguous()
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), doubling.bias
         self.kernels = kernels
         self.time = Convolution(layer.time_conv, kernels) if hasattr(layer, "time_conv") else None
 
     def forward(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-        """X [1, C, T, H, W] -> [1, C', T or 2T, 2H, 2W]."""
+        """Map x [1, C, T, H, W] to [1, C', T or 2T, 2H, 2W]."""
         frames = _frames(x)
         if self.time is not None:
             slot = feat_idx[0]
             past = _past(feat_cache, slot, 2)
-            if past is None:  # the first frame stays one, and is not remembered
-                after = torch.zeros_like(frames).repeat(2, 1, 1, 1)
+            if past is None:  # the first frame is not doubled and not kept in the cache
+                state = torch.zeros_like(frames).repeat(2, 1, 1, 1)
             else:
-                doubled, after = self.time.frames(frames, state=past)
+                doubled, state = self.time.frames(frames, state=past)
                 pairs = doubled.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4)
                 frames = pairs.flatten(0, 1).contiguous()  # [2 T, H, W, C]
-            feat_cache[slot], feat_idx[0] = _volume(after), slot + 1
+            feat_cache[slot], feat_idx[0] = _volume(state), slot + 1
         y: Tensor = self.kernels.upsample2x_conv(frames, self.weight, self.bias)
         return _volume(y)
 
 
 def on_kernels(stage: nn.Module, kernels: Kernels) -> nn.Module:
-    """Give a stage, its weights loaded, the form that runs on kernels."""
+    """Return the form of a stage, weights loaded, that runs on kernels."""
     assert isinstance(stage, WanStage)
     layers: list[nn.Module] = []
     for layer in stage.layers:
@@ -207,11 +207,12 @@ def on_kernels(stage: nn.Module, kernels: Kernels) -> nn.Module:
 
 
 def _norm_first(layer: Plain) -> bool:
+    """Return whether a sequence of layers begins with an RMS norm."""
     return isinstance(layer.layers[0], wan.WanRMS_norm)
 
 
 def _replaced(layer: nn.Module, kernels: Kernels) -> nn.Module:
-    """Replace a layer, or all that it holds."""
+    """Return the layer's replacement on kernels; of other layers, replace the children."""
     if isinstance(layer, wan.WanResidualBlock):
         return KernelResidual(layer, kernels)
     if isinstance(layer, wan.WanAttentionBlock):

@@ -1,1 +1,1 @@
-"""Throughput, peak memory and error of every engine, each measured in a process of its own."""
+"""Measure throughput, peak memory and error of every engine, each in a separate process."""

@@ -1,9 +1,9 @@
-"""`fvae bench`: throughput, share of the ceiling, peak memory and error, side by side.
+"""`fvae bench`: compare throughput, share of the ceiling, peak memory and error of engines.
 
-Every configuration runs in a process of its own, so that its peak memory is its own; rounds
-go through all of them in turn. Peers are the same weights as their authors run them: the
+Every configuration runs in a separate process, so that peak memory can be attributed to it; each
+round runs all of them in turn. Peers are the same weights in their authors' implementation: the
 published formulation of LeanVAE, or diffusers' VAEs with and without `enable_tiling`. With a
-peer, errors are against its untiled result. On a GPU peers also run in the precisions of the
+peer, errors are relative to its untiled result. On a GPU, peers also run in the precisions of the
 engines, and speeds are relative to the peer in the same precision.
 """
 
@@ -32,28 +32,28 @@ DIRECTIONS = ("encode", "decode")
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: an engine on the whole plane or planned for a budget, or a peer."""
+    """A configuration to measure: an engine or a peer, its precision, memory budget and device."""
 
     engine: str
     precision: str = "fp32"
-    memory: int | None = None
+    memory: int | None = None  # bytes that tiles are planned for; None: the whole plane
     device: str = "cpu"
 
     @property
     def ceiling(self) -> tuple[str, str]:
-        """Device and precision of the ceiling that it is held against."""
+        """Device and precision of the ceiling that its speed is compared with."""
         return self.device, "fp16" if self.precision in QUANTISED else self.precision
 
 
 @dataclass(frozen=True)
 class Work:
-    """On what: slices of size x size pixels, this many, in steps of k latent frames."""
+    """The clip to measure on, and how often it is measured."""
 
-    size: int = 512
+    size: int = 512  # side of a slice in pixels
     slices: int = 17
-    k: int = 1
+    k: int = 1  # latent frames per step
     rounds: int = 3
-    repeats: int = 3  # timed windows a process, after one that compiles; 0: that one is timed
+    repeats: int = 3  # timed passes per process, after the first; 0: only the first is timed
 
 
 def bench(
@@ -65,62 +65,82 @@ def bench(
     weights: Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
-    """Measure every case in turn, `work.rounds` times over; one row of medians each.
+    """Measure all cases in turn, `work.rounds` times; returns one row of medians per case.
 
-    `weights` are a peer's; the first peer among the cases is the yardstick. The size is
-    rounded up to whole latent cells. The rows hold slices and voxels per second through
-    encode and decode together, GFLOP/s (two per multiply-add, counted from the network), the
-    share of the machine's `ceiling` (None where that cannot be measured), how they ran (tiles of
-    every stage, stages spilled to a file, directions that were lean), peak MiB beyond the libraries
-    (weights included), peak MiB that torch took of a GPU, the speed relative to the yardstick, in
-    the same precision where that was measured, and mean and largest error against it in
-    deviations of its result. Raises PlanError for a budget that cannot be met and EngineError for
-    a case that fails.
+    `weights` are the peers'; the first peer among the cases is the yardstick. The size is rounded
+    up to whole latent cells. A row holds
+
+    - slices and voxels per second through encode and decode together;
+    - GFLOP/s (two per multiply-add, counted from the network), and their share of the machine's
+      `ceiling`, None if that cannot be measured;
+    - how the case ran: tiles per stage, stages spilled to a file, directions in lean mode;
+    - peak MiB beyond the libraries, weights included, and peak MiB of torch on a GPU;
+    - the speed relative to the yardstick, in the same precision if that was measured;
+    - mean and largest error against the yardstick, in standard deviations of its result.
+
+    Raises PlanError for a budget that cannot be met and EngineError for a case that fails.
     """
     side = -(-work.size // manifest.geometry.spatial)
     jobs = {
         case: {d: _job(bundle, manifest, case, work, d, side, weights) for d in DIRECTIONS}
         for case in cases
     }
-    labels = {case: _label(case, jobs[case]) for case in cases}
-    tops = {of: ceiling(*of) for of in {case.ceiling for case in cases}}
-    found: dict[Case, dict[str, list[dict[str, Any]]]] = {}
+    ceilings = {key: ceiling(*key) for key in {case.ceiling for case in cases}}
     with tempfile.TemporaryDirectory(prefix="fvae-bench-") as folder:
-        for number in range(work.rounds):
-            for i, case in enumerate(cases):
-                for direction in DIRECTIONS:
-                    progress(
-                        f"round {number + 1} of {work.rounds}: {labels[case]} {case.precision} "
-                        f"{direction}"
-                    )
-                    job = jobs[case][direction] | {"result": f"{folder}/{i}.{direction}.npy"}
-                    rows = found.setdefault(case, {d: [] for d in DIRECTIONS})
-                    rows[direction].append(in_process(**job))
-        truth = next((i for i, case in enumerate(cases) if _is_peer(case)), None)
+        results = _run_rounds(cases, jobs, work.rounds, folder, progress)
+        yardstick = next((i for i, case in enumerate(cases) if _is_peer(case)), None)
         table = []
         for i, case in enumerate(cases):
-            row: dict[str, Any] = {"engine": labels[case], "precision": case.precision}
-            row |= {"device": case.device, "memory": case.memory} | _how(jobs[case])
-            row |= _row(manifest, found[case], work, side, tops[case.ceiling])
+            row: dict[str, Any] = {"engine": _label(case, jobs[case]), "precision": case.precision}
+            row |= {"device": case.device, "memory": case.memory} | _run_modes(jobs[case])
+            row |= _row(manifest, results[case], work, side, ceilings[case.ceiling])
             for direction in DIRECTIONS:
-                mean, most = _errors(folder, direction, i, truth)
-                row |= {f"{direction}_error_mean": mean, f"{direction}_error_max": most}
+                mean, largest = _errors(folder, direction, i, yardstick)
+                row |= {f"{direction}_error_mean": mean, f"{direction}_error_max": largest}
             table.append(row)
-    for row in table:
-        row["times_reference"] = None
-        if truth is not None:
-            name, precision = table[truth]["engine"], row["precision"]
-            same = [r for r in table if (r["engine"], r["precision"]) == (name, precision)]
-            yardstick = (same or [table[truth]])[0]
-            row["times_reference"] = row["slices_per_second"] / yardstick["slices_per_second"]
+    _add_relative_speed(table, yardstick)
     return table
 
 
-def ceiling(device: str = "cpu", precision: str = "fp32") -> float | None:
-    """Measure a ceiling in FLOP/s: the best of several large matrix products.
+Results = dict[Case, dict[str, list[dict[str, Any]]]]  # of every round, by case and direction
 
-    On a CPU OpenVINO's in this precision, numpy's in float32 where it is not there or does not
-    compute in it; on a GPU torch's, None where torch is not there or does not know the device.
+
+def _run_rounds(
+    cases: list[Case],
+    jobs: dict[Case, dict[str, dict[str, Any]]],
+    rounds: int,
+    folder: str,
+    progress: Callable[[str], None],
+) -> Results:
+    """Run every job once per round, all cases in turn; their output goes to files in `folder`."""
+    results: Results = {case: {direction: [] for direction in DIRECTIONS} for case in cases}
+    for number in range(rounds):
+        for i, case in enumerate(cases):
+            label = f"{_label(case, jobs[case])} {case.precision}"
+            for direction in DIRECTIONS:
+                progress(f"round {number + 1} of {rounds}: {label} {direction}")
+                job = jobs[case][direction] | {"result": f"{folder}/{i}.{direction}.npy"}
+                results[case][direction].append(in_process(**job))
+    return results
+
+
+def _add_relative_speed(table: list[dict[str, Any]], yardstick: int | None) -> None:
+    """Add each row's speed relative to the yardstick, in the same precision if there is one."""
+    for row in table:
+        row["times_reference"] = None
+        if yardstick is not None:
+            name, precision = table[yardstick]["engine"], row["precision"]
+            same = [r for r in table if (r["engine"], r["precision"]) == (name, precision)]
+            peer = (same or [table[yardstick]])[0]
+            row["times_reference"] = row["slices_per_second"] / peer["slices_per_second"]
+
+
+def ceiling(device: str = "cpu", precision: str = "fp32") -> float | None:
+    """Measure the best speed of several large matrix products, in FLOP/s.
+
+    On a CPU OpenVINO multiplies in this precision; without OpenVINO, or if it does not support the
+    precision, numpy in float32. On a GPU torch multiplies; without torch, or if it does not support
+    the device, the result is None.
     """
     engine = "openvino" if device == "cpu" else "torch"
     try:
@@ -135,7 +155,7 @@ def ceiling(device: str = "cpu", precision: str = "fp32") -> float | None:
 
 
 def macs_per_cell(manifest: Manifest, direction: str, first: bool) -> int:
-    """Multiply-adds of a direction for one latent cell of one latent frame."""
+    """Return the multiply-adds of a direction for one latent cell of one latent frame."""
     parts = (manifest.stage_part(stage, first) for stage in manifest.stages(direction))
     return sum(part.mac_per_cell * part.scale**2 for part in parts)
 
@@ -149,7 +169,7 @@ def _job(
     side: int,
     weights: Path | None,
 ) -> dict[str, Any]:
-    """Say what the process of one measurement is told."""
+    """Return the job description for the process of one measurement."""
     job: dict[str, Any] = {
         "task": "window",
         "bundle": str(bundle),
@@ -169,7 +189,7 @@ def _job(
     }
     if _is_peer(case):
         return job
-    made = plan(
+    planned = plan(
         manifest,
         (direction,),
         (side, side),
@@ -178,18 +198,18 @@ def _job(
         memory=case.memory,
         k=work.k,
     )
-    whole = all(grid.count == 1 for grid in made.grids.values())
-    job["lean"] = made.lean if case.memory else made.lean or not whole
-    job["tiles"] = dict.fromkeys(made.grids, 1)
-    if case.memory:  # else on the whole plane, whatever is free
-        job["tiles"] = {name: grid.count for name, grid in made.grids.items()}
-        job["grids"] = {name: dataclasses.astuple(grid) for name, grid in made.grids.items()}
-        job["spilled"] = sorted(made.spilled)
+    whole = all(grid.count == 1 for grid in planned.grids.values())
+    job["lean"] = planned.lean if case.memory else planned.lean or not whole
+    job["tiles"] = dict.fromkeys(planned.grids, 1)
+    if case.memory:  # without a budget the whole plane is run, even if memory is short
+        job["tiles"] = {name: grid.count for name, grid in planned.grids.items()}
+        job["grids"] = {name: dataclasses.astuple(grid) for name, grid in planned.grids.items()}
+        job["spilled"] = sorted(planned.spilled)
     return job
 
 
-def _how(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Say how a case runs: tiles of every stage, stages spilled, directions that are lean."""
+def _run_modes(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return how a case runs: tiles per stage, spilled stages, and directions in lean mode."""
     return {
         "tiles": {stage: n for job in jobs.values() for stage, n in job["tiles"].items()},
         "spilled": [stage for job in jobs.values() for stage in job["spilled"]],
@@ -198,10 +218,10 @@ def _how(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _label(case: Case, jobs: dict[str, dict[str, Any]]) -> str:
-    """Name a case in the table; one with a budget by what the plan made of it."""
+    """Return a case's name in the table; with a budget it tells whether the plan has tiles."""
     if not case.memory:
         return case.engine
-    tiled = any(n > 1 for n in _how(jobs)["tiles"].values())
+    tiled = any(n > 1 for n in _run_modes(jobs)["tiles"].values())
     return f"{case.engine} {'tiled' if tiled else 'whole'}"
 
 
@@ -214,9 +234,9 @@ def _row(
     directions: dict[str, list[dict[str, Any]]],
     work: Work,
     side: int,
-    top: float | None,
+    peak_flops: float | None,
 ) -> dict[str, Any]:
-    """Medians over the rounds of one case."""
+    """Return the table row of one case, with medians over the rounds."""
     seconds = {d: statistics.median(r["seconds"] for r in rows) for d, rows in directions.items()}
     total = sum(seconds.values())
     pixels = side * manifest.geometry.spatial
@@ -236,8 +256,8 @@ def _row(
         "slices_per_second": work.slices / total,
         "voxels_per_second": work.slices * pixels**2 / total,
         "gflop_per_second": flops / 1e9,
-        "share_of_ceiling": flops / top if top else None,
-        "ceiling_gflop_per_second": top / 1e9 if top else None,
+        "share_of_ceiling": flops / peak_flops if peak_flops else None,
+        "ceiling_gflop_per_second": peak_flops / 1e9 if peak_flops else None,
         "peak_mib": max(row["peak_bytes"] for row in rows) / 2**20,
         "peak_gpu_mib": max(row["peak_gpu_bytes"] for row in rows) / 2**20,
         "spread": max(row["spread"] for row in rows),
@@ -245,15 +265,15 @@ def _row(
 
 
 def _errors(
-    folder: str, direction: str, case: int, truth: int | None
+    folder: str, direction: str, case: int, yardstick: int | None
 ) -> tuple[float | None, float | None]:
-    """Mean and largest difference from the yardstick's result, in its deviations."""
-    if truth is None:
+    """Return mean and largest error against the yardstick, in standard deviations of its result."""
+    if yardstick is None:
         return None, None
-    found, expected = (np.load(f"{folder}/{i}.{direction}.npy") for i in (case, truth))
-    assert found.shape == expected.shape
-    apart: NDArray[np.float32] = np.abs(found - expected)
-    return float(apart.mean() / expected.std()), float(apart.max() / expected.std())
+    result, expected = (np.load(f"{folder}/{i}.{direction}.npy") for i in (case, yardstick))
+    assert result.shape == expected.shape
+    error: NDArray[np.float32] = np.abs(result - expected)
+    return float(error.mean() / expected.std()), float(error.max() / expected.std())
 
 
 def _timed(work: Callable[[], Any]) -> float:

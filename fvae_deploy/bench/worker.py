@@ -1,6 +1,7 @@
-"""Measurements in a process of their own: its peak memory is theirs alone.
+"""Run one measurement in a separate process, so that peak memory can be attributed to it.
 
-`python -m fvae_deploy.bench.worker JOB`, with a JSON object as JOB; the last line is JSON.
+`python -m fvae_deploy.bench.worker JOB`, with a JSON object as JOB; the last line of output is
+JSON.
 """
 
 from __future__ import annotations
@@ -31,37 +32,38 @@ from fvae_deploy.stream.tiles import Grid
 
 
 def in_process(**job: Any) -> dict[str, Any]:
-    """Run a job in a fresh process; raises EngineError with its last line when it fails.
+    """Run a job in a fresh process; raises EngineError with its last line if it fails.
 
     The task `window` passes one clip through one direction and returns `seconds` (of the
     median pass), `spread` (max / min), `first_seconds` (compiling included), `peak_bytes`
-    beyond the libraries, `peak_gpu_bytes` that torch took of a GPU, and `frames`, the latent
-    frames of first and of later steps. The task `ceiling` returns `flops` a second. The task
-    `stages` returns the bytes that each stage adds at its peak on a plane of side x side latent
-    cells, and keeps without states.
+    beyond the libraries, `peak_gpu_bytes` of torch on a GPU, and `frames`, the latent frames of
+    first and of later steps. The task `ceiling` returns `flops` per second. The task `stages`
+    returns, on a plane of side x side latent cells, the bytes that each stage adds at its peak,
+    and those that it keeps between runs besides its states.
     """
     command = [sys.executable, "-m", "fvae_deploy.bench.worker", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        lines = process.stderr.strip().splitlines()
+        lines = lines or [f"exit code {process.returncode}, no message"]
         name = f"{job['engine']} {job['precision']}"
         raise EngineError(f"engine {name} failed in its own process: {lines[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
 def window(job: dict[str, Any]) -> dict[str, Any]:
-    """Pass one clip, or its latents, through one direction; the result goes to a file."""
+    """Pass one clip, or latents, through one direction; the result is saved to a file."""
     manifest = Manifest.load(Path(job["bundle"]), verify=False)
     planned = schedule.steps(
         job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
     )
     x = _data(manifest, job["direction"], job["side"], planned)
-    reset_peak()  # of making the clip
+    reset_peak()  # making the clip does not count
     run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
     first, result = _timed(run)
     if job["repeats"]:
-        _forget_peak()  # of what chose among kernels
+        _reset_gpu_peak()  # choosing kernels in the first pass does not count
     seconds = [_timed(run)[0] for _ in range(job["repeats"])] or [first]
     if job["direction"] == "decode":
         result = result.clip(manifest.intensity.model_min, manifest.intensity.model_max)
@@ -77,24 +79,24 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ceiling(job: dict[str, Any]) -> dict[str, Any]:
-    """Multiply large matrices, several times; the best counts."""
+    """Multiply large matrices several times and return the best speed."""
     n, run = (_openvino_product if job["device"] == "cpu" else _torch_product)(job)
     run()
     return {"flops": 2 * n**3 / min(_timed(run)[0] for _ in range(10))}
 
 
 def _openvino_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
-    """Multiply by a constant, as networks do, which may be laid out as it likes."""
+    """Multiply by a constant, as networks do; OpenVINO can then choose its memory layout."""
     engine, n = load("openvino"), 2048
     if job["precision"] not in engine.precisions():
-        raise EngineError(f"expected {job['precision']} on this CPU, found none")
+        raise EngineError(f"expected {job['precision']} on this CPU, found none: use fp32")
     from openvino import opset13
 
     a = np.random.default_rng(0).random((n, n), dtype=np.float32)
-    given = opset13.parameter([n, n], np.float32)
-    product = opset13.matmul(given, opset13.constant(a), False, False)
+    parameter = opset13.parameter([n, n], np.float32)
+    product = opset13.matmul(parameter, opset13.constant(a), False, False)
     compiled = engine.ov.Core().compile_model(
-        engine.ov.Model([product], [given]),
+        engine.ov.Model([product], [parameter]),
         "CPU",
         {"INFERENCE_PRECISION_HINT": engine.TYPES[job["precision"]], "NUM_STREAMS": 1},
     )
@@ -103,7 +105,7 @@ def _openvino_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
 
 
 def _torch_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
-    """Multiply on a GPU."""
+    """Multiply on a GPU with torch."""
     import torch
 
     from fvae_deploy.engines.eager import DTYPES
@@ -120,15 +122,15 @@ def _torch_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
     return n, run
 
 
-def _forget_peak() -> None:
-    """Let the peak of torch's memory on a GPU begin anew."""
+def _reset_gpu_peak() -> None:
+    """Reset the peak of torch's memory on a GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_gpu() -> int:
-    """Most bytes of a GPU that torch's tensors took; 0 where it took none."""
+    """Return the peak bytes of torch's tensors on a GPU; 0 if torch did not use one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
@@ -141,7 +143,7 @@ Run = Callable[[], NDArray[np.float32]]
 def _engine(
     job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
 ) -> tuple[Run, int]:
-    """Return a pass through an engine, and the memory before it was opened."""
+    """Return a function that passes x through an engine, and the memory before it was opened."""
     direction = job["direction"]
     load(job["engine"])
     baseline = current_rss()
@@ -158,10 +160,10 @@ def _engine(
         )
         results = []
         for step in planned:
-            taken, size = (
+            span, size = (
                 (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
             )
-            results.append(stream.run(pad_frames(x[:, slice(*taken)], size), step.first))
+            results.append(stream.run(pad_frames(x[:, slice(*span)], size), step.first))
         stream.close()
         return np.concatenate(results, axis=1)
 
@@ -171,19 +173,26 @@ def _engine(
 def _peer(
     job: dict[str, Any], manifest: Manifest, planned: list[schedule.Step], x: Any
 ) -> tuple[Run, int]:
-    """Return a pass through a peer, and the memory before it was loaded."""
+    """Return a function that passes x through a peer, and the memory before it was loaded."""
     from fvae_deploy.export.peer import peer_window
 
     baseline = current_rss()
-    how = (job["direction"], x, job["precision"], job["device"])
-    gray = manifest.geometry.channels == 1
-    return peer_window(Path(job["weights"]), job["engine"], *how, gray=gray), baseline
+    run = peer_window(
+        Path(job["weights"]),
+        job["engine"],
+        job["direction"],
+        x,
+        job["precision"],
+        job["device"],
+        gray=manifest.geometry.channels == 1,
+    )
+    return run, baseline
 
 
 def _data(
     manifest: Manifest, direction: str, side: int, planned: list[schedule.Step]
 ) -> NDArray[np.float32]:
-    """Make a clip like CT, or unit noise as latents, with whole steps: [C, T, H, W]."""
+    """Make a clip that resembles CT, or unit noise as latents, in whole steps: [C, T, H, W]."""
     g = manifest.geometry
     if direction == "encode":
         slices = sum(step.depth for step in planned)
@@ -195,15 +204,16 @@ def _data(
 
 
 def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Bytes that each stage of a direction adds and keeps, one after the other, some steps each.
+    """Run a few steps of each stage in turn; returns the bytes that it adds and keeps.
 
-    `most` is the peak, compiling included, `last` that of the last step, compiled before.
+    `most` is the peak with compiling, `last` the peak of the last step, which compiles nothing,
+    `kept` what stays after the steps.
     """
     bundle, direction, side = Path(job["bundle"]), job["direction"], job["side"]
     manifest = Manifest.load(bundle, verify=False)
     opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
     causal = manifest.geometry.first_slices == 1
-    random, found = np.random.default_rng(0), {}
+    random, results = np.random.default_rng(0), {}
     for name, grid in whole_grids(manifest, (direction,), (side, side)).items():
         trim()
         before = current_rss()
@@ -218,8 +228,8 @@ def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
         del stream
         reset_peak()
         kept = max(0, current_rss() - before)
-        found[name] = {"most": max(peaks), "last": peaks[-1], "kept": kept}
-    return found
+        results[name] = {"most": max(peaks), "last": peaks[-1], "kept": kept}
+    return results
 
 
 def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import BundleError, ConditionError, EngineError
-from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, waves
+from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, timestep_embedding
 from fvae_deploy.stream.codec import Opened, bundle_path
 
 Array = NDArray[np.float32]
@@ -59,7 +59,7 @@ class Denoiser(Opened[GeneratorManifest]):
         inputs = {
             "x": np.ascontiguousarray(x, np.float32),
             "mask_latent": np.ascontiguousarray(mask_latent, np.float32),
-            "time": waves(t, self.manifest.width),
+            "time": timestep_embedding(t, self.manifest.width),
             **self._keys_values(context),
         }
         noise: Array = self.engine.run("denoise", inputs)["noise"].copy()

@@ -1,1 +1,1 @@
-"""Bundles and TensorRT engines, made from weights and measured."""
+"""Export weights to bundles, build TensorRT engines, and measure both."""

@@ -1,24 +1,29 @@
-"""`fvae export`: weights to bundle, with parity and memory measured in every engine here."""
+"""`fvae export`: export weights to a bundle, and measure parity and memory in every engine."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fvae_deploy.bench.run import DIRECTIONS
 from fvae_deploy.bench.worker import in_process
-from fvae_deploy.engines.base import missing, open_engine, precisions
+from fvae_deploy.engines.base import Engine, missing, open_engine, precisions
 from fvae_deploy.errors import BundleError, EngineError
+from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.check import noise_parity, parity
-from fvae_deploy.export.generator import GeneratorManifest, NoiseParity
+from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.generators import load_generator
 from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.sources import Foreign, load
-from fvae_deploy.export.to_onnx import export_bundle, write_bundle
+from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
 from fvae_deploy.version import __version__
 
 MEASURED = ("openvino", "onnxruntime", "torch")
+
+Progress = Callable[[str], None]
+Row = TypeVar("Row")
 
 
 def make_bundle(
@@ -29,30 +34,23 @@ def make_bundle(
     channels: str = "gray",
     foreign: Foreign | None = None,
     opset: int = 18,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda message: None,
 ) -> Manifest:
-    """Export weights to a new bundle and measure it in every engine that runs here.
+    """Export a VAE to a new bundle and measure it in every engine that runs on this machine.
 
-    `model` and `foreign` are what `export.sources.load` takes. Raises BundleError for weights
-    or a folder that do not fit. The folder appears when all is measured.
+    `model` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX operator set.
+    The folder appears when everything is measured. Raises BundleError for weights or a folder that
+    do not fit.
     """
     if channels not in ("gray", "rgb"):
-        raise BundleError(f"expected channels gray or rgb, found {channels!r}")
+        raise BundleError(f"expected channels gray or rgb, found {channels!r}: correct --channels")
     progress("loading weights")
-    gray = channels == "gray"
-    found = load(str(model), gray=gray, foreign=foreign, progress=progress)
-    return export_bundle(
-        found.model,
-        folder,
-        name=name or found.name,
-        description=found.description,
-        licence=found.licence,
-        source=found.source,
-        version=__version__,
-        opset=opset,
-        progress=progress,
-        measure=lambda where, manifest: measure_bundle(where, manifest, progress),
+    loaded = load(str(model), gray=channels == "gray", foreign=foreign, progress=progress)
+    options = ExportOptions(
+        opset, progress, lambda where, manifest: measure_bundle(where, manifest, progress)
     )
+    loaded = dataclasses.replace(loaded, name=name or loaded.name)
+    return export_bundle(loaded, folder, version=__version__, options=options)
 
 
 def make_generator_bundle(
@@ -63,86 +61,95 @@ def make_generator_bundle(
     config: Path | None = None,
     text: str | None = None,
     opset: int = 18,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda message: None,
 ) -> GeneratorManifest:
-    """Export a generator to a new bundle and measure one step in every engine that runs here.
+    """Export a generator to a new bundle and measure one step in every engine of this machine.
 
-    `config` and `text` are what `export.generators.load_generator` takes. Raises BundleError
-    for files or a folder that do not fit. The folder appears when all is measured.
+    `name`, `config` and `text` are arguments of `export.generators.load_generator`, `opset` is the
+    ONNX operator set. The folder appears when everything is measured. Raises BundleError for files
+    or a folder that do not fit.
     """
     progress("loading weights")
-    found = load_generator(
+    draft = load_generator(
         weights, name=name, config=config, text=text, version=__version__, progress=progress
     )
-    return write_bundle(
-        found.manifest,
-        found.stages,
-        folder,
-        opset,
-        progress,
-        texts=found.texts,
-        measure=lambda where, manifest: measure_generator(where, manifest, progress),
+    options = ExportOptions(
+        opset, progress, lambda where, manifest: measure_generator(where, manifest, progress)
     )
+    return write_bundle(draft, folder, options)
 
 
 def measure_generator(
-    folder: Path, manifest: GeneratorManifest, progress: Callable[[str], None]
+    folder: Path, manifest: GeneratorManifest, progress: Progress
 ) -> GeneratorManifest:
-    """Measure parity of one step with float32 torch; returns the manifest with it."""
-    rows: list[NoiseParity] = []
+    """Measure parity of one step with float32 torch; returns the manifest with the results."""
     reference = open_engine(folder, manifest, "torch")
-    heavy = manifest.part("denoise").heavy
-    for engine in (name for name in MEASURED if missing(name) is None):
-        for precision in precisions(engine):
-            if heavy and engine == "torch" and precision != "fp32":
-                progress(f"{engine} {precision} is not measured: a CPU would take hours")
-                continue
-            progress(f"parity of {engine} {precision}")
-            opened = open_engine(folder, manifest, engine, "cpu", precision)
-            try:
-                rows.append(noise_parity(reference, opened, manifest))
-            except EngineError as error:
-                if precision == "fp32":
-                    raise
-                progress(f"left out: {error}")
-            finally:
-                opened.close()
-    return dataclasses.replace(manifest, parity=tuple(rows))
+    rows = _compare_engines(
+        folder,
+        manifest,
+        lambda engine: noise_parity(reference, engine, manifest),
+        heavy=manifest.part("denoise").heavy,
+        progress=progress,
+    )
+    return dataclasses.replace(manifest, parity=tuple(row for _, _, row in rows))
 
 
 def measure_bundle(
-    folder: Path, manifest: Manifest, progress: Callable[[str], None] = lambda message: None
+    folder: Path, manifest: Manifest, progress: Progress = lambda message: None
 ) -> Manifest:
-    """Measure parity with float32 torch and the memory lines; returns the manifest with them."""
+    """Measure parity with float32 torch and the memory use; returns the manifest with both."""
     errors: list[Parity] = []
     lines: list[Memory] = []
-    # Measured on small planes: half precision on a CPU without it would take hours otherwise.
+    # Heavy networks are measured on small planes: half precision takes hours on a CPU without it.
     heavy = any(part.heavy for part in manifest.parts)
-    clip = {"size": (5, 6), "steps": 1} if heavy else {"size": (9, 12), "steps": 2}
+    clip: dict[str, Any] = {"size": (5, 6), "steps": 1} if heavy else {"size": (9, 12), "steps": 2}
+    sides = (8, 16) if heavy else (32, 64)
     reference = open_engine(folder, manifest, "torch")
+
+    def compare(engine: Engine) -> Parity:
+        return parity(reference, engine, manifest, **clip)
+
+    for engine, precision, row in _compare_engines(
+        folder, manifest, compare, heavy=heavy, progress=progress
+    ):
+        errors.append(row)
+        if engine == "torch" and precision != "fp32":
+            continue  # the memory line of fp32 is used for it
+        progress(f"memory of {engine} {precision}")
+        for direction in DIRECTIONS:
+            lines += memory_lines(folder, manifest, engine, precision, direction, sides)
+    return dataclasses.replace(manifest, parity=tuple(errors), memory=tuple(lines))
+
+
+def _compare_engines(
+    folder: Path,
+    manifest: Bundle,
+    compare: Callable[[Engine], Row],
+    *,
+    heavy: bool,
+    progress: Progress,
+) -> Iterator[tuple[str, str, Row]]:
+    """Open every engine and precision of this machine's CPU and yield what `compare` returns.
+
+    A precision other than fp32 in which the network overflows is reported and skipped.
+    """
     names = [name for name in MEASURED if missing(name) is None]
-    for engine, precision in ((name, p) for name in names for p in precisions(name)):
-        if heavy and engine == "torch" and precision != "fp32":
-            progress(f"{engine} {precision} is not measured: a CPU would take hours")
+    for name, precision in [(n, p) for n in names for p in precisions(n)]:
+        if heavy and name == "torch" and precision != "fp32":
+            progress(f"{name} {precision} is not measured: it would take hours on a CPU")
             continue
-        opened = open_engine(folder, manifest, engine, "cpu", precision)
-        progress(f"parity of {engine} {precision}")
+        progress(f"parity of {name} {precision}")
+        engine = open_engine(folder, manifest, name, "cpu", precision)
         try:
-            errors.append(parity(reference, opened, manifest, **clip))  # type: ignore[arg-type]
+            row = compare(engine)
         except EngineError as error:
             if precision == "fp32":
                 raise
             progress(f"left out: {error}")
             continue
         finally:
-            opened.close()
-        if engine == "torch" and precision != "fp32":
-            continue  # the line of fp32 serves
-        progress(f"memory of {engine} {precision}")
-        for direction in DIRECTIONS:
-            sides = (8, 16) if heavy else (32, 64)
-            lines += memory_lines(folder, manifest, engine, precision, direction, sides)
-    return dataclasses.replace(manifest, parity=tuple(errors), memory=tuple(lines))
+            engine.close()
+        yield name, precision, row
 
 
 def memory_lines(
@@ -153,9 +160,10 @@ def memory_lines(
     direction: str,
     sides: tuple[int, int],
 ) -> list[Memory]:
-    """Bound every stage's peak from two sizes: a line through its steps, and what compiling takes.
+    """Return an upper bound of every stage's memory as a line through the peaks at two sizes.
 
-    On small planes compiling takes more than the steps, and would hide how those grow.
+    The line goes through the peaks of the last steps. Compiling has its own bound: on small planes
+    it takes more than the steps do, and would hide how their memory grows with the size.
     """
     small, large = (
         in_process(
@@ -171,12 +179,13 @@ def memory_lines(
     lines = []
     for stage, high in large.items():
         scale = manifest.stage_part(stage, first=False).scale
-        least, most = ((side * scale) ** 2 for side in sides)
+        few_cells, many_cells = ((side * scale) ** 2 for side in sides)
         low = small[stage]
-        per_cell = max(1, -(-(high["last"] - low["last"]) // (most - least)))
-        fixed = max(0, low["last"] - per_cell * least)
+        per_cell = max(1, -(-(high["last"] - low["last"]) // (many_cells - few_cells)))
+        fixed = max(0, low["last"] - per_cell * few_cells)
         kept, compiling = max(low["kept"], high["kept"]), low["most"]
         line = Memory(engine, precision, stage, fixed, per_cell, kept, compiling)
-        short = max(0, high["most"] - line.bytes(most))  # a first step may take more than others
-        lines.append(dataclasses.replace(line, fixed=fixed + short))
+        # A first step may take more memory than later ones.
+        excess = max(0, high["most"] - line.bytes(many_cells))
+        lines.append(dataclasses.replace(line, fixed=fixed + excess))
     return lines

@@ -1,4 +1,4 @@
-"""What the parts of a VAE see when it runs on CTs: the data that scales are taken from."""
+"""Record the inputs of a VAE's parts on CTs, from which quantisation takes its scales."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from fvae_deploy.stream.codec import open_codec
 from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.volume.open import open_volume
 
-SLICES = 17  # from the middle of each CT: the first latent frame and four steps
+SLICES = 17  # taken from the middle of each CT: the first latent frame and four steps
 
 
 class Recorder:
-    """An engine that keeps copies of what its parts are given."""
+    """An engine that keeps copies of the inputs of its parts."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.name, self.precision = engine.name, engine.precision
         self.host, self.release, self.close = engine.host, engine.release, engine.close
-        self.seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.recorded: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep the inputs, and compute."""
-        self.seen[part].append({n: np.array(self.host(v)) for n, v in inputs.items()})
+        """Copy the inputs, then run the part."""
+        self.recorded[part].append({n: np.array(self.host(v)) for n, v in inputs.items()})
         return self._engine.run(part, inputs)
 
 
 def record(bundle: Path, cts: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Run a VAE on the middle of each CT, there and back; returns the inputs of every part.
+    """Encode and decode the middle of each CT; returns the inputs of every part.
 
-    Raises VolumeError for what is no CT in HU.
+    Raises VolumeError for a volume that is not a CT in HU.
     """
     with open_codec(bundle, engine="onnxruntime") as codec:
         recorder = Recorder(codec.engine)
         codec.engine = recorder
-        of = codec.manifest.geometry
+        geometry = codec.manifest.geometry
         for path in cts:
             reader, tally = open_volume(path), ClippingTally()
             x, y, z = reader.geometry.shape
             count = min(z, SLICES)
             frames = next(reader.slabs(count, start=(z - count) // 2))
             reader.close()
-            height, width = (-(-n // of.spatial) * of.spatial for n in (x, y))
+            height, width = (-(-n // geometry.spatial) * geometry.spatial for n in (x, y))
             clip = to_model(frames, codec.manifest.intensity, height, width, tally)
             tally.check_is_ct()
-            codec.decode(codec.encode(clip.repeat(of.channels, axis=0)))
-        return dict(recorder.seen)
+            codec.decode(codec.encode(clip.repeat(geometry.channels, axis=0)))
+        return dict(recorder.recorded)

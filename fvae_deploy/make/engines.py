@@ -1,4 +1,4 @@
-"""`fvae build`: which sizes every part of a bundle will meet, and its engines for some GPUs."""
+"""`fvae build`: plan the sizes that every part of a bundle needs, and build its engines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fvae_deploy.parse import parse_bytes
 from fvae_deploy.stream.codec import bundle_path
 from fvae_deploy.stream.plan import plan
 
-TOKENS = 512  # of a text whose encoder is not in the bundle
-SPATIAL = 8  # of the VAE of a generator, where nobody said
+TOKENS = 512  # largest length of a text if the bundle has no text encoder
+SPATIAL = 8  # pixels per latent cell of a generator's VAE, if that is unknown
 
 
 def open_bundle(model: str | Path) -> tuple[Path, Bundle]:
-    """Read a bundle of either kind."""
+    """Load the bundle of a VAE or generator; returns its folder and manifest."""
     path = bundle_path(model)
     kind: type[Bundle] = GeneratorManifest if kind_of(path) == GeneratorManifest.KIND else Manifest
     return path, kind.load(path)
@@ -47,30 +47,31 @@ def make_engines(
 ) -> list[Row]:
     """Build engines of all parts for every target and precision.
 
-    `planes` are the sizes of slices in pixels, `any_size` adds engines for all smaller ones,
-    `step` is the latent frames of a step, `memory` the GPU's that tiles are planned for. Raises
-    UsageError for what cannot be asked for, EngineError with TensorRT's words where a part does
-    not build.
+    `planes` are the sizes of slices in pixels, `any_size` adds engines for all smaller sizes,
+    `step` is the number of latent frames per step, `memory` the GPU memory that tiles are planned
+    for. `calibration` are CTs for int8 and fp8. `begin` is called with a target and its number of
+    engines, and returns a function that is called after each. Raises UsageError for options that
+    do not fit, and EngineError with TensorRT's message if a part does not build.
     """
     if not targets:
-        raise UsageError("expected --target as sm_89,sm_120, found none: name a GPU architecture")
+        raise UsageError("expected --target like sm_89,sm_120, found none: name a GPU architecture")
     if package == "tensorrt":
-        _check_here(targets)
+        _check_own_gpu(targets)
     for target in targets:
         for precision in precisions:
             check_request(package, target, precision)
     path, manifest = open_bundle(model)
-    wanted = variants(manifest, planes, any_size, step, memory)
+    by_part = variants(manifest, planes, any_size, step, memory)
     rows: list[Row] = []
     for precision in precisions:
         with _graphs(path, manifest, precision, calibration) as graphs:
             for target in targets:
-                count = sum(map(len, wanted.values()))
+                count = sum(map(len, by_part.values()))
                 advance = begin(f"{target} {precision}", count)
                 for row in build(
                     path,
                     manifest,
-                    wanted,
+                    by_part,
                     target=target,
                     precision=precision,
                     package=package,
@@ -81,23 +82,23 @@ def make_engines(
     return rows
 
 
-def _check_here(targets: Sequence[str]) -> None:
-    """TensorRT builds for the GPU that is here, whatever it is asked for."""
-    here = devices.target()
+def _check_own_gpu(targets: Sequence[str]) -> None:
+    """Raise UsageError for other targets than this machine's GPU; TensorRT builds only for that."""
+    own = devices.target()
     for target in targets:
-        if target != here:
+        if target != own:
             raise UsageError(
-                f"expected {here or 'a GPU here'} for --package tensorrt, found {target!r}: build "
-                "on a machine with that GPU"
+                f"expected {own or 'a GPU in this machine'} for --package tensorrt, found "
+                f"{target!r}: build on a machine with that GPU"
             )
 
 
 def variants(
     manifest: Bundle, planes: Sequence[tuple[int, int]], any_size: bool, step: int, memory: str
 ) -> dict[str, list[Variant]]:
-    """Sizes of the engines of every part: the planned tiles, and all up to the largest plane."""
+    """Return the sizes to build for every part: planned tiles, and with `any_size` a range."""
     if isinstance(manifest, GeneratorManifest):
-        return _of_generator(manifest, planes, any_size)
+        return _generator_variants(manifest, planes, any_size)
     assert isinstance(manifest, Manifest)
     manifest.check_step(step)
     spatial = manifest.geometry.spatial
@@ -114,40 +115,43 @@ def variants(
         ).grids
         for plane in cells
     ]
-    found: dict[str, list[Variant]] = {}
+    by_part: dict[str, list[Variant]] = {}
     for part in manifest.parts:
         k = step if part.inputs[0].factor("k") else 1
-        extents = dict.fromkeys(each[part.stage].extent for each in grids)
-        those = [Variant(f"{k}x{h}x{w}", *3 * [Sizes(k, h, w)]) for h, w in extents]
+        extents = dict.fromkeys(grid[part.stage].extent for grid in grids)
+        sizes = [Variant(f"{k}x{h}x{w}", *3 * [Sizes(k, h, w)]) for h, w in extents]
         if any_size:
             most = Sizes(k, *(part.scale * max(n) for n in zip(*cells, strict=True)))
-            those.append(Variant(ANY, Sizes(), those[0].planned, most))
-        found[part.name] = those
-    return found
+            sizes.append(Variant(ANY, Sizes(), sizes[0].planned, most))
+        by_part[part.name] = sizes
+    return by_part
 
 
-def _of_generator(
+def _generator_variants(
     manifest: GeneratorManifest, planes: Sequence[tuple[int, int]], any_size: bool
 ) -> dict[str, list[Variant]]:
-    """Whole windows of a plane; texts have any length."""
+    """Return sizes for whole planes and windows, and for texts of any length."""
     vae = known(manifest.vae)
     side = (vae.spatial if vae else SPATIAL) * manifest.multiple
     tokens = manifest.tokens or TOKENS
     cells = [_cells(plane, side) for plane in planes or [manifest.plane]]
     k = manifest.window
-    those = [
+    sizes = [
         Variant(f"{k}x{h}x{w}", Sizes(k, h, w), *2 * [Sizes(k, h, w, tokens)]) for h, w in cells
     ]
     if any_size:
         h, w = (max(n) for n in zip(*cells, strict=True))
-        those.append(Variant(ANY, Sizes(2), those[0].planned, Sizes(k, h, w, tokens)))
-    # The text's parts know no planes.
-    return {p.name: those if p.inputs[0].factor("h") else those[:1] for p in manifest.parts}
+        sizes.append(Variant(ANY, Sizes(2), sizes[0].planned, Sizes(k, h, w, tokens)))
+    # The sizes of the text's parts do not depend on the plane.
+    return {p.name: sizes if p.inputs[0].factor("h") else sizes[:1] for p in manifest.parts}
 
 
 def _cells(plane: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the size of a plane in cells of side x side pixels."""
     if any(n % side or n < side for n in plane):
-        raise UsageError(f"expected --size in multiples of {side}, found {plane[0]},{plane[1]}")
+        raise UsageError(
+            f"expected --size in multiples of {side}, found {plane[0]},{plane[1]}: round it up"
+        )
     return plane[0] // side, plane[1] // side
 
 
@@ -155,7 +159,7 @@ def _cells(plane: tuple[int, int], side: int) -> tuple[int, int]:
 def _graphs(
     path: Path, manifest: Bundle, precision: str, calibration: Sequence[Path]
 ) -> Iterator[Mapping[str, Path] | None]:
-    """Quantise in a folder that goes; precisions with a mantissa need no graphs of their own."""
+    """Yield quantised graphs in a temporary folder for int8 and fp8, or None for the others."""
     if precision not in QUANTISED:
         yield None
         return
@@ -163,7 +167,7 @@ def _graphs(
         raise UsageError(f"expected a VAE for {precision}, found {manifest.name}: use fp16 or bf16")
     if not calibration:
         raise UsageError(
-            f"expected --calibrate CT for {precision}, found none: name one or more CTs"
+            f"expected --calibrate CT for {precision}, found none: give one or more CTs"
         )
     from fvae_deploy.export.quantize import quantize
     from fvae_deploy.make.calibration import record
@@ -173,7 +177,7 @@ def _graphs(
 
 
 def row_facts(row: Row) -> dict[str, Any]:
-    """Say what was built in plain data, as the table and the JSON show it."""
+    """Return an engine and the cost of its build as plain data, for the table and the JSON."""
     built = row.built
     return {
         "part": built.part,

@@ -1,4 +1,4 @@
-"""`fvae bench`: peers have the bundle's weights, rows say how they ran, bad options are refused."""
+"""`fvae bench`: peers need the bundle's weights, rows report how they ran, errors are one line."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ SHORT = Work(size=64, slices=5, rounds=1, repeats=0)
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure in this process: what is measured does not matter."""
-    monkeypatch.setattr(bench, "ceiling", lambda *of: 1e11)
+    """Measure in the test's own process; the numbers do not matter here."""
+    monkeypatch.setattr(bench, "ceiling", lambda *key: 1e11)
     monkeypatch.setattr(bench, "in_process", lambda **job: bench_worker.window(job))
 
 
 @pytest.fixture
 def fvae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `fvae bench` in this process, whose measurements must not begin: exit code, stderr."""
+    """Run `fvae bench` without any measurement; returns the exit code and stderr."""
 
-    def begun(**job: Any) -> None:
+    def fail(**job: Any) -> None:
         raise AssertionError(f"{job} was measured")
 
-    monkeypatch.setattr(bench, "in_process", begun)
+    monkeypatch.setattr(bench, "in_process", fail)
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["fvae", "bench", *map(str, arguments)])
@@ -73,15 +73,14 @@ def exported(request: Any, weights: Path, tmp_path_factory: pytest.TempPathFacto
     from fvae_deploy.export.sources import load
     from fvae_deploy.export.to_onnx import export_bundle
 
-    found = load(str(weights / "small.ckpt"), gray=request.param == "gray")
+    loaded = load(str(weights / "small.ckpt"), gray=request.param == "gray")
     folder = tmp_path_factory.mktemp("bundles") / str(request.param)
-    said = {"name": "small", "description": "", "licence": "", "version": "0.1.0"}
-    export_bundle(found.model, folder, source=found.source, **said)
+    export_bundle(loaded, folder, version="0.1.0")
     return folder
 
 
 @pytest.mark.usefixtures("here")
-def test_a_peer_of_the_same_weights_gives_the_same(exported: Path, weights: Path) -> None:
+def test_a_peer_with_the_same_weights_gives_the_same_results(exported: Path, weights: Path) -> None:
     cases = [Case("torch"), Case("reference")]
     manifest = Manifest.load(exported)
     row, _ = bench.bench(exported, manifest, cases, SHORT, weights=weights / "small.ckpt")
@@ -90,50 +89,50 @@ def test_a_peer_of_the_same_weights_gives_the_same(exported: Path, weights: Path
 
 
 @pytest.mark.parametrize("name", ["other.ckpt", "absent.ckpt", "."])
-def test_weights_that_are_not_the_bundles_are_no_peer(
+def test_a_peer_with_other_weights_is_refused(
     exported: Path, weights: Path, fvae: Any, name: str
 ) -> None:
     options = ("--engines", "torch", "--peer", weights / name)
-    code, said = fvae("-m", exported, *options)
+    code, stderr = fvae("-m", exported, *options)
     assert code == 4
-    assert re.match(r"fvae: expected .*, found (others|nothing)\b.*\n$", said)
+    assert re.match(r"fvae: expected .*, found (others|nothing)\b.*\n$", stderr)
 
 
-def test_without_a_hash_a_peer_is_held_to_the_geometry(exported: Path, weights: Path) -> None:
+def test_without_a_hash_a_peer_is_checked_by_its_geometry(exported: Path, weights: Path) -> None:
     from fvae_deploy.export.peer import check_peer
 
     manifest = replace(Manifest.load(exported), source=Source("module:factory", "", ""))
     check_peer(weights / "small.ckpt", manifest)
-    with pytest.raises(BundleError, match=r"expected a peer of .*=4.*, found .*=6"):
+    with pytest.raises(BundleError, match=r"expected a peer with .*=4.*, found .*=6"):
         check_peer(weights / "other.ckpt", manifest)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--engines", "tflite"], r"--engines among .*openvino.*, found 'tflite'"),
         (["--engines", "torch,"], r"--engines among .*, found ''"),
         (["--engines", "openvino:int8"], r"openvino among fp32, bf16, fp16, found 'int8'"),
-        (["--engines", "fake", "--step", "2"], r"1 latent frame a step of fake, found 2"),
+        (["--engines", "fake", "--step", "2"], r"1 latent frame per step of fake, found 2"),
         (["--device", "gpu"], r"--engines with --device gpu, found none"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused_before_work(
-    fake_bundle: Path, tmp_path: Path, fvae: Any, options: list[str], said: str
+def test_options_that_do_not_fit_are_refused_before_any_work(
+    fake_bundle: Path, tmp_path: Path, fvae: Any, options: list[str], message: str
 ) -> None:
     text = (fake_bundle / "manifest.json").read_text(encoding="utf-8")
-    text = text.replace('"4*k"', "4").replace('"k"', "1")  # one latent frame a step
+    text = text.replace('"4*k"', "4").replace('"k"', "1")  # one latent frame per step
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
     (tmp_path / "weights.safetensors").write_bytes(
         (fake_bundle / "weights.safetensors").read_bytes()
     )
     code, err = fvae("-m", tmp_path, *options)
     assert code == 2
-    assert re.match(f"fvae: expected .*{said}", err)
+    assert re.match(f"fvae: expected .*{message}", err)
     assert err.count("\n") == 1
 
 
-def test_engines_that_are_named_may_be_on_any_device_and_peers_are_not_quantised(
+def test_named_engines_may_use_any_device_and_peers_are_not_quantised(
     fvae: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Case] = []
@@ -157,7 +156,7 @@ def test_engines_that_are_named_may_be_on_any_device_and_peers_are_not_quantised
     assert seen[-1] == Case("openvino", device="gpu")
 
 
-def test_torch_in_half_precision_on_a_cpu_must_be_asked_for(
+def test_torch_in_half_precision_on_a_cpu_runs_only_on_request(
     fvae: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="needs the export extra")
@@ -175,7 +174,7 @@ def test_torch_in_half_precision_on_a_cpu_must_be_asked_for(
 
 
 def least(manifest: Manifest) -> int:
-    """Bytes of the least budget that encodes and decodes."""
+    """Return the smallest memory budget, in bytes, that can encode and decode."""
 
     def needed(direction: str) -> int:
         with pytest.raises(PlanError) as found:
@@ -186,7 +185,7 @@ def least(manifest: Manifest) -> int:
 
 
 @pytest.mark.usefixtures("here")
-def test_rows_say_how_they_ran(fake_bundle: Path) -> None:
+def test_rows_report_how_they_ran(fake_bundle: Path) -> None:
     manifest = Manifest.load(fake_bundle)
     cases = [Case("fake"), Case("fake", memory=2**30), Case("fake", memory=least(manifest))]
     plain, roomy, tight = json.loads(json.dumps(bench.bench(fake_bundle, manifest, cases, SHORT)))
@@ -202,7 +201,7 @@ def test_rows_say_how_they_ran(fake_bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_what_has_no_ceiling_is_shown_without(
+def test_a_row_without_a_ceiling_is_shown_without_one(
     fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(**job: Any) -> Any:
@@ -220,13 +219,13 @@ def test_what_has_no_ceiling_is_shown_without(
     assert "%" not in screen.export_text()
 
 
-def test_a_worker_tells_what_is_wrong_and_no_class(tmp_path: Path) -> None:
+def test_an_error_in_the_worker_is_reported_without_its_class(tmp_path: Path) -> None:
     job = {"task": "window", "bundle": str(tmp_path), "engine": "fake", "precision": "fp32"}
     with pytest.raises(EngineError, match="engine fake fp32 failed in its own process: expected"):
         bench_worker.in_process(**job)
 
 
-def test_networks_to_measure_are_made_by_the_names_that_there_are(tmp_path: Path) -> None:
+def test_random_weights_exist_for_every_listed_name(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="needs the export extra")
     script = Path(__file__).parents[2] / "benchmarks" / "random_weights.py"
     command = [sys.executable, str(script), "leanvae", str(tmp_path / "x.ckpt")]

@@ -222,7 +222,8 @@ class TestRefusals:
 
         change(bundle / "engines/sm_89/fp32/encode_step.any.json", bundle="0" * 64)
         message = self.error_of(bundle)
-        assert re.search(r"of 000000000000: it is stale, fvae build .* --target sm_89", message)
+        pattern = r"for 000000000000: it is stale, run fvae build .* --target sm_89"
+        assert re.search(pattern, message)
 
     def test_engines_of_another_gpu_are_named(self, bundle: Path) -> None:
         (bundle / "engines/sm_89").rename(bundle / "engines/sm_86")

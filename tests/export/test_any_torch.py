@@ -1,4 +1,4 @@
-"""Networks of others, whole windows at a time: found out, refused or exported, and run by hand."""
+"""VAEs of foreign code: geometry, errors, export, and comparison with running them by hand."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError, EngineError, LatentError, PlanError, UsageError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.any_torch import load  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
@@ -278,7 +279,7 @@ class Looping(Local):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A module of networks in the current directory, as a user has it."""
+    """A module of networks in the current directory, like a user's code."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "their_vae.py").write_text(THEIRS, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -291,13 +292,12 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def export(folder: Path, factory: str, **options: Any) -> Manifest:
     model, source = load(f"their_vae:{factory}", **options)
-    texts = {"name": "theirs", "description": "d", "licence": "l", "version": "0"}
-    return export_bundle(model, folder, source=source, **texts)
+    return export_bundle(LoadedModel(model, source, "theirs", "d", "l"), folder, version="0")
 
 
 @pytest.fixture
 def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export without graphs: seconds less, and enough for the engine torch and for plans."""
+    """Skip the graphs, which take seconds and are not needed by the torch engine or by plans."""
     monkeypatch.setattr(to_onnx, "trace", lambda *_: to_onnx.onnx.ModelProto())
 
 
@@ -343,7 +343,7 @@ def apart(found: np.ndarray, expected: np.ndarray) -> float:
         pytest.param("blocks", 4, 1, (4, 2, 4, 1, 4, 4, 1), id="a window of one latent frame"),
     ],
 )
-def test_geometry_is_found_by_running(
+def test_geometry_is_measured_by_running_the_network(
     theirs: Any, factory: str, window: int, channels: int | None, geometry: tuple[int, ...]
 ) -> None:
     model, source = load(f"their_vae:{factory}", window=window, channels=channels)
@@ -365,7 +365,7 @@ def test_what_encode_and_decode_return_is_unwrapped(theirs: Any, factory: str) -
         assert torch.equal(model.stages["decode"](z)[0], theirs.local().decode(z))
 
 
-def test_a_stage_holds_what_it_needs_alone(theirs: Any) -> None:
+def test_a_stage_holds_only_the_weights_that_it_uses(theirs: Any) -> None:
     model, _ = load("their_vae:local", window=5)
     names = {name: set(stage.state_dict()) for name, stage in model.stages.items()}
     assert {name.split(".")[1] for name in names["encode"]} == {"encoder"}
@@ -374,7 +374,7 @@ def test_a_stage_holds_what_it_needs_alone(theirs: Any) -> None:
     assert without == {"encode": ["decoder", "out", "loss"], "decode": ["encoder", "loss"]}
 
 
-def test_a_weight_of_two_names_and_both_stages_is_written_and_read(
+def test_a_weight_with_two_names_used_by_both_stages_is_saved_and_loaded(
     theirs: Any, without_onnx: None, tmp_path: Path
 ) -> None:
     export(tmp_path / "b", "shared", window=5)
@@ -404,16 +404,16 @@ def test_a_weight_of_two_names_and_both_stages_is_written_and_read(
         pytest.param("their_vae:without_files", "FileNotFoundError: weights.pth", id="fails"),
         pytest.param("their_vae:Cropping", "9 slices .* found 5: try --window 5", id="length"),
         pytest.param("their_vae:Fewer", "whole squares of pixels, found 7x16 for", id="cells"),
-        pytest.param("their_vae:Uneven", "slices a latent frame, found 4 frames for 9", id="t"),
+        pytest.param("their_vae:Uneven", "slices per latent frame, found 4 frames for 9", id="t"),
         pytest.param("their_vae:Drawing", "found a random draw: .*the mean", id="random"),
         pytest.param("their_vae:Telling", "found a dict: wrap it in the factory", id="a dict"),
         pytest.param("their_vae:Flat", r"latents \[1, D, t, h, w\] .* found \[", id="flat"),
-        pytest.param("their_vae:the_one", "a new network of every call of", id="one for all"),
+        pytest.param("their_vae:the_one", "a new network from every call of", id="one for all"),
         pytest.param("their_vae:Hiding", "that encode uses, found none: .*attribute", id="hidden"),
         pytest.param("their_vae:Failing", "ZeroDivisionError: no decoding today", id="raises"),
     ],
 )
-def test_what_is_no_vae_is_refused_with_what_was_found(
+def test_an_object_that_is_not_a_vae_is_refused_with_the_reason(
     theirs: Any, factory: str, message: str
 ) -> None:
     with pytest.raises(BundleError, match=message):
@@ -424,8 +424,8 @@ def test_what_is_no_vae_is_refused_with_what_was_found(
     ("options", "message"),
     [
         pytest.param({"window": 0}, "a window of at least 1 slice, found 0", id="window"),
-        pytest.param({"intensity": (1.0, -1.0)}, "a range that ascends", id="descending range"),
-        pytest.param({"intensity": (0.0, float("nan"))}, "a range that ascends", id="nan"),
+        pytest.param({"intensity": (1.0, -1.0)}, "an ascending range", id="descending range"),
+        pytest.param({"intensity": (0.0, float("nan"))}, "an ascending range", id="nan"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(
@@ -456,7 +456,7 @@ def test_weights_of_every_form_are_loaded(theirs: Any, form: str, tmp_path: Path
 
 
 class Trap:
-    """Unpickling it makes a folder: harmless, but seen."""
+    """Unpickling this creates a folder, which is harmless but can be detected."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -470,7 +470,7 @@ class Trap:
     [
         pytest.param(
             lambda s: {**s, "out.weight": s["out.weight"][:1]},
-            "1 keys of other shapes "
+            "1 keys with other shapes "
             r"\(out.weight\)",
             id="shapes",
         ),
@@ -500,13 +500,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(
 
 
 @pytest.mark.parametrize("protocol", [2, 4], ids=["as torch writes it", "newer than torch reads"])
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(
+def test_a_pickle_with_code_is_refused_without_running_it(
     theirs: Any, protocol: int, tmp_path: Path
 ) -> None:
     torch.save({"x": Trap(tmp_path / "trapped")}, tmp_path / "w.pt", pickle_protocol=protocol)
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(tmp_path / "trapped"), protocol))
     for name in ("w.pt", "raw.pt"):
-        with pytest.raises(BundleError, match=r"a file of tensors alone, found .*again as"):
+        with pytest.raises(BundleError, match=r"contains only tensors, found .*again as"):
             load("their_vae:local", tmp_path / name, window=5)
     assert not (tmp_path / "trapped").exists()
 
@@ -518,7 +518,7 @@ def test_a_damaged_or_missing_file_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(BundleError, match=r"nothing|of tensors alone|a safetensors file"):
+    with pytest.raises(BundleError, match=r"nothing|contains only tensors|a safetensors file"):
         load("their_vae:local", tmp_path / name, window=5)
 
 
@@ -539,7 +539,7 @@ def test_a_local_network_has_the_halo_of_its_convolutions(theirs: Any) -> None:
         ("Placed", 5, "its values depend on the place in the plane"),
     ],
 )
-def test_a_network_that_is_not_local_is_taken_whole_with_the_reason(
+def test_a_network_that_is_not_local_takes_the_whole_plane_with_the_reason(
     theirs: Any, factory: str, window: int, reason: str
 ) -> None:
     encode, decode = parts_of(load(f"their_vae:{factory}", window=window)[0])
@@ -556,7 +556,7 @@ def test_a_budget_that_would_need_tiles_names_the_reason(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_local_network_equals_itself_in_every_engine(
+def test_a_local_network_has_equal_results_in_every_engine(
     theirs: Any, local_bundle: Path, engine: str
 ) -> None:
     x = random(1, 5, 20, 28)
@@ -567,7 +567,7 @@ def test_a_local_network_equals_itself_in_every_engine(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_network_of_the_whole_plane_equals_itself_in_every_engine(
+def test_a_network_of_the_whole_plane_has_equal_results_in_every_engine(
     theirs: Any, blocks_bundle: Path, engine: str
 ) -> None:
     x = random(3, 8, 10, 14)
@@ -591,13 +591,13 @@ def test_tiles_equal_the_whole(local_bundle: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 @pytest.mark.parametrize("slices", [4, 8, 19])
-def test_a_volume_equals_the_network_by_hand_window_after_window(
+def test_a_volume_equals_running_the_network_by_hand_on_each_window(
     theirs: Any, blocks_bundle: Path, write_ct: Any, engine: str, slices: int, tmp_path: Path
 ) -> None:
     _compare_volume(theirs.blocks(), blocks_bundle, write_ct, engine, slices, 8, 2, tmp_path)
 
 
-def test_a_gray_volume_equals_the_network_by_hand(
+def test_a_gray_volume_equals_running_the_network_by_hand(
     theirs: Any, local_bundle: Path, write_ct: Any, tmp_path: Path
 ) -> None:
     _compare_volume(theirs.local(), local_bundle, write_ct, "onnxruntime", 12, 5, 4, tmp_path)
@@ -613,7 +613,7 @@ def _compare_volume(
     spatial: int,
     folder: Path,
 ) -> None:
-    """Reconstruct a NIfTI, and the same by hand: the tail repeats the last slice."""
+    """Reconstruct a NIfTI with fvae and by hand; the last window repeats the last slice."""
     ct = write_ct(folder / "ct.nii.gz", (13, 9, slices)).astype(np.float32)
     intensity = Manifest.load(bundle).intensity
     span = intensity.model_max - intensity.model_min
@@ -654,7 +654,7 @@ def test_windows_of_one_latent_frame_are_decoded(
     assert apart(found[0], np.concatenate(windows)) < 1e-5
 
 
-def test_only_the_engine_torch_needs_the_checkout(
+def test_only_the_engine_torch_needs_the_foreign_code(
     local_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -666,13 +666,13 @@ def test_only_the_engine_torch_needs_the_checkout(
     for engine in ("onnxruntime", "openvino"):
         with open_codec(local_bundle, engine=engine) as codec:
             assert codec.encode(random(1, 5, 8, 8)).shape == (2, 2, 2, 2)
-    message = "module their_vae to import.*PYTHONPATH.*--engine openvino and onnxruntime do not"
+    message = "module their_vae to import.*PYTHONPATH.*use --engine openvino or onnxruntime"
     with pytest.raises(EngineError, match=message):
         open_codec(local_bundle, engine="torch")
     assert "their_vae" not in sys.modules
 
 
-def test_a_checkout_that_has_changed_is_refused(
+def test_foreign_code_that_has_changed_is_refused(
     theirs: Any, local_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(theirs, "local", lambda: theirs.Local(width=5))
@@ -687,14 +687,16 @@ def test_a_checkout_that_has_changed_is_refused(
         ("Looping", "a graph of encode_first for slices of any size.*switch it off in the factory"),
     ],
 )
-def test_code_that_does_not_export_is_one_line(theirs: Any, factory: str, message: str) -> None:
+def test_code_that_cannot_be_exported_gives_an_error_of_one_line(
+    theirs: Any, factory: str, message: str
+) -> None:
     model, _ = load(f"their_vae:{factory}", window=5)
     with pytest.raises(BundleError, match=message) as error:
         trace(model.stages["encode"], parts_of(model)[0], 18, foreign=True)
     assert len(str(error.value)) < 500
 
 
-def test_the_manifest_says_how_to_build_the_network_again(local_bundle: Path) -> None:
+def test_the_network_can_be_rebuilt_from_the_manifest(local_bundle: Path) -> None:
     manifest = Manifest.load(local_bundle)
     assert manifest.network.family == "any_torch"
     assert manifest.network.config["factory"] == "their_vae:local"
@@ -703,7 +705,7 @@ def test_the_manifest_says_how_to_build_the_network_again(local_bundle: Path) ->
     assert (manifest.intensity.model_min, manifest.intensity.model_max) == (-1.0, 1.0)
 
 
-def test_latents_of_another_range_or_window_are_of_another_identity(
+def test_another_range_or_window_gives_another_identity(
     theirs: Any, without_onnx: None, tmp_path: Path, write_ct: Any
 ) -> None:
     made: dict[str, dict[str, Any]] = {

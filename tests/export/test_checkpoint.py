@@ -1,4 +1,4 @@
-"""A pickle is read without being run, and what is wrong with one is said in a line."""
+"""Pickles are read without running code, and errors are one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fvae_deploy.export.checkpoint import load_checkpoint  # noqa: E402
 )
 @example(b"junk")
 @example(pickle.dumps({"a": datetime.datetime(2020, 1, 1)}))
-def test_any_bytes_are_tensors_or_one_line_without_bad_advice(content):
+def test_any_bytes_load_or_give_one_line_without_unsafe_advice(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "w.ckpt")
         path.write_bytes(content)
@@ -36,13 +36,13 @@ def test_any_bytes_are_tensors_or_one_line_without_bad_advice(content):
     assert "trust" not in message
 
 
-def test_a_reason_of_one_number_has_its_kind(tmp_path):
+def test_an_error_that_is_only_a_number_is_reported_with_its_type(tmp_path):
     (tmp_path / "w.ckpt").write_bytes(b"\x80\x02h\xad.")  # asks for a memo that is not there
     with pytest.raises(BundleError, match="KeyError: 173; save"):
         load_checkpoint(tmp_path / "w.ckpt")
 
 
-def test_what_would_have_to_be_run_is_named(tmp_path):
+def test_a_class_that_would_have_to_be_run_is_named(tmp_path):
     torch.save({"state_dict": {}, "when": datetime.datetime(2020, 1, 1)}, tmp_path / "w.ckpt")
-    with pytest.raises(BundleError, match=r"it holds a datetime\.datetime, which would have to"):
+    with pytest.raises(BundleError, match=r"loading the datetime\.datetime in it would run code"):
         load_checkpoint(tmp_path / "w.ckpt")

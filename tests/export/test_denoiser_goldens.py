@@ -1,4 +1,4 @@
-"""The denoiser against tensors of the published implementation, on its own random weights."""
+"""Compare the denoiser with tensors of the published implementation, with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 diffusers = pytest.importorskip("diffusers", reason="needs the export extra")
 from safetensors import safe_open  # noqa: E402
 
-from fvae_deploy.export.generator import waves  # noqa: E402
+from fvae_deploy.export.generator import timestep_embedding  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -32,7 +32,7 @@ class Golden(NamedTuple):
 
 
 def time(network: UNet, t: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(waves(t.item(), network.config.model_channels))
+    return torch.from_numpy(timestep_embedding(t.item(), network.config.model_channels))
 
 
 @pytest.fixture(scope="module", params=["a", "b"])
@@ -61,7 +61,7 @@ def test_one_step_predicts_the_published_noise(golden: Golden) -> None:
     assert deviation(noise, of["eps"]) < 1e-5
 
 
-def test_keys_and_values_once_equal_those_of_every_frame_and_step(golden: Golden) -> None:
+def test_keys_and_values_computed_once_equal_those_of_every_frame_and_step(golden: Golden) -> None:
     of, frames = golden.tensors, len(golden.tensors["x"])
     repeated = [t.expand(frames, *t.shape[1:]).contiguous() for t in golden.text()]
     once, always = (
@@ -71,7 +71,7 @@ def test_keys_and_values_once_equal_those_of_every_frame_and_step(golden: Golden
     assert deviation(once, always) < 1e-5
 
 
-def test_the_ddim_sampler_of_diffusers_ends_where_the_published_one_does(golden: Golden) -> None:
+def test_the_ddim_sampler_of_diffusers_equals_the_published_one(golden: Golden) -> None:
     of, facts = golden.tensors, golden.facts
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=int(facts["timesteps"]),
@@ -133,7 +133,7 @@ def test_a_configuration_of_another_network_is_refused_by_name(
         DenoiserConfig.read(other(**changes))
 
 
-def test_options_that_do_not_shape_the_network_are_ignored() -> None:
+def test_options_that_do_not_matter_at_inference_are_ignored() -> None:
     plain = DenoiserConfig.read(other())
     assert DenoiserConfig.read(other(image_size=64, dropout=0.1, use_checkpoint=True)) == plain
     assert plain.attention_resolutions == (2, 1)

@@ -1,4 +1,4 @@
-"""The bundle on disk: whole or absent, graphs without weights or traces of the exporter."""
+"""Bundles on disk are complete or absent; graphs hold no weights and no paths of the exporter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from random_lean_vae import SMALL_SCALE  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export import to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import LatentNormalisation, Manifest, Parity  # noqa: E402
 from fvae_deploy.export.models.lean_vae import LeanVAE  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.probe import parts_of  # noqa: E402
-from fvae_deploy.export.to_onnx import export_bundle, trace  # noqa: E402
+from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, trace  # noqa: E402
 from fvae_deploy.make import bundle as make_bundle  # noqa: E402
 
 PARTS = ["encode_first", "encode_step", "decode_first", "decode_step"]
-TEXTS = {"name": "n", "description": "d", "licence": "l", "version": "0"}
 TINY = Path(__file__).parents[2] / "tools" / "train_tiny" / "tiny.safetensors"
 
 
+def loaded(model: LeanVAE, name: str = "n") -> LoadedModel:
+    stages = lean_vae_model(model, 1, SMALL_SCALE)
+    return LoadedModel(stages, Source("s", "r", "0"), name, "d", "l")
+
+
 def export(model: LeanVAE, folder: Path, **options: Any) -> Manifest:
-    cut = lean_vae_model(model, 1, SMALL_SCALE)
-    return export_bundle(cut, folder, source=Source("s", "r", "0"), **{**TEXTS, **options})
+    return export_bundle(loaded(model), folder, version="0", options=ExportOptions(**options))
 
 
 def test_the_folder_holds_the_manifest_one_weights_file_and_four_graphs(
@@ -67,7 +71,7 @@ def test_a_graph_holds_no_weights_of_its_own(small_bundle: Path, part: str) -> N
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_graph_is_valid_at_the_opset_asked_for(small_bundle: Path, part: str) -> None:
+def test_a_graph_is_valid_at_the_requested_opset(small_bundle: Path, part: str) -> None:
     path = small_bundle / f"{part}.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     opsets = {o.domain: o.version for o in onnx.load(path, load_external_data=False).opset_import}
@@ -86,7 +90,7 @@ def test_a_graph_has_the_inputs_and_outputs_of_the_manifest(small_bundle: Path, 
         assert fixed == [d if isinstance(d, int) else None for d in tensor.shape]
 
 
-def test_no_file_tells_where_it_was_made(small_bundle: Path) -> None:
+def test_no_file_contains_paths_of_the_exporting_machine(small_bundle: Path) -> None:
     places = [Path.cwd(), Path.home(), Path(__file__).parents[2], Path(torch.__file__).parents[1]]
     for path in small_bundle.iterdir():
         content = path.read_bytes()
@@ -96,11 +100,11 @@ def test_no_file_tells_where_it_was_made(small_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 20])
-def test_a_part_traced_again_has_the_same_bytes_and_the_opset_asked_for(
+def test_a_part_traced_again_has_the_same_bytes_and_the_requested_opset(
     small_model: LeanVAE, small_bundle: Path, opset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nor does the rule of the optimizer that is left out for its time change anything.
-    monkeypatch.setattr(to_onnx, "_without_pairs", contextlib.nullcontext)
+    # The optimizer rule that is switched off to save time would not change anything.
+    monkeypatch.setattr(to_onnx, "_without_slice_split_rule", contextlib.nullcontext)
     model = lean_vae_model(small_model, 1, SMALL_SCALE)
     encode, spec = model.stages["encode"], parts_of(model)[0]
     proto = trace(encode, spec, opset)
@@ -111,7 +115,7 @@ def test_a_part_traced_again_has_the_same_bytes_and_the_opset_asked_for(
         assert proto.SerializeToString() == (small_bundle / spec.file).read_bytes()
 
 
-def test_weights_are_stored_alike_each_time(
+def test_the_weights_file_has_the_same_bytes_each_time(
     small_model: LeanVAE, small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(to_onnx, "trace", lambda *_: onnx.ModelProto())  # slow, tested above
@@ -132,7 +136,7 @@ def test_weights_are_stored_alike_each_time(
         pytest.param(lambda p: None, "a/b", "found none: create it", id="no parent"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_anything_is_made(
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_created(
     small_model: LeanVAE,
     tmp_path: Path,
     prepare: Callable[[Path], object],
@@ -148,25 +152,25 @@ def test_what_cannot_be_written_is_refused_before_anything_is_made(
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs take seconds, and nothing here opens one."""
+    """Skip the graphs, which take seconds; these tests open none."""
     monkeypatch.setattr(to_onnx, "trace", lambda *_: onnx.ModelProto())
 
 
-def test_the_folder_appears_when_all_is_measured(
+def test_the_folder_appears_after_everything_is_measured(
     small_model: LeanVAE, tmp_path: Path, without_graphs: None
 ) -> None:
     row = Parity("torch", "fp32", 0.0, 0.0, 0.0)
 
     def measure(folder: Path, manifest: Manifest) -> Manifest:
         assert Manifest.load(folder) == manifest
-        assert not (tmp_path / "bundle").exists()  # what a kill leaves is no bundle
+        assert not (tmp_path / "bundle").exists()  # so a killed export leaves no bundle
         return dataclasses.replace(manifest, parity=(row,))
 
     manifest = export(small_model, tmp_path / "bundle", measure=measure)
     assert Manifest.load(tmp_path / "bundle").parity == manifest.parity == (row,)
 
 
-def test_a_verb_measures_before_the_folder_appears(
+def test_make_bundle_measures_before_the_folder_appears(
     tmp_path: Path, without_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(folder: Path, manifest: Manifest, progress: object) -> Manifest:
@@ -195,21 +199,22 @@ def test_the_second_of_two_exports_to_one_folder_is_refused(
 @pytest.mark.parametrize("name", ["../../escaped/evil", "a/b", "..", ""])
 def test_a_name_that_is_a_path_is_refused(small_model: LeanVAE, tmp_path: Path, name: str) -> None:
     with pytest.raises(BundleError, match="expected a plain name"):
-        export(small_model, tmp_path / "bundle", name=name)
+        export_bundle(loaded(small_model, name), tmp_path / "bundle", version="0")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_could_not_be_opened_again_is_refused(
+def test_a_bundle_that_could_not_be_opened_is_refused(
     small_model: LeanVAE, tmp_path: Path, without_graphs: None
 ) -> None:
-    cut = lean_vae_model(small_model, 1, SMALL_SCALE)
-    wrong = dataclasses.replace(cut, latent=LatentNormalisation((0.0,), (1.0,)))
+    network = loaded(small_model)
+    model = dataclasses.replace(network.model, latent=LatentNormalisation((0.0,), (1.0,)))
+    wrong = dataclasses.replace(network, model=model)
     with pytest.raises(BundleError, match="a scale for every latent channel"):
-        export_bundle(wrong, tmp_path / "bundle", source=Source("s", "r", "0"), **TEXTS)
+        export_bundle(wrong, tmp_path / "bundle", version="0")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_manifest_is_written_whole_or_not_at_all(
+def test_a_manifest_is_written_completely_or_not_at_all(
     fake_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
@@ -243,7 +248,7 @@ def test_an_export_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_precision_that_overflows_is_left_out_and_told(
+def test_a_precision_that_overflows_is_left_out_and_reported(
     small_model: LeanVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make_bundle, "MEASURED", ("torch",))
@@ -251,11 +256,11 @@ def test_a_precision_that_overflows_is_left_out_and_told(
     model = copy.deepcopy(small_model)
     for name in ("image_low", "video_low", "image_high", "video_high"):
         model.encoder.projection(name).weight.data *= 1e6  # float16 ends at 65504
-    said: list[str] = []
+    messages: list[str] = []
     manifest = make_bundle.measure_bundle(
-        tmp_path / "b", export(model, tmp_path / "b"), said.append
+        tmp_path / "b", export(model, tmp_path / "b"), messages.append
     )
     assert [p.precision for p in manifest.parity] == ["fp32", "bf16"]
     assert any(
-        "left out: expected finite values from encode in torch fp16" in line for line in said
+        "left out: expected finite values from encode in torch fp16" in line for line in messages
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of generators: what they become, and what is said of those that do not fit."""
+"""Checkpoints of generators: their bundles, and the errors for those that do not fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from fvae_deploy.cli.main import app  # noqa: E402
 from fvae_deploy.errors import BundleError, ConditionError, UsageError  # noqa: E402
-from fvae_deploy.export.generator import GeneratorManifest, waves  # noqa: E402
+from fvae_deploy.export.generator import GeneratorManifest, timestep_embedding  # noqa: E402
 from fvae_deploy.export.generators import is_generator, load_generator  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
@@ -36,7 +36,7 @@ def load(path: Path, **options: Any) -> Any:
     return load_generator(path, version="0", **options)
 
 
-def test_the_bundle_says_what_the_file_said_and_how_near_every_engine_is(small_generator):
+def test_the_bundle_has_the_facts_of_the_file_and_the_parity_of_every_engine(small_generator):
     found = GeneratorManifest.load(small_generator)
     assert [part.name for part in found.parts] == ["text", "context", "denoise"]
     assert (found.window, found.plane, found.steps, found.tokens) == (3, (32, 32), 2, 10)
@@ -49,7 +49,7 @@ def test_the_bundle_says_what_the_file_said_and_how_near_every_engine_is(small_g
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_denoises_as_the_network_as_published(small_generator, engine):
+def test_every_engine_denoises_like_the_published_network(small_generator, engine):
     pytest.importorskip({"torch": "torch"}.get(engine, engine))
     weights = state()
     network = UNet(DenoiserConfig.read(UNET_CONFIG)).eval()
@@ -68,7 +68,7 @@ def test_every_engine_denoises_as_the_network_as_published(small_generator, engi
         wanted = network(
             torch.from_numpy(x),
             torch.from_numpy(mask),
-            torch.from_numpy(waves(333, 32)),
+            torch.from_numpy(timestep_embedding(333, 32)),
             *network.keys_values(context),
         ).numpy()
     with open_denoiser(small_generator, engine=engine) as denoiser:
@@ -87,12 +87,12 @@ def golden(request, tmp_path_factory) -> tuple[str, Path]:
         pytest.skip("golden tensors are not here: expected ../shared/golden beside the checkout")
     folder = tmp_path_factory.mktemp("golden") / request.param
     found = load(GOLDEN / f"{request.param}.ckpt")
-    write_bundle(found.manifest, found.stages, folder)
+    write_bundle(found, folder)
     return request.param, folder
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_published_tensors_through_the_bundle(golden, engine):
+def test_the_bundle_reproduces_published_tensors(golden, engine):
     name, folder = golden
     with safe_open(GOLDEN / f"{name}.io.safetensors", "np") as file:
         of = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -105,7 +105,7 @@ def test_published_tensors_through_the_bundle(golden, engine):
             denoiser.context("a nodule")
 
 
-def test_a_bare_checkpoint_is_the_published_generator(tmp_path):
+def test_a_checkpoint_without_facts_gets_those_of_the_published_generator(tmp_path):
     weights = {k: v for k, v in state().items() if "diffusion" in k}
     torch.save({"state_dict": weights, "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
     assert is_generator(tmp_path / "a.ckpt")
@@ -165,7 +165,7 @@ def test_the_text_encoder_may_be_a_folder_of_transformers(tmp_path):
     [["--channels", "rgb"], ["--weights", "w.pt"], ["--window", "33"], ["--range", "0,1"]],
     ids=lambda option: option[0],
 )
-def test_what_only_a_vae_takes_is_refused(tmp_path, option):
+def test_options_for_vaes_are_refused(tmp_path, option):
     torch.save({"state_dict": state(), "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
     asked = ["export", "-m", str(tmp_path / "a.ckpt"), "-o", str(tmp_path / "b"), *option]
     done = CliRunner().invoke(app, asked)
@@ -174,21 +174,21 @@ def test_what_only_a_vae_takes_is_refused(tmp_path, option):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_text_encoder_that_is_nowhere_is_not_looked_for_on_the_network(tmp_path, monkeypatch):
+def test_a_missing_text_encoder_is_not_searched_on_the_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": state(), "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
     with pytest.raises(BundleError, match=r"folder .* or hf:OWNER/NAME, found some/bert: check"):
         load(tmp_path / "a.ckpt", text="some/bert")
 
 
-def test_a_tokenizer_that_fills_up_with_another_token_is_refused(tmp_path):
+def test_a_tokenizer_with_another_padding_token_is_refused(tmp_path):
     path = write_weights(tmp_path / "a.safetensors")
     other = tokenizer()
     other.enable_padding(pad_id=1, pad_token="[UNK]", length=10)
     other = json.loads(other.to_str())
     write_weights(tmp_path / "b.safetensors", tokenizer=other)
     assert load(path).manifest.tokens == 10
-    with pytest.raises(BundleError, match="fills up with token 0, found 1"):
+    with pytest.raises(BundleError, match="pads with token 0, found 1"):
         load(tmp_path / "b.safetensors")
 
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_fills_up_with_another_token_is_refused(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_facts_that_are_none_are_refused_in_one_line(tmp_path, changes, words):
+def test_malformed_facts_are_refused_in_one_line(tmp_path, changes, words):
     path = write_weights(tmp_path / "a.safetensors", **changes)
     with pytest.raises(BundleError, match=words) as caught:
         load(path)
@@ -233,17 +233,17 @@ def test_weights_of_another_network_are_named(tmp_path):
         load(tmp_path / "b.ckpt")
 
 
-def test_a_file_that_is_no_checkpoint_says_so(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
     assert not is_generator(tmp_path / "a.ckpt")
     assert not is_generator(tmp_path / "absent.safetensors")
-    with pytest.raises(BundleError, match="expected a file of tensors alone"):
+    with pytest.raises(BundleError, match="expected a file that contains only tensors"):
         load(tmp_path / "a.ckpt")
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert not is_generator(tmp_path / "a.safetensors")
 
 
-def test_bundles_of_the_other_kind_are_told_apart(small_generator):
+def test_bundles_of_the_other_kind_are_refused(small_generator):
     with pytest.raises(BundleError, match=r"kind vae.*found 'generator'.*fvae generate"):
         Manifest.load(small_generator)
     with pytest.raises(BundleError, match=r"kind generator.*found 'vae'.*encode"):
@@ -289,7 +289,7 @@ CONTEXT = np.zeros((5, 24), np.float32)
         pytest.param({"x": X + np.nan}, "finite latents", id="NaN"),
     ],
 )
-def test_what_is_no_step_is_refused(small_generator, changes, words):
+def test_invalid_numbers_of_steps_are_refused(small_generator, changes, words):
     given = {"x": X, "mask_latent": X, "context": CONTEXT, **changes}
     if "x" in changes and "mask_latent" not in changes:
         given["mask_latent"] = given["x"]
@@ -302,7 +302,7 @@ def test_what_is_no_step_is_refused(small_generator, changes, words):
         )
 
 
-def test_too_long_a_text_is_refused_with_its_length(small_generator):
+def test_a_text_that_is_too_long_is_refused_with_its_length(small_generator):
     with (
         open_denoiser(small_generator, engine="torch") as denoiser,
         pytest.raises(ConditionError, match="at most 10 tokens, found 14"),

@@ -1,6 +1,6 @@
-"""Weights from a hub: fetched by the real library from a stand-in hub, over real connections.
+"""Download weights with the real library from a local test hub, over real connections.
 
-Every fetch is a process of its own, since the library reads its environment when imported.
+Every fetch runs in a separate process, since the library reads its environment when imported.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def fetch_each(hub: Hub, tmp_path: Path) -> FetchEach:
-    """Return a function that fetches in a process of its own and says what came of each text."""
+    """Return a function that fetches ids in a separate process and returns each result."""
 
     def fetch_each(*texts: str, code: str = CODE, **changes: str) -> list[SimpleNamespace]:
         kept = {
@@ -91,12 +91,12 @@ def fetch_each(hub: Hub, tmp_path: Path) -> FetchEach:
 
 @pytest.fixture
 def fetch(fetch_each: FetchEach) -> Fetch:
-    """Return the same for one text."""
+    """Return a function that does the same for one id."""
     return lambda *texts, **changes: fetch_each(*texts, **changes)[0]
 
 
 def cached(tmp_path: Path) -> dict[str, bytes]:
-    """What the cache holds of large files, whole or half, by whatever name."""
+    """Return the content of large files in the cache, complete or partial, under any name."""
     files = [path for path in (tmp_path / "hf").rglob("*") if path.is_file()]
     return {path.name: path.read_bytes() for path in files if path.stat().st_size > 500}
 
@@ -112,7 +112,7 @@ def test_a_file_is_fetched_whole_with_its_commit_and_hash(hub: Hub, fetch: Fetch
     assert found.lines == ["downloading net.ckpt, 0.2 MiB, from owner/net"]
 
 
-def test_of_a_folder_only_configuration_and_safetensors_are_fetched(hub: Hub, fetch: Fetch) -> None:
+def test_only_configuration_and_safetensors_of_a_folder_are_fetched(hub: Hub, fetch: Fetch) -> None:
     found = fetch(FOLDER)
     assert found.error == ""
     names = {path.name: path.read_bytes() for path in Path(found.path).iterdir()}
@@ -129,19 +129,19 @@ def test_a_folder_may_be_the_whole_repository(hub: Hub, fetch: Fetch) -> None:
     assert found.id == "hf:owner/vae"
 
 
-def test_weights_in_shards_are_refused_before_the_download(hub: Hub, fetch: Fetch) -> None:
+def test_sharded_weights_are_refused_before_the_download(hub: Hub, fetch: Fetch) -> None:
     parts = {f"{MODEL}-0000{i}-of-00002.safetensors": bytes([i]) * 99 for i in (1, 2)}
     index = {f"{MODEL}.safetensors.index.json": b"{}"}
     hub.publish("owner/vae", {"config.json": CONFIG, **parts, **index})
     error = fetch("hf:owner/vae").error
     assert error.startswith(f"expected {MODEL}.safetensors in hf:owner/vae at main, found {MODEL}-")
-    assert error.endswith("weights in shards are not taken, save them again as one file")
+    assert error.endswith("sharded weights are not supported, save them again as one file")
     assert hub.downloads == []
 
 
 @pytest.fixture
 def bert(tmp_path: Path) -> dict[str, bytes]:
-    """Files of a text encoder as transformers saves it, and a picture beside them."""
+    """Files of a text encoder as transformers saves it, and an image beside them."""
     pytest.importorskip("transformers", reason="needs the export extra")
     from small_generator import TEXT_CONFIG, tokenizer
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -179,7 +179,7 @@ print(json.dumps({"error": "", "tokens": found.manifest.tokens}))
     assert [path for path in hub.downloads if "/cdn/" in path] == ([] if inside else [weights])
 
 
-def test_what_is_cached_is_not_downloaded_again(hub: Hub, fetch_each: FetchEach) -> None:
+def test_cached_files_are_not_downloaded_again(hub: Hub, fetch_each: FetchEach) -> None:
     first = fetch_each(FILE, FOLDER)
     assert len(hub.downloads) == 3
     assert [len(one.lines) for one in first] == [1, 2]
@@ -190,7 +190,7 @@ def test_what_is_cached_is_not_downloaded_again(hub: Hub, fetch_each: FetchEach)
         assert vars(after) == {**vars(before), "lines": []}
 
 
-def test_offline_the_cache_serves_without_a_request(hub: Hub, fetch_each: FetchEach) -> None:
+def test_offline_the_cache_is_used_without_a_request(hub: Hub, fetch_each: FetchEach) -> None:
     first = fetch_each(FILE, FOLDER)
     hub.requests.clear()
     pinned = [f"{one.id}@{one.revision}" for one in first]
@@ -200,25 +200,25 @@ def test_offline_the_cache_serves_without_a_request(hub: Hub, fetch_each: FetchE
         assert vars(after) == {**vars(before), "lines": []}
 
 
-def test_offline_and_not_cached_is_one_line_with_the_remedy(
+def test_offline_a_file_that_is_not_cached_gives_one_line_with_the_remedy(
     hub: Hub, fetch_each: FetchEach
 ) -> None:
     for one in fetch_each(FILE, FOLDER, HF_HUB_OFFLINE="1"):
         assert one.error.startswith("expected hf:owner/")
         assert one.error.endswith(
-            "found none, and HF_HUB_OFFLINE is set: unset it and run once with a network"
+            "found none, and HF_HUB_OFFLINE is set: unset it and run once with network access"
         )
     assert hub.requests == []
 
 
-def test_offline_and_half_cached_is_refused(fetch: Fetch) -> None:
+def test_offline_a_partly_cached_folder_is_refused(fetch: Fetch) -> None:
     (Path(fetch(FOLDER).path) / f"{MODEL}.safetensors").unlink()
     error = fetch(FOLDER, HF_HUB_OFFLINE="1").error
     assert error.startswith(f"expected vae/{MODEL}.safetensors in hf:owner/pipeline at main, ")
     assert error.endswith("found no weights: unset HF_HUB_OFFLINE")
 
 
-def test_the_cache_lies_in_hf_home(fetch: Fetch, tmp_path: Path) -> None:
+def test_the_cache_is_in_hf_home(fetch: Fetch, tmp_path: Path) -> None:
     found = fetch(FILE, HF_HOME=str(tmp_path / "elsewhere"))
     assert Path(found.path).is_relative_to(tmp_path / "elsewhere")
     assert not (tmp_path / "hf").exists()
@@ -246,7 +246,7 @@ def test_a_connection_cut_again_and_again_leaves_nothing(
     assert Path(fetch(FILE).path).read_bytes() == CKPT
 
 
-def test_weights_damaged_on_the_way_are_refused_and_removed(
+def test_weights_damaged_in_transfer_are_refused_and_removed(
     hub: Hub, fetch: Fetch, tmp_path: Path
 ) -> None:
     hub.flip_at = 100_000
@@ -277,7 +277,7 @@ def test_files_damaged_in_the_cache_are_refused_and_removed(
     assert file.read_bytes() == content
 
 
-def test_a_size_that_differs_from_what_the_hub_said_is_refused(
+def test_a_size_that_differs_from_the_listed_one_is_refused(
     hub: Hub, fetch: Fetch, tmp_path: Path
 ) -> None:
     hub.claimed_size = 200_001
@@ -289,19 +289,21 @@ def test_a_file_larger_than_the_disk_is_refused_before_the_download(hub: Hub, fe
     hub.claimed_size = 10**18
     error = fetch(FILE).error
     assert error.startswith("expected 953,674,316,406.2 MiB free in ")
-    assert error.endswith("make room, or set HF_HOME to a folder elsewhere")
+    assert error.endswith("free disk space, or set HF_HOME to a folder elsewhere")
     assert hub.downloads == []
 
 
-def test_a_disk_that_takes_no_more_is_one_line(fetch: Fetch, tmp_path: Path) -> None:
+def test_a_full_disk_gives_an_error_of_one_line(fetch: Fetch, tmp_path: Path) -> None:
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
     error = fetch(FILE, code=limit + CODE).error
     assert "found File too large in " in error
-    assert error.endswith("make room there, or set HF_HOME to a folder elsewhere")
+    assert error.endswith("free disk space there, or set HF_HOME to a folder elsewhere")
     assert cached(tmp_path) == {}
 
 
-def test_a_cache_that_cannot_be_made_is_one_line(fetch: Fetch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_created_gives_an_error_of_one_line(
+    fetch: Fetch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
     assert "found Not a directory in " in fetch(FILE, HF_HOME=str(tmp_path / "file")).error
 
@@ -345,7 +347,9 @@ def answers(name: str, status: int) -> Callable[[Hub], None]:
     return lambda hub: setattr(hub, name, status)
 
 
-def test_what_is_not_there_is_one_line_with_what_is(hub: Hub, fetch_each: FetchEach) -> None:
+def test_a_missing_file_gives_one_line_with_the_existing_ones(
+    hub: Hub, fetch_each: FetchEach
+) -> None:
     wanted = {
         "hf:owner/none/a.ckpt": "no such repository: check the name, and set HF_TOKEN",
         f"{FILE}@v9": "no revision v9: name a branch, a tag or a commit",
@@ -372,7 +376,7 @@ def test_what_is_not_there_is_one_line_with_what_is(hub: Hub, fetch_each: FetchE
         (answers("api_status", 200), "JSONDecodeError, Expecting value: line 1 column 1"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(
+def test_refusals_of_the_hub_give_an_error_of_one_line(
     hub: Hub, fetch: Fetch, fault: Callable[[Hub], object], found: str
 ) -> None:
     fault(hub)
@@ -381,7 +385,7 @@ def test_what_the_hub_refuses_is_one_line(
     assert hub.downloads == []
 
 
-def test_pickles_alone_are_refused(hub: Hub, fetch: Fetch) -> None:
+def test_a_folder_with_only_pickles_is_refused(hub: Hub, fetch: Fetch) -> None:
     hub.publish("owner/old", {"config.json": CONFIG, f"{MODEL}.bin": b"a pickle"})
     error = fetch("hf:owner/old").error
     assert f"found {MODEL}.bin, a pickle that may run code: save it again as safetensors" in error
@@ -394,7 +398,7 @@ def test_without_a_network_the_remedy_is_named(hub: Hub, fetch: Fetch) -> None:
     assert error.endswith("or set HF_HUB_OFFLINE=1 to use what is cached")
 
 
-def test_the_token_goes_to_the_hub_alone_and_nothing_is_reported(hub: Hub, fetch: Fetch) -> None:
+def test_the_token_is_sent_only_to_the_hub_and_no_telemetry_is_sent(hub: Hub, fetch: Fetch) -> None:
     fetch(FILE, HF_TOKEN="hf_secret", AI_AGENT="1")
     asked = list(zip(hub.requests, hub.headers, strict=True))
     assert any("/cdn/" in path for (_, path, _), _ in asked)
@@ -405,7 +409,7 @@ def test_the_token_goes_to_the_hub_alone_and_nothing_is_reported(hub: Hub, fetch
         assert "torch" not in headers["user-agent"]
 
 
-def test_an_export_reports_nothing_either(hub: Hub, tmp_path: Path) -> None:
+def test_an_export_sends_no_telemetry_either(hub: Hub, tmp_path: Path) -> None:
     # It imports transformers, and so the library, before it fetches.
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE"):
@@ -419,17 +423,17 @@ def test_an_export_reports_nothing_either(hub: Hub, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "expected a file of tensors alone" in done.stderr
+    assert "expected a file that contains only tensors" in done.stderr
     assert hub.downloads
     assert [h["user-agent"] for h in hub.headers if "torch" in h["user-agent"]] == []
 
 
-def test_without_the_library_the_line_to_install_it_is_named(fetch: Fetch) -> None:
+def test_without_the_library_the_error_names_the_pip_line(fetch: Fetch) -> None:
     found = fetch(FILE, code="import sys\nsys.modules['huggingface_hub'] = None\n" + CODE)
     assert found.error.endswith("found none: pip install 'fvae-deploy[export]'")
 
 
-def test_the_library_is_imported_by_a_fetch_alone(fetch: Fetch) -> None:
+def test_the_library_is_imported_only_by_a_fetch(fetch: Fetch) -> None:
     code = "import json, sys\nimport fvae_deploy.export.hub\n"
     code += "print(json.dumps({'error': '', 'heavy': 'huggingface_hub' in sys.modules}))"
     assert not fetch("", code=code).heavy
@@ -451,7 +455,7 @@ def test_the_library_is_imported_by_a_fetch_alone(fetch: Fetch) -> None:
         ("hf:a-1/B_2.c/vae", "a-1/B_2.c", "vae", "main", False),
     ],
 )
-def test_ids_are_read(text: str, repo: str, path: str, revision: str, is_file: bool) -> None:
+def test_ids_are_parsed(text: str, repo: str, path: str, revision: str, is_file: bool) -> None:
     place = parse(text)
     assert (place.repo, place.path, place.revision) == (repo, path, revision)
     assert place.is_file == is_file
@@ -476,7 +480,7 @@ def test_malformed_ids_are_refused(text: str) -> None:
 
 @given(st.text("ab.-_/@:\\ \nä", max_size=20))
 @example("a/b/c@d")
-def test_what_is_read_as_an_id_the_library_accepts(rest: str) -> None:
+def test_the_library_accepts_every_id_that_is_parsed(rest: str) -> None:
     try:
         place = parse(f"hf:{rest}")
     except BundleError:

@@ -1,4 +1,4 @@
-"""AutoencoderKL and AutoencoderTiny slice by slice: equal to diffusers, folded, tiled, exported."""
+"""AutoencoderKL and AutoencoderTiny equal diffusers when folded, tiled and exported."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError, PlanError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.sources import load  # noqa: E402
@@ -35,7 +36,7 @@ from fvae_deploy.stream.tiles import Grid, smallest  # noqa: E402
 
 
 def encoded(network: Any, x: Any) -> Any:
-    """Latents of slices [k, 3, H, W] as diffusers' pipelines store them."""
+    """Return the latents of slices [k, 3, H, W], normalised as in diffusers' pipelines."""
     of = network.config
     if isinstance(network, diffusers.AutoencoderTiny):
         return (network.encode(x).latents - of.shift_factor) * of.scaling_factor
@@ -59,14 +60,14 @@ def channels(values: list[float]) -> Any:
 
 
 def engine_of(network: Any, channels: int | None = None) -> Float64:
-    """Cutting folds in place: the network itself stays as it is."""
+    """Cut a copy of the network, since cutting folds in place."""
     return Float64(cut(copy.deepcopy(network), channels))
 
 
 def run(
     engine: Any, direction: str, data: np.ndarray, grids: dict[str, Grid] | None = None
 ) -> np.ndarray:
-    """All slices of [C, k, H, W] in one step; whole planes where no grid is given."""
+    """Run all slices of [C, k, H, W] in one step; without a grid the plane is not tiled."""
     factor = engine.manifest.geometry.spatial if direction == "encode" else 1
     plane = (data.shape[2] // factor, data.shape[3] // factor)
     grids = whole_grids(engine.manifest, (direction,), plane) | (grids or {})
@@ -84,12 +85,12 @@ def latents(manifest: Manifest, k: int, h: int, w: int, seed: int = 0) -> np.nda
 
 
 def batch(data: np.ndarray) -> Any:
-    """[C, k, H, W] as diffusers' batch of slices, and back."""
+    """Return [C, k, H, W] as diffusers' batch of slices, or back."""
     return torch.from_numpy(data).transpose(0, 1)
 
 
 def apart(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the largest value."""
+    """Return the largest difference relative to the largest value."""
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
@@ -145,7 +146,7 @@ def test_a_published_taesd_is_cut_into_four_and_four_local_stages() -> None:
 
 @st.composite
 def tiled(draw: Any, manifest: Manifest, direction: str, plane: tuple[int, int]) -> dict[str, Grid]:
-    """For every stage, tiles of some extent that is possible."""
+    """Draw a possible tile extent for every stage."""
     grids = {}
     for stage, grid in whole_grids(manifest, (direction,), plane).items():
         halo = manifest.stage_part(stage, first=False).halo
@@ -180,8 +181,8 @@ def test_tiled_equals_whole_in_float64(
         pytest.param("decode1", 1, id="a stage that begins with doubling, by half a cell wide"),
     ],
 )
-def test_a_halo_too_narrow_shows(stage: str, spare: int) -> None:
-    """What the law above would say of a wrong halo."""
+def test_a_halo_that_is_too_narrow_changes_results(stage: str, spare: int) -> None:
+    """The law above fails for a halo that is too small."""
     engine = engine_of(random_image_vae("AutoencoderTiny", TAESD), 1)
     direction = stage.rstrip("01")
     x = (pixels if direction == "encode" else latents)(engine.manifest, 1, 12, 12)
@@ -198,8 +199,8 @@ def saved(tmp_path: Path, network: Any) -> Path:
 
 
 def bundle(folder: Path, model: Any) -> Path:
-    texts = {"name": "n", "description": "d", "licence": "l", "version": "0"}
-    export_bundle(model, folder, source=Source("s", "r", "0"), **texts)
+    loaded = LoadedModel(model, Source("s", "r", "0"), "n", "d", "l")
+    export_bundle(loaded, folder, version="0")
     return folder
 
 
@@ -215,7 +216,7 @@ def networks() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bundles(networks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both families through diffusers' own folder format to bundles, once: read only."""
+    """Bundles of both families, from diffusers' folder format; shared, so read only."""
     found = {}
     for kind, network in networks.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -225,7 +226,7 @@ def bundles(networks: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
-def test_every_engine_gives_what_diffusers_gives(
+def test_every_engine_equals_diffusers(
     networks: dict[str, Any], bundles: dict[str, Path], kind: str, engine: str
 ) -> None:
     pytest.importorskip(engine)
@@ -252,7 +253,7 @@ def test_a_graph_holds_no_weights_of_its_own(bundles: dict[str, Path], kind: str
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
-def test_a_scan_is_reconstructed_as_diffusers_would(
+def test_a_reconstructed_scan_equals_diffusers(
     networks: dict[str, Any],
     bundles: dict[str, Path],
     kind: str,
@@ -310,7 +311,7 @@ def test_a_small_budget_tiles_autoencoder_tiny(bundles: dict[str, Path]) -> None
     assert tiles(300 << 20) > 4
 
 
-def test_old_names_of_attention_are_read(tmp_path: Path) -> None:
+def test_old_names_of_attention_weights_are_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, random_image_vae("AutoencoderKL", TWO))
     path = folder / "diffusion_pytorch_model.safetensors"
     new = load(str(folder)).model.stages
@@ -376,7 +377,7 @@ def configured(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ),
     ],
 )
-def test_what_cannot_be_cut_is_refused_in_one_line(
+def test_a_network_that_cannot_be_cut_is_refused_in_one_line(
     tmp_path: Path,
     kind: str,
     config: dict[str, Any],
@@ -391,7 +392,7 @@ def test_what_cannot_be_cut_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_colours_that_differ_need_gray(tmp_path: Path) -> None:
+def test_different_numbers_of_input_and_output_channels_need_gray(tmp_path: Path) -> None:
     folder = saved(tmp_path, random_image_vae("AutoencoderKL", {**TWO, "in_channels": 1}))
     with pytest.raises(BundleError, match="expected as many input as output channels"):
         load(str(folder), gray=False)

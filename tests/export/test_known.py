@@ -1,4 +1,4 @@
-"""The table of known models: complete, consistent, and without a single heavy import."""
+"""The table of known models is complete and consistent, and imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ FAMILIES = {"wan", "lean_vae", "kl", "tiny", "own code"}
 every_model = pytest.mark.parametrize("model", KNOWN, ids=lambda model: model.name)
 
 
-def test_every_model_of_the_paper_and_of_the_field_is_there_once() -> None:
+def test_every_model_is_listed_once() -> None:
     assert [model.name for model in KNOWN] == [*PAPER, *FIELD]
     for model in KNOWN:
         assert known(model.name) is model
     assert known("no such model") is None
 
 
-def test_the_papers_models_alone_have_the_papers_window() -> None:
+def test_only_the_papers_models_have_the_papers_window() -> None:
     windows = {model.name: model.window for model in KNOWN if model.window}
     assert windows == dict.fromkeys(PAPER, 65) | {"videovae+": 64}
 
 
 @every_model
-def test_a_hub_id_is_one_that_is_read(model: KnownModel) -> None:
+def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
     if model.hub:
         assert is_hub_id(model.hub)
         assert parse(model.hub).id == model.hub
@@ -43,7 +43,7 @@ def test_a_hub_id_is_one_that_is_read(model: KnownModel) -> None:
 
 
 @every_model
-def test_fields_are_what_a_vae_can_have(model: KnownModel) -> None:
+def test_fields_have_plausible_values(model: KnownModel) -> None:
     assert model.family in FAMILIES
     assert model.temporal == (4 if model.window else 1)
     assert model.spatial in (8, 16)
@@ -55,7 +55,7 @@ def test_fields_are_what_a_vae_can_have(model: KnownModel) -> None:
         assert text.isprintable()
 
 
-def test_the_table_is_light() -> None:
+def test_the_table_imports_nothing_heavy() -> None:
     code = "import sys, fvae_deploy.export.known\n"
     code += "print({'torch', 'numpy', 'huggingface_hub', 'diffusers'} & set(sys.modules))"
     command = [sys.executable, "-c", code]

@@ -1,4 +1,4 @@
-"""LeanVAE against tensors of the published implementation, on its own random weights."""
+"""Compare LeanVAE with tensors of the published implementation, with random weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def stream(
 
 
 def groupings(frames: int) -> dict[str, list[int]]:
-    """Latent frames a step, after the first."""
+    """Draw the latent frames per step, after the first."""
     uneven = [1, 2] * frames
     while sum(uneven) > frames:
         uneven.pop()
@@ -84,7 +84,7 @@ def test_streams_encode_and_decode_as_published(golden: Golden, grouping: str) -
 
 @pytest.mark.parametrize("grouping", ["one by one", "all at once", "uneven"])
 def test_the_parts_that_are_exported_compute_as_published(golden: Golden, grouping: str) -> None:
-    # Folding rounds anew: in double precision the parts have no rounding of their own.
+    # Folding adds rounding errors; in double precision they do not matter.
     model = LeanVAE(golden.model.config).double().requires_grad_(False)
     model.load_state_dict(golden.model.state_dict())
     groups = groupings(golden.z.shape[2] - 1)[grouping]

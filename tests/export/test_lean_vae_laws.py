@@ -1,4 +1,4 @@
-"""Laws of LeanVAE in double precision, over small random architectures, sizes and groupings."""
+"""Laws of LeanVAE in double precision, for small random architectures, sizes and groupings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ models = st.builds(
     st.integers(0, 2**31),
 )
 planes = st.tuples(st.integers(1, 4), st.integers(1, 4))
-groupings = st.lists(st.integers(1, 3), max_size=4)  # latent frames a step, after the first
+groupings = st.lists(st.integers(1, 3), max_size=4)  # latent frames per step, after the first
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def noise(*shape: int) -> torch.Tensor:
 def samples(
     model: LeanVAE, plane: tuple[int, int], groups: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip and latents of that many cells and frames."""
+    """Return a random clip, and latents of so many cells and frames."""
     config, (h, w), frames = model.config, plane, sum(groups)
     x = noise(1, config.in_channels, 1 + 4 * frames, 8 * h, 8 * w)
     return x, noise(1, config.latent_dim, 1 + frames, h, w)
@@ -64,7 +64,7 @@ def samples(
 def stream(
     first: Callable[..., Any], step: Callable[..., Any], data: torch.Tensor, groups: list[int]
 ) -> torch.Tensor:
-    """Run first on one frame and step on the rest, cut into pieces of these lengths."""
+    """Run the first part on one frame and the step part on the rest, in steps of these lengths."""
     head, *rest = data.split([1, *groups], dim=2)
     result, *state = first(head)
     results = [result]
@@ -125,7 +125,7 @@ shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 2, 
 
 @law
 @given(shapes)
-def test_the_inverse_haar_transform_undoes_it(shape: tuple[int, ...]) -> None:
+def test_the_inverse_haar_transform_inverts_haar(shape: tuple[int, ...]) -> None:
     x = noise(*shape)
     assert_equal(inverse_haar(haar(x), shape[1]), x)
 
@@ -153,7 +153,7 @@ def test_haar_bands_are_signed_sums_of_neighbours(shape: tuple[int, ...]) -> Non
 
 @law
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2]), planes)
-def test_patches_go_back_where_they_came_from(
+def test_from_patches_inverts_to_patches(
     batch: int, channels: int, count: int, frames: int, plane: tuple[int, int]
 ) -> None:
     x = noise(batch, channels, count * frames, 4 * plane[0], 4 * plane[1])

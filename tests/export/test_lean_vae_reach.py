@@ -1,8 +1,8 @@
-"""Halo and context are exactly what the manifest says: measured with an impulse.
+"""Halo and context in the manifest equal those measured with an impulse.
 
-One pixel block, or one latent cell, is changed. What changes at the other end must lie
-within the halo and the context, never earlier in time, and must reach their very edge: a
-halo that is too wide wastes work in every tile.
+One pixel block, or one latent cell, is changed. The resulting changes must be within the halo
+and the context and never earlier in time. They must also reach the edge of both, since a halo
+that is too wide wastes work in every tile.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def model(request: pytest.FixtureRequest) -> LeanVAE:
 
 
 def reach(model: LeanVAE, direction: str) -> tuple[int, int]:
-    """Halo and context; the two parts of a direction must agree."""
+    """Return halo and context, on which both parts of a direction must agree."""
     parts = [p for p in parts_of(lean_vae_model(model, 1)) if p.name.startswith(direction)]
     (found,) = {(part.halo, part.context) for part in parts}
     return found
 
 
 def changed_cells(difference: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
-    """[1, C, T, H, W] to the largest change in each latent cell, [t, h, w]."""
+    """Map [1, C, T, H, W] to the largest change in each latent cell, [t, h, w]."""
     temporal, spatial = stride
     plane = difference.abs().amax((0, 1))  # [T, H, W]
     height, width = (n // spatial for n in plane.shape[1:])

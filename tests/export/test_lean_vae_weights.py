@@ -1,4 +1,4 @@
-"""Published checkpoints load; weights that do not fit are refused in one line."""
+"""Published checkpoints can be loaded; weights that do not fit are refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGS = {
     "h_dim": 24,
     "sep_num_layer": 1,
     "fusion_num_layer": 1,
-    # The published args hold these as well; they do not shape the network.
+    # The published args contain these too; they do not define the network.
     "use_tile_inference": False,
     "chunksize_enc": 9,
     "note": "any",
@@ -44,7 +44,7 @@ def state(model: LeanVAE) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), **extra}
 
 
-def test_args_that_do_not_shape_the_network_are_ignored() -> None:
+def test_args_that_do_not_define_the_network_are_ignored() -> None:
     assert LeanVAEConfig.from_args(ARGS) == SMALL
 
 
@@ -65,7 +65,7 @@ def test_the_unused_deviation_layer_is_left_out(
         pytest.param({**ARGS, "h_dim": 24.0}, "integer h_dim", id="a fraction for a number"),
     ],
 )
-def test_args_that_make_no_network_are_refused(args: dict[str, Any], message: str) -> None:
+def test_args_that_do_not_fit_a_network_are_refused(args: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         LeanVAEConfig.from_args(args)
 
@@ -91,7 +91,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_published_checkpoint_loads_with_its_channels_read_off_the_weights(
+def test_a_published_checkpoint_gets_its_channels_from_the_weights(
     tmp_path: Path, model: LeanVAE, state: dict[str, torch.Tensor]
 ) -> None:
     path = tmp_path / "LeanVAE-dim4.ckpt"
@@ -151,7 +151,7 @@ def put(name: Any, value: Any) -> Callable[[dict[Any, Any]], None]:
         pytest.param("state", put(5, torch.zeros(1)), id="a number for a name"),
     ],
 )
-def test_numbers_and_weights_that_make_no_network_are_refused_in_one_line(
+def test_numbers_and_weights_that_do_not_fit_a_network_are_refused_in_one_line(
     tmp_path: Path, state: dict[str, torch.Tensor], part: str, change: Callable[[Any], None]
 ) -> None:
     content = {"args": {**ARGS}, "state": {**state}}
@@ -170,7 +170,7 @@ def save(model: LeanVAE, path: Path, **said: str) -> None:
 @pytest.mark.parametrize(
     "scale", ["[1.0, 2.0]", '"abc"', "abc", "[0, 0, 0, 0]", "[1, 1, 1, NaN]", "2.0"]
 )
-def test_a_latent_scale_that_is_no_factor_for_every_channel_is_refused(
+def test_a_latent_scale_that_is_not_one_factor_per_channel_is_refused(
     tmp_path: Path, model: LeanVAE, scale: str
 ) -> None:
     save(model, tmp_path / "w.safetensors", args=json.dumps(ARGS), latent_scale=scale)
@@ -178,7 +178,7 @@ def test_a_latent_scale_that_is_no_factor_for_every_channel_is_refused(
         load(str(tmp_path / "w.safetensors"))
 
 
-def test_metadata_of_others_need_not_be_json(tmp_path: Path, model: LeanVAE) -> None:
+def test_other_metadata_need_not_be_json(tmp_path: Path, model: LeanVAE) -> None:
     save(model, tmp_path / "w.safetensors", args=json.dumps(ARGS), description="of mine")
     assert load(str(tmp_path / "w.safetensors")).description == "of mine"
     save(model, tmp_path / "w.safetensors", args="{")
@@ -186,7 +186,7 @@ def test_metadata_of_others_need_not_be_json(tmp_path: Path, model: LeanVAE) -> 
         load(str(tmp_path / "w.safetensors"))
 
 
-def test_a_class_that_is_no_name_is_refused(tmp_path: Path) -> None:
+def test_a_class_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": ["AutoencoderKL"]}')
     with pytest.raises(BundleError, match=r"expected a VAE of class .*found \['AutoencoderKL'\]"):
         load(str(tmp_path))

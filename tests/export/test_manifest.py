@@ -1,4 +1,4 @@
-"""A bundle's manifest: what was saved is what is loaded, and damage is told in one line."""
+"""A manifest is loaded as it was saved, and damage is reported in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fvae_deploy.export.manifest import Manifest, Memory, Parity
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle with a graph file, parity and memory, so that every field is there."""
+    """A bundle with a graph file, parity and memory, so that every field has a value."""
     folder = tmp_path / "bundle"
     manifest = write_fake_bundle(folder)
     graph = folder / "encode_first.onnx"
@@ -37,7 +37,7 @@ def bundle(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_saved_is_loaded(bundle: Path, tmp_path: Path) -> None:
+def test_a_manifest_is_loaded_as_it_was_saved(bundle: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(bundle)
     manifest.save(tmp_path)
     again = Manifest.load(tmp_path, verify=False)
@@ -86,7 +86,7 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
         ),
         pytest.param(
             edited(lambda c: c.update(schema=4)),
-            "schema 3, found 4 .*install the fvae that made it",
+            "schema 3, found 4 .*install the version that made it",
             id="later schema",
         ),
         pytest.param(
@@ -112,7 +112,7 @@ def edited(change: Callable[[Any], object]) -> Callable[[Path], object]:
         ),
         pytest.param(
             edited(lambda c: c["intensity"].update(hu_max=-1000)),
-            "ranges that ascend",
+            "ranges in ascending order",
             id="empty HU window",
         ),
         pytest.param(
@@ -177,14 +177,14 @@ def test_a_damaged_bundle_is_refused_with_the_remedy(
     assert "export" in str(caught.value)
 
 
-def test_the_kind_of_what_is_no_json_is_none(bundle: Path) -> None:
+def test_the_kind_of_a_file_that_is_not_json_is_empty(bundle: Path) -> None:
     assert kind_of(bundle) == "vae"
     for content in (b"[" * 99999, b"{", b"[]", b"\xff"):
         (bundle / FILENAME).write_bytes(content)
         assert kind_of(bundle) == ""
 
 
-def test_a_path_that_is_no_folder_is_refused(bundle: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(bundle: Path) -> None:
     for path in (bundle / FILENAME, bundle / "absent"):
         with pytest.raises(BundleError, match="expected a bundle at"):
             Manifest.load(path)
@@ -196,7 +196,7 @@ def test_without_verification_the_files_are_not_read(bundle: Path) -> None:
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to every value in a JSON document, but the document itself."""
+    """Return the paths to every value in a JSON document, except the document itself."""
     keys = content if isinstance(content, dict) else range(len(content))
     found = []
     for key in keys:
@@ -222,7 +222,7 @@ values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_damage_to_the_json_loads_or_is_refused_in_one_line(
+def test_a_damaged_json_loads_or_is_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
@@ -251,7 +251,7 @@ def test_any_damage_to_the_json_loads_or_is_refused_in_one_line(
     if refused is not None:
         assert "\n" not in refused
         return
-    # What loads can be used.
+    # A manifest that loads must be usable.
     assert loaded.identity == manifest.identity
     for part in loaded.parts:
         for tensor in (*part.inputs, *part.outputs):

@@ -1,4 +1,4 @@
-"""The measure of parity: zero for equals, and right for errors that are known."""
+"""Parity is zero for equal engines and correct for known errors."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def engine(tmp_path: Path, manifest: Manifest) -> Engine:
     return open_engine(tmp_path, manifest, "fake")
 
 
-class Off:
-    """An engine that is off by a constant in one part's data, at one of its cells."""
+class Biased:
+    """An engine whose data output of one part is wrong by a constant, at one element."""
 
-    name, precision = "off", "bf16"
+    name, precision = "biased", "bf16"
 
     def __init__(self, engine: Engine, part: str, by: float) -> None:
         self.engine, self.part, self.by = engine, part, by
@@ -55,21 +55,21 @@ def test_an_engine_equals_itself(engine: Engine, manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("part", ["encode_first", "encode_step"])
-def test_an_error_in_a_latent_is_told_in_deviations_and_not_decoded(
+def test_an_error_in_a_latent_is_in_standard_deviations_and_not_decoded(
     engine: Engine, manifest: Manifest, part: str
 ) -> None:
-    found = parity(engine, Off(engine, part, 0.25), manifest, size=(4, 5), steps=2)
+    found = parity(engine, Biased(engine, part, 0.25), manifest, size=(4, 5), steps=2)
     shape = (9, 32, 40)
     x = clip(shape, manifest.intensity, 0)[None, None]
     deviation = stream(engine, manifest, "encode", x).std()
     assert found.latent_max == pytest.approx(0.25 / deviation, rel=1e-5)
     assert (found.hu_mean, found.hu_max) == (0, 0)  # both decode the reference's latents
-    assert (found.engine, found.precision) == ("off", "bf16")
+    assert (found.engine, found.precision) == ("biased", "bf16")
 
 
-def test_an_error_in_a_picture_is_told_in_hu(engine: Engine, manifest: Manifest) -> None:
+def test_an_error_in_a_frame_is_in_hu(engine: Engine, manifest: Manifest) -> None:
     # The fake's range [-1, 1] is 2000 HU: 0.01 are 10 HU, in 2 of 9 * 32 * 40 voxels.
-    found = parity(engine, Off(engine, "decode_step", 0.01), manifest, size=(4, 5), steps=2)
+    found = parity(engine, Biased(engine, "decode_step", 0.01), manifest, size=(4, 5), steps=2)
     assert found.latent_max == 0
     assert found.hu_max == pytest.approx(10, rel=1e-3)
     assert found.hu_mean == pytest.approx(20 / (9 * 32 * 40), rel=1e-3)
@@ -77,29 +77,31 @@ def test_an_error_in_a_picture_is_told_in_hu(engine: Engine, manifest: Manifest)
 
 @pytest.mark.parametrize("part", ["encode_step", "decode_first"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_have_no_parity(
+def test_results_that_are_not_finite_raise_an_error(
     engine: Engine, manifest: Manifest, part: str, value: float
 ) -> None:
     direction = part.split("_")[0]
-    with pytest.raises(EngineError, match=f"finite values from {direction} in off bf16, found NaN"):
-        parity(engine, Off(engine, part, value), manifest)
+    with pytest.raises(
+        EngineError, match=f"finite values from {direction} in biased bf16, found NaN"
+    ):
+        parity(engine, Biased(engine, part, value), manifest)
 
 
-def test_what_the_clamp_takes_away_is_no_error(engine: Engine, manifest: Manifest) -> None:
+def test_differences_removed_by_the_clamp_do_not_count(engine: Engine, manifest: Manifest) -> None:
     # Air decodes to below -1 here, and further below is still air.
-    found = parity(engine, Off(engine, "decode_first", -5.0), manifest)
+    found = parity(engine, Biased(engine, "decode_first", -5.0), manifest)
     assert found.hu_max < 60
 
 
 def test_three_channels_are_measured_too(tmp_path: Path) -> None:
     manifest = write_fake_bundle(tmp_path / "rgb", channels=3)
     engine = open_engine(tmp_path / "rgb", manifest, "fake")
-    assert parity(engine, Off(engine, "decode_step", 0.01), manifest).hu_max == pytest.approx(
+    assert parity(engine, Biased(engine, "decode_step", 0.01), manifest).hu_max == pytest.approx(
         10, rel=1e-3
     )
 
 
-def test_the_clip_holds_air_bone_tissue_and_noise_in_the_models_range() -> None:
+def test_the_clip_contains_air_bone_tissue_and_noise_in_the_models_range() -> None:
     x = clip((9, 72, 96), INTENSITY, 0)
     assert x.shape == (9, 72, 96)
     assert x.dtype == np.float32
@@ -112,7 +114,7 @@ def test_the_clip_holds_air_bone_tissue_and_noise_in_the_models_range() -> None:
     assert np.median(steps) < 0.03 < 0.4 < steps.max()  # smooth, with edges
 
 
-def test_the_clip_follows_from_its_seed() -> None:
+def test_the_clip_depends_only_on_its_seed() -> None:
     shape = (5, 16, 24)
     np.testing.assert_array_equal(clip(shape, INTENSITY, 1), clip(shape, INTENSITY, 1))
     assert (clip(shape, INTENSITY, 1) != clip(shape, INTENSITY, 2)).any()

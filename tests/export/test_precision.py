@@ -1,4 +1,4 @@
-"""Half precision: what is computed in float32 all the same."""
+"""Graphs in half precision, and the operations that stay in float32."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fvae_deploy.stream.codec import bundle_path
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink], ids=["hard links", "symbolic links"])
-def test_bundles_of_links_are_halved_as_others_are(tmp_path: Path, link: Any) -> None:
+def test_bundles_whose_files_are_links_are_halved_like_others(tmp_path: Path, link: Any) -> None:
     original = Path(shutil.copytree(bundle_path("tiny"), tmp_path / "original"))
     linked = tmp_path / "linked"
     linked.mkdir()
-    for file in original.iterdir():  # as some installers lay packages out
+    for file in original.iterdir():  # as some package installers do
         link(file, linked / file.name)
     part = Manifest.load(original).part("encode_first")
     expected = halve(original / part.file, part, "fp16")

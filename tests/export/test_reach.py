@@ -1,4 +1,4 @@
-"""Reach and cost of small networks whose answer is known by hand."""
+"""Reach and cost of small networks for which they are known by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def conv(kernel: int, stride: int = 1, padding: int = 0, inside: int = 2) -> nn.
         pytest.param(Only(nn.ConvTranspose2d(2, 2, 4, 2, 1)), 1, 1, id="transposed"),
     ],
 )
-def test_halos_add_up_what_kernels_overhang(stage: nn.Module, pixels: int, halo: int) -> None:
+def test_halos_are_the_sum_of_the_kernels_overhang(
+    stage: nn.Module, pixels: int, halo: int
+) -> None:
     found = analyse(stage, torch.randn(1, 2, pixels * PLANE, pixels * PLANE), [], 1)
     assert (found.halo, found.context, found.whole) == (halo, 0, "")
 
@@ -89,7 +91,9 @@ def test_states_reach_back_by_their_length_in_latent_frames(rate: int, context: 
         pytest.param(Attention(), "attention", id="attention"),
     ],
 )
-def test_what_sees_the_whole_plane_is_told_with_the_reason(stage: nn.Module, reason: str) -> None:
+def test_layers_that_need_the_whole_plane_are_reported_with_the_reason(
+    stage: nn.Module, reason: str
+) -> None:
     found = analyse(stage, torch.randn(1, 2, PLANE, PLANE), [], 1)
     assert found.halo is None
     assert reason in found.whole

@@ -1,4 +1,4 @@
-"""Engines really built on this CPU by TensorRT for RTX; none of them is run."""
+"""Build engines on this CPU with TensorRT for RTX; none of them is run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARRAYS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(in
 
 @pytest.fixture
 def bundle(small_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle that may be written beside."""
+    """A writable copy of a bundle."""
     return Path(shutil.copytree(small_bundle, tmp_path / "small"))
 
 
@@ -50,7 +50,7 @@ def session(model: onnx.ModelProto | Path) -> Any:
         ),
     ],
 )
-def test_halved_graphs_compute_what_the_whole_ones_do(
+def test_graphs_in_half_precision_are_close_to_float32(
     name: str, kind: Any, sizes: dict[str, int]
 ) -> None:
     path, random = bundle_path(name), np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_group_norms_of_large_values_stay_close_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_quantised_graphs_keep_close_on_the_ct_that_they_saw(
+def test_quantised_graphs_are_close_on_their_calibration_ct(
     bundle: Path, tmp_path: Path, write_ct: Any, precision: str
 ) -> None:
     write_ct(tmp_path / "ct.nii", (16, 24, 9))
@@ -119,17 +119,17 @@ def test_a_target_is_the_name_of_an_architecture(package: str, target: str) -> N
         check_request(package, target, "fp32")
 
 
-def test_tensorrt_builds_for_the_gpu_that_is_here_alone(
+def test_tensorrt_builds_only_for_the_gpu_of_this_machine(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for here, found in ((None, "expected a GPU here for"), ("sm_90", "expected sm_90 for")):
-        monkeypatch.setattr(devices, "target", lambda here=here: here)
-        with pytest.raises(UsageError, match=f"{found} --package tensorrt, found 'sm_89'"):
+    for own, message in ((None, "a GPU in this machine for"), ("sm_90", "expected sm_90 for")):
+        monkeypatch.setattr(devices, "target", lambda own=own: own)
+        with pytest.raises(UsageError, match=f"{message} --package tensorrt, found 'sm_89'"):
             make_engines(bundle, ["sm_89"], ["fp32"], package="tensorrt")
     assert not (bundle / "engines").exists()
 
 
-def test_a_builder_that_was_killed_says_so_rather_than_what_it_wrote(
+def test_a_killed_builder_is_reported_as_killed(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = tmp_path / "worker.py"
@@ -137,14 +137,14 @@ def test_a_builder_that_was_killed_says_so_rather_than_what_it_wrote(
     request = {"target": "sm_89", "package": "tensorrt_rtx"}
     part = Manifest.load(bundle).parts[0]
     ends = {"os.kill(os.getpid(), 9)": "the builder killed by SIGKILL;", "os._exit(3)": "a word;"}
-    for end, found in ends.items():
+    for end, reason in ends.items():
         worker.write_text(f"import os, sys\nprint('a word', file=sys.stderr, flush=True)\n{end}\n")
-        with pytest.raises(EngineError, match=f"found {found}"):
+        with pytest.raises(EngineError, match=f"found {reason}"):
             _in_worker(part, request)
 
 
 class TestBuilt:
-    """What needs the builder."""
+    """Tests that need the builder."""
 
     @pytest.fixture(autouse=True)
     def _needs_tensorrt(self) -> None:
@@ -176,7 +176,7 @@ class TestBuilt:
         first, second = ([(row.built.part, row.built.sha256) for row in rows] for rows in builds)
         assert first == second
 
-    def test_engines_for_any_size_lie_beside_those_for_one(self, bundle: Path) -> None:
+    def test_engines_for_any_size_are_stored_beside_those_for_one(self, bundle: Path) -> None:
         make_engines(bundle, ["sm_120"], ["fp32"], planes=[(24, 16)], any_size=True)
         one, every = find(bundle, Manifest.load(bundle), "sm_120", "fp32")["decode_first"]
         assert (one.variant, every.variant) == ("1x3x2", ANY)
@@ -194,9 +194,7 @@ class TestBuilt:
         assert {row.built.precision for row in rows} == {precision}
         assert {row.built.state for row in rows} == {"float32"}
 
-    def test_a_part_that_does_not_parse_is_an_error_in_the_parsers_words(
-        self, bundle: Path
-    ) -> None:
+    def test_a_part_that_does_not_parse_raises_the_parsers_message(self, bundle: Path) -> None:
         model = onnx.load(bundle / "decode_step.onnx", load_external_data=False)
         node = next(n for n in model.graph.node if n.op_type == "Erf")
         node.op_type = "Errorfunction"
@@ -209,7 +207,7 @@ class TestBuilt:
             make_engines(bundle, ["sm_89"], ["fp32"], planes=[(16, 16)])
         assert not list((bundle / "engines" / "sm_89").glob("*fp32*"))
 
-    def test_a_build_that_stops_leaves_what_was_there(self, bundle: Path) -> None:
+    def test_an_interrupted_build_keeps_the_old_engines(self, bundle: Path) -> None:
         from fvae_deploy.export.to_tensorrt import build
         from fvae_deploy.make.engines import variants
 
@@ -233,14 +231,14 @@ class TestBuilt:
             (["sm_89"], "int8", "expected --calibrate CT"),
         ],
     )
-    def test_what_cannot_be_built_is_refused_before_any_work(
+    def test_options_that_do_not_fit_are_refused_before_any_work(
         self, bundle: Path, targets: list[str], precision: str, wanted: str
     ) -> None:
         with pytest.raises(UsageError, match=wanted):
             make_engines(bundle, targets, [precision])
         assert not (bundle / "engines").exists()
 
-    def test_sizes_that_are_no_multiple_are_refused(self, bundle: Path) -> None:
+    def test_sizes_that_are_not_multiples_are_refused(self, bundle: Path) -> None:
         with pytest.raises(UsageError, match="multiples of 8, found 20,16"):
             make_engines(bundle, ["sm_89"], ["fp16"], planes=[(20, 16)])
 

@@ -1,4 +1,4 @@
-"""Model repositories for Triton Inference Server: by its schema, and run in ONNX Runtime."""
+"""Check model repositories for Triton Inference Server against its schema and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config_of(folder: Path) -> Any:
 
 
 class Server:
-    """What Triton does with a model of implicit state, as far as its documents say."""
+    """Runs a model with implicit state as Triton's documentation describes it."""
 
     def __init__(self, repository: Path) -> None:
         self.repository = repository
@@ -100,7 +100,7 @@ def example() -> Any:
     return module
 
 
-def test_the_example_streams_a_ct_to_the_latents_that_fvae_makes(
+def test_the_example_client_streams_a_ct_to_the_same_latents_as_fvae(
     tmp_path: Path, write_ct: Any, example: Any
 ) -> None:
     write_ct(tmp_path / "ct.nii", (21, 16, 11))
@@ -118,7 +118,7 @@ def test_the_example_streams_a_ct_to_the_latents_that_fvae_makes(
     assert not server.states
 
 
-def test_configurations_keep_to_the_schema_and_to_the_graphs(tmp_path: Path) -> None:
+def test_configurations_fit_the_schema_and_the_graphs(tmp_path: Path) -> None:
     for model in ("tiny", "tiny-ldm"):
         from fvae_deploy.make.engines import open_bundle
 
@@ -163,7 +163,7 @@ def test_plans_are_configured_for_tensorrt_with_their_states(
     assert (tmp_path / "models/small-encode_step/1/model.plan").stat().st_size > 1000
 
 
-def test_a_plan_that_is_damaged_is_refused(small_bundle: Path, tmp_path: Path) -> None:
+def test_a_damaged_plan_is_refused(small_bundle: Path, tmp_path: Path) -> None:
     from stand_in_gpu import change, write_engines
 
     bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
@@ -177,7 +177,7 @@ def test_a_plan_that_is_damaged_is_refused(small_bundle: Path, tmp_path: Path) -
     assert not (tmp_path / "models").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_left_unchanged(tmp_path: Path) -> None:
     from fvae_deploy.make.engines import open_bundle
 
     with pytest.raises(BundleError, match="expected a new folder"):

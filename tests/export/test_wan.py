@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 cut into stages: equal to diffusers' own loop, folded, rebuilt."""
+"""Wan2.1 and Wan2.2 cut into stages equal diffusers' own loop, also folded and rebuilt."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def network(request: pytest.FixtureRequest) -> Any:
 
 
 def cut(network: Any, channels: int | None = None) -> Float64:
-    """Cutting folds in place: the network itself stays as it is."""
+    """Cut a copy of the network, since cutting folds in place."""
     return Float64(wan_model(copy.deepcopy(network), channels))
 
 
 def encoded(network: Any, x: Any) -> Any:
-    """What diffusers makes of a clip, normalised as its pipelines do."""
+    """Return diffusers' latents of a clip, normalised as in its pipelines."""
     mean, deviation = statistics(network)
     return (network.encode(x).latent_dist.mean - mean) / deviation
 
@@ -64,7 +64,7 @@ def run(
     grids: dict[str, Grid] | None = None,
     protocol: str = "causal",
 ) -> np.ndarray:
-    """Stream [C, T, H, W] step by step; whole planes where no grid is given."""
+    """Stream [C, T, H, W] step by step; without a grid the plane is not tiled."""
     g = manifest.geometry
     plane = data.shape[2:]
     if direction == "encode":
@@ -123,7 +123,7 @@ def test_gray_equals_replicated_input_and_averaged_output(network: Any) -> None:
     assert np.abs(found - expected).max() < 1e-10 * expected.std()
 
 
-def test_the_manifest_and_the_weights_are_enough_to_build_it_again(network: Any) -> None:
+def test_the_network_can_be_rebuilt_from_manifest_and_weights(network: Any) -> None:
     engine = cut(network, 1)
     weights = {
         f"{stage}.{key}": value
@@ -142,7 +142,7 @@ def test_the_manifest_and_the_weights_are_enough_to_build_it_again(network: Any)
             assert torch.equal(again[key], value)
 
 
-def test_only_the_stages_with_attention_see_the_whole_plane(network: Any) -> None:
+def test_only_the_stages_with_attention_need_the_whole_plane(network: Any) -> None:
     manifest = cut(network, 1).manifest
     whole = [stage for stage in stages(manifest) if manifest.stage_part(stage, False).halo is None]
     last = manifest.stages("encode")[-1]
@@ -156,7 +156,7 @@ def stages(manifest: Manifest) -> tuple[str, ...]:
 
 @st.composite
 def tiled(draw: Any, manifest: Manifest, direction: str, plane: tuple[int, int]) -> dict[str, Grid]:
-    """For every stage that can be tiled, tiles of some extent that is possible."""
+    """Draw a possible tile extent for every stage that can be tiled."""
     grids = {}
     for stage, grid in whole_grids(manifest, (direction,), plane).items():
         halo = manifest.stage_part(stage, first=False).halo
@@ -201,8 +201,8 @@ def test_tiled_equals_whole_in_float64(
     assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
-def test_a_halo_one_cell_too_narrow_shows() -> None:
-    """What the law above would say of a wrong halo."""
+def test_a_halo_one_cell_too_narrow_changes_results() -> None:
+    """The law above fails for a halo that is too small."""
     engine = cut(random_wan(WAN21), 1)
     x = clip(engine.manifest, 1, 5, 5)
     expected = run(engine, engine.manifest, "encode", x)
@@ -220,9 +220,7 @@ def test_latent_statistics_of_another_length_are_refused() -> None:
         wan_model(network)
 
 
-def test_the_folder_that_one_is_in_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_current_folder_gives_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_wan(WAN21).save_pretrained(tmp_path / "vae")
     monkeypatch.chdir(tmp_path / "vae")
     found = load(".")

@@ -53,16 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("bundles") / "wan"
-    found = load(str(folder))
-    export_bundle(
-        found.model,
-        target,
-        name="wan",
-        description=found.description,
-        licence=found.licence,
-        source=found.source,
-        version="0.1.0",
-    )
+    export_bundle(dataclasses.replace(load(str(folder)), name="wan"), target, version="0.1.0")
     return target
 
 
@@ -272,7 +263,7 @@ def test_several_latent_frames_a_step_are_refused(
     bundle: Path, write_ct: Any, tmp_path: Path
 ) -> None:
     write_ct(tmp_path / "ct.nii", (16, 16, 5))
-    with pytest.raises(UsageError, match="expected 1 latent frame a step of wan, found 2"):
+    with pytest.raises(UsageError, match="expected 1 latent frame per step of wan, found 2"):
         fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "out.nii", model=bundle, k=2)
     assert not (tmp_path / "out.nii").exists()
 
@@ -309,7 +300,7 @@ def damage(folder: Path, target: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        pytest.param({"base_dim": 6}, r"keys of other shapes \(", id="other widths"),
+        pytest.param({"base_dim": 6}, r"keys with other shapes \(", id="other widths"),
         pytest.param({"num_res_blocks": 2}, r"keys missing \(", id="more layers"),
         pytest.param(
             {"dim_mult": [1], "temperal_downsample": []}, "keys of another network", id="fewer"

@@ -57,7 +57,7 @@ from brightness import OUTSIDE, Brightness, Voxels
 from palette import OFFSET, palette
 from words import TOKENS, tokenizer
 
-from fvae_deploy.export.generator import waves
+from fvae_deploy.export.generator import timestep_embedding
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 from fvae_deploy.export.models.lean_vae import STRIDE
 from fvae_deploy.phantom.patient import PHASES
@@ -134,7 +134,7 @@ class Generator(nn.Module):
             for layer in self.unet.text_attention
             for tensor in layer.keys_values(context)
         ]
-        waved = np.concatenate([waves(t, UNET["model_channels"]) for t in times])
+        waved = np.concatenate([timestep_embedding(t, UNET["model_channels"]) for t in times])
         embedding = self.unet.time_embed(torch.from_numpy(waved).to(x.device))
         result: Tensor = self.unet.predict(torch.cat([x, mask], dim=1), embedding, told)
         return result
