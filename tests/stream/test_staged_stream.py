@@ -327,7 +327,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, folder: Path) -> 
 
 
 def test_options_of_foreign_code_are_refused_elsewhere(folder: Path) -> None:
-    with pytest.raises(UsageError, match="expected a factory"):
+    with pytest.raises(UsageError, match="only with a factory"):
         load(str(folder), foreign=Foreign(window=33))
 
 
