@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import LatentError
+from fvae_deploy.errors import LatentError, UsageError
 from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latents import LatentReader
 from fvae_deploy.stream import pipeline
@@ -44,6 +44,8 @@ def encode(
     """
     options, output = RunOptions.of(options, keywords), Path(output)
     options.check_unused("encode", "dtype")
+    if output.suffix != ".zarr":
+        raise UsageError(f"expected an output named .zarr, found {output.name}: rename it")
     if _is_done(ct, output, options):
         with _codec(codec, options) as opened:
             _check_latents(output, opened, options)

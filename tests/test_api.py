@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fvae_deploy as fvae
-from fvae_deploy.errors import BundleError, EngineError, PlanError, UsageError, VolumeError
+from fvae_deploy.errors import BundleError, EngineError, PlanError, UsageError
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def test_a_volume_can_be_written_and_read_slab_by_slab(ct, tmp_path):
         pytest.param({"memory": "plenty"}, UsageError, id="memory that is no amount"),
         pytest.param({"memory": 1}, PlanError, id="memory that cannot do"),
         pytest.param({"protocol": "x"}, UsageError, id="an unknown protocol"),
-        pytest.param({"k": 0}, UsageError, id="steps of nothing"),
-        pytest.param({"dtype": "int8"}, VolumeError, id="an unknown dtype"),
+        pytest.param({"step": 0}, UsageError, id="steps of nothing"),
+        pytest.param({"dtype": "int8"}, UsageError, id="an unknown dtype"),
         pytest.param({"engine": "x"}, EngineError, id="an unknown engine"),
         pytest.param({"precision": "x"}, EngineError, id="an unknown precision"),
         pytest.param({"device": "x"}, EngineError, id="an unknown device"),

@@ -229,14 +229,14 @@ OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
     ),
     "an output that exists": (["-o", "{f}/z.zarr"], 3, "pass --overwrite"),
     "a report over the scan": (["-o", "{f}/o.nii", "--json", "{f}/ct.nii"], 2, ".json"),
-    "an unknown protocol": (["-o", "{f}/o.nii", "--protocol", "waves"], 2, "causal or windows"),
-    "an unknown engine": (["-o", "{f}/o.nii", "-e", "magic"], 5, "openvino"),
+    "an unknown protocol": (["-o", "{f}/o.nii", "--protocol", "waves"], 2, "causal, windows"),
+    "an unknown engine": (["-o", "{f}/o.nii", "-e", "magic"], 2, "openvino"),
     "an unknown precision": (["-o", "{f}/o.nii", "-p", "fp8"], 5, "bf16"),
     "a device that is not there": (
         ["-o", "{f}/o.nii", "-m", "tiny", "-e", "openvino", "--device", "npu7"], 5, "npu7"),
     "an unknown model": (["-o", "{f}/o.nii", "-m", "huge"], 4, "tiny"),
     "a bundle folder without manifest": (["-o", "{f}/o.nii", "-m", "{f}/p.zarr"], 4, "manifest"),
-    "an unknown dtype": (["-o", "{f}/o.nii", "--dtype", "int8"], 3, "float32"),
+    "an unknown dtype": (["-o", "{f}/o.nii", "--dtype", "int8"], 2, "float32"),
 }  # fmt: skip
 
 DECODE = {
@@ -310,7 +310,7 @@ OTHERS = {
     "export of weights without a configuration": (
         ["export", "-m", "{f}/bundle/weights.safetensors", "-o", "{f}/new"], 4, "args"),
     "export with unknown channels": (
-        ["export", "-m", "{f}/text.ckpt", "-o", "{f}/new", "--channels", "cmyk"], 4, "gray or rgb"),
+        ["export", "-m", "{f}/text.ckpt", "-o", "{f}/new", "--channels", "cmyk"], 2, "gray, rgb"),
     "export of nothing": (["export", "-m", "{f}/w.ckpt", "-o", "{f}/new"], 4, "found nothing"),
     "export of an unknown suffix": (["export", "-m", "{f}/ct.nii", "-o", "{f}/new"], 4, ".ckpt"),
 }  # fmt: skip

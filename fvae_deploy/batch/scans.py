@@ -19,7 +19,6 @@ from typing import Any
 
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.errors import UsageError
-from fvae_deploy.storage.latents import is_latents
 
 LISTS = (".csv", ".jsonl")
 VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
@@ -101,6 +100,8 @@ def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
 
 def _latents(folder: Path, outputs: Path) -> Iterator[Path]:
     """Yield the latent stores below a folder."""
+    from fvae_deploy.storage.latents import is_latents  # imports zarr
+
     for _, entries in _folders(folder, outputs):
         for entry in entries:
             path = Path(entry.path)

@@ -14,7 +14,6 @@ from fvae_deploy.cli.options import Overwrite, Report, choice
 from fvae_deploy.cli.tables import bench_table, models_table, noise_table, parity_table
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
-from fvae_deploy.storage.folders import new_folder
 from fvae_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -84,6 +83,7 @@ def export(
     """
     require("torch", "onnx", "onnxscript", "safetensors", "diffusers", "transformers")
     from fvae_deploy.export.generators import is_generator
+    from fvae_deploy.storage.folders import new_folder
 
     if is_generator(Path(model)):
         given = {"--channels": channels != "gray", "--weights": weights is not None}

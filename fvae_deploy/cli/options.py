@@ -23,7 +23,7 @@ def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in names():
-            raise UsageError(f"expected {flags[0]} {', '.join(names())}, found {value!r}")
+            raise UsageError(f"expected {flags[0]} as one of {', '.join(names())}, found {value!r}")
         return value
 
     return typer.Option(
@@ -38,7 +38,9 @@ def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
 def _device(value: str) -> str:
     kind, _, number = value.partition(":")
     if kind not in DEVICES or (number and (kind != "cuda" or not number.isdecimal())):
-        raise UsageError(f"expected --device {', '.join(DEVICES)} or cuda:N, found {value!r}")
+        raise UsageError(
+            f"expected --device as one of {', '.join(DEVICES)} or cuda:N, found {value!r}"
+        )
     return value
 
 

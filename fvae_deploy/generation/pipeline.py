@@ -88,7 +88,6 @@ def generate(
     options.check_unused("generate", "protocol", "step", "any_range")
     if options.resume and os.path.lexists(output):
         return skipped("generate", output)
-    check_output(output, overwrite=options.overwrite)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
@@ -96,6 +95,7 @@ def generate(
         disease = None if disease_mask is None else _open(stack, disease_mask)
         for source in filter(None, (organs, disease)):
             protect_input(output, source.path, source.geometry.dicom_files)
+        check_output(output, overwrite=options.overwrite)
         denoiser, codec = _open_networks(stack, options, sampling)
         request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
         request.sampler()  # refuses what it cannot do before any work, as does the next line

@@ -8,6 +8,7 @@ reconstruct loads the slabs that were already decoded.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -87,8 +88,9 @@ class Journal:
         """Store an array under this name and return it."""
         path = self._path(name)
         try:
-            with path.with_suffix(".new").open("wb") as file:
-                np.save(file, computed)
+            encoded = io.BytesIO()  # np.save to a file hides why a write failed
+            np.save(encoded, computed)
+            path.with_suffix(".new").write_bytes(encoded.getbuffer())
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise OutputError(

@@ -228,7 +228,7 @@ class TestRefusals:
     def test_engines_of_another_gpu_are_named(self, bundle: Path) -> None:
         (bundle / "engines/sm_89").rename(bundle / "engines/sm_86")
         message = self.error_of(bundle)
-        assert re.search(r"found engines/sm_86/fp32: fvae build .* --target sm_89", message)
+        assert re.search(r"found engines/sm_86/fp32: run fvae build .* --target sm_89", message)
 
     def test_engines_in_the_wrong_folder_are_detected(self, bundle: Path) -> None:
         from stand_in_gpu import change
@@ -239,7 +239,7 @@ class TestRefusals:
     def test_a_truncated_engine_is_never_loaded(self, bundle: Path) -> None:
         path = bundle / "engines/sm_89/fp32/encode_first.any.engine"
         path.write_bytes(path.read_bytes()[:-1])
-        assert re.search(r"it is damaged, fvae build", self.error_of(bundle, run=True))
+        assert re.search(r"the file is damaged, run fvae build", self.error_of(bundle, run=True))
 
     def test_another_version_of_tensorrt_is_refused_with_both_remedies(self, bundle: Path) -> None:
         from stand_in_gpu import change

@@ -252,7 +252,7 @@ def test_weights_damaged_in_transfer_are_refused_and_removed(
     hub.flip_at = 100_000
     error = fetch(FOLDER).error
     assert f"with hash {hashlib.sha256(CKPT).hexdigest()[:12]}…, found " in error
-    assert error.endswith("and is removed from there; run again")
+    assert error.endswith("and has been removed; run again")
     assert cached(tmp_path) == {}
     assert "unset it and run once" in fetch(FOLDER, HF_HUB_OFFLINE="1").error
     hub.flip_at = None
@@ -353,9 +353,9 @@ def test_a_missing_file_gives_one_line_with_the_existing_ones(
     wanted = {
         "hf:owner/none/a.ckpt": "no such repository: check the name, and set HF_TOKEN",
         f"{FILE}@v9": "no revision v9: name a branch, a tag or a commit",
-        "hf:owner/net/no.ckpt": "net.ckpt, other.ckpt: name a file or folder that is there",
-        "hf:owner/net/vae": "no weights: name a file or folder that is there",
-        "hf:owner/net": "net.ckpt, other.ckpt: name a file or folder that is there",
+        "hf:owner/net/no.ckpt": "net.ckpt, other.ckpt: name a file or folder that exists there",
+        "hf:owner/net/vae": "no weights: name a file or folder that exists there",
+        "hf:owner/net": "net.ckpt, other.ckpt: name a file or folder that exists there",
         "hf:owner/pipeline": f"vae/{MODEL}.fp16.safetensors, vae/{MODEL}.safetensors: name a file",
     }
     for one, found in zip(fetch_each(*wanted), wanted.values(), strict=True):

@@ -172,7 +172,9 @@ def test_a_damaged_plan_is_refused(small_bundle: Path, tmp_path: Path) -> None:
     for path in (bundle / "engines/sm_89/fp16").glob("*.json"):
         change(path, package="tensorrt")
     (bundle / "engines/sm_89/fp16/decode_step.any.engine").write_bytes(b"damaged")
-    with pytest.raises(EngineError, match=r"decode_step.any.engine.*it is damaged, fvae build"):
+    with pytest.raises(
+        EngineError, match=r"decode_step.any.engine.*the file is damaged, run fvae build"
+    ):
         write_repository(bundle, manifest, tmp_path / "models", target="sm_89", precision="fp16")
     assert not (tmp_path / "models").exists()
 
