@@ -406,7 +406,7 @@ def test_a_checkpoint_that_runs_code_is_not_run(desk, capsys):
 @pytest.mark.parametrize("existing", ["bundle", "ct.nii"])
 def test_an_export_never_replaces_what_is_there(desk, capsys, existing, small_weights):
     arguments = ["export", "-m", small_weights, "-o", desk / existing, "-q"]
-    refused(capsys, desk, arguments, 4, "remove it or choose another")
+    refused(capsys, desk, arguments, 4, "choose another name or pass --overwrite")
 
 
 def test_weights_of_another_shape_are_refused(desk, capsys, small_weights):

@@ -40,7 +40,7 @@ def fvae(verb, source, *options):
 
 
 def reconstruct(source, *options):
-    return fvae("reconstruct", source, "-o", source.parent / "out.nii", *options)
+    return fvae("reconstruct", source, "-o", source.parent / "out.nii", "--overwrite", *options)
 
 
 def beyond(report):

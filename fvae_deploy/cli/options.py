@@ -35,15 +35,6 @@ def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
     )
 
 
-def _device(value: str) -> str:
-    kind, _, number = value.partition(":")
-    if kind not in DEVICES or (number and (kind != "cuda" or not number.isdecimal())):
-        raise UsageError(
-            f"expected --device as one of {', '.join(DEVICES)} or cuda:N, found {value!r}"
-        )
-    return value
-
-
 def _report(path: Path | None) -> Path | None:
     """Refuse a report that could not be written, before the work and not after it."""
     if path is None or path == STDOUT:
@@ -133,10 +124,9 @@ COMMON = {
                 "--device",
                 metavar="|".join(DEVICES),
                 autocompletion=lambda: list(DEVICES),
-                callback=_device,
                 envvar="FVAE_DEVICE",
-                help="cpu; cuda or cuda:N for NVIDIA GPUs; gpu with OpenVINO; tensorrt with ONNX "
-                "Runtime.",
+                help="cpu; cuda or cuda:N for NVIDIA GPUs; gpu or another device of OpenVINO; "
+                "tensorrt with ONNX Runtime.",
                 rich_help_panel=COMPUTE,
             ),
         ],

@@ -67,9 +67,9 @@ def test_reconstructions_lie_beside_the_originals_with_their_labels(dataset, fak
     assert content["labels"] == {"background": 0, "liver": 1}
     for case in CASES:
         image = dataset / f"imagesTr/{case}_0000.nii.gz"
-        fvae.reconstruct(image, tmp_path / "r.nii.gz", fake)
+        fvae.reconstruct(image, tmp_path / f"{case}.nii.gz", fake)
         made = out / f"imagesTr/{case}_fvae_0000.nii.gz"
-        assert made.read_bytes() == (tmp_path / "r.nii.gz").read_bytes()
+        assert made.read_bytes() == (tmp_path / f"{case}.nii.gz").read_bytes()
         for suffix in ("", "_fvae"):
             label = out / f"labelsTr/{case}{suffix}.nii.gz"
             assert label.samefile(dataset / f"labelsTr/{case}.nii.gz")
@@ -110,11 +110,11 @@ def test_reconstructions_may_stand_alone(dataset, fake, tmp_path):
 def test_a_stopped_run_goes_on_and_is_no_dataset_until_then(dataset, fake, tmp_path, monkeypatch):
     out, reconstruct, calls = tmp_path / "Dataset103_L", module.reconstruct, []
 
-    def stopping(image: Path, output: Path, **options: Any) -> Any:
+    def stopping(image: Path, output: Path, options: RunOptions) -> Any:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(output)
-        return reconstruct(image, output, **options)
+        return reconstruct(image, output, options)
 
     monkeypatch.setattr(module, "reconstruct", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -186,9 +186,9 @@ def test_a_codec_that_stays_open_gives_the_same_on_other_sizes(write_ct, tmp_pat
         write_ct(tmp_path / f"{name}.nii", shape)
     with fvae.open_codec("tiny") as codec:
         for n, name in enumerate("aba"):
-            fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / f"{n}.out.nii", model=codec)
+            fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / f"{n}.out.nii", codec=codec)
     for n, name in enumerate("ab"):
-        fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / "alone.nii")
+        fvae.reconstruct(tmp_path / f"{name}.nii", tmp_path / "alone.nii", overwrite=True)
         assert (tmp_path / f"{n}.out.nii").read_bytes() == (tmp_path / "alone.nii").read_bytes()
     assert (tmp_path / "2.out.nii").read_bytes() == (tmp_path / "0.out.nii").read_bytes()
 

@@ -87,7 +87,7 @@ def test_what_is_asked_for_changes_the_volume_and_nothing_else_does(mask, option
     nibabel.save(nibabel.Nifti1Image(disease, TILTED), tmp_path / "d.nii.gz")
 
     def made(**changes: Any) -> np.ndarray:
-        fvae.generate(mask, tmp_path / "g.nii", **{**options, **changes})
+        fvae.generate(mask, tmp_path / "g.nii", overwrite=True, **{**options, **changes})
         return voxels(tmp_path / "g.nii")
 
     first = made()
@@ -115,7 +115,9 @@ def test_noise_is_centred_where_the_bundle_says_so(mask, options, tmp_path, stit
     made = []
     for model in (options["model"], centred):
         report = fvae.generate(
-            mask, tmp_path / "g.nii", **{**options, "model": model, "stitch": stitch}
+            mask,
+            tmp_path / "g.nii",
+            **{**options, "model": model, "stitch": stitch, "overwrite": True},
         )
         made.append((report["generator"]["centred_noise"], voxels(tmp_path / "g.nii")))
     assert [said for said, _ in made] == [False, True]
@@ -191,7 +193,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     mask, options, tmp_path, changes, kind, words
 ):
     with pytest.raises(kind, match=words):
-        fvae.generate(mask, tmp_path / "g.nii", **{**options, **changes})
+        fvae.generate(mask, tmp_path / "g.nii", overwrite=True, **{**options, **changes})
     assert [p.name for p in tmp_path.iterdir()] == ["organs.nii.gz"]
 
 
@@ -297,7 +299,7 @@ def test_the_command_line_says_what_it_made(mask, small_generator, tmp_path, mon
     assert "27 slices of 20x26" in capsys.readouterr().out
     for more, words in (
         (["--jobs", "x.csv"], "either --mask or --jobs"),
-        (["--steps", "5000"], "1 to 1000 steps"),
+        (["--steps", "5000", "--overwrite"], "1 to 1000 steps"),
     ):
         assert run(monkeypatch, *command, *more) == 2
         assert words in capsys.readouterr().err

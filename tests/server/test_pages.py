@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_a_server_without_viewer_files_says_so_when_it_starts(
     shutil.copytree(
         Path(pages.__file__).parents[1], package, ignore=shutil.ignore_patterns("vendor", "__py*")
     )
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     server = LiveServer(tmp_path / "server", *serve_fake)
     server.start()

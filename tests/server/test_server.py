@@ -333,7 +333,7 @@ def test_with_a_certificate_the_server_uses_tls(serve_fake, tmp_path):
     ("options", "code", "message"),
     [
         (["-m", "nothing"], 4, "expected a built-in model"),
-        (["-e", "magic"], 5, "expected auto or one of"),
+        (["-e", "magic"], 2, "expected --engine as one of auto"),
         (["--tls-cert", "a.pem"], 2, "--tls-cert and --tls-key together"),
         (["--host", "0.0.0.0"], 2, "expected TLS on 0.0.0.0"),
         (["--host", "0.0.0.0", "--insecure-no-auth"], 2, "only on a loopback address"),

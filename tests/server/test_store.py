@@ -13,6 +13,7 @@ from fvae_deploy.server.auth import make_token, owner_of
 from fvae_deploy.server.settings import Settings
 from fvae_deploy.server.store import Job, Store
 from fvae_deploy.server.supervisor import Supervisor
+from fvae_deploy.stream.options import RunOptions
 
 REPORT = {"seconds": {"read": 1.0, "total": 2.0}, "volume": {"slices": 7}}
 
@@ -118,9 +119,11 @@ def test_expired_jobs_are_deleted_with_their_files(store, tmp_path):
     store.claim()
     store.finish("old", "result.nii", REPORT)
     store.add(job("waits"))
-    Supervisor(store, Settings(tmp_path, 1, keep_hours=1), Audit())._delete_expired()
+    Supervisor(
+        store, Settings(tmp_path, RunOptions(memory=1), keep_hours=1), Audit()
+    )._delete_expired()
     assert store.get("old") is not None
-    supervisor = Supervisor(store, Settings(tmp_path, 1, keep_hours=0), Audit())
+    supervisor = Supervisor(store, Settings(tmp_path, RunOptions(memory=1), keep_hours=0), Audit())
     supervisor._delete_expired()
     supervisor._remove_strays()
     assert store.get("old") is None
@@ -147,7 +150,7 @@ def test_a_worker_above_its_memory_limit_is_killed_and_its_job_fails(store, tmp_
         (store.files / "a" / "input.nii").write_bytes(b"x")
         store.claim()
         for memory, state in ((400 << 20, "running"), (100 << 20, "failed")):
-            supervisor = Supervisor(store, Settings(tmp_path, memory), Audit())
+            supervisor = Supervisor(store, Settings(tmp_path, RunOptions(memory=memory)), Audit())
             supervisor._check_memory(worker)
             assert store.get("a").state == state
         assert (worker.poll(), store.get("a").error_kind) == (-9, "memory")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
 import fvae_deploy as fvae
+from fvae_deploy.server.settings import WorkerSettings
 from fvae_deploy.server.store import Job, Store
 from fvae_deploy.server.worker import run_job
 from fvae_deploy.stream.codec import open_codec
+from fvae_deploy.stream.options import RunOptions
 
-OPTIONS = {"memory": 300 << 20}
+OPTIONS = RunOptions(memory=300 << 20)
 
 
 @pytest.fixture
@@ -43,10 +46,9 @@ def interrupted(tmp_path, write_ct, codec):
         fvae.reconstruct(
             folder / "input.nii",
             folder / "result.nii",
-            model=codec,
-            resume=True,
+            dataclasses.replace(OPTIONS, resume=True),
+            codec=codec,
             progress=die,
-            **OPTIONS,
         )
     assert (folder / "result.nii.partial").is_dir()
     store.recover(3)
@@ -65,10 +67,10 @@ def test_a_job_resumes_or_restarts_after_an_update(interrupted, codec, tmp_path,
     if version:
         request = folder / "result.nii.partial" / "request.json"
         request.write_text(json.dumps(json.loads(request.read_text()) | {"fvae": version}))
-    run_job(interrupted, interrupted.claim(), codec, OPTIONS)
+    run_job(interrupted, interrupted.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     job = interrupted.get("a")
     assert (job.state, job.done, job.error) == ("done", 80, None)
     assert job.report["volume"]["slices"] in computed
-    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", model=codec, **OPTIONS)
+    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=codec)
     assert (folder / "result.nii").read_bytes() == (tmp_path / "whole.nii").read_bytes()
     assert [path.name for path in folder.iterdir()] == ["result.nii"]

@@ -264,7 +264,7 @@ def test_several_latent_frames_a_step_are_refused(
 ) -> None:
     write_ct(tmp_path / "ct.nii", (16, 16, 5))
     with pytest.raises(UsageError, match="expected 1 latent frame per step of wan, found 2"):
-        fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "out.nii", model=bundle, k=2)
+        fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "out.nii", model=bundle, step=2)
     assert not (tmp_path / "out.nii").exists()
 
 
