@@ -6,6 +6,7 @@ kernels <- export <- engines <- the rooms of fvae_deploy; MAY says which a room 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from fvae_deploy.cli.options import COMMON
+from fvae_deploy.stream.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "export", "engines"]  # top-level folders, linked into the package
@@ -201,6 +205,21 @@ def test_functions_are_short(path: Path) -> None:
             if lines > 60:
                 long.append(f"{node.name}: {lines} lines")
     assert long == []
+
+
+def test_no_function_repeats_the_list_of_run_options() -> None:
+    """RunOptions is passed on whole: its fields are listed in the class and in COMMON alone."""
+    fields = {field.name for field in dataclasses.fields(RunOptions)}
+    assert {option.field for option in COMMON.values()} == fields
+    opening = {"model", "engine", "precision", "device", "threads"}  # of open_codec
+    repeated = []
+    for path in sources(ROOT / "fvae_deploy"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                own = {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)} & fields
+                if len(own - opening) > 2 or len(own) > 5:
+                    repeated.append(f"{path.name}: {node.name}({', '.join(sorted(own))})")
+    assert repeated == []
 
 
 @pytest.mark.parametrize("layer", LAYERS)
