@@ -29,8 +29,11 @@ class Terminal:
         self.quiet, self.verbose = self.quiet or quiet, self.verbose or verbose
         self.debug = self.debug or debug
         if self.verbose:
-            logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-            logging.getLogger("fvae").setLevel(logging.DEBUG)
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+            logger = logging.getLogger("fvae")
+            logger.handlers[:] = [handler]
+            logger.setLevel(logging.DEBUG)
 
     def say(self, message: str) -> None:
         """Report on stderr what is being done, unless quiet."""

@@ -76,7 +76,7 @@ class Fit:
 
 
 class PaintedMask:
-    """A mask as a volume in HU on the model's plane; see `fvae_deploy.volume.Reader`.
+    """A mask as a volume in HU on the model's plane; see `fvae_deploy.volume.base.Reader`.
 
     The palette gives the gray values of organs and of the findings in a disease mask. A plane
     that is mirrored against those of training is flipped for the network, and the result is

@@ -24,7 +24,7 @@ CHECK = 0.2  # seconds between checks of the worker
 RETRY = 5  # seconds to wait before the next try when the disk is full
 SWEEP = 60  # seconds between searches for expired jobs
 SLACK = 1.5  # kill above this multiple of the budget; normal jobs stay within 1.1
-GENERATE_EXTRA = 2 << 30  # extra bytes for generate: torch and the generator
+GENERATE_EXTRA = 2 << 30  # extra bytes for generate: the generator and its work
 
 
 class Supervisor:

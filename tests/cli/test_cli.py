@@ -10,42 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from fvae_deploy.cli import main as cli
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.open import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
 VERBS += ["serve", "token", "build", "triton", "selftest"]
-
-
-@pytest.fixture
-def fvae(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fvae", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        # Some CI systems ask for colours where there is no terminal.
-        return (code, *(re.sub(r"\x1b\[[0-9;]*m", "", text) for text in capsys.readouterr()))
-
-    return run
-
-
-@pytest.fixture
-def fake(fake_bundle):
-    return ["-m", fake_bundle, "-e", "fake"]
-
-
-@pytest.fixture
-def ct(write_ct, tmp_path):
-    write_ct(tmp_path / "ct.nii.gz", (20, 13, 30))
-    return tmp_path / "ct.nii.gz"
 
 
 def voxels(path):
