@@ -1,11 +1,12 @@
-"""One step of the generator's U-Net: the published formulation in torch beside the engines.
+"""Time one step of the generator's U-Net: the published formulation in torch, and the engines.
 
     python benchmarks/denoiser.py                     # 43 M parameters, 17 frames of 32x32 cells
     python benchmarks/denoiser.py --width 224 --plane 64    # as published, 482 M parameters
 
-The same random weights in one run, A B C A B C …, medians. The published formulation runs eager
-in float32: 2-D convolutions over frames, 1-D convolutions along them for every pixel, keys and
-values of the text for every frame at every step. Cost is counted once, in the folded form.
+All run with the same random weights, in turn (A B C A B C …), and the table shows medians. The
+published formulation runs eagerly in float32: 2-D convolutions over frames, 1-D convolutions along
+the frames of every pixel, and keys and values of the text for every frame at every step. The
+operations are counted once, in the folded form.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ FRAMES, TOKENS = 17, 512
 
 
 def frames_of(volume: Tensor) -> Tensor:
-    """[1, C, f, h, w] as frames [f, C, h, w]; the memory stays."""
+    """View a volume [1, C, f, h, w] as frames [f, C, h, w]."""
     return volume[0].transpose(0, 1)
 
 
 def volume_of(frames: Tensor) -> Tensor:
-    """Frames [f, C, h, w] as [1, C, f, h, w]; the memory stays."""
+    """View frames [f, C, h, w] as a volume [1, C, f, h, w]."""
     return frames.transpose(0, 1)[None]
 
 
 class PublishedInFrame(InFrame):
-    """A 2-D convolution, the frames as its batch."""
+    """A 2-D convolution with the frames as its batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] -> [1, C', f, h', w']."""
+        """Map x [1, C, f, h, w] to [1, C', f, h', w']."""
         return volume_of(nn.Conv2d.forward(self, frames_of(x)))
 
 
@@ -60,39 +61,39 @@ class PublishedAlongFrames(AlongFrames):
     """A 1-D convolution along the frames of every pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] to as many."""
+        """Map x [1, C, f, h, w] to the same shape."""
         pixels = x[0].permute(2, 3, 0, 1).flatten(0, 1)  # [h * w, C, f]
         y = self.temporal_conv(F.pad(pixels, (1, 1), mode="reflect"))
         return volume_of(y.unflatten(0, x.shape[3:]).permute(3, 2, 0, 1))
 
 
 class PublishedNorm(FrameNorm):
-    """Group norm, the frames as its batch."""
+    """Group norm with the frames as its batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, C, f, h, w] to as many."""
+        """Map x [1, C, f, h, w] to the same shape."""
         return volume_of(nn.GroupNorm.forward(self, frames_of(x)))
 
 
 class PublishedUNet(UNet):
-    """The same walk, skips joined as frames."""
+    """The same network, with skip connections joined as frames."""
 
     @staticmethod
     def joined(x: Tensor, skip: Tensor) -> Tensor:
-        """Join channels [1, C, f, h, w]."""
+        """Concatenate channels of [1, C, f, h, w]."""
         return volume_of(torch.cat([frames_of(x), frames_of(skip)], dim=1))
 
 
 def published(network: UNet) -> UNet:
-    """Give a network the published formulation; the weights stay."""
-    theirs = {
+    """Change a network to the published formulation, in place; the weights stay."""
+    classes = {
         UNet: PublishedUNet,
         InFrame: PublishedInFrame,
         AlongFrames: PublishedAlongFrames,
         FrameNorm: PublishedNorm,
     }
     for module in network.modules():
-        module.__class__ = theirs.get(type(module), type(module))
+        module.__class__ = classes.get(type(module), type(module))
     return network
 
 
@@ -100,10 +101,10 @@ def published(network: UNet) -> UNet:
 def published_step(
     network: UNet, x: Tensor, mask: Tensor, time_: Tensor, context: Tensor
 ) -> np.ndarray:
-    """Compute one step, keys and values for every frame."""
-    every = context.expand(len(x), -1, -1)
+    """Compute one step, with keys and values for every frame."""
+    per_frame = context.expand(len(x), -1, -1)
     layers: list[Attention] = network.text_attention
-    text = [t for layer in layers for t in layer.keys_values(every)]
+    text = [t for layer in layers for t in layer.keys_values(per_frame)]
     return np.asarray(network(x, mask, time_, *text))
 
 
@@ -112,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=64, help="model_channels")
     parser.add_argument("--plane", type=int, default=32, help="latent cells along h and w")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="engine:precision,…")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--only", help="time only these, such as openvino:fp32,torch:fp32")
     options = parser.parse_args()
     config = {**PUBLISHED, "model_channels": options.width}
     torch.manual_seed(0)
@@ -127,16 +128,16 @@ def main() -> None:
         folder = Path(temporary)
         weights = {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items()}
         torch.save({"state_dict": weights, "unet_config": config}, folder / "unet.ckpt")
-        found = load_generator(folder / "unet.ckpt", version="bench")
-        manifest = write_bundle(found, folder / "bundle")
-        del found
+        loaded = load_generator(folder / "unet.ckpt", version="bench")
+        manifest = write_bundle(loaded, folder / "bundle")
+        del loaded
         published(network)
-        of = (
+        arguments = (
             network,
             *map(torch.from_numpy, (x, mask, timestep_embedding(500, options.width), context)),
         )
         runs: dict[str, Callable[[], np.ndarray]] = {
-            "published, torch fp32": lambda: published_step(*of)
+            "published, torch fp32": lambda: published_step(*arguments)
         }
         chosen = (options.only or "openvino:fp32,openvino:bf16,onnxruntime:fp32,torch:fp32").split(
             ","
@@ -152,7 +153,7 @@ def main() -> None:
             runs[each.replace(":", " ")] = lambda d=denoiser: d.denoise(
                 x, mask_latent=mask, t=500, context=context
             )
-        results = {name: run() for name, run in runs.items()}  # compiles, and warms
+        results = {name: run() for name, run in runs.items()}  # compiles and warms up
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
             for name, run in runs.items():
@@ -163,14 +164,14 @@ def main() -> None:
             denoiser.close()
     cost = 2 * manifest.part("denoise").mac_per_cell * FRAMES * options.plane**2
     first = next(iter(runs))
-    base, wanted = statistics.median(seconds[first]), results[first]
+    base, expected = statistics.median(seconds[first]), results[first]
     title = f"{count / 1e6:.0f} M parameters, {FRAMES}x{options.plane}x{options.plane}"
     table = Table(title=f"{title}, {cost / 1e9:.0f} GFLOP a step")
     for column in ("", "seconds", "× published", "GFLOP/s", "mean, max error (deviations)"):
         table.add_column(column)
     for name in runs:
         median = statistics.median(seconds[name])
-        error = np.abs(results[name] - wanted) / wanted.std()
+        error = np.abs(results[name] - expected) / expected.std()
         table.add_row(
             name,
             f"{median:.2f}",

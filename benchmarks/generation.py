@@ -1,19 +1,20 @@
-"""Judge a generator on unseen phantoms, beside two bounds.
+"""Measure a generator on unseen phantoms, and compare it with two bounds.
 
     python benchmarks/generation.py                    # tiny-ldm, 20 patients
     python benchmarks/generation.py -m build/tiny-ldm --patients 4 --json figures.json
     python benchmarks/generation.py --patients 2 --shape 128,128,260    # longer than a window
 
-Each patient is drawn by `fvae phantom`'s code with a seed that training never saw. The generator
-is given organ mask, disease mask and report, and its volume is compared with the phantom. Beside
-it stand two that no generator is asked to surpass: the phantom's plain reconstruction, and that
-of a twin, the same patient with other vessels, texture and noise, of which mask and report say
-nothing: what a generator without a fault would draw.
+Each patient is drawn by the code of `fvae phantom`, with a seed that was not used in training. The
+generator gets organ mask, disease mask and report, and its volume is compared with the phantom. Two
+other volumes are bounds that no generator is expected to exceed: the plain reconstruction of the
+phantom, and that of a twin. A twin is the same patient with other vessels, texture and noise, which
+mask and report do not describe. A perfect generator would draw a twin.
 
-Air (below -500 HU) counts inside the body alone, the outline filled slice by slice; soft tissue
-is -200 to 200 HU, bone (with what contrast makes as bright) above 200. In volumes longer than a
-window, the seam is the change from slice to slice where chained windows would meet, over that
-where other latent frames meet: within one, slices are alike in any reconstruction.
+Air (below -500 HU) counts only inside the body, whose outline is filled slice by slice. Soft tissue
+is -200 to 200 HU. Bone is above 200 HU and includes vessels that contrast makes as bright. In
+volumes longer than a window, the seam is the change between slices where chained windows would
+meet, divided by the change where other latent frames meet. (Within a latent frame, slices are
+similar in any reconstruction.)
 """
 
 from __future__ import annotations
@@ -40,23 +41,23 @@ from fvae_deploy.stream.report import machine
 
 WINDOW = 65  # slices
 FRAME = 4  # slices of a latent frame
-FIRST = 200  # seeds from here on; training begins at 10,000
-TWIN = 5000  # added to a seed: what chance draws in a patient, drawn anew
-KINDS = ("made", "twin", "recon")
+FIRST = 200  # the first seed; training uses seeds from 10,000 on
+TWIN = 5000  # added to a seed to draw the random details of a patient again
+KINDS = ("generated", "twin", "recon")
 Volume = NDArray[np.float64]  # [x, y, z]
 
 
 def body_of(hu: Volume) -> NDArray[np.bool_]:
-    """Find the patient, lungs filled and couch taken away, slice by slice."""
-    found = [
+    """Return the mask of the patient: lungs filled and couch removed, slice by slice."""
+    planes = [
         binary_fill_holes(binary_opening(plane > -500, iterations=2))
         for plane in hu.transpose(2, 0, 1)
     ]
-    return np.stack(found, axis=2)
+    return np.stack(planes, axis=2)
 
 
 def tissues(hu: Volume, body: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
-    """Three classes by HU."""
+    """Return the masks of three classes of HU."""
     return {
         "air": (hu < -500) & body,
         "soft tissue": (hu >= -200) & (hu <= 200) & body,
@@ -65,12 +66,12 @@ def tissues(hu: Volume, body: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]
 
 
 def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    """Dice of two masks."""
+    """Return the Dice coefficient of two masks."""
     return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
 
 
 def blockiness(hu: Volume, body: NDArray[np.bool_], grid: int = 8) -> float:
-    """Mean difference of neighbours across the latent's grid over that inside its cells."""
+    """Return the mean step between neighbours across cell borders, relative to inside cells."""
     across, inside = [], []
     for axis in (0, 1):
         step = np.abs(np.diff(hu, axis=axis))
@@ -88,7 +89,7 @@ def blockiness(hu: Volume, body: NDArray[np.bool_], grid: int = 8) -> float:
 
 
 def seam(hu: Volume, body: NDArray[np.bool_]) -> float:
-    """Mean change between slices at ends of windows over that at ends of other latent frames."""
+    """Return the mean step between slices at window ends, relative to other latent frame ends."""
     step, both = np.abs(np.diff(hu, axis=2)), body[..., 1:] & body[..., :-1]
     frames = set(range(0, step.shape[2], FRAME))
     windows = set(range(WINDOW - 1, step.shape[2], WINDOW - 1))
@@ -98,23 +99,23 @@ def seam(hu: Volume, body: NDArray[np.bool_]) -> float:
     )
 
 
-def figures(phantom: Volume, organs: NDArray[np.int64], made: Volume) -> dict[str, Any]:
-    """Compare a volume with the phantom that its mask is of."""
+def figures(phantom: Volume, organs: NDArray[np.int64], volume: Volume) -> dict[str, Any]:
+    """Compare a volume with the phantom from which its mask comes."""
     body = body_of(phantom)
-    wanted, found = tissues(phantom, body), tissues(made, body)
+    expected, actual = tissues(phantom, body), tissues(volume, body)
     off = {
-        organ_name(int(n)): float(made[organs == n].mean() - phantom[organs == n].mean())
+        organ_name(int(n)): float(volume[organs == n].mean() - phantom[organs == n].mean())
         for n, count in zip(*np.unique(organs, return_counts=True), strict=True)
         if n and count > 2000
     }
     worst = max(off, key=lambda name: abs(off[name]))
     drift = [
-        made[..., k][body[..., k]].mean() - phantom[..., k][body[..., k]].mean()
+        volume[..., k][body[..., k]].mean() - phantom[..., k][body[..., k]].mean()
         for k in range(phantom.shape[2])
         if body[..., k].any()
     ]
     return {
-        **{f"dice {name}": dice(wanted[name], found[name]) for name in wanted},
+        **{f"dice {name}": dice(expected[name], actual[name]) for name in expected},
         "organ, worst HU": off[worst],
         "organ, worst": worst,
         "organs beyond 40 HU": sum(abs(v) > 40 for v in off.values()),
@@ -122,20 +123,20 @@ def figures(phantom: Volume, organs: NDArray[np.int64], made: Volume) -> dict[st
         "brightness, mean HU off": float(np.abs(drift).mean()),
         "brightness, worst HU": float(np.abs(drift).max()),
         "brightness change, worst HU": float(np.abs(np.diff(drift)).max()),
-        "blockiness": blockiness(made, body),
-        **({"seam": seam(made, body)} if phantom.shape[2] > WINDOW else {}),
+        "blockiness": blockiness(volume, body),
+        **({"seam": seam(volume, body)} if phantom.shape[2] > WINDOW else {}),
     }
 
 
 def load(path: Path) -> Volume:
-    """HU [x, y, z]."""
+    """Read a volume in HU [x, y, z]."""
     return np.asarray(nibabel.load(path).dataobj, np.float64)  # type: ignore[attr-defined]
 
 
 def one(seed: int, folder: Path, options: dict[str, Any], shape: tuple[int, int, int]) -> Any:
-    """Judge one patient: rows of the generation and of the reconstruction, and the finding."""
+    """Measure one patient; return the figures of each of KINDS."""
     patient = varied(seed)
-    names = ("ct", "organs", "findings", "recon", "made", "normal", "drawn", "twin")
+    names = ("ct", "organs", "findings", "recon", "generated", "normal", "drawn", "twin")
     files = {name: folder / f"{name}{seed}.nii.gz" for name in names}
     write_phantom(
         files["ct"], shape, files["organs"], patient=patient, findings=files["findings"], seed=seed
@@ -145,39 +146,39 @@ def one(seed: int, folder: Path, options: dict[str, Any], shape: tuple[int, int,
     fvae.reconstruct(files["drawn"], files["twin"])
     report = fvae.generate(
         files["organs"],
-        files["made"],
+        files["generated"],
         findings=patient.report(seed),
         disease_mask=files["findings"],
         seed=seed,
         **options,
     )
     phantom, organs = load(files["ct"]), load(files["organs"]).astype(int)
-    ill = load(files["findings"]) > 0
+    diseased = load(files["findings"]) > 0
     rows = {name: figures(phantom, organs, load(files[name])) for name in KINDS}
-    rows["made"]["seconds"] = report["seconds"]["total"]
-    if ill.sum() > 50:
+    rows["generated"]["seconds"] = report["seconds"]["total"]
+    if diseased.sum() > 50:
         normal = dataclasses.replace(patient, findings=())
         fvae.generate(
             files["organs"], files["normal"], findings=normal.report(seed), seed=seed, **options
         )
-        change = np.abs(load(files["made"]) - load(files["normal"]))
-        elsewhere = body_of(phantom) & ~ill
-        rows["made"]["change in finding, HU"] = float(change[ill].mean())
-        rows["made"]["change elsewhere, HU"] = float(change[elsewhere].mean())
+        change = np.abs(load(files["generated"]) - load(files["normal"]))
+        elsewhere = body_of(phantom) & ~diseased
+        rows["generated"]["change in finding, HU"] = float(change[diseased].mean())
+        rows["generated"]["change elsewhere, HU"] = float(change[elsewhere].mean())
     return rows
 
 
 def main() -> None:
-    """Print the table, and write all figures where asked."""
+    """Print the table, and write all figures to the file of --json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", default="tiny-ldm")
+    parser.add_argument("-m", "--model", default="tiny-ldm", help="built-in name or bundle")
     parser.add_argument("--patients", type=int, default=20)
     parser.add_argument("--shape", default="128,128,65")
     parser.add_argument("--scheduler")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--eta", type=float)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", type=Path, help="leave the volumes here")
+    parser.add_argument("--keep", type=Path, help="keep the volumes in this folder")
     options = parser.parse_args()
     x, y, z = (int(n) for n in options.shape.split(","))
     chosen = {
@@ -208,7 +209,7 @@ def main() -> None:
             cells.append(f"{np.mean(np.abs(values)):.3g} ({worst:.3g})")
         table.add_row(name, *cells)
     Console(width=100).print(table)
-    ratio = np.mean([r["made"]["blockiness"] / r["recon"]["blockiness"] for r in rows])
+    ratio = np.mean([r["generated"]["blockiness"] / r["recon"]["blockiness"] for r in rows])
     print(f"blockiness over the reconstruction's: {ratio:.3f}")
     print(f"{machine()['processor']}, {machine()['cores']} cores")
     if options.json:

@@ -6,7 +6,7 @@ Every client uploads scans, polls their jobs, downloads the results and checks t
 the server is killed and started again. The test passes if every accepted job exists exactly once
 and ends, results have the right bytes, invalid uploads get a 4xx, no response is a 5xx, memory
 stays below its limit, and 95 % of status calls take less than 50 ms. Otherwise the exit status is
-1. The last line is the figures as JSON.
+1. The output is the figures as one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write a network of a published size with random weights, to measure where none are at hand.
+"""Write a network of a published size with random weights, for benchmarks without real weights.
 
     python benchmarks/random_weights.py wan2.1 build/wan2.1
     fvae export -m build/wan2.1 -o build/wan2.1-bundle
 
-Speed and memory do not depend on the weights; fidelity does, so a bundle of random weights
-is for benchmarks alone.
+Speed and memory do not depend on the weights, but fidelity does. So a bundle of random weights is
+useful only for benchmarks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Training clips made from still photographs: motion, dissolves, contrast, flats and noise.
+"""Make training clips from still photographs: motion, dissolves, contrast, flat areas and noise.
 
-A CT read as a video has what ordinary video has not: structures that come and go between
-frames, large saturated flats (air), narrow contrast under noise, and no shared exposure.
-The clips imitate these properties with photographs alone.
+A CT read as a video has properties that ordinary video lacks: structures that appear and disappear
+between frames, large saturated flat areas (air), narrow contrast under noise, and no common
+exposure. The clips imitate these properties with photographs only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class ClipMaker:
-    """Endless random clips [1, T, S, S] in [-1, 1] from luminance images in [0, 1]."""
+    """Makes random clips [1, T, S, S] in [-1, 1] from luminance images in [0, 1], without end."""
 
     def __init__(self, photographs: list[np.ndarray], seed: int) -> None:
         self.photographs = photographs
@@ -39,7 +39,7 @@ class ClipMaker:
         x = (x - centre) * gain + random.normal(0, 0.3)
         if random.random() < 0.5:
             x = -x
-        if random.random() < 0.45:  # a saturated flat with a sharp, moving edge: air
+        if random.random() < 0.45:  # a saturated flat area with a sharp, moving edge, like air
             mask = self.moving(frames, size, blur=int(random.integers(1, 5)))
             edge = torch.quantile(mask[0], random.uniform(0.1, 0.7))
             flat = -1.05 if random.random() < 0.8 else random.uniform(-1, 1)

@@ -1,11 +1,11 @@
-"""Turn trained weights into what is published: latent scale, figures, metadata.
+"""Turn trained weights into the published file: add latent scale and metadata, print figures.
 
     python tools/train_tiny/finish.py build/tiny/tiny.safetensors \
         --photographs build/photographs --ct FOLDER_OR_NIFTI
 
-Writes `tools/train_tiny/tiny.safetensors`, which `fvae export` reads, and prints the model
-card's table as JSON: the network against 16-component block PCA of the same photographs,
-clean and with 5 % noise on the latent. CT is only ever looked at here, never learnt from.
+Writes `tools/train_tiny/tiny.safetensors`, which `fvae export` reads. Prints the table of the model
+card as JSON: the network and a 16-component block PCA of the same photographs, without noise and
+with 5 % noise on the latent. CT is used only here, for these figures, and never for training.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ def ct_clip(path: Path) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def latent_scale(model: LeanVAE, clips: Tensor) -> list[float]:
-    """One factor per channel that brings latents of photograph clips to unit deviation."""
+    """Return one factor per channel that scales latents of the clips to standard deviation 1."""
     return [round(1 / float(s), 6) for s in model.encode(clips / 2).std(dim=(0, 2, 3, 4))]
 
 
 def main() -> None:
-    """Publish."""
+    """Write the published weights and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--photographs", type=Path, required=True)
-    parser.add_argument("--ct", type=Path, action="append", default=[])
+    parser.add_argument("weights", type=Path, help="weights that train.py wrote")
+    parser.add_argument(
+        "--photographs", type=Path, required=True, help="folder that photographs.py wrote"
+    )
+    parser.add_argument("--ct", type=Path, action="append", default=[], help="may be repeated")
     options = parser.parse_args()
     torch.manual_seed(0)
     models = {"tiny": LeanVAE(CONFIG), "block PCA": LeanVAE(CONFIG)}

@@ -1,9 +1,10 @@
-"""Natural photographs to learn from: Debian's wallpaper packages and scikit-image's samples.
+"""Natural photographs for training: Debian's wallpaper packages and scikit-image's samples.
 
     python tools/train_tiny/photographs.py FOLDER      # downloads and unpacks the packages
 
-No CT, no medical image of any kind: the premise is that natural images suffice. Drawings,
-gradients and renderings in those packages are left out by naming what is kept.
+There is no CT and no medical image of any kind among them: the premise is that natural images
+suffice. Only the photographs listed here are used, so drawings, gradients and renderings in the
+packages are excluded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from PIL import Image
 
 PACKAGES = ("plasma-workspace-wallpapers", "gnome-backgrounds", "mate-backgrounds")
 
-# gnome-backgrounds (43.1) turned out to hold renderings alone; none of it is used.
+# gnome-backgrounds (43.1) contains only renderings; none of them is used.
 PLASMA = (
     "BytheWater",
     "ColdRipple",
@@ -72,22 +73,24 @@ def unpack(folder: Path) -> None:
 
 
 def paths(folder: Path) -> dict[str, Path]:
-    """Name and path of every photograph used; raises FileNotFoundError for a missing one."""
+    """Return name and path of every photograph used."""
     share, samples = folder / "usr/share", Path(skimage.__file__).parent / "data"
-    found: dict[str, Path] = {}
+    photographs: dict[str, Path] = {}
     for name in PLASMA:
-        found[name] = next((share / "wallpapers" / name / "contents/images").glob("*2560x1600*"))
+        photographs[name] = next(
+            (share / "wallpapers" / name / "contents/images").glob("*2560x1600*")
+        )
     for name in MATE:
-        found[name] = share / "backgrounds/mate/nature" / f"{name}.jpg"
+        photographs[name] = share / "backgrounds/mate/nature" / f"{name}.jpg"
     for name in SCIKIT_IMAGE:
-        found[name] = next(samples.glob(f"{name}.*"))
-    return found
+        photographs[name] = next(samples.glob(f"{name}.*"))
+    return photographs
 
 
 def load(folder: Path, held_out: bool) -> list[np.ndarray]:
-    """Luminance of the photographs, float32 in [0, 1], each also at half and quarter size.
+    """Return the luminance of the photographs, float32 in [0, 1], also at half and quarter size.
 
-    Small ones are kept at the sizes that still hold a training crop.
+    Sizes that are too small for a training crop are left out.
     """
     levels: list[np.ndarray] = []
     for name, path in sorted(paths(folder).items()):

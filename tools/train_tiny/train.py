@@ -1,11 +1,11 @@
-"""Train `tiny`, the embedded LeanVAE, on natural photographs.
+"""Train `tiny`, the built-in LeanVAE, on natural photographs.
 
     python tools/train_tiny/photographs.py build/photographs
     python tools/train_tiny/train.py --photographs build/photographs --out build/tiny
 
-Starts from the linear optimum (principal components, exactly representable by the network)
-and learns the rest. Checkpoints every `--save-every` steps; running it again continues.
-`build/tiny/tiny.safetensors` holds the averaged weights, `build/tiny/log.jsonl` the log.
+Starts from the linear optimum, principal components, which the network can represent exactly, and
+learns the rest. Saves a checkpoint every `--save-every` steps; the same command continues from it.
+`build/tiny/tiny.safetensors` contains the averaged weights, `build/tiny/log.jsonl` is the log.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CONFIG = LeanVAEConfig(
 
 
 def components(rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Leading principal directions [keep, n] and deviations [keep] of rows [m, n]."""
+    """Return the first principal directions [keep, n] of rows [m, n] and their deviations."""
     covariance = (rows.T @ rows / len(rows)).double()
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
@@ -67,8 +67,8 @@ def components(rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def start_from_principal_components(model: LeanVAE, maker: ClipMaker) -> None:
     """Set the network to the 16-component block PCA codec of the clips, exactly.
 
-    Tokens are scaled by the root of their deviation, so that the first components do not
-    drown the others in the layer norms. The first frame is coded as a still clip would be.
+    Tokens are divided by the square root of their deviation, so that the first components do not
+    dominate the others in the layer norms. The first frame is coded like a still clip.
     """
     x = torch.cat([maker.batch(8, 9, 64) for _ in range(40)])[:, :, 1:] / 2
     bands, scales = haar(x), []
@@ -108,7 +108,7 @@ def start_from_principal_components(model: LeanVAE, maker: ClipMaker) -> None:
     for layers in model.latent_bottleneck.backward_l:
         layers.ffd_layer[-1][-1].weight.zero_()
     scale = torch.cat(scales)
-    pixels = model.embed(x) * scale  # tokens, back on the scale of the picture
+    pixels = model.embed(x) * scale  # tokens, on the scale of the picture again
     directions, deviation = components(pixels.flatten(0, 3), CONFIG.latent_dim)
     model.latent_bottleneck.phi.copy_(directions * scale / deviation[:, None])
     model.latent_bottleneck.Q.copy_((directions / scale).T * deviation)
@@ -117,10 +117,10 @@ def start_from_principal_components(model: LeanVAE, maker: ClipMaker) -> None:
 def psnr_and_mae(
     model: LeanVAE, clips: Tensor, noise: float = 0.0, frames: int | None = None
 ) -> tuple[float, float]:
-    """PSNR in dB (peak 2000 HU) and mean absolute error in HU of clips [B, 1, T, H, W].
+    """Return PSNR in dB (peak 2000 HU) and mean absolute error in HU of clips [B, 1, T, H, W].
 
-    1.0 is 1000 HU. `noise` is added to the latent, in each channel's deviations; `frames`
-    counts the frames that are no padding.
+    1.0 is 1000 HU. `noise` is added to the latent, in standard deviations of each channel;
+    `frames` is the number of frames before the padding.
     """
     with torch.no_grad():
         z = model.encode(clips / 2)
@@ -133,14 +133,14 @@ def psnr_and_mae(
 
 
 def shape_at(progress: float) -> tuple[int, int, int]:
-    """Clips, frames and size of a batch: longer and larger late, to learn borders and time."""
+    """Return clips, frames and size of a batch: longer and larger later, for borders and time."""
     if progress < 0.6:
         return 8, 9, 64
     return (4, 13, 80) if progress < 0.9 else (3, 17, 96)
 
 
 def main() -> None:
-    """Train, resuming from a checkpoint when there is one."""
+    """Train; continue from a checkpoint if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photographs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -150,7 +150,7 @@ def main() -> None:
         "--latent-noise",
         type=float,
         default=0.02,
-        help="up to this share of each channel's deviation",
+        help="largest noise on latents, in standard deviations of each channel",
     )
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,13 +1,13 @@
-"""What `tiny-ldm` learns from: phantoms as latents of `tiny`, their masks, reports, brightness.
+"""Make training data of `tiny-ldm`: latents of phantoms, their masks, reports and brightness.
 
     python tools/train_tiny_ldm/data.py build/tiny_ldm/data --patients 1000
     python tools/train_tiny_ldm/data.py build/tiny_ldm/held_out --patients 24 --first 100
 
-Every patient is one file. Besides latents it holds every voxel's label (`OUTSIDE` the body) and,
-under every label of every slice, the voxels and the sums of their HU, drawn and reconstructed.
-Volumes are of 65 to 257 slices of 128x128 over the same 450 mm, so slices are 7 to 1.8 mm thick;
-each is encoded as one causal stream, to be cut anywhere.
-Seeds below `HELD_OUT` are never learnt from: they judge.
+Every patient is one file. It contains latents and the label of every voxel (`OUTSIDE` the body).
+For every label in every slice, it also contains the number of voxels and the sums of their HU, in
+the phantom and in its reconstruction by `tiny`. Volumes have 65 to 257 slices of 128x128 over the
+same 450 mm, so slices are 7 to 1.8 mm thick. Each is encoded as one causal stream, which can be cut
+anywhere. Seeds below `HELD_OUT` are never used for training, only for evaluation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Frames = NDArray[np.float32]
 
 
 def drawn(patient: Patient, slices: int, seed: int) -> tuple[Frames, Frames, Frames]:
-    """HU, organ labels and finding labels [z, x, y] of a patient."""
+    """Return HU, organ labels and finding labels [z, x, y] of a patient."""
     shape = (SIDE, SIDE, slices)
     x, y, z = (mm / n for mm, n in zip(FIELD_OF_VIEW, shape, strict=True))
     torso = Torso(shape, (x, y, z), seed, patient)
@@ -49,7 +49,7 @@ def drawn(patient: Patient, slices: int, seed: int) -> tuple[Frames, Frames, Fra
 
 
 def painted(organs: NDArray[np.uint8], findings: NDArray[np.uint8] | None = None) -> Frames:
-    """Labels in the palette's HU, float32."""
+    """Return labels as the palette's gray values in HU, float32."""
     table = np.full(OFFSET + 256, BACKGROUND, np.float32)
     for label, hu in palette().items():
         table[label] = hu
@@ -60,7 +60,7 @@ def painted(organs: NDArray[np.uint8], findings: NDArray[np.uint8] | None = None
 
 
 def latents(codec: Codec, hu: Frames) -> Frames:
-    """Latents [T, D, h, w] of frames in HU [z, x, y]."""
+    """Encode frames in HU [z, x, y] to latents [T, D, h, w]."""
     z: Frames = codec.encode((hu.clip(-1000, 1000) / 2000).astype(np.float32)[None])
     return z.transpose(1, 0, 2, 3)
 
@@ -68,27 +68,32 @@ def latents(codec: Codec, hu: Frames) -> Frames:
 def brightness(
     codec: Codec, hu: Frames, organs: NDArray[np.uint8], ct: Frames
 ) -> dict[str, NDArray[Any]]:
-    """Labels [z, x, y]; their voxels, and the HU of phantom and reconstruction there [z, 256]."""
+    """Return labels [z, x, y]; by label, voxels and sums of HU before and after `tiny` [z, 256]."""
     body = body_of(hu.transpose(1, 2, 0)).transpose(2, 0, 1)
     labels = np.where(body | (organs > 0), organs, np.uint8(OUTSIDE))
-    made = 2000 * codec.decode(ct.astype(np.float32).transpose(1, 0, 2, 3))[0]
+    reconstruction = 2000 * codec.decode(ct.astype(np.float32).transpose(1, 0, 2, 3))[0]
 
     def sums(volume: Frames) -> Frames:
         rows = [np.bincount(a.ravel(), b.ravel(), 256) for a, b in zip(labels, volume, strict=True)]
         return np.stack(rows).astype(np.float32)
 
     counts = sums(np.ones_like(hu))
-    return {"labels": labels, "counts": counts, "drawn": sums(hu), "reconstructed": sums(made)}
+    return {
+        "labels": labels,
+        "counts": counts,
+        "drawn": sums(hu),
+        "reconstructed": sums(reconstruction),
+    }
 
 
 @cache
 def _codec(device: str) -> Codec:
-    """One codec a process."""
+    """Return the codec, opened once per process."""
     return open_codec("tiny", device=device)
 
 
 def make(folder: Path, device: str, seed: int) -> None:
-    """Draw, encode and keep one patient."""
+    """Draw and encode one patient and write the file, unless it exists."""
     path = folder / f"{seed}.npz"
     if path.exists():
         return
@@ -110,13 +115,13 @@ def make(folder: Path, device: str, seed: int) -> None:
 
 
 def main() -> None:
-    """Draw as many patients as asked for; those that are there stay."""
+    """Write a file for every patient; those that exist are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--patients", type=int, default=1200)
-    parser.add_argument("--first", type=int, default=HELD_OUT, help="seed of the first one")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="that encodes: cpu or cuda")
+    parser.add_argument("--first", type=int, default=HELD_OUT, help="seed of the first patient")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--device", default="cpu", help="device that encodes: cpu or cuda")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first, options.first + options.patients)

@@ -1,10 +1,10 @@
-"""How `tiny-ldm` sees a mask: every organ and finding as a gray value, in HU.
+"""The palette of `tiny-ldm`: the gray value of every organ and finding in a mask, in HU.
 
-The published generator paints label n as `n / 300`, which leaves organs of neighbouring
-numbers almost alike. A miniature needs contrast: organs are spread over the whole range in
-the order of their density, so that a blurred edge between two of them is no third one far away.
-What has no label lies between: it is air outside and tissue inside, and the lungs must stand out
-from it most of all.
+The published generator paints label n as `n / 300`, so organs with neighbouring
+numbers look almost the same. A miniature needs contrast. Organs are spread over the whole range in
+the order of their density, so that a blurred edge between two of them does not look like a third
+organ of a very different kind. Unlabelled voxels, which are air outside the body and tissue inside,
+have a value between, at which the lungs stand out clearly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from fvae_deploy.organs import FINDINGS, ORGANS
 
 BACKGROUND = -420.0
-OFFSET = 200  # of findings above organs: the published 100 would meet the ribs
+OFFSET = 200  # added to findings; the published 100 would collide with the numbers of the ribs
 
 GROUPS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (-1000, ("lung",)),
@@ -55,11 +55,11 @@ GROUPS: tuple[tuple[float, tuple[str, ...]], ...] = (
 
 
 def palette() -> dict[int, float]:
-    """HU of every label: 0, the organs, and findings from OFFSET on."""
+    """Return the HU of every label: 0, the organs, and findings from OFFSET on."""
 
-    def of(name: str) -> float:
+    def density(name: str) -> float:
         return next(hu for hu, stems in GROUPS if name.startswith(stems))
 
-    organs = {label: float(of(name)) for label, name in ORGANS.items()}
+    organs = {label: float(density(name)) for label, name in ORGANS.items()}
     findings = {OFFSET + label: -400.0 + 75 * label for label in FINDINGS}
     return {0: BACKGROUND, **organs, **findings}

@@ -1,27 +1,28 @@
-"""Train `tiny-ldm`, the embedded latent diffusion model, on phantoms.
+"""Train `tiny-ldm`, the built-in latent diffusion model, on phantoms.
 
     python tools/train_tiny_ldm/data.py build/tiny_ldm/data
     torchrun --nproc-per-node 2 tools/train_tiny_ldm/train.py \
         --data build/tiny_ldm/data --out build/tiny_ldm
 
-A process for every core; `python` in place of torchrun makes one that uses them all, slower.
+torchrun starts one process per core. With plain `python` there is one process, which uses all
+cores; it is slower.
 
-Predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR). Windows of 17
-latent frames are cut anywhere in a causal stream. What reads the text learns faster, for it is
-heard in few places of an image.
+The network predicts velocity under a noise schedule that ends in pure noise (zero terminal SNR).
+Windows of 17 latent frames are cut anywhere in a causal stream. The layers that read the text have
+a higher learning rate, because the text affects only a small part of an image.
 
-Noise has no mean in any frame. One channel carries most of the brightness, and a mean of 0.03
-deviations in it, half of what chance gives 256 positions, is 12 HU of the whole slice.
+Noise has no mean in any frame. One channel carries most of the brightness. In it a mean of 0.03
+standard deviations, half of what chance gives for 256 positions, is 12 HU in the whole slice.
 
-The loss has two parts. One is the squared error at any time, weighted by min-SNR and by what an
-error in a channel means in HU. The other is the mean HU of organs and slices (`brightness.py`) in
-what the network makes of its own samples, half of them told of another contrast phase than the
-window's. Noised from the truth, latents show how bright they are to be; sampled, they show what
-the step before got wrong, and the network has to learn that there the mask is right.
+The loss has two parts. The first is the squared error at any time, weighted by min-SNR and by the
+effect of an error in each channel in HU. The second compares the mean HU of organs and slices
+(`brightness.py`) in samples of the network itself; half of them get the text of another contrast
+phase. A noised true latent reveals how bright the result should be. A sample contains the errors of
+the steps before, so there the network has to learn that the mask is right.
 
-Checkpoints every `--save-every` steps; running it again continues. The learning rate falls with
-the time spent, to end when `--minutes` do. `build/tiny_ldm/tiny_ldm.safetensors` holds the
-averaged weights, `build/tiny_ldm/log.jsonl` the log.
+Saves a checkpoint every `--save-every` steps; the same command continues from it. The learning rate
+decays with the training time and ends after `--minutes`. `build/tiny_ldm/tiny_ldm.safetensors`
+contains the averaged weights, `build/tiny_ldm/log.jsonl` is the log.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Big activations are allocated and freed every step; returning them to the system each
-# time costs half the step in page faults, so keep them (must be set before libc starts).
+# Large activations are allocated and freed in every step. Returning them to the system each time
+# costs half of the step in page faults, so they are kept. This must be set before libc starts.
 if os.environ.get("MALLOC_MMAP_MAX_") is None and sys.platform == "linux":
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -86,16 +87,17 @@ SCHEDULE = {
     "clip_sample": False,
 }
 GAMMA = 5.0  # of min-SNR
-FLOOR = 0.5  # least weight of a time
-TEXT = 4.0  # times the rate, for what reads the text
-NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # ours and theirs
-PURE = SCHEDULE["num_train_timesteps"] - 1  # the time that is noise alone
-STEPS = 8  # of the sampler
-KINDS = ("noised", "first", "later")  # of steps, in turn: what the loss is of
-WARM = 100  # steps
-MEANS = 0.02  # weight of organs' and slices' means
-SHARE = 0.7  # of the loss that counts a channel by what it means in HU
-DECAY = 0.998  # of the average of weights
+FLOOR = 0.5  # minimum weight of a time
+TEXT = 4.0  # factor on the rate of the layers that read the text
+NAMES = {"unet.": "model.diffusion_model.", "text.": "text_transformer."}  # here: published
+PURE = SCHEDULE["num_train_timesteps"] - 1  # the time of pure noise
+STEPS = 8  # sampling steps
+# Steps, in turn: a noised true latent, or a sample at the sampler's first or a later step.
+KINDS = ("noised", "first", "later")
+WARM = 100  # warm-up steps
+MEANS = 0.02  # weight of the loss on means of organs and slices
+SHARE = 0.7  # share of the loss in which a channel is weighted by its effect in HU
+DECAY = 0.998  # decay of the averaged weights
 
 
 class Generator(nn.Module):
@@ -122,32 +124,32 @@ class Generator(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, times: Sequence[int], texts: Sequence[str]
     ) -> Tensor:
-        """Predict the velocity of x [B, D, f, h, w] at a time each."""
+        """Predict the velocity of x [B, D, f, h, w], with one time per window."""
         coded = self.words.encode_batch(list(texts))
         ids, attended = (
             torch.tensor(rows, device=x.device)
             for rows in ([c.ids for c in coded], [c.attention_mask for c in coded])
         )
         context = self.text(input_ids=ids, attention_mask=attended).last_hidden_state
-        told = [
+        keys_values = [
             tensor.repeat_interleave(x.shape[2], 0)
             for layer in self.unet.text_attention
             for tensor in layer.keys_values(context)
         ]
-        waved = np.concatenate([timestep_embedding(t, UNET["model_channels"]) for t in times])
-        embedding = self.unet.time_embed(torch.from_numpy(waved).to(x.device))
-        result: Tensor = self.unet.predict(torch.cat([x, mask], dim=1), embedding, told)
+        waves = np.concatenate([timestep_embedding(t, UNET["model_channels"]) for t in times])
+        embedding = self.unet.time_embed(torch.from_numpy(waves).to(x.device))
+        result: Tensor = self.unet.predict(torch.cat([x, mask], dim=1), embedding, keys_values)
         return result
 
     def published(self) -> dict[str, Tensor]:
-        """Weights by the names of the published checkpoints."""
+        """Return weights under the names of the published checkpoints."""
         return {
             NAMES[k[: k.index(".") + 1]] + k[k.index(".") + 1 :]: v.contiguous()
             for k, v in self.state_dict().items()
         }
 
     def begin_from(self, path: Path) -> dict[str, list[float]]:
-        """Take published weights; returns the normalisation of latents that goes with them."""
+        """Load published weights; return the normalisation of latents that belongs to them."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             weights = {
@@ -160,7 +162,7 @@ class Generator(nn.Module):
         return {kind: json.loads(metadata[kind]) for kind in ("latent_shift", "latent_scale")}
 
     def groups(self, rate: float) -> list[dict[str, object]]:
-        """Parameters by their rates."""
+        """Return the parameters in groups with their learning rates."""
         reads = {True: [], False: []}  # type: dict[bool, list[nn.Parameter]]
         for name, parameter in self.named_parameters():
             reads[name.startswith("text.") or ".attn2." in name].append(parameter)
@@ -171,7 +173,7 @@ class Generator(nn.Module):
 
 
 class Windows(NamedTuple):
-    """Latents [B, D, f, h, w] of CTs and their masks, the reports, and what the voxels are."""
+    """Latents [B, D, f, h, w] of CTs and of their masks, the reports, and the voxels."""
 
     z: Tensor
     mask: Tensor
@@ -180,7 +182,7 @@ class Windows(NamedTuple):
 
 
 def phase_of(text: str) -> str | None:
-    """Name the contrast phase that a text tells of."""
+    """Return the contrast phase that a text names, or None."""
     return next((phase for phase in PHASES if phase in text.lower()), None)
 
 
@@ -197,12 +199,12 @@ class Data:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file}
             self.reports.append([str(report) for report in arrays.pop("reports")])
-            self.patients.append(self._kept(arrays))
+            self.patients.append(self._padded(arrays))
         self.moments = moments or self._measured()
         self.phases = self._phases()
 
-    def _kept(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """Give voxels the slices that a first latent frame lacks."""
+    def _padded(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """Add the slices that the first latent frame lacks; return tensors on the device."""
         for name in ("labels", "counts", "drawn", "reconstructed"):
             lacking = ((STRIDE - 1, 0), *[(0, 0)] * (arrays[name].ndim - 1))
             blank = OUTSIDE if name == "labels" else 0
@@ -210,17 +212,17 @@ class Data:
         return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
 
     def _measured(self) -> dict[str, list[float]]:
-        """Mean and deviation of every channel, of latents and of masks."""
-        found = {}
+        """Return shift and scale of every channel, of latents and of masks."""
+        moments = {}
         for name, key in (("latent", "ct"), ("mask", "ill")):
             rows = [p[key][::3].float() for p in self.patients[:400]]
             every = torch.cat([r.transpose(0, 1).flatten(1) for r in rows], 1)
-            found[f"{name}_shift"] = [round(float(v), 5) for v in every.mean(1)]
-            found[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
-        return found
+            moments[f"{name}_shift"] = [round(float(v), 5) for v in every.mean(1)]
+            moments[f"{name}_scale"] = [round(float(1 / v), 5) for v in every.std(1)]
+        return moments
 
     def _phases(self) -> dict[str, dict[str, Tensor]]:
-        """Mean HU under every label by contrast phase; from patient to patient they vary little."""
+        """Return the mean HU of every label by contrast phase; patients differ little."""
         names = ("drawn", "reconstructed", "counts")
         totals = {
             phase: {name: torch.zeros(256, device=self.device) for name in names}
@@ -234,10 +236,10 @@ class Data:
             for phase, total in totals.items()
         }
 
-    def retold(self, windows: Windows, random: np.random.Generator) -> Windows:
-        """Tell half of the windows of another contrast phase than theirs.
+    def with_other_phases(self, windows: Windows, random: np.random.Generator) -> Windows:
+        """Replace the contrast phase in the texts of half of the windows.
 
-        Their sums become what they would be in it. A text that tells of none stays.
+        The sums of HU change accordingly. A text that names no phase stays.
         """
         texts, voxels = list(windows.texts), windows.voxels
         changes = {
@@ -259,7 +261,7 @@ class Data:
         return windows._replace(texts=texts, voxels=voxels._replace(**changed))
 
     def gains(self) -> Tensor:
-        """HU (root mean square) that noise of one deviation in each channel makes of a volume."""
+        """Return the RMS change in HU by noise of one standard deviation in each channel."""
         random = np.random.default_rng(0)
         total = np.zeros(len(self.moments["latent_scale"]))
         with open_codec("tiny") as codec:
@@ -273,7 +275,7 @@ class Data:
         return torch.from_numpy(np.sqrt(total)).float().to(self.device)
 
     def normal(self, kind: str, latents: list[Tensor]) -> Tensor:
-        """Bring windows [f, D, h, w] to [B, D, f, h, w], mean 0 and deviation 1 by channel."""
+        """Stack windows [f, D, h, w] to [B, D, f, h, w], with mean 0 and deviation 1 by channel."""
         shift, scale = (
             torch.tensor(self.moments[f"{kind}_{what}"], device=self.device)[:, None, None, None]
             for what in ("shift", "scale")
@@ -281,7 +283,7 @@ class Data:
         return (torch.stack(latents).float().transpose(1, 2) - shift) * scale
 
     def draw(self, windows: int, random: np.random.Generator) -> Windows:
-        """Draw windows; half of them begin a volume."""
+        """Draw random windows, some of them at the beginning of a volume."""
         latents, masks, texts, begins = [], [], [], []
         voxels: dict[str, list[Tensor]] = {
             name: [] for name in ("labels", "counts", "drawn", "reconstructed")
@@ -294,7 +296,7 @@ class Data:
             cut = slice(start, start + WINDOW)
             latents.append(patient["ct"][cut])
             masks.append(patient["ill" if random.random() < 0.65 else "organs"][cut])
-            texts.append(_told(str(random.choice(self.reports[number])), random))
+            texts.append(_varied_report(str(random.choice(self.reports[number])), random))
             begins.append(start == 0)
             slices = slice(STRIDE * start, STRIDE * (start + WINDOW))
             for name, kept in voxels.items():
@@ -309,8 +311,8 @@ class Data:
         )
 
 
-def _told(text: str, random: np.random.Generator) -> str:
-    """Vary a report: without the phase, in small letters, or none."""
+def _varied_report(text: str, random: np.random.Generator) -> str:
+    """Return a report as it is, without the phase, in lower case, or empty, at random."""
     sentences = text.split(". ")
     if random.random() < 0.15:
         text = ". ".join(sentences[:-1]) + "."  # the phase left out
@@ -320,13 +322,13 @@ def _told(text: str, random: np.random.Generator) -> str:
 
 
 def centred_noise(z: Tensor, seeded: torch.Generator) -> Tensor:
-    """Draw unit noise in the shape of z, of mean 0 in every channel of every frame."""
+    """Draw unit noise in the shape of z, with mean 0 in every channel of every frame."""
     noise = torch.randn(z.shape, generator=seeded, device=seeded.device).to(z.device)
     return noise - noise.mean((3, 4), keepdim=True)
 
 
 def clean(scheduler: DDIMScheduler, x: Tensor, velocity: Tensor, t: int) -> Tensor:
-    """Latents without the noise that the velocity tells of."""
+    """Return latents without the noise, as the predicted velocity gives them."""
     signal = scheduler.alphas_cumprod[t]
     return signal.sqrt() * x - (1 - signal).sqrt() * velocity
 
@@ -334,7 +336,7 @@ def clean(scheduler: DDIMScheduler, x: Tensor, velocity: Tensor, t: int) -> Tens
 def sampled(
     model: Generator, scheduler: DDIMScheduler, windows: Windows, noise: Tensor, index: int
 ) -> Tensor:
-    """Take the sampler's steps up to `index`, then predict; only that has a gradient."""
+    """Sample up to step `index`, then predict the result; only that prediction has a gradient."""
     x, texts = noise, windows.texts
 
     def predicted(t: int) -> Tensor:
@@ -355,22 +357,22 @@ def loss_at(
     noise: Tensor,
     emphasis: Tensor,
 ) -> Tensor:
-    """Weighted squared error of the velocity of windows, each at its time."""
+    """Return the weighted squared error of the velocity, with one time per window."""
     t = torch.tensor(times, device=noise.device)
     x = scheduler.add_noise(windows.z, noise, t)
-    wanted = scheduler.get_velocity(windows.z, noise, t)
-    found = model(x, windows.mask, times, windows.texts)
+    expected = scheduler.get_velocity(windows.z, noise, t)
+    predicted = model(x, windows.mask, times, windows.texts)
     signal = scheduler.alphas_cumprod.to(noise.device)[t]
-    # Min-SNR, signal / (1 - signal), gives pure noise no weight; but what is decided there,
-    # anatomy and brightness, stays.
+    # Min-SNR, signal / (1 - signal), would give pure noise no weight. But the prediction there
+    # determines anatomy and brightness.
     weight = torch.minimum(signal, GAMMA * (1 - signal)).clamp(min=FLOOR)
-    errors = (emphasis[:, None, None, None] * (found - wanted).square()).mean((1, 2, 3, 4))
+    errors = (emphasis[:, None, None, None] * (predicted - expected).square()).mean((1, 2, 3, 4))
     return (weight * errors).mean()
 
 
 @torch.no_grad()
 def summed(model: Generator, took: Tensor) -> Tensor:
-    """Sum gradients over all processes, and the time that the first one took."""
+    """Sum gradients over all processes; return the time that the first one took."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     flat = torch.cat([g.reshape(-1) for g in gradients] + [took])
     ranks.all_reduce(flat)
@@ -384,7 +386,7 @@ def summed(model: Generator, took: Tensor) -> Tensor:
 def judge(
     model: Generator, scheduler: DDIMScheduler, data: Data, gains: Tensor, brightness: Brightness
 ) -> dict[str, float]:
-    """Errors in HU of held-out windows: of latents at four times, of samples' means."""
+    """Return errors of held-out windows in HU: latents at four times, and means of samples."""
     errors = dict[str, float]()
     windows = data.draw(8, np.random.default_rng(5))
     noise = centred_noise(windows.z, torch.Generator().manual_seed(5))
@@ -408,18 +410,20 @@ def judge(
 
 
 def main() -> None:
-    """Train, resuming from a checkpoint when there is one."""
+    """Train; continue from a checkpoint if there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights and log")
     parser.add_argument(
-        "--minutes", type=float, default=110, help="in all, stops not counted; the rate falls to it"
+        "--minutes", type=float, default=110, help="training time, interruptions not counted"
     )
-    parser.add_argument("--windows", type=int, default=2, help="in a step, of all processes")
+    parser.add_argument(
+        "--windows", type=int, default=2, help="windows per step, over all processes"
+    )
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, help="published weights to begin from")
+    parser.add_argument("--weights", type=Path, help="published weights to start from")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -430,8 +434,8 @@ def main() -> None:
     scheduler = DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(STEPS)
     data = Data(options.data, device)
-    kept_out = options.out / "held_out"
-    held_out = Data(kept_out, device, data.moments) if kept_out.is_dir() else data
+    held_out_folder = options.out / "held_out"
+    held_out = Data(held_out_folder, device, data.moments) if held_out_folder.is_dir() else data
     if options.weights:
         data.moments |= model.begin_from(options.weights)
     average.load_state_dict(model.state_dict())
@@ -482,20 +486,20 @@ def main() -> None:
             group["lr"] = group["base"] * falling
         optimizer.zero_grad(set_to_none=True)
         windows = data.draw(options.windows // world, random)
-        # All processes of one kind, and as many steps, that none waits for another.
+        # All processes take the same kind and number of steps, so that none waits for another.
         kind, turn = KINDS[step % len(KINDS)], step // len(KINDS)
         noise = centred_noise(windows.z, seeded)
         if kind == "noised":
             times = [PURE if random.random() < 0.25 else int(random.integers(1000)) for _ in noise]
             loss = loss_at(model, scheduler, windows, times, noise, emphasis)
         else:
-            windows = data.retold(windows, random)
+            windows = data.with_other_phases(windows, random)
             index = 0 if kind == "first" else 1 + turn % (STEPS - 1)
             z = sampled(model, scheduler, windows, noise, index)
             loss = MEANS * brightness.loss(z, windows.voxels)
         (loss / world).backward()
         losses[kind].append(loss.detach())
-        # By the first process's clock, which stands still while it judges and saves.
+        # Measured by the first process, without the time in which it evaluates and saves.
         now = time.monotonic()
         took, began = torch.tensor([0.0 if rank else (now - began) / 60]), now
         if world > 1:
@@ -533,7 +537,10 @@ def main() -> None:
             log(
                 step=step,
                 minutes=round(minutes, 1),
-                loss={kind: round(float(torch.stack(of).mean()), 5) for kind, of in losses.items()},
+                loss={
+                    kind: round(float(torch.stack(values).mean()), 5)
+                    for kind, values in losses.items()
+                },
                 held_out_hu=judge(average, scheduler, held_out, gains, brightness),
                 steps_per_second=round(
                     sum(map(len, losses.values())) / (time.monotonic() - begin), 3

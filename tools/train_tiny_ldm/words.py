@@ -1,4 +1,4 @@
-"""The tokenizer of `tiny-ldm`: WordPiece over the words of reports, and letters for all others."""
+"""The tokenizer of `tiny-ldm`: WordPiece of the reports' words, single letters for all others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import string
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-TOKENS = 32  # of a text, [CLS] and [SEP] included
+TOKENS = 32  # length of a text, including [CLS] and [SEP]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = """
     a acute airspace and arterial at base bilateral both calcified chest clear consolidation
@@ -18,19 +18,19 @@ WORDS = """
 
 
 def tokenizer() -> Tokenizer:
-    """BERT's normalisation and splitting, padded and cut to TOKENS."""
+    """Return a tokenizer that normalises and splits like BERT's and pads or cuts to TOKENS."""
     letters = string.ascii_lowercase + string.digits
     vocabulary = [*SPECIAL, *WORDS, *(c for c in letters if c not in WORDS), *".,:;-+/()'%"]
     vocabulary += [f"##{c}" for c in letters] + ["##s", "##es", "##ed"]
     numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    made = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.post_processor = processors.TemplateProcessing(
+    result = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
+    result.normalizer = normalizers.BertNormalizer(lowercase=True)
+    result.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    result.decoder = decoders.WordPiece()
+    result.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, numbers[token]) for token in ("[CLS]", "[SEP]")],
     )
-    made.enable_padding(pad_id=0, pad_token="[PAD]", length=TOKENS)
-    made.enable_truncation(TOKENS)
-    return made
+    result.enable_padding(pad_id=0, pad_token="[PAD]", length=TOKENS)
+    result.enable_truncation(TOKENS)
+    return result
