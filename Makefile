@@ -41,16 +41,16 @@ demo: .venv/installed-base
 		$(BIN)/fvae phantom -o "$$ct" --shape "$$SHAPE" --labels "$$labels"; \
 	fi; \
 	echo "== encoding $$ct to latents"; \
-	$(BIN)/fvae encode "$$ct" -o demo/latents.zarr --run-report demo/encode.json; \
+	$(BIN)/fvae encode "$$ct" -o demo/latents.zarr --json demo/encode.json; \
 	echo "== decoding the latents to a CT"; \
-	$(BIN)/fvae decode demo/latents.zarr -o demo/recon.nii.gz --run-report demo/decode.json; \
+	$(BIN)/fvae decode demo/latents.zarr -o demo/recon.nii.gz --json demo/decode.json; \
 	echo "== comparing the decoded CT with the original"; \
 	$(BIN)/fvae compare "$$ct" demo/recon.nii.gz $${labels:+--labels "$$labels"} \
 		--png demo/errors.png --json demo/errors.json; \
 	if [ -n "$$labels" ]; then \
 		echo "== generating a CT from the organ mask of the torso, with the findings: $$FINDINGS"; \
 		$(BIN)/fvae generate --mask "$$labels" --findings "$$FINDINGS" \
-			-o demo/generated.nii.gz --run-report demo/generate.json; \
+			-o demo/generated.nii.gz --json demo/generate.json; \
 		echo "== drawing the generated CT beside the torso whose mask it was made from"; \
 		$(BIN)/fvae compare "$$ct" demo/generated.nii.gz --png demo/generated.png --no-ssim -q; \
 	fi; \
