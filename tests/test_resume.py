@@ -400,6 +400,14 @@ def test_a_damaged_ct_does_not_cost_what_an_earlier_run_left(undisturbed, left, 
     assert files(left) == files(whole)
 
 
+def test_a_file_in_the_place_of_a_partial_output_is_kept(fake_bundle, write_ct, tmp_path):
+    write_ct(tmp_path / "ct.nii", (9, 11, 8))
+    (tmp_path / "out.nii.partial").write_text("precious")
+    with pytest.raises(VolumeError, match="found something else at"):
+        api.reconstruct(tmp_path / "ct.nii", tmp_path / "out.nii", model=fake_bundle, engine="fake")
+    assert (tmp_path / "out.nii.partial").read_text() == "precious"
+
+
 def test_to_resume_what_never_began_is_to_begin(undisturbed, tmp_path):
     ct, options, whole = undisturbed
     api.encode(ct, tmp_path / "z.zarr", resume=True, **options)

@@ -96,12 +96,12 @@ def _plan_batch(
 
 
 def _keep_earlier_reports(scans: list[dict[str, Any]], note: Path) -> None:
-    """Carry over what an earlier run reported of scans that this run skipped."""
+    """Carry over what an earlier run reported of scans that this run did not compute."""
     try:
         earlier = {scan["output"]: scan for scan in json.loads(note.read_bytes())["scans"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
     for scan in scans:
         before = earlier.get(scan["output"], {})
-        if "skipped" in scan and (report := before.get("report") or before.get("earlier")):
+        if "report" not in scan and (report := before.get("report") or before.get("earlier")):
             scan["earlier"] = report

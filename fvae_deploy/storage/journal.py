@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,13 @@ class Journal:
     def __init__(self, folder: Path, facts: dict[str, Any], resume: bool) -> None:
         self.folder, self._note = folder, folder / "request.json"
         self._lock: Lock | None = None
-        if folder.exists() and not self._note.is_file() and any(folder.iterdir()):
+        if not folder.parent.is_dir():
+            raise VolumeError(
+                f"expected a folder {folder.parent} to write {folder.stem} into, found none: create "
+                "it first"
+            )
+        foreign = os.path.lexists(folder) and not folder.is_dir()
+        if foreign or (folder.is_dir() and not self._note.is_file() and any(folder.iterdir())):
             raise VolumeError(
                 f"expected the partial output of an interrupted run, found something else at "
                 f"{folder}: move it away"

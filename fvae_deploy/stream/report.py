@@ -111,7 +111,7 @@ def summary(report: dict[str, Any]) -> str:
     x, y, _ = report["volume"]["shape"]
     clipped, memory = report["clipped"], report["memory"]
     slices, resumed = report["volume"]["slices"], report["volume"]["resumed"]
-    before = f" after {resumed} of a stopped run" if resumed else ""
+    before = f" after {resumed} of an interrupted run" if resumed else ""
     lines = [
         f"{slices} slices{before} of {x}x{y} in {report['seconds']['total']:.1f} s, "
         f"{report['slices_per_second']:.1f} slices/s with {report['engine']} "

@@ -157,7 +157,7 @@ def test_a_folder_of_latents_is_decoded(fvae, fake, store, tmp_path):
     code, out, _ = fvae(*command, "--resume")
     assert code == 0
     assert "0 done, 2 skipped, 0 failed" in out
-    code, _, err = fvae(*command)
+    code, _, err = fvae(*command, "-q")
     assert code == 3
     assert "pass --overwrite" in err
     assert fvae(*command, "--slices", "0:3")[0] == 2
