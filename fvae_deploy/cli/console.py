@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+LOGGER = logging.getLogger("fvae")
 STDOUT = Path("-")  # as the name of a report
 
 
@@ -31,9 +33,15 @@ class Terminal:
         if self.verbose:
             handler = logging.StreamHandler(sys.stderr)
             handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-            logger = logging.getLogger("fvae")
-            logger.handlers[:] = [handler]
-            logger.setLevel(logging.DEBUG)
+            self.close()
+            LOGGER.addHandler(handler)
+            LOGGER.setLevel(logging.DEBUG)
+
+    def close(self) -> None:
+        """Stop logging."""
+        for handler in [*LOGGER.handlers]:
+            LOGGER.removeHandler(handler)
+        LOGGER.setLevel(logging.NOTSET)
 
     def say(self, message: str) -> None:
         """Report on stderr what is being done, unless quiet."""
@@ -52,7 +60,7 @@ class Terminal:
         from rich.console import Console
 
         stream = sys.stderr if self.stdout_taken else sys.stdout
-        width = None if stream.isatty() else 110
+        width = None if stream.isatty() or "COLUMNS" in os.environ else 110
         Console(width=width, stderr=self.stdout_taken).print(renderable)
 
     def report(self, content: Any, path: Path | None) -> None:

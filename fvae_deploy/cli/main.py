@@ -250,6 +250,8 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         remedy = "check that the path is writable and the disk is not full"
         _fail(terminal, error, f"{error.strerror or error}{where}: {remedy}", 3)
+    finally:
+        terminal.close()
 
 
 def _fail(terminal: Terminal, error: BaseException, message: str, code: int) -> None:

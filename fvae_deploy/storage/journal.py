@@ -40,8 +40,8 @@ class Journal:
         self._lock: Lock | None = None
         if not folder.parent.is_dir():
             raise VolumeError(
-                f"expected a folder {folder.parent} to write {folder.stem} into, found none: create "
-                "it first"
+                f"expected a folder {folder.parent} to write {folder.stem} into, found none: "
+                "create it first"
             )
         foreign = os.path.lexists(folder) and not folder.is_dir()
         if foreign or (folder.is_dir() and not self._note.is_file() and any(folder.iterdir())):
