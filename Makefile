@@ -52,7 +52,8 @@ demo: .venv/installed-base
 		$(BIN)/fvae generate --mask "$$labels" --findings "$$FINDINGS" \
 			-o demo/generated.nii.gz --json demo/generate.json; \
 		echo "== drawing the generated CT beside the torso whose mask it was made from"; \
-		$(BIN)/fvae compare "$$ct" demo/generated.nii.gz --png demo/generated.png --no-ssim -q; \
+		$(BIN)/fvae compare "$$ct" demo/generated.nii.gz --png demo/generated.png \
+			--names "Torso,Generated" --no-ssim -q; \
 	fi; \
 	echo "== done: open demo/errors.png$${labels:+ and demo/generated.png}; the numbers are in demo/*.json"
 

@@ -201,6 +201,9 @@ def compare(
         typer.Option("--png", help="Draw original, reconstruction and error to this file."),
     ] = None,
     ssim: Annotated[bool, typer.Option(help="Compute SSIM (slow).")] = True,
+    names: Annotated[
+        str, typer.Option("--names", help="Names of the two volumes in the picture.")
+    ] = "Original,Reconstruction",
     overwrite: Overwrite = False,
     report: Report = None,
 ) -> None:
@@ -212,13 +215,22 @@ def compare(
     from fvae_deploy.quality.fidelity import compare as run
     from fvae_deploy.volume.open import check_output, open_volume
 
+    first, comma, second = names.partition(",")
+    if not comma:
+        raise UsageError(f"expected --names as Original,Reconstruction, found {names!r}")
     if png:
         check_output(png, overwrite=overwrite)
     whole = open_volume(original)
     whole.close()
     with terminal.progress_bar(whole.geometry.shape[2], "compare") as advance:
         found = run(
-            original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
+            original,
+            reconstruction,
+            labels=labels,
+            picture=png,
+            progress=advance,
+            ssim=ssim,
+            names=(first.strip(), second.strip()),
         )
     terminal.report(found.to_dict(), report)
     terminal.show(comparison_table(found))

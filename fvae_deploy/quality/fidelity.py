@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.organs import organ_name
-from fvae_deploy.quality.picture import ThreePlanes
+from fvae_deploy.quality.picture import NAMES, Names, ThreePlanes
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import open_volume
 
@@ -196,14 +196,16 @@ def compare(
     picture: Path | str | None = None,
     progress: Callable[[int], None] | None = None,
     ssim: bool = True,
+    names: Names = NAMES,
 ) -> Comparison:
     """Compare a reconstruction with its original, slab by slab.
 
     `labels` is a segmentation with the same geometry; each label except 0 also gets its own
-    errors. `picture` is the path of a PNG to draw. `progress` is called with the number of slices
-    done since the last call. `ssim=False` skips SSIM, which takes most of the time. Memory does
-    not depend on z, except that the picture stores two lines per slice. Raises VolumeError if a
-    volume cannot be read or the shapes or affines differ, UsageError if `picture` is not a .png.
+    errors. `picture` is the path of a PNG to draw, in which `names` label the two volumes.
+    `progress` is called with the number of slices done since the last call. `ssim=False` skips
+    SSIM, which takes most of the time. Memory does not depend on z, except that the picture stores
+    two lines per slice. Raises VolumeError if a volume cannot be read or the shapes or affines
+    differ, UsageError if `picture` is not a .png.
     """
     with ExitStack() as stack:
         first, second = (
@@ -214,7 +216,9 @@ def compare(
         if labels is not None:
             segmentation = stack.enter_context(closing(open_volume(labels)))
             check_same_place(first, segmentation, "labels")
-        planes = ThreePlanes(Path(picture), first.geometry) if picture is not None else None
+        planes = (
+            ThreePlanes(Path(picture), first.geometry, names=names) if picture is not None else None
+        )
         running = _Running(first.geometry, OrganRows(Path(labels or "")), ssim)
         for a, b, organs in _slabs(first, second, segmentation):
             z = running.slices

@@ -55,6 +55,10 @@ class Plane:
     reconstruction: HuFrames
 
 
+NAMES = ("Original", "Reconstruction")  # of the two volumes
+Names = tuple[str, str]
+
+
 class ThreePlanes:
     """Collects one plane normal to each axis from the slabs of a stream, and draws them.
 
@@ -64,7 +68,11 @@ class ThreePlanes:
     """
 
     def __init__(
-        self, path: Path, geometry: Geometry, at: tuple[int, int, int] | None = None
+        self,
+        path: Path,
+        geometry: Geometry,
+        at: tuple[int, int, int] | None = None,
+        names: Names = NAMES,
     ) -> None:
         if path.suffix.lower() != ".png":
             raise UsageError(f"expected a picture named .png, found {path.name}: rename it")
@@ -73,7 +81,7 @@ class ThreePlanes:
                 f"expected a folder {path.parent} to write {path.name} into, found none: "
                 "create it first"
             )
-        self.path, self.geometry = path, geometry
+        self.path, self.geometry, self.names = path, geometry, names
         nx, ny, nz = geometry.shape
         self.at = at or (nx // 2, ny // 2, nz // 2)
         # Planes normal to x, y and z, of the original [0] and the reconstruction [1].
@@ -120,7 +128,7 @@ class ThreePlanes:
 
         Raises VolumeError if it cannot be written.
         """
-        picture = draw(self.planes(), headline)
+        picture = draw(self.planes(), headline, self.names)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             picture.save(partial, format="PNG", optimize=True)
@@ -150,7 +158,7 @@ def error_colours(error: NDArray[Any], limit: float = ERROR_RANGE) -> NDArray[np
     return rgb
 
 
-def draw(planes: tuple[Plane, ...], headline: str = "") -> Image:
+def draw(planes: tuple[Plane, ...], headline: str = "", names: Names = NAMES) -> Image:
     """Draw one row of five panels per plane, all at the same scale in px per mm."""
     from PIL import Image, ImageDraw
 
@@ -160,7 +168,7 @@ def draw(planes: tuple[Plane, ...], headline: str = "") -> Image:
     height = HEADER + sum(rows + CAPTION + GAP for rows, _ in sizes) + MARGIN
     picture = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(picture)
-    _header(pen, headline)
+    _header(pen, headline, names)
     top = HEADER
     for plane, (rows, columns) in zip(planes, sizes, strict=True):
         name = f"{plane.name}  ·  slice {plane.index + 1} of {plane.count}"
@@ -205,14 +213,16 @@ def _panels(plane: Plane) -> list[Image]:
     return [*grey, Image.fromarray(error_colours(plane.reconstruction - plane.original))]
 
 
-def _header(pen: ImageDraw, headline: str) -> None:
+def _header(pen: ImageDraw, headline: str, names: Names) -> None:
     pen.text((MARGIN, 16), headline, INK, _font(20))
     columns = [
         (name, f"{tissue}, L {level:.0f} W {width:.0f}")
         for tissue, (level, width) in (("soft tissue", SOFT), ("lung", LUNG))
-        for name in ("Original", "Reconstruction")
+        for name in names
     ]
-    for column, (name, detail) in enumerate([*columns, ("Error", "reconstruction - original")]):
+    for column, (name, detail) in enumerate(
+        [*columns, ("Error", f"{names[1]} - {names[0]}".lower())]
+    ):
         left = panel_left(column)
         pen.text((left, 52), name, INK, _font(16))
         pen.text((left, 72), detail, FAINT, _font(13))
