@@ -197,6 +197,26 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["organs.nii.gz"]
 
 
+@pytest.mark.parametrize("stitch", ["joint", "reference"])
+def test_a_dry_run_shows_the_plan_and_an_output_that_exists_is_kept(
+    mask, small_generator, tmp_path, monkeypatch, capsys, stitch
+):
+    out = tmp_path / "g.nii"
+    command = ["generate", "--mask", mask, "-o", out, "-m", small_generator, "--stitch", stitch]
+    command += ["--findings", "right nodule", "--steps", "2"]
+    assert run(monkeypatch, *command, "--dry-run") == 0
+    assert "predicted memory" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["organs.nii.gz"]
+    assert run(monkeypatch, *command) == 0
+    before = out.read_bytes()
+    assert run(monkeypatch, *command) == 3
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert "exists: skipped" in capsys.readouterr().out
+    assert run(monkeypatch, *command, "--overwrite") == 0
+    assert out.read_bytes() == before
+
+
 def test_outputs_are_checked_before_the_work(mask, options, tmp_path):
     for output, words in (
         (tmp_path / "g.mha", "named .nii"),
