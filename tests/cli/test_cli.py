@@ -244,8 +244,8 @@ def test_engines_in_no_precision_are_not_built(fvae, precision):
     ("options", "said"),
     [
         (["check", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
-        (["check", "-t", "sm_11"], "chips among sm_80, .*, found 'sm_11'"),
-        (["check", "-t", ""], "chips among sm_80, .*, found none: name one"),
+        (["check", "-t", "sm_11"], "GPU architectures among sm_80, .*, found 'sm_11'"),
+        (["check", "-t", ""], "GPU architectures among sm_80, .*, found none: name one"),
         (["test", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
         (["bench", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
     ],
