@@ -217,16 +217,16 @@ def _compiled_table(rows: list[Compiled]) -> Table:
     return table
 
 
-def _trials_table(found: list[TrialResult], where: str) -> Table:
+def _trials_table(results: list[TrialResult], where: str) -> Table:
     """Return the table of the largest errors, with a row per trial and a column per type."""
     from rich.table import Table
 
     table = Table(title=f"largest error, {where}")
     table.add_column("")
     rows: dict[str, dict[str, TrialResult]] = {}
-    for f in found:
-        rows.setdefault(f.trial, {})[f.type] = f
-    types = list(dict.fromkeys(f.type for f in found))
+    for result in results:
+        rows.setdefault(result.trial, {})[result.type] = result
+    types = list(dict.fromkeys(result.type for result in results))
     for name in types:
         table.add_column(name, overflow="fold")
     for trial, row in rows.items():
@@ -241,7 +241,7 @@ def _timed_table(rows: list[Timed], card: str) -> Table:
     """Return the table of the fastest blocks of every launch, with the default and torch."""
     from rich.table import Table
 
-    table = Table(title=f"{card}: fastest of the blocks, beside the default and torch's operations")
+    table = Table(title=f"{card}: fastest blocks, default blocks, and torch's operations")
     for column in ("kernel", "launch"):
         table.add_column(column)
     for column in ("ms", "default ms", "torch ms", "x torch"):

@@ -316,7 +316,7 @@ def _cases(
 def _engines(engines: str, device: str) -> list[tuple[str, str]]:
     """Parse "openvino:fp32,torch"; an empty text means all engines installed for the device.
 
-    Torch in half precision on a CPU is left out: it takes ten times as long. Raises UsageError
+    Torch in half precision on a CPU is left out: it is ten times as slow. Raises UsageError
     for an unknown engine or precision, EngineError if none is installed.
     """
     from fvae_deploy.engines.base import AUTO, ENGINES, offered

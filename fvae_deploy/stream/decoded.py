@@ -19,7 +19,7 @@ from fvae_deploy.volume.base import HuFrames, Writer
 class DecodedSlices:
     """Receives the steps `begin` to `stop` in order and writes their slices within [a, b).
 
-    `to_hu` converts a decoded step [C, t, H, W] to HU [t, x, y]. The journal already holds the
+    `to_hu` converts a decoded step [C, t, H, W] to HU [t, x, y]. The journal already contains the
     slabs of the steps before `first`.
     """
 

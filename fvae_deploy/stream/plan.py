@@ -3,7 +3,7 @@
 Beyond the libraries, a run needs memory for the engine's work, the states of all tiles, the maps
 between stages, and the slabs in flight between reader, engine and writer. The engine's working
 memory is linear in the cells of a tile, stage by stage (measured at export, in the manifest).
-Nothing depends on the number of slices. States that do not fit are stored in a file. If the
+None of this depends on the number of slices. States that do not fit are stored in a file. If the
 budget allows, every stage keeps its compiled graph and its working memory; otherwise a `lean`
 run releases both for the next stage.
 """
@@ -302,6 +302,6 @@ def _measured(manifest: Manifest, engine: str, precision: str, part: Part, stage
                 return line
     if lines:
         return max(lines, key=lambda m: m.per_cell)
-    # Not measured: the widest input or output is a lower bound of the width of all layers.
+    # Not measured: the widest input or output is a lower bound of the widest layer.
     widths = [_bytes(spec.sized(1, 1, 1)) for spec in (*part.inputs, *part.outputs)]
     return Memory(engine, precision, stage, 64 << 20, 16 * max(widths))
