@@ -142,10 +142,7 @@ def generate(
             "expected either --mask or --jobs, found both or neither: pass one of them"
         )
     if jobs is not None and (findings or disease_mask):
-        raise UsageError(
-            "expected findings and disease masks as columns of the --jobs list, found them as "
-            "options: move them to the list"
-        )
+        raise UsageError("expected findings in the --jobs list, found options: move them there")
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate as run
 

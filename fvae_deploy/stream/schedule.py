@@ -47,8 +47,8 @@ class Rhythm(Protocol):
 class Step:
     """One run of a `first` or `step` part.
 
-    `slices` and `latents` are half-open ranges of existing slices and latent frames. The part itself
-    takes `depth` slices and `frames` latent frames, padding included.
+    `slices` and `latents` are half-open ranges of existing slices and latent frames. The part
+    itself takes `depth` slices and `frames` latent frames, padding included.
     """
 
     first: bool
@@ -106,8 +106,8 @@ def latent_frames(planned: list[Step]) -> int:
 def enter(planned: list[Step], target: int, context: int) -> int:
     """Return the index of the step to start at so that step `target` is exact.
 
-    It lies at least `context` latent frames earlier, or is the first step of the run, which needs no
-    earlier state.
+    It lies at least `context` latent frames earlier, or is the first step of the run, which needs
+    no earlier state.
     """
     index = target
     while not planned[index].first:
