@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-STDOUT = Path("-")  # name of a report that is printed to stdout
+STDOUT = Path("-")  # as the name of a report
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Terminal:
             print(message, file=sys.stderr if self.stdout_taken else sys.stdout)
 
     def show(self, renderable: Any) -> None:
-        """Print a rich table, 110 columns wide if the output is not a terminal, unless quiet."""
+        """Print a rich table, in a fixed width if the output is not a terminal, unless quiet."""
         if self.quiet:
             return
         from rich.console import Console

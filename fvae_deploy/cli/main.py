@@ -209,7 +209,7 @@ def compare(
     ] = None,
     png: Annotated[
         Path | None,
-        typer.Option("--png", help="Draw original, reconstruction and error in this PNG file."),
+        typer.Option("--png", help="Draw original, reconstruction and error to this file."),
     ] = None,
     ssim: Annotated[bool, typer.Option(help="Compute SSIM (slow).")] = True,
     overwrite: Overwrite = False,
@@ -228,11 +228,11 @@ def compare(
     whole = open_volume(original)
     whole.close()
     with terminal.progress_bar(whole.geometry.shape[2], "compare") as advance:
-        result = run(
+        found = run(
             original, reconstruction, labels=labels, picture=png, progress=advance, ssim=ssim
         )
-    terminal.report(result.to_dict(), report)
-    terminal.show(comparison_table(result))
+    terminal.report(found.to_dict(), report)
+    terminal.show(comparison_table(found))
     if png:
         terminal.print(f"picture: {png}")
 
