@@ -4,11 +4,11 @@
 
     with fvae.open_codec("tiny") as codec:
         z = codec.encode(frames)  # float32 [C, T, H, W] in the model's range -> [D, t, h, w]
-        x = codec.decode(z)  # and back
+        x = codec.decode(z)  # [D, t, h, w] -> [C, T, H, W]
 
     report = fvae.reconstruct("ct.nii.gz", "recon.nii.gz", model="tiny", memory="2GiB")
 
-Importing this costs nothing: what a name needs is imported when the name is first used.
+Importing this package is cheap: each name imports its module on first use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fvae_deploy.version import __version__
 
-_HOMES = {
+_MODULES = {
     "Codec": "stream.codec",
     "open_codec": "stream.codec",
     "encode": "api",
@@ -33,7 +33,7 @@ _HOMES = {
     "write_phantom": "phantom.torso",
     "FvaeError": "errors",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from fvae_deploy.api import decode as decode
@@ -52,6 +52,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"fvae_deploy.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"fvae_deploy.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'fvae_deploy' has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""The verbs on files: open everything, stream, report. The command line calls these.
+"""The verbs on files: each opens its inputs, streams, and reports. The command line calls these.
 
-Options are a `RunOptions`, or its fields as keywords. Many scans share one engine: an opened
-`codec` can be passed, stays open, and takes the place of the options that open one.
+Options are a `RunOptions`, or its fields as keywords. To share one engine between many scans, pass
+an opened `codec`: it stays open, and the options that would open one are ignored.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def encode(
 ) -> dict[str, Any]:
     """Encode a CT into a latent store (Zarr v3) and return the run report.
 
-    `series` chooses a DICOM series where a folder holds several; `keywords` are the fields of
-    `RunOptions`. A reader is closed. Raises FvaeError with the remedy.
+    `series` chooses a DICOM series if a folder contains several; `keywords` are the fields of
+    `RunOptions`. A Reader passed as `ct` is closed. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
     options.check_unused("encode", "dtype")
     if output.suffix != ".zarr":
-        raise UsageError(f"expected an output named .zarr, found {output.name}: rename it")
+        raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
     if _is_done(ct, output, options):
         with _codec(codec, options) as opened:
             _check_latents(output, opened, options)
@@ -71,8 +71,8 @@ def decode(
 ) -> dict[str, Any]:
     """Decode a latent store, or slices [a, b) of it, to a volume in HU; return the run report.
 
-    `keywords` are the fields of `RunOptions`; `model` defaults to the built-in model that the
-    store names. Raises FvaeError with the remedy.
+    `keywords` are the fields of `RunOptions`; `model` defaults to the built-in model named in
+    the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
     options.check_unused("decode", "protocol", "step", "any_range")
@@ -125,7 +125,7 @@ def dry_run(
 ) -> dict[str, Any]:
     """Return the plan of encode, decode or reconstruct, JSON-ready; nothing is computed.
 
-    Raises what the run itself would raise before its first slice.
+    Raises the errors that the run itself would raise before its first slice.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
     store = LatentReader(Path(source)) if verb == "decode" else None  # type: ignore[arg-type]
@@ -154,12 +154,12 @@ def dry_run(
 
 
 def skipped(command: str, output: Path) -> dict[str, Any]:
-    """Report of a run that found its output complete."""
+    """Return the report of a run that was skipped because its output exists."""
     return {"command": command, "output": str(output), "skipped": True}
 
 
 def _is_done(source: str | Path | Reader, output: Path, options: RunOptions) -> bool:
-    """Whether the output exists and --resume keeps it; the input is not opened for that."""
+    """Return whether the output exists and --resume keeps it, without opening the input."""
     if not (options.resume and os.path.lexists(output)):
         return False
     if isinstance(source, str | Path):
@@ -170,20 +170,20 @@ def _is_done(source: str | Path | Reader, output: Path, options: RunOptions) -> 
 
 
 def _check_latents(output: Path, codec: Codec, options: RunOptions) -> None:
-    """Raise LatentError where existing latents differ from what this run would write."""
+    """Raise LatentError if existing latents come from other options than those of this run."""
     info, manifest = LatentReader(output).info, codec.manifest
-    wanted = {
+    expected = {
         "identity": manifest.identity,
         "engine": codec.engine.name,
         "precision": codec.engine.precision,
         "protocol": options.protocol or manifest.geometry.protocols[0],
         "k": manifest.check_step(options.step),
     }
-    for name, value in wanted.items():
-        if (found := getattr(info, name)) != value:
+    for name, value in expected.items():
+        if (stored := getattr(info, name)) != value:
             raise LatentError(
                 f"expected {output} to come from the same options, found "
-                f"{difference(name, found, value)}: choose another name or pass --overwrite"
+                f"{difference(name, stored, value)}: choose another name or pass --overwrite"
             )
 
 
@@ -194,7 +194,7 @@ def _open(ct: str | Path | Reader, series: str | None) -> Reader:
 def _codec(
     codec: Codec | None, options: RunOptions, model: str = MODEL
 ) -> contextlib.AbstractContextManager[Codec]:
-    """Return the codec that was passed, which stays open, or open one."""
+    """Return the given codec, which stays open, or open one."""
     if codec is not None:
         return contextlib.nullcontext(codec)
     return open_codec(

@@ -1,1 +1,1 @@
-"""Many scans or generations, through one engine or on Ray."""
+"""Batch mode: runs many scans or generations, through one engine or on Ray."""

@@ -1,11 +1,11 @@
-"""Batch mode of `generate`: a list of masks and findings, CSV or JSONL, one generation per row.
+"""Batch mode of `generate`: a CSV or JSONL list of masks and findings, one generation per row.
 
     mask,findings,disease_mask,seed,output
     a.nii.gz,"nodule in the right lung",,0,a_nodule.nii.gz
 
-Only `mask` is required. Inputs are relative to the list, outputs to the given folder. With
---resume, rows whose output exists are skipped; a row that fails is reported, and the batch
-goes on.
+Only `mask` is required. Paths of inputs are relative to the list, those of outputs to the output
+folder. With --resume, rows whose output exists are skipped. A row that fails is reported, and the
+batch continues.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class GenerationRow:
 def read_generations(path: Path, folder: Path, seed: int = 0) -> list[GenerationRow]:
     """Read a list of generations whose outputs go to `folder`.
 
-    Raises UsageError for rows that describe no generation, and for two rows with one output.
+    Raises UsageError for invalid or missing rows, and for two rows with the same output.
     """
     rows = enumerate(read_rows(path, "mask", FIELDS), start=1)
     generations = [_generation(row, number, path, folder, seed) for number, row in rows]
     if not generations:
-        raise UsageError(f"expected rows with a column mask in {path}, found none: add some")
+        raise UsageError(f"expected rows with a column mask in {path}, found none: add a row")
     check_apart([row.output for row in generations], path)
     return generations
 
@@ -58,7 +58,7 @@ def run_generations(
     *,
     dry_run: bool = False,
 ) -> list[dict[str, Any]]:
-    """Generate row after row; return each one's report, or its error."""
+    """Generate all rows in order; return the report or the error of each."""
     results: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         head = f"{number} of {len(rows)}: {row.output}"
@@ -88,35 +88,36 @@ def run_generations(
 
 
 def check_all_generated(results: list[dict[str, Any]]) -> None:
-    """Raise ConditionError where a generation failed."""
+    """Raise ConditionError if a generation failed."""
     failed = [result for result in results if "error" in result]
     if failed:
         raise ConditionError(
-            f"expected {len(results)} volumes, found {len(failed)} failed, the first of them "
-            f"{failed[0]['output']} ({failed[0]['error']}): correct them and continue with --resume"
+            f"expected {len(results)} volumes, found {len(failed)} failed, first "
+            f"{failed[0]['output']} ({failed[0]['error']}): correct the rows and run again with "
+            "--resume"
         )
 
 
 def _generation(
     row: dict[str, Any], number: int, path: Path, folder: Path, seed: int
 ) -> GenerationRow:
-    def beside(name: str) -> Path:
+    def relative(name: str) -> Path:
         return path.parent / str(row[name])
 
-    mask = beside("mask")
+    mask = relative("mask")
     try:
-        chosen = int(row.get("seed") or seed)
-        if chosen < 0:
+        row_seed = int(row.get("seed") or seed)
+        if row_seed < 0:
             raise ValueError
     except (TypeError, ValueError):
         raise UsageError(
-            f"expected a whole number from 0 on as seed in row {number} of {path}, found "
-            f"{row['seed']!r}"
+            f"expected an integer of at least 0 as seed in row {number} of {path}, found "
+            f"{row['seed']!r}: correct it"
         ) from None
     return GenerationRow(
         mask=mask,
         output=folder / str(row.get("output") or mask.name),
         findings=str(row["findings"]) if row.get("findings") else None,
-        disease_mask=beside("disease_mask") if row.get("disease_mask") else None,
-        seed=chosen,
+        disease_mask=relative("disease_mask") if row.get("disease_mask") else None,
+        seed=row_seed,
     )

@@ -1,4 +1,4 @@
-"""`fvae augment`: an nnU-Net dataset with reconstructions as a further training view.
+"""`fvae augment`: an nnU-Net dataset with reconstructions as an additional training view.
 
     Dataset001_Liver/                      Dataset101_LiverFvae/
       dataset.json                           dataset.json        numTraining, name
@@ -6,10 +6,11 @@
       labelsTr/case.nii.gz                   imagesTr/case_fvae_0000.nii.gz     D(E(x))
                                              labelsTr/case.nii.gz, case_fvae.nii.gz   linked
 
-With `instead` the reconstructions alone are there, under the cases' own names. What is linked
-is a hard link where the file system allows it, else a copy. What is there already is kept unless
-its source is newer, so a stopped run goes on; `dataset.json` comes last: without it nnU-Net takes
-no dataset for whole. `splits_final.json` keeps a scan and its reconstruction in one fold.
+With `instead`, the dataset has the reconstructions only, under the cases' own names. Linked files
+are hard links where the file system allows it, else copies. An existing file is kept unless its
+source is newer, so an interrupted run can continue. `dataset.json` is written last: without it
+nnU-Net does not accept a dataset. `splits_final.json` keeps a scan and its reconstruction in one
+fold.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import write_json
 
-FOLDS = 5  # of nnU-Net's cross-validation
-SUFFIX = "_fvae"  # of a reconstructed case's name
+FOLDS = 5  # in nnU-Net's cross-validation
+SUFFIX = "_fvae"  # at the end of a reconstructed case's name
 ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training case: its images by channel, and its label."""
+    """One training case: its images, one per channel, and its label."""
 
     name: str
     images: tuple[Path, ...]
@@ -57,12 +58,12 @@ class Dataset:
 
     @property
     def ending(self) -> str:
-        """Ending of its files' names."""
+        """File extension of the images and labels."""
         return str(self.content["file_ending"])
 
     @classmethod
     def read(cls, folder: Path) -> Dataset:
-        """Read a dataset; raises VolumeError for a folder that is none, or lacks files."""
+        """Read a dataset; raises VolumeError if the folder is not one, or lacks files."""
         path = folder / "dataset.json"
         try:
             content = json.loads(path.read_bytes())
@@ -71,26 +72,31 @@ class Dataset:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise VolumeError(
                 f"expected nnU-Net's dataset.json, version 2, in {folder}, found "
-                f"{type(error).__name__} {error}: give a folder DatasetXXX_NAME"
+                f"{type(error).__name__} {error}: pass a folder named DatasetXXX_NAME"
             ) from None
         if ending not in ENDINGS:
-            raise VolumeError(f"expected files {' or '.join(ENDINGS)} in {path}, found {ending!r}")
+            raise VolumeError(
+                f"expected the file ending {' or '.join(ENDINGS)} in {path}, found {ending!r}: "
+                "convert the dataset to NIfTI"
+            )
         others = [str(name) for name in channels.values() if str(name).upper() != "CT"]
         if others:
             raise VolumeError(
-                f"expected CT as every channel in {path}, found {others[0]}: augment CT alone"
+                f"expected CT as every channel in {path}, found {others[0]}: use CT datasets only"
             )
-        cases = tuple(_listed(folder, content) or _found(folder, str(ending), count))
+        cases = tuple(_listed_cases(folder, content) or _labelled_cases(folder, str(ending), count))
         if not cases:
-            raise VolumeError(f"expected training cases in {folder}/imagesTr, found none")
+            raise VolumeError(
+                f"expected training cases in {folder}/imagesTr, found none: check the path"
+            )
         for case in cases:
             for file in (*case.images, case.label):
                 if not file.is_file():
-                    raise VolumeError(f"expected {file} of case {case.name}, found none: add it")
+                    raise VolumeError(f"expected {file} of case {case.name}, found no file: add it")
         if len(cases) != content.get("numTraining"):
             raise VolumeError(
-                f"expected {content.get('numTraining')} cases as numTraining in {path} says, found "
-                f"{len(cases)}: correct it"
+                f"expected {content.get('numTraining')} cases, the numTraining of {path}, found "
+                f"{len(cases)}: correct numTraining or add the cases"
             )
         return cls(folder, content, cases)
 
@@ -107,7 +113,7 @@ def augment(
     """Write a dataset with reconstructions beside the originals, or `instead` of them.
 
     Returns counts and seconds. Raises UsageError for names that nnU-Net does not accept, and
-    VolumeError for datasets and files that do not fit.
+    VolumeError for an invalid dataset or image.
     """
     dataset = _checked(source, target, instead)
     _check_same_request(
@@ -118,7 +124,7 @@ def augment(
             "options": {name: str(value) for name, value in options.to_dict().items()},
         },
     )
-    options = dataclasses.replace(options, overwrite=True)  # of images whose source has changed
+    options = dataclasses.replace(options, overwrite=True)  # if the source has changed
     advance = progress("augment", sum(len(case.images) for case in dataset.cases))
     count, seconds = 0, 0.0
     for case in dataset.cases:
@@ -130,7 +136,7 @@ def augment(
             if not instead:
                 _link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
             output = target / "imagesTr" / f"{name}_{channel:04}{dataset.ending}"
-            if _is_older(output, image):
+            if _is_outdated(output, image):
                 say(output.name)
                 seconds += reconstruct(image, output, options)["seconds"]["total"]
                 count += 1
@@ -144,17 +150,19 @@ def augment(
 
 
 def _checked(source: Path, target: Path, instead: bool) -> Dataset:
-    """Read the dataset, and refuse names under which the result could not stand."""
+    """Read the dataset; raises UsageError if names of the output are invalid or taken."""
     if not re.fullmatch(r"Dataset\d{3}_\S+", target.name):
-        raise UsageError(f"expected an output named DatasetXXX_NAME, found {target.name}")
+        raise UsageError(
+            f"expected an output named DatasetXXX_NAME, found {target.name}: rename it"
+        )
     if source.resolve() == target.resolve():
-        raise UsageError(f"expected an output apart from the dataset, found {target}: rename it")
+        raise UsageError(f"expected an output other than the dataset, found {target}: rename it")
     dataset = Dataset.read(source)
     names = {case.name for case in dataset.cases}
-    twice = sorted(name for name in names if not instead and name + SUFFIX in names)
-    if twice:
+    clashing = sorted(name for name in names if not instead and name + SUFFIX in names)
+    if clashing:
         raise UsageError(
-            f"expected no case named {twice[0]}{SUFFIX}, which is the name of {twice[0]}'s "
+            f"expected no case named {clashing[0]}{SUFFIX}, the name of {clashing[0]}'s "
             f"reconstruction, found one in {source}: augment the original dataset"
         )
     return dataset
@@ -169,29 +177,30 @@ def _link_test_cases(source: Path, target: Path) -> None:
 
 
 def splits(names: list[str]) -> list[dict[str, list[str]]]:
-    """Divide cases into nnU-Net's own folds, each reconstruction trained on with its original.
+    """Divide cases into nnU-Net's own folds; each trains on its cases and their reconstructions.
 
-    Fold for fold the validation cases are those of the dataset without reconstructions, so results
-    compare; none is reconstructed. nnU-Net by itself would validate on views of what it trained on.
+    Every fold validates on the same cases as without reconstructions, never on a reconstruction,
+    so results can be compared. nnU-Net's own split would validate on reconstructions of scans
+    that it trained on.
     """
     names = sorted(names)
     order = np.arange(len(names))
     np.random.RandomState(12345).shuffle(order)  # nnU-Net's seed and generator
     folds = []
-    for held in np.array_split(order, FOLDS):
-        train = [name for n, name in enumerate(names) if n not in held]
-        validated = [name for n, name in enumerate(names) if n in held]
+    for validation in np.array_split(order, FOLDS):
+        train = [name for n, name in enumerate(names) if n not in validation]
+        validated = [name for n, name in enumerate(names) if n in validation]
         folds.append({"train": train + [name + SUFFIX for name in train], "val": validated})
     return folds
 
 
-def _is_older(made: Path, source: Path) -> bool:
-    """Whether something is to be made (again): it is not there, or its source changed since."""
-    return not made.exists() or made.stat().st_mtime_ns < source.stat().st_mtime_ns
+def _is_outdated(target: Path, source: Path) -> bool:
+    """Return whether a file is missing or older than its source, so must be written."""
+    return not target.exists() or target.stat().st_mtime_ns < source.stat().st_mtime_ns
 
 
 def _content(dataset: Dataset, name: str, instead: bool) -> dict[str, Any]:
-    """Write up the new dataset.json; cases are found by their names, never listed."""
+    """Return the new dataset.json; nnU-Net finds the cases by their names, so none is listed."""
     factor = 1 if instead else 2
     content = {key: value for key, value in dataset.content.items() if key != "dataset"}
     note = "reconstructions of fvae " + ("alone" if instead else "beside the originals")
@@ -203,8 +212,8 @@ def _content(dataset: Dataset, name: str, instead: bool) -> dict[str, Any]:
     }
 
 
-def _listed(folder: Path, content: dict[str, Any]) -> list[Case]:
-    """Cases that dataset.json lists by itself, with paths relative to it."""
+def _listed_cases(folder: Path, content: dict[str, Any]) -> list[Case]:
+    """Return the cases that dataset.json lists itself, with paths relative to it."""
     listed = content.get("dataset") or {}
     return [
         Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
@@ -212,8 +221,8 @@ def _listed(folder: Path, content: dict[str, Any]) -> list[Case]:
     ]
 
 
-def _found(folder: Path, ending: str, channels: int) -> list[Case]:
-    """Cases by the names of their labels."""
+def _labelled_cases(folder: Path, ending: str, channels: int) -> list[Case]:
+    """Return the cases by the names of their labels."""
     names = sorted(
         path.name.removesuffix(ending)
         for path in (folder / "labelsTr").glob(f"*{ending}")
@@ -230,8 +239,8 @@ def _found(folder: Path, ending: str, channels: int) -> list[Case]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link a file under another name, or copy it where links do not reach."""
-    if not _is_older(target, source):
+    """Link a file under another name, or copy it where a hard link is not possible."""
+    if not _is_outdated(target, source):
         return
     temporary = target.with_name(f".{target.name}.partial")
     temporary.unlink(missing_ok=True)
@@ -240,25 +249,25 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-    with contextlib.suppress(FileNotFoundError):  # a link to the same file is left by replace
+    with contextlib.suppress(FileNotFoundError):  # replace keeps a link to the same file
         temporary.unlink()
 
 
 def _check_same_request(target: Path, request: dict[str, Any]) -> None:
-    """Note the request in the folder; raise UsageError where it holds anything else."""
+    """Store the request in the folder; raise UsageError if the folder has other content."""
     note = target / "fvae.json"
     if target.exists() and any(target.iterdir()):
         try:
-            found = json.loads(note.read_bytes())
+            earlier = json.loads(note.read_bytes())
         except (OSError, ValueError):
             raise UsageError(
-                f"expected a new folder or one of an interrupted fvae augment, found {target}: "
-                "choose another"
+                "expected a new folder, or the output of an interrupted fvae augment, found "
+                f"{target}: choose another folder"
             ) from None
-        if found != request:
+        if earlier != request:
             raise UsageError(
-                f"expected {target} to be of the same dataset and options, found {found}: choose "
-                "another folder"
+                f"expected {target} to come from the same dataset and options, found {earlier}: "
+                "choose another folder"
             )
     for name in ("imagesTr", "labelsTr"):
         (target / name).mkdir(parents=True, exist_ok=True)

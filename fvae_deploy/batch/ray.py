@@ -4,8 +4,8 @@
                      --> worker 2: engine
 
 A worker has one GPU, or with --device cpu a share of a machine's cores. A worker that dies is
-restarted together with its scan, at most a few times; outputs appear only when complete, so
-nothing of it needs cleaning up. A scan gives the same bytes as on a single machine.
+restarted together with its scan, at most 3 times per scan. Outputs appear only when complete, so
+nothing needs to be cleaned up. A scan gives the same bytes as on a single machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
 from fvae_deploy.stream.options import RunOptions
 
-RETRIES = 3  # times that a scan may kill its worker
+RETRIES = 3  # per scan, after its worker died
 
 
 class Worker:
@@ -47,12 +47,14 @@ def run_on_ray(
     *,
     say: Callable[[str], None],
 ) -> list[ScanResult]:
-    """Run scans on a cluster, or on `local:N` workers here; return what became of each, in order.
+    """Run scans on a cluster, or on `local:N` workers here; return their results in order.
 
-    Raises EngineError where Ray is not available, or workers die again and again.
+    Raises EngineError if Ray is not available, or no worker can open the engine.
     """
     require("ray", extra="ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its maker
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # Ray would send usage statistics to its authors
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -60,12 +62,14 @@ def run_on_ray(
     if options.model is not None and Path(options.model).is_dir():
         options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
     gpu = options.device != "cpu"
-    wanted = _connect(address)
+    local_workers = _connect(address)
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        count = wanted or int(resources.get("GPU" if gpu else "CPU", 0))
+        count = local_workers or int(resources.get("GPU" if gpu else "CPU", 0))
         if count < 1:
-            raise EngineError(f"expected {'GPUs' if gpu else 'CPUs'} on Ray, found none: add some")
+            raise EngineError(
+                f"expected {'GPUs' if gpu else 'CPUs'} on Ray, found none: add a node with some"
+            )
         actor = ray.remote(Worker).options(
             num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=RETRIES
         )
@@ -76,7 +80,7 @@ def run_on_ray(
 
 
 def _connect(address: str) -> int | None:
-    """Join a cluster, or start one here; return how many workers were asked for, if so."""
+    """Join a cluster, or start one here; return the number of local workers if it is local."""
     import ray
 
     name, _, count = address.partition(":")
@@ -85,9 +89,9 @@ def _connect(address: str) -> int | None:
         try:
             workers = int(count) if count else os.cpu_count() or 1
         except ValueError:
-            raise UsageError(f"expected --ray local:N, found {address!r}: give a number") from None
+            raise UsageError(f"expected --ray local:N, found {address!r}: pass a number") from None
         if workers < 1:
-            raise UsageError(f"expected --ray local:N with N of at least 1, found {address!r}")
+            raise UsageError(f"expected --ray local:N, N at least 1, found {address!r}: raise N")
     try:
         ray.init(
             address=None if workers else address,
@@ -127,7 +131,7 @@ def _distribute(
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None  # type: ignore[no-untyped-call]
         except RayError as error:
-            if "open_codec" in str(error):  # no worker can open an engine: show its own words
+            if "open_codec" in str(error):  # no worker can open an engine: show its own message
                 reason = " ".join(str(error).split())[-300:]
                 raise EngineError(f"expected an engine in every worker, found: {reason}") from None
             message = (
@@ -140,5 +144,5 @@ def _distribute(
 
 
 def _absolute(scan: Scan) -> Scan:
-    """Return the scan with absolute paths, for a worker in another folder."""
+    """Return the scan with absolute paths, since a worker runs in another folder."""
     return dataclasses.replace(scan, source=scan.source.absolute(), output=scan.output.absolute())

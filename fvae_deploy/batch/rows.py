@@ -1,4 +1,4 @@
-"""Lists of scans or generations, CSV or JSONL, read as rows."""
+"""Reads lists of scans or generations, CSV or JSONL, as rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from fvae_deploy.errors import UsageError
 
 
 def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]:
-    """Read the rows of a list, CSV or JSONL: all with the needed field, none with unknown ones.
+    """Read the rows of a CSV or JSONL list.
 
-    Raises UsageError for what is no such list.
+    Raises UsageError for an unreadable list, and for rows without the field `needed` or with
+    fields other than `fields`.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -30,25 +31,25 @@ def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]
         if not isinstance(row, dict) or not row.get(needed):
             columns = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
             raise UsageError(
-                f"expected a {needed} in row {number} of {path}, found none in {columns}: columns "
-                f"are {', '.join(sorted(fields))}, and a CSV's are parted by commas"
+                f"expected a {needed} in row {number} of {path}, found none in {columns}: the "
+                f"columns are {', '.join(sorted(fields))}, and CSV files are separated by commas"
             )
-        strange = sorted(str(name) for name in row if name not in fields)
-        if strange:
+        unknown = sorted(str(name) for name in row if name not in fields)
+        if unknown:
             raise UsageError(
-                f"expected columns among {', '.join(sorted(fields))}, found {strange[0]} in "
+                f"expected columns among {', '.join(sorted(fields))}, found {unknown[0]} in "
                 f"{path}: remove it"
             )
     return rows
 
 
 def check_apart(outputs: list[Path], path: Path) -> None:
-    """Raise UsageError where two rows of a list would write the same output."""
-    taken: dict[Path, int] = {}
+    """Raise UsageError if two rows of a list would write the same output."""
+    rows: dict[Path, int] = {}
     for number, output in enumerate(outputs, start=1):
-        if output in taken:
+        if output in rows:
             raise UsageError(
-                f"expected an output for every job, found {output.name} in rows "
-                f"{taken[output]} and {number} of {path}: name them in a column output"
+                f"expected a different output for every job, found {output.name} in rows "
+                f"{rows[output]} and {number} of {path}: name the outputs in a column output"
             )
-        taken[output] = number
+        rows[output] = number

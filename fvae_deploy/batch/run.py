@@ -1,6 +1,6 @@
-"""Batch mode: many scans through one engine, the next one opened while one is computed.
+"""Batch mode: many scans through one engine; the next scan is opened while one is computed.
 
-A scan that fails is reported and the batch goes on. With --resume, scans whose output exists are
+A scan that fails is reported, and the batch continues. With --resume, scans whose output exists are
 skipped, and interrupted ones are continued.
 """
 
@@ -24,8 +24,14 @@ from fvae_deploy.stream.threads import ahead
 from fvae_deploy.volume.base import Primed
 from fvae_deploy.volume.open import check_output, open_volume
 
-SCAN_ERRORS = (FvaeError, OSError, MemoryError)  # errors of one scan, after which the next may run
-Begin = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
+SCAN_ERRORS = (
+    FvaeError,
+    OSError,
+    MemoryError,
+)  # errors of one scan, after which the batch continues
+Begin = Callable[
+    [str, int], Callable[[int], None]
+]  # a stage and its length -> its progress callback
 Input = Primed | LatentReader | Exception | None
 
 
@@ -36,7 +42,7 @@ def silent(stage: str, length: int) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What became of one scan: a run report, or an error, or that it was skipped."""
+    """The result of one scan: a run report, an error, or that it was skipped."""
 
     scan: Scan
     report: dict[str, Any] | None = None
@@ -50,11 +56,11 @@ class ScanResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether the output existed."""
+        """Whether the scan was skipped because its output existed."""
         return self.report is not None and "skipped" in self.report
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the result in one line of text."""
         if self.error is not None:
             return f"{self.scan.source} failed: {self.error}"
         if self.report is None or self.skipped:
@@ -80,9 +86,9 @@ def run_scans(
     say: Callable[[str], None] = lambda message: None,
     progress: Begin = silent,
 ) -> list[ScanResult]:
-    """Encode, decode or reconstruct scans one after the other; return what became of each.
+    """Encode, decode or reconstruct scans one after the other; return the result of each.
 
-    Raises what concerns all of them: a bundle or an engine that cannot be opened.
+    Raises BundleError or EngineError if the bundle or engine for all scans cannot be opened.
     """
     results: list[ScanResult] = []
     with (
@@ -97,7 +103,7 @@ def run_scans(
 
 
 def open_for_batch(verb: str, scans: list[Scan], options: RunOptions) -> Codec:
-    """Open the codec of a batch; for decode, of the model that the first readable store names."""
+    """Open the codec of a batch; for decode, with the model named in the first readable store."""
     model = options.model or api.MODEL
     if verb == "decode" and options.model is None:
         for scan in scans:
@@ -116,7 +122,7 @@ def open_for_batch(verb: str, scans: list[Scan], options: RunOptions) -> Codec:
 def run_scan(
     verb: str, scan: Scan, opened: Input, codec: Codec, options: RunOptions, progress: Begin
 ) -> ScanResult:
-    """Run one scan that `open_scan` opened; errors of this scan only go into the result."""
+    """Run one scan that `open_scan` opened; the result contains errors of this scan."""
     if isinstance(opened, Exception):
         return ScanResult.failed(scan, opened)
     reset_peak()
@@ -143,7 +149,10 @@ def run_scan(
 
 
 def open_scan(verb: str, scan: Scan, options: RunOptions) -> Input:
-    """Open a scan and read its first slices; None where its output exists and is to be kept."""
+    """Open a scan and read its first slices.
+
+    Returns None if the output exists and --resume keeps it; errors are returned, not raised.
+    """
     try:
         if os.path.lexists(scan.output):
             if options.resume:
@@ -168,12 +177,13 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(
-            f"expected a folder for results at {folder}, found {error.strerror}: choose another"
+            f"expected a folder for results at {folder}, found {error.strerror}: choose another "
+            "folder"
         ) from None
 
 
 def summary(verb: str, results: list[ScanResult], seconds: float) -> dict[str, Any]:
-    """Add up what became of all scans, JSON-ready."""
+    """Return the counts, the time and the results of all scans, JSON-ready."""
     reports = [r.report for r in results if r.report is not None and not r.skipped]
     slices = sum(report["volume"]["slices"] for report in reports)
     return {
@@ -189,10 +199,10 @@ def summary(verb: str, results: list[ScanResult], seconds: float) -> dict[str, A
 
 
 def check_all_done(results: list[ScanResult]) -> None:
-    """Raise VolumeError where a scan failed."""
+    """Raise VolumeError if a scan failed."""
     failed = [result for result in results if result.error is not None]
     if failed:
         raise VolumeError(
-            f"expected {len(results)} results, found {len(failed)} failed, the first of them "
-            f"{failed[0].scan.source} ({failed[0].error}): correct them and continue with --resume"
+            f"expected {len(results)} results, found {len(failed)} failed, first "
+            f"{failed[0].scan.source} ({failed[0].error}): correct them and run again with --resume"
         )

@@ -1,12 +1,12 @@
-"""Which inputs batch mode runs on: those in a folder, or in a list.
+"""Finds the inputs of batch mode, in a folder or in a list.
 
     DIR/                               OUTDIR/
       sub-01/ct/sub-01_ct.nii.gz         sub-01/ct/sub-01_ct.zarr
       sub-02/ct/sub-02_ct.nii            sub-02/ct/sub-02_ct.zarr
       patient3/IM0001, IM0002, ...       patient3.zarr
 
-A list is CSV or JSONL with a column `ct` (for decode `latents`) and, where needed, `output` and
-`series`. Inputs are relative to the list, outputs to OUTDIR.
+A list is CSV or JSONL with a column `ct` (for decode `latents`) and optionally `output` and
+`series`. Paths of inputs are relative to the list, those of outputs to OUTDIR.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
 
 @dataclass(frozen=True)
 class Scan:
-    """One input of batch mode, and where its result goes."""
+    """One input of batch mode, and the path of its output."""
 
     source: Path  # a CT, or for decode a latent store
     output: Path
@@ -34,9 +34,9 @@ class Scan:
 
 
 def is_batch(source: Path, output: Path) -> bool:
-    """Whether the input is many scans and the output a folder for their results.
+    """Return whether the input is a list or folder of scans, and the output a folder.
 
-    A file extension tells a single input or output.
+    An input or output with the file extension of a volume is a single one.
     """
     if source.suffix in LISTS:
         return True
@@ -45,7 +45,7 @@ def is_batch(source: Path, output: Path) -> bool:
 
 
 def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Scan]:
-    """Return the scans of a folder or a list, in order; raises UsageError where there are none."""
+    """Return the scans of a folder or a list, in order; raises UsageError if there are none."""
     if source.suffix in LISTS:
         column = "latents" if verb == "decode" else "ct"
         fields = {column, "output"} | ({"series"} if verb != "decode" else set())
@@ -63,10 +63,10 @@ def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Sc
 
 
 def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """Yield a folder and all folders below it with their entries, hidden ones left out.
+    """Yield a folder and all folders below it with their entries, without hidden ones.
 
-    Zarr stores and partial outputs are entries, not folders; `outputs` and links that lead back
-    up are skipped.
+    Zarr stores and partial outputs are entries, not folders. `outputs` and links to a folder
+    above are skipped.
     """
     if folder.resolve() == outputs:
         return
@@ -118,7 +118,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _output(path: Path, output: Path, extension: str) -> Path:
-    """Name a result after its input, below the folder of results."""
+    """Return the path of a result: the name of its input, in the output folder."""
     name = path.name
     for known in VOLUMES:
         if name.lower().endswith(known):
@@ -132,7 +132,9 @@ def _scan(row: dict[str, Any], column: str, path: Path, output: Path, extension:
         target = output / str(row["output"])
     else:
         target = _output(Path(source.name), output, extension)
-    allowed = (extension,) if extension == ".zarr" else VOLUMES  # latents have one format only
+    allowed = (extension,) if extension == ".zarr" else VOLUMES  # latents have only this format
     if not target.name.endswith(allowed):
-        raise UsageError(f"expected outputs ending in {', '.join(allowed)}, found {target.name}")
+        raise UsageError(
+            f"expected an output ending in {' or '.join(allowed)}, found {target.name}: rename it"
+        )
     return Scan(path.parent / source, target, str(row["series"]) if row.get("series") else None)

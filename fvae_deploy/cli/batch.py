@@ -30,12 +30,12 @@ def run_batch(
     report: Path | None,
     dry_run: bool,
 ) -> None:
-    """Run a verb on all scans of a folder or a list; raises VolumeError where some failed.
+    """Run a verb on all scans of a folder or a list; raises VolumeError if any failed.
 
-    The summary goes to `report`, and in any case to `OUTDIR/fvae-VERB.json`.
+    The summary is always written to `OUTDIR/fvae-VERB.json`, and to `report` if given.
     """
     if extension not in VOLUMES:
-        raise UsageError(f"expected --extension {', '.join(VOLUMES)}, found {extension}")
+        raise UsageError(f"expected --extension as one of {', '.join(VOLUMES)}, found {extension}")
     scans = find_scans(verb, source, output, extension)
     if dry_run:
         _plan_batch(verb, scans, options, terminal, report)
@@ -46,12 +46,12 @@ def run_batch(
     output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     results = _run(verb, scans, options, terminal, ray)
-    found = summary(verb, results, time.perf_counter() - begin)
+    content = summary(verb, results, time.perf_counter() - begin)
     note = output / f"fvae-{verb}.json"
-    _keep_earlier_reports(found["scans"], note)
-    terminal.report(found, note)
-    terminal.report(found, report)
-    terminal.show(scans_table(found))
+    _keep_earlier_reports(content["scans"], note)
+    terminal.report(content, note)
+    terminal.report(content, report)
+    terminal.show(scans_table(content))
     check_all_done(results)
 
 
@@ -71,7 +71,7 @@ def _run(
 def _plan_batch(
     verb: str, scans: list[Scan], options: RunOptions, terminal: Terminal, report: Path | None
 ) -> None:
-    """Show the plan of every scan; raises UsageError where some cannot be planned."""
+    """Show the plan of every scan; raises UsageError if any cannot be planned."""
     from fvae_deploy import api
     from fvae_deploy.batch.run import open_for_batch
 
@@ -92,11 +92,14 @@ def _plan_batch(
             terminal.finish(plan, None)
     terminal.report(plans, report)
     if failed:
-        raise UsageError(f"expected {len(scans)} scans that can be planned, found {failed} failed")
+        raise UsageError(
+            f"expected a plan for all {len(scans)} scans, found {failed} failed: correct the "
+            "options or leave those scans out"
+        )
 
 
 def _keep_earlier_reports(scans: list[dict[str, Any]], note: Path) -> None:
-    """Carry over what an earlier run reported of scans that this run did not compute."""
+    """Copy the earlier reports of scans that this run did not compute."""
     try:
         earlier = {scan["output"]: scan for scan in json.loads(note.read_bytes())["scans"]}
     except (OSError, ValueError, KeyError, TypeError):

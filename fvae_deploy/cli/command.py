@@ -1,4 +1,4 @@
-"""How a command is registered: its own parameters, plus shared options that are declared once."""
+"""Registers commands with their own parameters and the shared options, each declared once."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def command(
 ) -> Callable[[F], F]:
     """Register a function as a command, shown in a panel of the help.
 
-    The function takes `terminal: Terminal`, and, where `common` names keys of COMMON, `options:
-    RunOptions` that is made of them. All other parameters are its own.
+    The function takes `terminal: Terminal` and, if `common` names keys of COMMON, `options:
+    RunOptions` with those options. All other parameters are its own options and arguments.
     """
 
     def register(function: F) -> F:
@@ -74,14 +74,14 @@ def command(
             *(_parameter(flag, kind, False) for flag, kind in SHARED.items()),
         ]
 
-        def run(ctx: typer.Context, **given: Any) -> None:
+        def run(ctx: typer.Context, **values: Any) -> None:
             terminal = ctx.ensure_object(Terminal)
-            terminal.set_up(*(given.pop(flag) for flag in SHARED))
+            terminal.set_up(*(values.pop(flag) for flag in SHARED))
             passed: dict[str, Any] = {"terminal": terminal}
             if fields:
-                chosen = {option.field: given.pop(option.field) for option in fields}
+                chosen = {option.field: values.pop(option.field) for option in fields}
                 passed["options"] = RunOptions(**chosen)
-            function(**given, **passed)
+            function(**values, **passed)
 
         context = _parameter("ctx", typer.Context, inspect.Parameter.empty)
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]

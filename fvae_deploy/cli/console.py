@@ -1,4 +1,4 @@
-"""What the command line shows: progress, summaries, reports. rich is imported on use."""
+"""Shows progress, summaries and reports on the command line. rich is imported on use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STDOUT = Path("-")  # as the name of a report
 
 @dataclass
 class Terminal:
-    """How much a command shows; one object per invocation of the command line."""
+    """The output of a command; one object per invocation of the command line."""
 
     quiet: bool = False
     verbose: bool = False
@@ -27,7 +27,7 @@ class Terminal:
     stdout_taken: bool = False  # by a JSON report: everything else goes to stderr
 
     def set_up(self, quiet: bool, verbose: bool, debug: bool) -> None:
-        """Take the options of a command, beside those given before it."""
+        """Apply the options of a command, in addition to those given before its name."""
         self.quiet, self.verbose = self.quiet or quiet, self.verbose or verbose
         self.debug = self.debug or debug
         if self.verbose:
@@ -44,17 +44,17 @@ class Terminal:
         LOGGER.setLevel(logging.NOTSET)
 
     def say(self, message: str) -> None:
-        """Report on stderr what is being done, unless quiet."""
+        """Print progress on stderr, unless quiet."""
         if not self.quiet:
             print(message, file=sys.stderr)
 
     def print(self, message: str) -> None:
-        """Print a result for people, unless quiet."""
+        """Print a readable result, unless quiet."""
         if not self.quiet:
             print(message, file=sys.stderr if self.stdout_taken else sys.stdout)
 
     def show(self, renderable: Any) -> None:
-        """Print a rich table, plainly where the output is no terminal, unless quiet."""
+        """Print a rich table, in a fixed width if the output is not a terminal, unless quiet."""
         if self.quiet:
             return
         from rich.console import Console
@@ -64,7 +64,7 @@ class Terminal:
         Console(width=width, stderr=self.stdout_taken).print(renderable)
 
     def report(self, content: Any, path: Path | None) -> None:
-        """Write a JSON report to a file, or to stdout where `path` is "-"."""
+        """Write a JSON report to a file, or to stdout if `path` is "-"."""
         if path == STDOUT:
             self.stdout_taken = True
             print(json.dumps(content, indent=1))
@@ -107,7 +107,7 @@ class Terminal:
 
     @contextmanager
     def progress_bar(self, slices: int, verb: str) -> Iterator[Callable[[int], None]]:
-        """Show a bar with slices/s and the time left, on a terminal and unless quiet."""
+        """Show a bar with slices/s and the time left, on a terminal only, unless quiet."""
         with self.progress_bars() as begin:
             yield begin(verb, slices)
 
@@ -115,10 +115,10 @@ class Terminal:
     def progress_bars(
         self, units: Mapping[str, str] = MappingProxyType({})
     ) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-        """Show a bar for each stage that begins, on a terminal and unless quiet.
+        """Show a bar for each stage that begins, on a terminal only, unless quiet.
 
-        Yields a function that takes a stage's name and length and returns its progress. Stages
-        count slices, those named in `units` something else.
+        Yields a function that takes a stage's name and length and returns its progress
+        callback. `units` names what a stage counts, if not slices.
         """
         if self.quiet or not sys.stderr.isatty():
             yield lambda stage, length: lambda done: None

@@ -28,35 +28,38 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Verbs)
 SAMPLING = "Sampling"
 Mask = Annotated[
-    Path | None, typer.Option("--mask", help="Organ labels, numbered as by TotalSegmentator.")
+    Path | None, typer.Option("--mask", help="Organ label map, with TotalSegmentator's numbers.")
 ]
 Generated = Annotated[
-    Path, typer.Option("--output", "-o", help=".nii, .nii.gz, .zarr or .dcm; with --jobs a folder.")
+    Path,
+    typer.Option(
+        "--output", "-o", help="CT to write: .nii, .nii.gz, .zarr or .dcm; with --jobs, a folder."
+    ),
 ]
 Findings = Annotated[
     str | None,
-    typer.Option("--findings", help="Text, or a file that holds it. [default: a normal scan]"),
+    typer.Option("--findings", help="Text, or a text file. [default: text of a normal scan]"),
 ]
 DiseaseMask = Annotated[
     Path | None,
-    typer.Option("--disease-mask", help="Labels of findings, 1 to 18, on the grid of the mask."),
+    typer.Option("--disease-mask", help="Label map of findings, 1 to 18, on the grid of --mask."),
 ]
 Labels = Annotated[
     Path | None,
-    typer.Option("--labels", help='JSON for masks with other numbers, such as {"3": "liver"}.'),
+    typer.Option("--labels", help='JSON file for other label numbers, such as {"3": "liver"}.'),
 ]
 Jobs = Annotated[
     Path | None,
     typer.Option(
         "--jobs",
         help="Batch mode: a CSV or JSONL list with the columns mask, output, findings, "
-        "disease_mask, seed.",
+        "disease_mask and seed.",
     ),
 ]
 Vae = Annotated[
     str | None,
     typer.Option(
-        "--vae", help="Bundle of the generator's VAE. [default: the built-in one of its name]"
+        "--vae", help="Bundle of the VAE. [default: the built-in VAE that the generator names]"
     ),
 ]
 Scheduler = Annotated[
@@ -64,7 +67,7 @@ Scheduler = Annotated[
     choice(
         "--scheduler",
         names=lambda: SCHEDULERS,
-        help="Sampler. [default: the generator's]",
+        help="Sampling algorithm. [default: the generator's]",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -83,7 +86,7 @@ Eta = Annotated[
         "--eta",
         min=0,
         max=1,
-        help="Fresh noise per step of ddim; 0 adds none. [default: the generator's]",
+        help="Share of fresh noise per step of ddim; 0 adds none. [default: the generator's]",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -91,7 +94,7 @@ Guidance = Annotated[
     float,
     typer.Option(
         "--guidance",
-        help="Classifier-free guidance: above 1 follows the text more closely, at twice the work.",
+        help="Classifier-free guidance: above 1 follows the text more closely, at twice the cost.",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -100,13 +103,13 @@ Stitch = Annotated[
     choice(
         "--stitch",
         names=lambda: STITCHES,
-        help="Long volumes: joint denoises all windows together; reference chains them, as "
-        "published.",
+        help="Long volumes: joint denoises all windows together; reference denoises one after the "
+        "other, as published.",
         rich_help_panel=SAMPLING,
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", min=0, help="Seed of the noise.", rich_help_panel=SAMPLING)
+    int, typer.Option("--seed", min=0, help="Random seed of the noise.", rich_help_panel=SAMPLING)
 ]
 
 
@@ -130,14 +133,16 @@ def generate(
     dry_run: DryRun = False,
     report: Report = None,
 ) -> None:
-    """Generate a CT from an organ mask and findings in words.
+    """Generate a CT from an organ mask and a text of findings.
 
     Example: `fvae generate --mask organs.nii.gz --findings "nodule in the right lung" -o g.nii.gz`
     """
     if (mask is None) == (jobs is None):
-        raise UsageError("expected either --mask or --jobs, found both or neither: give one")
+        raise UsageError(
+            "expected either --mask or --jobs, found both or neither: pass one of them"
+        )
     if jobs is not None and (findings or disease_mask):
-        raise UsageError("expected findings and disease masks in --jobs, found them as options")
+        raise UsageError("expected findings in the --jobs list, found options: move them there")
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate as run
 
@@ -156,7 +161,7 @@ def generate(
         return
     assert mask is not None
     with terminal.progress_bars({"denoise": "windows"}) as begin:
-        found = run(
+        result = run(
             mask,
             output,
             options,
@@ -166,7 +171,7 @@ def generate(
             progress=begin,
             dry_run=dry_run,
         )
-    terminal.finish(found, report)
+    terminal.finish(result, report)
 
 
 def _run_list(
@@ -198,25 +203,32 @@ def _run_list(
 
 @command(app, "Make")
 def phantom(
-    output: Annotated[Path, typer.Option("--output", "-o", help=".nii, .nii.gz, .zarr or .dcm.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="CT to write: .nii, .nii.gz, .zarr or .dcm.")
+    ],
     terminal: Terminal,
-    shape: Annotated[str, typer.Option("--shape", help="Voxels along x,y,z.")] = "512,512,300",
+    shape: Annotated[
+        str, typer.Option("--shape", help="Number of voxels along x,y,z.")
+    ] = "512,512,300",
     labels: Annotated[
         Path | None, typer.Option("--labels", help="Also write the organ label map here.")
     ] = None,
     disease_mask: Annotated[
-        Path | None, typer.Option("--disease-mask", help="Also write the labels of findings here.")
+        Path | None,
+        typer.Option("--disease-mask", help="Also write the label map of findings here."),
     ] = None,
     patient: Annotated[
         int | None,
         typer.Option(
-            "--patient", min=0, help="Draw another patient with other findings, by this seed."
+            "--patient",
+            min=0,
+            help="Seed of another anatomy with other findings. [default: a standard one]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of the noise.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a deterministic synthetic torso in HU, slab by slab.
+    """Write a deterministic synthetic CT of a torso in HU.
 
     Example: `fvae phantom -o ct.nii.gz --shape 256,256,200 --labels organs.nii.gz`
     """
@@ -243,11 +255,11 @@ def phantom(
 @command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol"))
 def augment(
     nnunet: Annotated[
-        Path, typer.Option("--nnunet", help="An nnU-Net dataset, named DatasetXXX_NAME.")
+        Path, typer.Option("--nnunet", help="nnU-Net dataset to read, named DatasetXXX_NAME.")
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The dataset to write, named DatasetYYY_NAME."),
+        typer.Option("--output", "-o", help="Dataset to write, named DatasetYYY_NAME."),
     ],
     options: RunOptions,
     terminal: Terminal,
@@ -259,16 +271,16 @@ def augment(
 ) -> None:
     """Add reconstructed images to an nnU-Net dataset as an additional training view.
 
-    An interrupted run continues when the command is given again.
+    To continue an interrupted run, run the same command again.
 
     Example: `fvae augment --nnunet Dataset001_Liver -o Dataset101_LiverFvae`
     """
     from fvae_deploy.batch.nnunet import augment as run
 
     with terminal.progress_bars({"augment": "images"}) as begin:
-        found = run(nnunet, output, options, instead=instead, progress=begin)
-    terminal.report(found, report)
+        result = run(nnunet, output, options, instead=instead, progress=begin)
+    terminal.report(result, report)
     terminal.print(
-        f"{output}: {found['cases']} training cases, {found['reconstructed']} images "
-        f"reconstructed in {found['seconds']:.1f} s"
+        f"{output}: {result['cases']} training cases, {result['reconstructed']} images "
+        f"reconstructed in {result['seconds']:.1f} s"
     )

@@ -23,23 +23,25 @@ PACKAGES = ("tensorrt_rtx", "tensorrt")
 Bundle = Annotated[str, typer.Argument(help="Built-in model or folder of a bundle.")]
 Targets = Annotated[
     str,
-    typer.Option("--target", "-t", help="GPU architectures, comma-separated: sm_86,sm_89,sm_120."),
+    typer.Option("--target", "-t", help="GPU architectures, comma-separated, such as sm_86,sm_89."),
 ]
 Precisions = Annotated[
     str,
-    typer.Option("--precision", "-p", help="fp32, fp16, bf16, int8 or fp8, comma-separated."),
+    typer.Option(
+        "--precision", "-p", help="One or more of fp32, fp16, bf16, int8, fp8, comma-separated."
+    ),
 ]
 Sizes = Annotated[
     list[str] | None,
     typer.Option(
         "--size",
-        help="Slices that the engines take, as 512,512; may be repeated. [default: 512,512; for a "
-        "generator its windows]",
+        help="Slice size in pixels that the engines accept; may be repeated. [default: 512,512; "
+        "for a generator, the size of its windows]",
     ),
 ]
 Calibrate = Annotated[
     list[Path] | None,
-    typer.Option("--calibrate", help="A CT that calibrates int8 and fp8; may be repeated."),
+    typer.Option("--calibrate", help="CT for the calibration of int8 and fp8; may be repeated."),
 ]
 Package = Annotated[
     str,
@@ -59,17 +61,19 @@ def build(
     precision: Precisions = "fp16",
     size: Sizes = None,
     any_size: Annotated[
-        bool, typer.Option("--any-size", help="Build for all smaller slices too (slower engines).")
+        bool, typer.Option("--any-size", help="Also accept all smaller slices (slower engines).")
     ] = False,
     step: Annotated[int, typer.Option("--step", min=1, help="Latent frames per step.")] = 1,
     memory: Annotated[
-        str, typer.Option("--memory", help="GPU memory that the tiles are planned for.")
+        str, typer.Option("--memory", help="GPU memory budget for the choice of tiles.")
     ] = "8GiB",
     calibrate: Calibrate = None,
     package: Package = "tensorrt_rtx",
     report: Report = None,
 ) -> None:
-    """Build TensorRT engines of a bundle ahead of time, beside it. Needs no GPU.
+    """Build TensorRT engines for a bundle, and store them beside it.
+
+    The default package, tensorrt_rtx, needs no GPU.
 
     Example: `fvae build tiny --target sm_86,sm_89,sm_120 --precision fp16`
     """
@@ -79,7 +83,9 @@ def build(
 
     targets, precisions = (_names(text) for text in (target, precision))
     if not precisions:
-        raise UsageError(f"expected --precision as fp16,bf16, found {precision!r}: name one")
+        raise UsageError(
+            f"expected --precision such as fp16,bf16, found {precision!r}: name at least one"
+        )
     with terminal.progress_bars(dict.fromkeys(precisions, "parts")) as begin:
         rows = make_engines(
             model,
@@ -104,10 +110,16 @@ def triton(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new repository.")],
     terminal: Terminal,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="Serve the TensorRT engines built for this sm_….")
+        str,
+        typer.Option(
+            "--target",
+            "-t",
+            help="GPU architecture of TensorRT engines to serve, such as sm_89. [default: serve "
+            "with ONNX Runtime]",
+        ),
     ] = "",
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="Precision of those engines.")
+        str, typer.Option("--precision", "-p", help="Precision of the TensorRT engines.")
     ] = "fp16",
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server.
@@ -120,7 +132,7 @@ def triton(
 
     path, manifest = open_bundle(model)
     names = write_repository(path, manifest, output, target=target, precision=precision)
-    terminal.print(f"{output}: {', '.join(names)}; not tried with a server")
+    terminal.print(f"{output}: {', '.join(names)}; not tested with a Triton server")
 
 
 @command(app, "Develop")
@@ -130,27 +142,28 @@ def selftest(
         bool, typer.Option("--gpu", help="Test on the GPU of this machine. [default: on the CPU]")
     ] = False,
     suites: Annotated[
-        bool, typer.Option(help="Also run the checkout's tests: contract, goldens, kernels.")
+        bool,
+        typer.Option(help="Also run the tests in the checkout: engines, golden files, kernels."),
     ] = True,
     report: Report = None,
 ) -> None:
-    """Build, compare, tile, time and test on this machine, with one report of it all.
+    """Test the engines on this machine: builds, parity, tiles, speed, and test suites.
 
-    Engines that are not installed are left out, and named. The exit code is 5 where there is no
-    GPU, or a check fails.
+    Engines that are not installed are skipped and listed. The exit code is 5 if a check fails, or
+    with --gpu if there is no GPU.
 
     Example: `fvae selftest --gpu --json selftest.json`
     """
     from fvae_deploy.selftest import selftest as run
 
-    found = run(gpu, suites=suites, progress=terminal.say)
-    terminal.report(found, report)
-    failed = [row["name"] for row in found["checks"] if row["passed"] is False]
-    terminal.show(_checks_table(found["checks"]))
+    results = run(gpu, suites=suites, progress=terminal.say)
+    terminal.report(results, report)
+    failed = [row["name"] for row in results["checks"] if row["passed"] is False]
+    terminal.show(_checks_table(results["checks"]))
     if failed:
         raise EngineError(
-            f"expected {len(found['checks'])} checks to pass, found that {', '.join(failed)} "
-            "failed: please report it with the file of --json"
+            f"expected {len(results['checks'])} checks to pass, found that {', '.join(failed)} "
+            "failed: please report it, with the JSON file that --json writes"
         )
 
 
@@ -159,16 +172,18 @@ def _names(text: str) -> list[str]:
 
 
 def _plane(text: str) -> tuple[int, int]:
-    """Read "512,512"; raises UsageError for anything else."""
+    """Parse "512,512"; raises UsageError for anything else."""
     try:
         height, width = (int(n) for n in text.split(","))
     except ValueError:
-        raise UsageError(f"expected --size as 512,512, found {text!r}") from None
+        raise UsageError(
+            f"expected --size as two numbers, found {text!r}: write it like 512,512"
+        ) from None
     return height, width
 
 
 def _built_table(model: str, rows: list[Row]) -> Table:
-    """Lay out what was built."""
+    """Return the table of the built engines."""
     from rich.table import Table
 
     first = rows[0].built
@@ -193,11 +208,11 @@ def _built_table(model: str, rows: list[Row]) -> Table:
 
 
 def _checks_table(checks: list[dict[str, Any]]) -> Table:
-    """Lay out what was checked."""
+    """Return the table of the checks."""
     from rich.table import Table
 
-    table = Table(title="on this machine")
-    for column in ("check", "passed", "seconds", "largest HU", "slices/s there", "and back"):
+    table = Table(title="checks on this machine")
+    for column in ("check", "passed", "seconds", "max HU", "encode slices/s", "decode slices/s"):
         table.add_column(column)
     for row in checks:
         speed = row.get("throughput", {})

@@ -42,19 +42,21 @@ Every = Annotated[
 def check(
     terminal: Terminal,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="Chips, comma-separated.")
+        str, typer.Option("--target", "-t", help="GPU architectures, comma-separated.")
     ] = ",".join(CHIPS),
     kernel: Chosen = None,
     every: Every = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes. [default: one per core]")
+        int | None,
+        typer.Option("--jobs", min=1, help="Number of processes. [default: one per core]"),
     ] = None,
     report: Report = None,
 ) -> None:
-    """Compile all kernels ahead of time, and read registers and instructions. Needs no GPU.
+    """Compile all kernels ahead of time, and check registers and instructions. Needs no GPU.
 
-    The exit code is 5 where a kernel spills registers, takes too much shared memory, or lacks the
-    matrix instructions or wide loads of its chip. Bytes, operations and rooflines are counted.
+    The exit code is 5 if a kernel spills registers, takes too much shared memory, or lacks the
+    matrix instructions or wide loads of its chip. Bytes, operations and rooflines are counted,
+    not measured.
 
     Example: `fvae kernels check --target sm_89 --kernel attention --json kernels.json`
     """
@@ -66,24 +68,26 @@ def check(
     from fvae_deploy.kernels.dispatch import KERNELS
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns unless it is set
-    kernels = _known(kernel, KERNELS, "kernels") or list(KERNELS)
-    targets = _known(target, CHIPS, "chips")
+    kernels = _parse_names(kernel, KERNELS, "kernels") or list(KERNELS)
+    targets = _parse_names(target, CHIPS, "GPU architectures")
     if not targets:
-        raise UsageError(f"expected chips among {', '.join(CHIPS)}, found none: name one")
+        raise UsageError(
+            f"expected GPU architectures among {', '.join(CHIPS)}, found none: name one"
+        )
     work = planned(kernels, targets, every)
     compiling = check(work, jobs or os.cpu_count() or 1)
     screen = Console(stderr=True)
     shown = track(
         compiling, "compile", total=len(work), console=screen, disable=not screen.is_terminal
     )
-    found = list(shown)
-    terminal.report([dataclasses.asdict(row) for row in found], report)
-    terminal.show(_compiled_table(found))
-    wrong = [c for c in found if c.wrong]
+    rows = list(shown)
+    terminal.report([dataclasses.asdict(row) for row in rows], report)
+    terminal.show(_compiled_table(rows))
+    wrong = [row for row in rows if row.wrong]
     if wrong:
         first = wrong[0]
         raise EngineError(
-            f"expected {len(found)} sound kernels, found {len(wrong)} that are not: "
+            f"expected {len(rows)} kernels to pass, found {len(wrong)} that do not: "
             f"{first.kernel} ({first.spec}) for {first.target} {', '.join(first.wrong)}"
         )
 
@@ -97,8 +101,8 @@ def try_all(
 ) -> None:
     """Run all kernels on this machine's GPU and compare them with their references.
 
-    The exit code is 5 where a kernel differs from its reference or does not run; the others are
-    still tried.
+    The exit code is 5 if a kernel differs from its reference or does not run; the others are
+    still tested.
 
     Example: `fvae kernels test`
     """
@@ -110,33 +114,33 @@ def try_all(
     from fvae_deploy.kernels.timing import require_gpu
     from fvae_deploy.kernels.trials import run_trials
 
-    kernels = _known(kernel, KERNELS, "kernels")
+    kernels = _parse_names(kernel, KERNELS, "kernels")
     if not INTERPRETED:
         require_gpu()
     device = "cpu" if INTERPRETED else "cuda"
     where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
     target = Kernels(device, "triton").target
-    found, lost = _gathered(run_trials(kernels, device, target, every))
-    terminal.report([dataclasses.asdict(row) for row in found], report)
-    terminal.show(_trials_table(found, where))
-    if lost:
-        raise lost
-    failed = [f for f in found if not f.passed]
+    rows, fatal = _collect(run_trials(kernels, device, target, every))
+    terminal.report([dataclasses.asdict(row) for row in rows], report)
+    terminal.show(_trials_table(rows, where))
+    if fatal:
+        raise fatal
+    failed = [row for row in rows if not row.passed]
     if failed:
         first = failed[0]
         raise EngineError(
-            f"expected {len(found)} trials to equal their references, found {len(failed)} that do "
+            f"expected {len(rows)} trials to match their references, found {len(failed)} that do "
             f"not: {first.trial} in {first.type}{first.failure and ', '}{first.failure}"
         )
 
 
 @command(app, "Kernels")
 def bench(terminal: Terminal, kernel: Chosen = None, report: Report = None) -> None:
-    """Time all kernels on this machine's GPU with all block sizes, beside torch and the roofline.
+    """Time all kernels on this machine's GPU with all block sizes; compare with torch.
 
-    The exit code is 5 where a kernel does not run; the others are still timed. The column "x torch"
+    The exit code is 5 if a kernel does not run; the others are still timed. The column "x torch"
     is the time that torch's operations (cuDNN, cuBLAS, scaled_dot_product_attention) take on the
-    same tensors, divided by the time of the fastest block sizes. The JSON has every block size.
+    same tensors, divided by the time of the fastest block sizes. The JSON lists all block sizes.
 
     Example: `fvae kernels bench --json speeds.json`
     """
@@ -146,44 +150,44 @@ def bench(terminal: Terminal, kernel: Chosen = None, report: Report = None) -> N
     from fvae_deploy.kernels.dispatch import KERNELS
     from fvae_deploy.kernels.timing import require_gpu, timed
 
-    kernels = _known(kernel, KERNELS, "kernels")
+    kernels = _parse_names(kernel, KERNELS, "kernels")
     require_gpu()
-    found, lost = _gathered(timed(kernels))
-    terminal.report([dataclasses.asdict(row) for row in found], report)
-    terminal.show(_timed_table(found, torch.cuda.get_device_name()))
-    if lost:
-        raise lost
-    failed = [(row, row.failures[0]) for row in found if row.failures]
+    rows, fatal = _collect(timed(kernels))
+    terminal.report([dataclasses.asdict(row) for row in rows], report)
+    terminal.show(_timed_table(rows, torch.cuda.get_device_name()))
+    if fatal:
+        raise fatal
+    failed = [(row, row.failures[0]) for row in rows if row.failures]
     if failed:
         row, failure = failed[0]
         raise EngineError(
-            f"expected {len(found)} launches to run with all blocks, found {len(failed)} that do "
+            f"expected {len(rows)} launches to run with all blocks, found {len(failed)} that do "
             f"not: {row.kernel} ({row.spec}) with {failure}"
         )
 
 
-def _gathered(rows: Iterator[Row]) -> tuple[list[Row], EngineError | None]:
-    """Take rows until they end, or an error ends them."""
-    found = []
+def _collect(rows: Iterator[Row]) -> tuple[list[Row], EngineError | None]:
+    """Return the rows up to the end or an EngineError, and that error or None."""
+    collected = []
     try:
         for row in rows:
-            found.append(row)
+            collected.append(row)
     except EngineError as error:
-        return found, error
-    return found, None
+        return collected, error
+    return collected, None
 
 
-def _known(text: str | None, among: Collection[str], kind: str) -> list[str]:
-    """Read names with commas between; raises UsageError for one that is not known."""
+def _parse_names(text: str | None, known: Collection[str], kind: str) -> list[str]:
+    """Parse comma-separated names; raises UsageError for an unknown name."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     for name in names:
-        if name not in among:
-            raise UsageError(f"expected {kind} among {', '.join(among)}, found {name!r}")
+        if name not in known:
+            raise UsageError(f"expected {kind} among {', '.join(known)}, found {name!r}")
     return names
 
 
-def _compiled_table(found: list[Compiled]) -> Table:
-    """Draw what was compiled; counted columns say so."""
+def _compiled_table(rows: list[Compiled]) -> Table:
+    """Return the table of the compiled kernels."""
     from rich.table import Table
 
     table = Table(title="compiled ahead of time, work and bytes counted; nothing was run")
@@ -193,7 +197,7 @@ def _compiled_table(found: list[Compiled]) -> Table:
         table.add_column(column, justify="right")
     for column in ("GFLOP", "MB", "plain graph MB", "roofline ms"):
         table.add_column(column, justify="right")
-    for c in found:
+    for c in rows:
         table.add_row(
             c.kernel,
             c.spec,
@@ -213,16 +217,16 @@ def _compiled_table(found: list[Compiled]) -> Table:
     return table
 
 
-def _trials_table(found: list[TrialResult], where: str) -> Table:
-    """Draw the largest errors, a trial a row and a type a column."""
+def _trials_table(results: list[TrialResult], where: str) -> Table:
+    """Return the table of the largest errors, with a row per trial and a column per type."""
     from rich.table import Table
 
     table = Table(title=f"largest error, {where}")
     table.add_column("")
     rows: dict[str, dict[str, TrialResult]] = {}
-    for f in found:
-        rows.setdefault(f.trial, {})[f.type] = f
-    types = list(dict.fromkeys(f.type for f in found))
+    for result in results:
+        rows.setdefault(result.trial, {})[result.type] = result
+    types = list(dict.fromkeys(result.type for result in results))
     for name in types:
         table.add_column(name, overflow="fold")
     for trial, row in rows.items():
@@ -233,11 +237,11 @@ def _trials_table(found: list[TrialResult], where: str) -> Table:
     return table
 
 
-def _timed_table(found: list[Timed], card: str) -> Table:
-    """Draw the fastest blocks of every launch beside its default and torch."""
+def _timed_table(rows: list[Timed], card: str) -> Table:
+    """Return the table of the fastest blocks of every launch, with the default and torch."""
     from rich.table import Table
 
-    table = Table(title=f"{card}: fastest of the blocks, beside the default and torch's operations")
+    table = Table(title=f"{card}: fastest blocks, default blocks, and torch's operations")
     for column in ("kernel", "launch"):
         table.add_column(column)
     for column in ("ms", "default ms", "torch ms", "x torch"):
@@ -245,7 +249,7 @@ def _timed_table(found: list[Timed], card: str) -> Table:
     for column in ("TFLOP/s", "GB/s", "of the roofline", "blocks"):
         table.add_column(column, justify="right")
     table.add_column("failed", overflow="fold")
-    for t in found:
+    for t in rows:
         best, default = t.best, t.tried[0].seconds
         if best is None or best.seconds is None:
             table.add_row(t.kernel, t.spec, *"-" * 8, "; ".join(t.failures), style="red")

@@ -1,6 +1,6 @@
-"""The command line: the verbs on scans, and errors as one line with an exit code.
+"""The command line: the verbs on scans; an error becomes one line and an exit code.
 
-Everything heavy is imported on use.
+Large packages are imported on use.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _root(
 def encode(
     ct: CT,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Latent store (.zarr); batch mode: a folder.")
+        Path,
+        typer.Option("--output", "-o", help="Latent store to write (.zarr); batch mode: a folder."),
     ],
     options: RunOptions,
     terminal: Terminal,
@@ -85,17 +86,21 @@ def decode(
     latents: Annotated[
         Path,
         typer.Argument(
-            help="A latent store made by fvae encode; batch mode: a folder of them, or a list."
+            help="A latent store of fvae encode (.zarr); batch mode: a folder of them, or a list."
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help=".nii, .nii.gz, .zarr or .dcm; batch mode: a folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="CT to write: .nii, .nii.gz, .zarr or .dcm; batch mode: a folder.",
+        ),
     ],
     options: RunOptions,
     terminal: Terminal,
     slices: Annotated[
-        str | None, typer.Option("--slices", help="Decode slices a to b-1 only, as a:b.")
+        str | None, typer.Option("--slices", help="Decode only slices a to b-1, given as a:b.")
     ] = None,
     extension: Extension = ".nii.gz",
     ray: Ray = None,
@@ -109,7 +114,9 @@ def decode(
     wanted = slice_range(slices) if slices else None
     if is_batch(latents, output):
         if wanted:
-            raise UsageError("expected one latent store with --slices, found a batch: leave it out")
+            raise UsageError(
+                "expected one latent store with --slices, found a batch: leave --slices out"
+            )
         run_batch("decode", latents, output, extension, options, terminal, ray, report, dry_run)
         return
     _check_no_ray(ray)
@@ -121,8 +128,8 @@ def decode(
         return
     total = wanted[1] - wanted[0] if wanted else LatentReader(latents).info.slices
     with terminal.progress_bar(total, "decode") as advance:
-        found = api.decode(latents, output, options, slices=wanted, progress=advance)
-    terminal.finish(found, report)
+        result = api.decode(latents, output, options, slices=wanted, progress=advance)
+    terminal.finish(result, report)
 
 
 @command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", "any_range", "dtype", *OUTPUTS))
@@ -133,7 +140,8 @@ def reconstruct(
         typer.Option(
             "--output",
             "-o",
-            help=".nii, .nii.gz, .zarr or .dcm (a folder of slices); batch mode: a folder.",
+            help="CT to write: .nii, .nii.gz, .zarr or .dcm (a folder of slices); batch mode: a "
+            "folder.",
         ),
     ],
     options: RunOptions,
@@ -152,7 +160,9 @@ def reconstruct(
         run_batch("reconstruct", ct, output, extension, options, terminal, ray, report, dry_run)
         return
     if options.resume and is_remote(output):
-        raise UsageError("expected an output on disk with --resume, found a URL: push it later")
+        raise UsageError(
+            "expected an output on disk with --resume, found a URL: choose a local path"
+        )
     _run_one("reconstruct", ct, output, options, terminal, series, ray, report, dry_run)
 
 
@@ -174,13 +184,13 @@ def _run_one(
 
     with local_copies(ct, output, push=not dry_run) as (source, target):
         if dry_run:
-            found = api.dry_run(verb, source, target, options, series=series)
+            result = api.dry_run(verb, source, target, options, series=series)
         else:
             run = api.encode if verb == "encode" else api.reconstruct
             reader = open_volume(source, series)
             with terminal.progress_bar(reader.geometry.shape[2], verb) as advance:
-                found = run(reader, target, options, progress=advance)
-    terminal.finish(found | {"input": str(ct), "output": str(output)}, report)
+                result = run(reader, target, options, progress=advance)
+    terminal.finish(result | {"input": str(ct), "output": str(output)}, report)
 
 
 def _check_no_ray(ray: str | None) -> None:
@@ -194,7 +204,8 @@ def compare(
     reconstruction: Annotated[Path, typer.Argument(help="A volume on the same grid.")],
     terminal: Terminal,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Organ label map, for errors by organ.")
+        Path | None,
+        typer.Option("--labels", help="Organ label map; adds the errors of each organ."),
     ] = None,
     png: Annotated[
         Path | None,

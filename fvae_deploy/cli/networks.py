@@ -28,7 +28,7 @@ Weights = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A name listed by fvae models, a .ckpt or .safetensors file, a folder of diffusers, "
+        help="A name listed by fvae models, a .ckpt or .safetensors file, a diffusers folder, "
         "hf:OWNER/NAME/PATH@REVISION, or package.module:factory.",
     ),
 ]
@@ -48,7 +48,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     terminal: Terminal,
     name: Annotated[
-        str | None, typer.Option("--name", help="[default: the name of the weights]")
+        str | None,
+        typer.Option("--name", help="Name of the bundle. [default: the name of the weights]"),
     ] = None,
     channels: Channels = "gray",
     opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
@@ -62,12 +63,16 @@ def export(
     value_range: Annotated[
         str,
         typer.Option(
-            "--range", help="Values of -1000 and 1000 HU, as a,b.", rich_help_panel=FOREIGN
+            "--range",
+            help="Input values for -1000 and 1000 HU, as a,b.",
+            rich_help_panel=FOREIGN,
         ),
     ] = "-1,1",
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML of the checkpoint.", rich_help_panel=GENERATOR),
+        typer.Option(
+            "--config", help="YAML configuration of the checkpoint.", rich_help_panel=GENERATOR
+        ),
     ] = None,
     text: Annotated[
         str | None,
@@ -77,7 +82,7 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export weights to a bundle, and measure its parity and memory in every engine installed.
+    """Export weights to a bundle, and measure its parity and memory in every installed engine.
 
     Example: `fvae export -m wan2.1 -o wan21`
     """
@@ -106,11 +111,13 @@ def _check_absent(given: dict[str, bool], what: str) -> None:
 
 
 def _range(text: str) -> tuple[float, float]:
-    """Read "-1,1"; raises UsageError for anything else."""
+    """Parse "-1,1"; raises UsageError for anything else."""
     try:
         low, high = (float(n) for n in text.split(","))
     except ValueError:
-        raise UsageError(f"expected --range as -1,1, found {text!r}") from None
+        raise UsageError(
+            f"expected --range as two numbers, found {text!r}: write it like -1,1"
+        ) from None
     return low, high
 
 
@@ -169,13 +176,13 @@ def models(terminal: Terminal) -> None:
 
     for path in sorted(BUILT_IN.glob("*/manifest.json")):
         if kind_of(path.parent) == GeneratorManifest.KIND:
-            found = GeneratorManifest.load(path.parent)
-            terminal.print(f"{found.name}: {found.description}")
+            generator = GeneratorManifest.load(path.parent)
+            terminal.print(f"{generator.name}: {generator.description}")
             terminal.print(
-                f"  latents of {found.vae}, windows of {found.window} latent frames, licence "
-                f"{found.licence}, weights {found.identity}"
+                f"  latents of {generator.vae}, windows of {generator.window} latent frames, "
+                f"licence {generator.licence}, weights {generator.identity}"
             )
-            terminal.show(noise_table(found))
+            terminal.show(noise_table(generator))
             continue
         manifest = Manifest.load(path.parent)
         g = manifest.geometry
@@ -187,14 +194,14 @@ def models(terminal: Terminal) -> None:
         terminal.show(parity_table(manifest))
     terminal.show(models_table(KNOWN))
     terminal.print(
-        "fvae export -m NAME -o BUNDLE fetches and exports one of those with weights on a hub;"
+        "fvae export -m NAME -o BUNDLE downloads and exports a published model that is on a hub;"
     )
     terminal.print("fvae reconstruct ct.nii.gz -o recon.nii.gz --model BUNDLE uses it.")
 
 
 @command(app, "Inspect")
 def doctor(terminal: Terminal) -> None:
-    """Show which engines run here, and what the others need.
+    """Show which engines run on this machine, and what the others need.
 
     Example: `fvae doctor`
     """
@@ -240,26 +247,26 @@ def bench(
     slices: Annotated[int, typer.Option("--slices", min=1, help="Slices of the clip.")] = 17,
     step: Annotated[int, typer.Option("--step", min=1, help="Latent frames per step.")] = 1,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Rounds; in each, all engines take their turn.")
+        int, typer.Option("--rounds", min=1, help="Number of rounds; each times every engine once.")
     ] = 3,
     repeats: Annotated[
         int,
-        typer.Option("--repeats", min=0, help="Timed passes per process; 0 times the first."),
+        typer.Option("--repeats", min=0, help="Timed passes per process; with 0, the first pass."),
     ] = 3,
     peer: Annotated[
         Path | None,
-        typer.Option("--peer", help="Weights; also runs them as their authors do."),
+        typer.Option("--peer", help="Weights file; also times the original implementation."),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Also run every engine with the plan for this budget."),
+        typer.Option("--memory", help="Also time every engine within this memory budget."),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="cpu|cuda", help="Device of engines and peers.")
     ] = "cpu",
     report: Report = None,
 ) -> None:
-    """Measure throughput, share of the machine's ceiling, peak memory and error.
+    """Measure throughput, share of the machine's ceiling in GFLOP/s, peak memory and error.
 
     Example: `fvae bench --size 256 --peer tools/train_tiny/tiny.safetensors --json bench.json`
     """
@@ -287,7 +294,7 @@ def _cases(
     peer: Path | None,
     manifest: Manifest,
 ) -> list[Case]:
-    """Return what is measured: engines, the same with a budget, and peers."""
+    """Return the cases to measure: engines, the same with a budget, and peers."""
     from fvae_deploy.bench.run import Case
     from fvae_deploy.engines.base import PRECISIONS
     from fvae_deploy.parse import parse_bytes
@@ -307,10 +314,10 @@ def _cases(
 
 
 def _engines(engines: str, device: str) -> list[tuple[str, str]]:
-    """Read "openvino:fp32,torch"; an empty text means all engines installed for the device.
+    """Parse "openvino:fp32,torch"; an empty text means all engines installed for the device.
 
-    Torch in half precision on a CPU is left out: it takes ten times as long. Raises UsageError
-    for an unknown engine or precision, EngineError where none is installed.
+    Torch in half precision on a CPU is left out: it is ten times as slow. Raises UsageError
+    for an unknown engine or precision, EngineError if none is installed.
     """
     from fvae_deploy.engines.base import AUTO, ENGINES, offered
     from fvae_deploy.selftest import cases
@@ -322,10 +329,10 @@ def _engines(engines: str, device: str) -> list[tuple[str, str]]:
                 f"expected --engines with --device {device}, found none: name them, as "
                 "openvino:fp32"
             )
-        found = [(e, p) for e, p in cases(kind) if (kind, e) != ("cpu", "torch") or p == "fp32"]
-        if not found:
-            raise EngineError(f"expected an engine for {device}, found none: see fvae doctor")
-        return found
+        installed = [(e, p) for e, p in cases(kind) if (kind, e) != ("cpu", "torch") or p == "fp32"]
+        if not installed:
+            raise EngineError(f"expected an engine for {device}, found none: run fvae doctor")
+        return installed
     pairs = []
     for item in engines.split(","):
         engine, _, precision = item.strip().partition(":")

@@ -19,7 +19,7 @@ OUTPUT = "Output"
 
 
 def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
-    """Make an option that takes one of some names, with completion."""
+    """Return an option that accepts one of some names, with completion."""
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in names():
@@ -36,19 +36,19 @@ def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
 
 
 def _report(path: Path | None) -> Path | None:
-    """Refuse a report that could not be written, before the work and not after it."""
+    """Return the path; raises UsageError, before any work, if no report can be written there."""
     if path is None or path == STDOUT:
         return path
     if path.suffix != ".json":  # so it can replace neither an input nor an output
-        raise UsageError(f"expected a report named .json, or -, found {path}: rename it")
+        raise UsageError(f"expected a report ending in .json, or -, found {path}: rename it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"expected a folder for {path}, found none: create it")
     return path
 
 
-def _version(asked: bool) -> None:
+def _version(requested: bool) -> None:
     """Print the version and exit."""
-    if asked:
+    if requested:
         print(f"fvae {__version__}")
         raise typer.Exit
 
@@ -94,7 +94,7 @@ COMMON = {
                 "-e",
                 names=lambda: ("auto", *ENGINES),
                 envvar="FVAE_ENGINE",
-                help="Runtime. auto takes the first one that is installed and computes in "
+                help="Inference engine; auto takes the first one installed that supports "
                 "--precision.",
                 rich_help_panel=COMPUTE,
             ),
@@ -110,7 +110,7 @@ COMMON = {
                 "-p",
                 names=lambda: (*PRECISIONS, *QUANTISED),
                 envvar="FVAE_PRECISION",
-                help="Arithmetic of the network. int8 and fp8 need engines from fvae build.",
+                help="Numeric precision of the network. int8 and fp8 need engines from fvae build.",
                 rich_help_panel=COMPUTE,
             ),
         ],
@@ -125,8 +125,8 @@ COMMON = {
                 metavar="|".join(DEVICES),
                 autocompletion=lambda: list(DEVICES),
                 envvar="FVAE_DEVICE",
-                help="cpu; cuda or cuda:N for NVIDIA GPUs; gpu or another device of OpenVINO; "
-                "tensorrt with ONNX Runtime.",
+                help="cpu; cuda or cuda:N (NVIDIA GPU); gpu or another device of OpenVINO; "
+                "tensorrt (ONNX Runtime).",
                 rich_help_panel=COMPUTE,
             ),
         ],
@@ -194,7 +194,7 @@ COMMON = {
             choice(
                 "--dtype",
                 names=lambda: ("int16", "float32"),
-                help="Stored type of the voxels; int16 is rounded.",
+                help="Voxel type of the output; int16 values are rounded.",
                 rich_help_panel=OUTPUT,
             ),
         ],
@@ -238,7 +238,7 @@ Version = Annotated[
     bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log details to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]
 CT = Annotated[
     Path,
@@ -254,7 +254,7 @@ Series = Annotated[
 Ray = Annotated[
     str | None,
     typer.Option(
-        "--ray", help="Batch mode on Ray: a cluster's address, or local:N for N workers here."
+        "--ray", help="Batch mode on Ray: address of a cluster, or local:N for N local workers."
     ),
 ]
 Extension = Annotated[

@@ -26,7 +26,7 @@ Generator = Annotated[
     str, typer.Option("--generator", help="Model for generate: built-in name or bundle folder.")
 ]
 JobMemory = Annotated[
-    str, typer.Option("--memory", help="Memory budget of one job, without libraries.")
+    str, typer.Option("--memory", help="Memory budget of one job, beyond the libraries.")
 ]
 Queue = Annotated[
     int,
@@ -34,7 +34,9 @@ Queue = Annotated[
 ]
 KeepHours = Annotated[
     float,
-    typer.Option("--keep-hours", min=0, help="Keep ended jobs and their results this many hours."),
+    typer.Option(
+        "--keep-hours", min=0, help="Keep finished jobs and their results this many hours."
+    ),
 ]
 MaxUpload = Annotated[str, typer.Option("--max-upload", help="Maximum size of an upload.")]
 MaxVolume = Annotated[
@@ -109,10 +111,10 @@ def serve(
 
 @command(app, "Deploy")
 def token(
-    act: Annotated[str, typer.Argument(help="What to do: add, list or remove.")],
+    action: Annotated[str, typer.Argument(help="What to do: add, list or remove.")],
     terminal: Terminal,
     name: Annotated[
-        str | None, typer.Argument(help="Name of the user or program; not for list.")
+        str | None, typer.Argument(help="Name of the user or program; none with list.")
     ] = None,
     folder: Folder = HOME,
 ) -> None:
@@ -123,14 +125,14 @@ def token(
     from fvae_deploy.server.auth import make_token
     from fvae_deploy.server.store import Store
 
-    if act not in ("add", "list", "remove") or (name is None) != (act == "list"):
-        raise UsageError(f"expected add NAME, remove NAME or list, found {act} {name or ''}")
+    if action not in ("add", "list", "remove") or (name is None) != (action == "list"):
+        raise UsageError(f"expected add NAME, remove NAME or list, found {action} {name or ''}")
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder)
     if name is None:
         for owner, _ in store.tokens():
             print(owner)
-    elif act == "add":
+    elif action == "add":
         print(make_token(store, name))
     elif not store.remove_token(name):
         raise UsageError(f"expected the name of a token, found {name}: run fvae token list")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parity_table(manifest: Manifest) -> Table:
-    """Lay out the parity that the export measured."""
+    """Return the table of the parity that the export measured."""
     from rich.table import Table
 
     table = Table(title=f"parity of {manifest.name} with float32 torch, measured at export")
@@ -30,7 +30,7 @@ def parity_table(manifest: Manifest) -> Table:
 
 
 def noise_table(manifest: GeneratorManifest) -> Table:
-    """Lay out a generator's parity that the export measured."""
+    """Return the table of a generator's parity that the export measured."""
     from rich.table import Table
 
     table = Table(title=f"one step of {manifest.name} against float32 torch, measured at export")
@@ -42,19 +42,25 @@ def noise_table(manifest: GeneratorManifest) -> Table:
 
 
 def models_table(known: Iterable[KnownModel]) -> Table:
-    """Lay out the published models that fvae knows."""
+    """Return the table of the published models that fvae knows."""
     from rich.table import Table
 
-    table = Table(
-        title="published models (hub ids as their authors give them, not downloaded here)"
-    )
-    for column in ("name", "weights", "voxels a cell", "channels", "HU as", "window", "licence"):
+    table = Table(title="published models (hub ids as their authors name them; not downloaded)")
+    for column in (
+        "name",
+        "weights",
+        "voxels per cell",
+        "channels",
+        "input range",
+        "window",
+        "licence",
+    ):
         table.add_column(column, overflow="fold")
     for model in known:
         low, high = model.model_range
         table.add_row(
             model.name,
-            model.hub or "their own checkout: docs/any-vae.md",
+            model.hub or "in the authors' checkout: docs/any-vae.md",
             f"{model.temporal}x{model.spatial}x{model.spatial}",
             str(model.latent_channels),
             f"{low:g} to {high:g}",
@@ -65,7 +71,7 @@ def models_table(known: Iterable[KnownModel]) -> Table:
 
 
 def bench_table(rows: list[dict[str, Any]]) -> Table:
-    """Lay out the rows of a benchmark."""
+    """Return the table of a benchmark."""
     from rich.table import Table
 
     table = Table(title=f"encode and decode, slices of {'x'.join(map(str, rows[0]['slice']))}")
@@ -95,24 +101,23 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def scans_table(found: dict[str, Any]) -> Table:
-    """Lay out the results of a batch."""
+def scans_table(batch: dict[str, Any]) -> Table:
+    """Return the table of the results of a batch."""
     from rich.table import Table
 
-    counts = f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed"
-    table = Table(title=f"{found['command']}: {counts} in {found['seconds']:.1f} s")
-    for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", ""):
+    counts = f"{batch['done']} done, {batch['skipped']} skipped, {batch['failed']} failed"
+    table = Table(title=f"{batch['command']}: {counts} in {batch['seconds']:.1f} s")
+    for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", "result"):
         table.add_column(column, overflow="fold")
-    for scan in found["scans"]:
+    for scan in batch["scans"]:
         name = Path(scan["input"]).name
         if "report" in scan:
-            of = scan["report"]
-            peak = of["memory"]["beyond_baseline_bytes"] >> 20
+            report = scan["report"]
             numbers = (
-                of["volume"]["slices"],
-                of["seconds"]["total"],
-                of["slices_per_second"],
-                peak,
+                report["volume"]["slices"],
+                report["seconds"]["total"],
+                report["slices_per_second"],
+                report["memory"]["beyond_baseline_bytes"] >> 20,
             )
             table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
         else:
@@ -121,7 +126,7 @@ def scans_table(found: dict[str, Any]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Group:
-    """Tables for the terminal: the whole volume, then organ by organ if there are any."""
+    """Return the tables of a comparison: the whole volume, then each organ if there are labels."""
     from rich.box import SIMPLE
     from rich.console import Group
     from rich.table import Table

@@ -1,11 +1,11 @@
-"""`fvae generate`: an organ mask and findings to a CT, in the latent space of a frozen VAE.
+"""`fvae generate`: generates a CT from an organ mask and findings, in the latent space of a VAE.
 
     mask --painted, encoded--> mask latents --+
     findings --> context ---------------------+--> latents --decoded, streamed--> CT in HU
 
-Images pass in slabs; only latents are held whole. The network's predictions are stored in
-`OUTPUT.partial` as they are computed: a resumed generation goes through the same steps, reuses
-the stored predictions, and ends in the same bytes.
+Images are processed in slabs; only latents are in memory as a whole. The network's predictions are
+stored in `OUTPUT.partial` as they are computed. A resumed generation repeats the same steps,
+reuses the stored predictions, and writes the same bytes.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def generate(
     mask
         Organ labels: TotalSegmentator's numbers, or any numbers with `labels`.
     findings
-        Text, or the name of a file that holds it. None: the model's text for a normal scan.
+        Text, or the path of a text file. None: the model's text for a normal scan.
     disease_mask
-        Findings 1 to 18 (`organs.FINDINGS`) on the same grid.
+        Labels of findings, 1 to 18 (`organs.FINDINGS`), on the grid of `mask`.
     dry_run
-        Return the plan; nothing is computed.
+        Return the plan without computing anything.
     keywords
         Fields of `RunOptions` and `GenerationOptions`. `memory` bounds encoding and decoding.
 
-    Raises ConditionError for masks and texts that do not fit, and FvaeError as `encode` does.
+    Raises ConditionError for unsuitable masks and texts, and other FvaeErrors as `encode` does.
     """
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
@@ -98,7 +98,7 @@ def generate(
         check_output(output, overwrite=options.overwrite)
         denoiser, codec = _open_networks(stack, options, sampling)
         request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
-        request.sampler()  # refuses what it cannot do before any work, as does the next line
+        request.sampler()  # checks its options before any work; the next line checks the output
         create_volume(output, request.mask.mask, options.dtype).abort()
         if dry_run:
             return _dry_run(request, mask, output, options)
@@ -112,7 +112,7 @@ def generate(
 
 
 def _open(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
-    """Open a mask as a volume, to be closed with the stack."""
+    """Open a mask as a volume that the stack closes."""
     volume = open_volume(mask)
     stack.callback(volume.close)
     return volume
@@ -121,7 +121,7 @@ def _open(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
 def _open_networks(
     stack: contextlib.ExitStack, options: RunOptions, sampling: GenerationOptions
 ) -> tuple[Denoiser, Codec]:
-    """Open the generator and its VAE, to be closed with the stack."""
+    """Open the generator and its VAE; the stack closes them."""
     engine: dict[str, Any] = {
         name: getattr(options, name) for name in ("engine", "precision", "device", "threads")
     }
@@ -140,7 +140,7 @@ def _request(
     sampling: GenerationOptions,
     progress: Progress,
 ) -> Request:
-    """Gather networks, conditions and sampling; None is replaced by the generator's defaults."""
+    """Collect networks, conditions and sampling; the generator's defaults replace None."""
     manifest = denoiser.manifest
     text = manifest.findings if findings is None else read_findings(findings)
     painted = PaintedMask(
@@ -172,7 +172,7 @@ def _request(
 
 
 def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
-    """Generate, with the network's predictions in a journal that these facts identify."""
+    """Generate with a journal of the network's predictions, which `facts` identify."""
     with journal_of(output, facts, options.resume) as journal:
         if request.sampling.stitch == "joint":
             return _jointly(request, journal, output, options)
@@ -246,7 +246,7 @@ def _dry_run(
 
 
 def _generator_report(request: Request, disease_mask: str | Path | None) -> dict[str, Any]:
-    """Return what the report says of the generator."""
+    """Return the facts of the generator for the report."""
     manifest = request.denoiser.manifest
     return {
         "name": manifest.name,

@@ -1,1 +1,1 @@
-"""One volume through one network: read, tile, run, stitch, write, in bounded memory."""
+"""Runs one volume through one network in bounded memory: read, tile, run, stitch, write."""

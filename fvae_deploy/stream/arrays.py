@@ -1,4 +1,4 @@
-"""The arrays that pass through a stream, a name for each meaning; HU are `volume.base.HuFrames`."""
+"""Array types of a stream, one name per meaning. Arrays in HU are `volume.base.HuFrames`."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from numpy.typing import NDArray
 
 ModelFrames = NDArray[np.float32]  # [C, T, H, W] in the model's range
 LatentFrames = NDArray[np.float32]  # [D, k, h, w]
-FeatureMap = NDArray[np.float32]  # [C, T, H, W] between two stages, or at one end of them
+FeatureMap = NDArray[np.float32]  # [C, T, H, W] between two stages, or at the ends

@@ -1,4 +1,4 @@
-"""A frozen VAE opened for use: a bundle in an engine, on clips in memory."""
+"""A frozen VAE, opened from a bundle in an engine: encodes and decodes clips in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILT_IN = Path(__file__).parents[1] / "bundles"
 
 
 def bundle_path(model: str | Path) -> Path:
-    """Folder of a built-in model or of a bundle; raises BundleError when there is none."""
+    """Return the folder of a built-in model or a bundle; raises BundleError if there is none."""
     if isinstance(model, str) and (BUILT_IN / model / "manifest.json").is_file():
         return BUILT_IN / model
     path = Path(model)
@@ -34,13 +34,13 @@ def bundle_path(model: str | Path) -> Path:
         names = ", ".join(sorted(p.parent.name for p in BUILT_IN.glob("*/manifest.json")))
         raise BundleError(
             f"expected a built-in model ({names}) or the folder of a bundle, found {model}: "
-            "see fvae models, or make one with fvae export"
+            "run fvae models for a list, or create a bundle with fvae export"
         )
     return path
 
 
 class Opened(Generic[Kind]):
-    """A bundle opened in an engine. A context manager."""
+    """A bundle opened in an engine; a context manager that releases the engine."""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class Opened(Generic[Kind]):
 
 
 def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
-    """Choose an engine for a device and precision; TensorRT only if it has engines for the GPU."""
+    """Return an engine that runs here, and why; TensorRT only with engines for this GPU."""
     from fvae_deploy.engines.devices import unfit
 
     def problem(name: str) -> str | None:
-        lacks = obstacle(name) if device == "cpu" else unfit(name)
-        lacks = lacks or precision_problem(name, precision, device)
-        if lacks is not None or name != "tensorrt":
-            return lacks
+        reason = obstacle(name) if device == "cpu" else unfit(name)
+        reason = reason or precision_problem(name, precision, device)
+        if reason is not None or name != "tensorrt":
+            return reason
         try:
             open_engine(bundle, manifest, name, device, precision).close()
         except EngineError as error:
@@ -98,15 +98,15 @@ class Codec(Opened[Manifest]):
     _settled: tuple[dict[str, Grid], int] | None = None
 
     def settle(self, grids: Mapping[str, Grid], k: int) -> None:
-        """Prepare for a volume in these tiles: what was compiled for others is released.
+        """Prepare for a volume with these tiles; release what was compiled for other tiles.
 
-        So a codec that stays open takes no more memory than its last volume needs.
+        A codec that stays open thus takes no more memory than its last volume needs.
         """
-        wanted = dict(grids), k
-        if self._settled not in (None, wanted):
+        settings = dict(grids), k
+        if self._settled not in (None, settings):
             for part in self.manifest.parts:
                 self.engine.release(part.name, compiled=True)
-        self._settled = wanted
+        self._settled = settings
 
     def encode(
         self,
@@ -117,12 +117,12 @@ class Codec(Opened[Manifest]):
     ) -> Any:
         """Encode a clip [C, T, H, W] in the model's range to latents [D, t, h, w].
 
-        C is the bundle's channels, H and W multiples of its spatial factor; T may be any
-        length: the tail is padded by repeating the last frame. `k` is the number of latent
-        frames a step, `grids` cuts stages into tiles. Raises VolumeError for other shapes.
+        C is the bundle's number of channels; H and W are multiples of its spatial factor. T may
+        be any length: the end is padded by repeating the last frame. `k` is the number of latent
+        frames per step; `grids` cuts stages into tiles. Raises VolumeError for other shapes.
         """
         geometry = self.manifest.geometry
-        c, t, height, width = _four(frames, "a clip [C, T, H, W]")
+        c, t, height, width = _shape_4d(frames, "a clip [C, T, H, W]")
         s = geometry.spatial
         if c != geometry.channels or t < 1 or height % s or width % s or not height or not width:
             raise VolumeError(
@@ -145,14 +145,14 @@ class Codec(Opened[Manifest]):
     ) -> Any:
         """Decode latents [D, t, h, w] to a clip [C, 1 + 4 (t - 1), H, W] in the model's range.
 
-        Raises VolumeError for another number of latent channels.
+        Raises VolumeError for another number of latent channels, or windows that are not whole.
         """
         geometry = self.manifest.geometry
-        d, t, h, w = _four(latents, "latents [D, t, h, w]")
+        d, t, h, w = _shape_4d(latents, "latents [D, t, h, w]")
         if d != geometry.latent_channels or not t or not h or not w:
             raise VolumeError(
                 f"expected latents [{geometry.latent_channels}, t, h, w], found "
-                f"{list(latents.shape)}: they are of another model"
+                f"{list(latents.shape)}: they come from another model"
             )
         stream = self._stream("decode", (h, w), grids)
         windows, rest = divmod(t, geometry.first_frames)
@@ -161,7 +161,8 @@ class Codec(Opened[Manifest]):
             slices, rest = 1 + geometry.temporal * (t - 1), 0
         if rest:
             raise VolumeError(
-                f"expected latents of whole windows of {geometry.first_frames} frames, found {t}"
+                f"expected whole windows of {geometry.first_frames} latent frames each, found {t} "
+                "frames: pass the latents of whole windows"
             )
         pieces = []
         for step in self._steps(slices, k):
@@ -191,8 +192,8 @@ def open_codec(
 ) -> Codec:
     """Open a built-in model or a bundle folder.
 
-    Raises BundleError for a missing or damaged bundle and EngineError for an engine, device
-    or precision that cannot run here, each with the remedy.
+    Raises BundleError for a missing or damaged bundle, and EngineError for an engine, device or
+    precision that cannot run here. Each message contains the remedy.
     """
     path = bundle_path(model)
     return Codec(path, Manifest.load(path), engine, precision, device, threads)
@@ -204,8 +205,9 @@ def pad_frames(x: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
     return x if missing <= 0 else np.concatenate([x, x[:, -1:].repeat(missing, axis=1)], axis=1)
 
 
-def _four(array: NDArray[Any], wanted: str) -> tuple[int, int, int, int]:
+def _shape_4d(array: NDArray[Any], expected: str) -> tuple[int, int, int, int]:
+    """Return the shape of an array; raises VolumeError unless it has four dimensions."""
     if array.ndim != 4:
-        raise VolumeError(f"expected {wanted}, found {array.ndim} dimensions")
+        raise VolumeError(f"expected {expected}, found {array.ndim} dimensions")
     a, b, c, d = array.shape
     return a, b, c, d

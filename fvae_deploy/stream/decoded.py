@@ -1,4 +1,4 @@
-"""Decoded steps on their way into a volume: converted to HU, cropped, journalled, written.
+"""Writes decoded steps into a volume: converts them to HU, crops, journals and writes them.
 
     interrupted    | 0 | 1 | 2 | 3 |          to the writer and to OUTPUT.partial
     resumed        | 0   1   2   3 | 4 | 5 |  journalled steps go to the writer at once
@@ -17,9 +17,9 @@ from fvae_deploy.volume.base import HuFrames, Writer
 
 
 class DecodedSlices:
-    """Takes the steps `begin` to `stop` in order and writes their slices within [a, b).
+    """Receives the steps `begin` to `stop` in order and writes their slices within [a, b).
 
-    `to_hu` converts a decoded step [C, t, H, W] to HU [t, x, y]. The journal already holds the
+    `to_hu` converts a decoded step [C, t, H, W] to HU [t, x, y]. The journal already contains the
     slabs of the steps before `first`.
     """
 
@@ -65,7 +65,7 @@ class DecodedSlices:
         self._writer.write(hu)
 
     def slices(self, index: int) -> int:
-        """Count the slices that a step adds."""
+        """Return the number of slices that a step adds."""
         (start, stop), (a, b) = self._steps[index].slices, self._wanted
         return min(stop, b) - max(start, a)
 

@@ -1,4 +1,4 @@
-"""HU to the model's range and back, with what was clipped counted on the way."""
+"""Conversion of HU to the model's range and back; counts the voxels that were clipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fvae_deploy.volume.base import HuFrames
 
 @dataclass
 class ClippingTally:
-    """What a stream of HU held: its range and how much lay outside the model's window."""
+    """The range of a stream of HU, and how many voxels lay outside the model's window."""
 
     voxels: int = 0
     below: int = 0
@@ -24,7 +24,7 @@ class ClippingTally:
     maximum: float = float("-inf")
 
     def check_is_ct(self) -> None:
-        """Raise VolumeError when no value is negative: HU have air at -1000, fat at -100."""
+        """Raise VolumeError if no value is negative: in HU, air is near -1000 and fat near -100."""
         if self.voxels and self.minimum >= 0 and self.maximum > 0:
             raise VolumeError(
                 f"expected a CT in HU, with air or fat below 0, found values {self.minimum:g} to "
@@ -36,17 +36,17 @@ class ClippingTally:
 def to_model(
     frames: HuFrames, intensity: Intensity, height: int, width: int, tally: ClippingTally
 ) -> NDArray[np.float32]:
-    """HU frames [t, x, y] to the model's range [1, t, height, width], float32.
+    """Convert HU frames [t, x, y] to the model's range: [1, t, height, width], float32.
 
-    Clips to the HU window and repeats the last row and column up to height x width.
+    Clips to the HU window, and pads to height x width by repeating the last row and column.
     """
     count, x, y = frames.shape
     low, high = intensity.hu_min, intensity.hu_max
-    least, most = float(frames.min()), float(frames.max())
+    minimum, maximum = float(frames.min()), float(frames.max())
     tally.voxels += frames.size
-    tally.minimum, tally.maximum = min(tally.minimum, least), max(tally.maximum, most)
-    tally.below += int(np.count_nonzero(frames < low)) if least < low else 0
-    tally.above += int(np.count_nonzero(frames > high)) if most > high else 0
+    tally.minimum, tally.maximum = min(tally.minimum, minimum), max(tally.maximum, maximum)
+    tally.below += int(np.count_nonzero(frames < low)) if minimum < low else 0
+    tally.above += int(np.count_nonzero(frames > high)) if maximum > high else 0
     model = np.empty((1, count, height, width), np.float32)
     inner = model[0, :, :x, :y]
     inner[...] = frames
@@ -60,7 +60,7 @@ def to_model(
 
 
 def to_hu(model: NDArray[Any], intensity: Intensity, x: int, y: int) -> NDArray[np.float32]:
-    """Model frames [C, t, H, W] to HU [t, x, y]: mean over channels, clamped to the window."""
+    """Convert model frames [C, t, H, W] to HU [t, x, y]: channel mean, clamped to the window."""
     inner = model[:, :, :x, :y]
     mean = inner[0] if len(inner) == 1 else inner.mean(axis=0)
     gain = (intensity.hu_max - intensity.hu_min) / (intensity.model_max - intensity.model_min)

@@ -15,7 +15,7 @@ DTYPES = ("int16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run computes and writes; the defaults just work.
+    """How a run computes and writes. All fields have defaults.
 
     Raises UsageError for values outside their range.
     """
@@ -23,7 +23,7 @@ class RunOptions:
     model: str | Path | None = None
     """Name of a built-in model or folder of a bundle; None: the verb's default."""
     engine: str = "auto"
-    """Name of an engine; auto: the first one installed that computes in `precision`."""
+    """Name of an engine; auto: the first installed engine that supports `precision`."""
     precision: str = "fp32"
     """fp32, bf16 or fp16; engines built with TensorRT also int8 or fp8."""
     device: str = "cpu"
@@ -35,7 +35,7 @@ class RunOptions:
     memory: str | int | None = None
     """Budget beyond the libraries, as "700MiB" or in bytes; None: 60 % of the free memory."""
     step: int | None = None
-    """Latent frames a step; None: 1."""
+    """Latent frames per step; None: 1."""
     dtype: str = "int16"
     """Stored type of a written volume, int16 (rounded) or float32."""
     any_range: bool = False
@@ -51,7 +51,7 @@ class RunOptions:
         for name in ("step", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"expected at least 1 as {name}, found {value}")
+                raise UsageError(f"expected {name} of at least 1, found {value}")
         if self.resume and self.overwrite:
             raise UsageError(
                 "expected either --resume or --overwrite, found both: --resume keeps outputs that "
@@ -66,7 +66,7 @@ class RunOptions:
         return self.memory if isinstance(self.memory, int) else None
 
     def check_unused(self, verb: str, *names: str) -> None:
-        """Raise UsageError where an option is set that this verb does not take."""
+        """Raise UsageError if an option is set that this verb does not take."""
         defaults = RunOptions()
         for name in names:
             if getattr(self, name) != getattr(defaults, name):
@@ -84,5 +84,5 @@ class RunOptions:
 
     @classmethod
     def of(cls, options: Self | None, keywords: dict[str, Any]) -> Self:
-        """Return `options` with `keywords` in place of its fields; keywords alone make new ones."""
+        """Return `options`, or the defaults if None, with the fields in `keywords` replaced."""
         return dataclasses.replace(options or cls(), **keywords)

@@ -1,10 +1,10 @@
-"""The pipeline: read -> tile -> run -> stitch -> write, in memory independent of the length.
+"""The pipeline: read -> tile -> run -> stitch -> write. Its memory is independent of the length.
 
     reader thread            this thread                 writer thread
     slabs of HU    --2-->    engine, step by step  --2-->  slabs of HU, or latent frames
     to the model's range     (tiles inside)              to HU, file
 
-Reader and writer work while the engine does; the queues between them hold two slabs. An
+Reading and writing overlap with the engine's work; each queue holds two slabs. An
 exception in any thread stops all three and is raised once. Outputs get their final name only
 when they are complete; an interrupted run leaves OUTPUT.partial, from which it can be resumed.
 """
@@ -50,7 +50,7 @@ def encode(
 
     With `options.resume`, the latent frames of an interrupted run are kept and the rest is
     computed; the bytes are those of an uninterrupted run. An interrupted run leaves
-    `path.partial`; one that fails on its input leaves nothing but what an earlier run had left.
+    `path.partial`. A run that fails because of its input leaves only what an earlier run stored.
     """
     clock = Stopwatch()
     run = Run.of(codec, reader.geometry, ("encode",), options, path.parent)
@@ -72,7 +72,7 @@ def encode(
             run.clipping.check_is_ct()
         writer.commit()
     except VolumeError as error:
-        # Where the input is at fault there is nothing to resume, unless an earlier run left it.
+        # After a faulty input there is nothing to resume, unless an earlier run stored frames.
         if not isinstance(error, LatentError) and not writer.done:
             writer.discard()
         raise
@@ -106,9 +106,9 @@ def _encode_steps(
 
 @dataclass(frozen=True)
 class Target:
-    """The grid that a decoded volume is written on, and what the volume is.
+    """The grid that a decoded volume is written on, with the note and kind stored in the file.
 
-    `resample` brings HU [t, x, y] onto that grid.
+    `resample` resamples HU [t, x, y] to that grid.
     """
 
     geometry: Geometry
@@ -127,13 +127,13 @@ def decode(
     target: Target | None = None,
     journal: Journal | None = None,
 ) -> Outcome:
-    """Decode a latent store, or its slices [a, b) alone, into a volume at `path`.
+    """Decode a latent store, or only its slices [a, b), into a volume at `path`.
 
     Only the latent frames that the slices depend on are decoded; the result equals the crop
     of the whole. Slabs are kept in `path.partial` until the run succeeds; with `options.resume`
-    those of an interrupted run are reused. With `target` the volume is written on another plane;
-    with `journal` a run that this one is part of keeps the slabs.
-    Raises LatentError when the store belongs to another model.
+    those of an interrupted run are reused. With `target` the volume is written on another plane.
+    `journal` is that of a larger run that contains this one; it then stores the slabs.
+    Raises LatentError if the store belongs to another model.
     """
     clock = Stopwatch()
     run = plan_decode(codec, store, path, options)
@@ -145,11 +145,11 @@ def decode(
     with (
         contextlib.nullcontext(journal)
         if journal
-        else journal_of(path, facts, options.resume) as kept,
+        else journal_of(path, facts, options.resume) as slab_journal,
         create_volume(path, target.geometry, options.dtype, target.note, target.kind) as writer,
     ):
         convert = _to_hu(run, target.resample)
-        out = DecodedSlices(writer, run.steps, (a, b), convert, kept)
+        out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
 
@@ -172,7 +172,7 @@ def decode(
 
 
 def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptions) -> Run:
-    """Plan a decode; raises LatentError when the store is damaged or belongs to another model."""
+    """Plan a decode; raises LatentError if the store is damaged or belongs to another model."""
     info, manifest = store.info, codec.manifest
     if info.identity != manifest.identity:
         raise LatentError(
@@ -208,17 +208,17 @@ def reconstruct(
     ):
         out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run), journal)
         progress(out.resumed)
-        begins = run.entry(out.begin, "decode")
-        entry = run.entry(begins, "encode")
+        decode_entry = run.entry(out.begin, "decode")
+        encode_entry = run.entry(decode_entry, "encode")
         with (
             contextlib.closing(run.stream("encode")) as encoder,
             contextlib.closing(run.stream("decode")) as decoder,
-            contextlib.closing(ahead(run.read(reader, entry, out.stop))) as slabs,
+            contextlib.closing(ahead(run.read(reader, encode_entry, out.stop))) as slabs,
             Behind(out) as sink,
         ):
-            for i, (step, x) in enumerate(clock.timed("read", slabs), start=entry):
+            for i, (step, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
                 z = encoder.run(x, step.first)
-                if i < begins:
+                if i < decode_entry:
                     continue
                 x = decoder.run(z, step.first)
                 if i >= out.first:
@@ -243,7 +243,7 @@ def _to_hu(
 
 
 def _latent_info(run: Run) -> LatentInfo:
-    """Return what a latent store of this run says about itself."""
+    """Return the metadata of this run's latent store."""
     manifest = run.codec.manifest
     return LatentInfo(
         model=manifest.name,

@@ -1,11 +1,11 @@
-"""From a memory budget to slab and tile sizes.
+"""Chooses tile sizes for a memory budget.
 
-What a run needs beyond the libraries is the engine's working memory, stage by stage linear in
-the cells of a tile (measured at export, in the manifest), the states of all tiles, the maps
-between stages, and the slabs in flight between reader, engine and writer. None of it depends
-on the number of slices. States that do not fit wait in a file. Where the budget has room, every
-stage keeps what it compiled and its working memory; where it has not, a `lean` run gives both
-back for the next stage to use.
+Beyond the libraries, a run needs memory for the engine's work, the states of all tiles, the maps
+between stages, and the slabs in flight between reader, engine and writer. The engine's working
+memory is linear in the cells of a tile, stage by stage (measured at export, in the manifest).
+None of this depends on the number of slices. States that do not fit are stored in a file. If the
+budget allows, every stage keeps its compiled graph and its working memory; otherwise a `lean`
+run releases both for the next stage.
 """
 
 from __future__ import annotations
@@ -25,46 +25,45 @@ from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.tiles import Grid, fit, smallest
 
-SLABS = 4  # being made, two waiting, being used
+SLABS = 4  # one being produced, two waiting, one in use
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
-LEAN = 1.05  # a lean run's time: it compiles first parts anew in every window and allocates anew
-MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds and bytes, on a nominal machine
+LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
+MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
-CGROUP = Path("/sys/fs/cgroup")  # of a container, where the second version is in use
-UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+CGROUP = Path("/sys/fs/cgroup")  # of a container, with cgroup version 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one volume goes through the engine: latent frames a step, and tiles."""
+    """How one volume goes through the engine: latent frames per step, and tiles."""
 
     k: int
     grids: dict[str, Grid]  # by stage
-    spilled: frozenset[str]  # stages whose states wait in a file, not in memory
-    lean: bool  # heavy stages keep little between runs
+    spilled: frozenset[str]  # stages whose states are in a file, not in memory
+    lean: bool  # heavy stages release their memory between runs
     predicted_bytes: int
     budget_bytes: int
     step_seconds: float = 0.0  # of one step, on a nominal machine of 100 GFLOP/s
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the plan in one line of text."""
         parts = [
             f"{stage} {'whole' if grid.count == 1 else f'{grid.count} tiles'}"
             for stage, grid in self.grids.items()
         ]
         spilled = ", states in a file" * bool(self.spilled)
-        frames = f"{self.k} latent frame{'s' * (self.k > 1)} a step"
+        frames = f"{self.k} latent frame{'s' * (self.k > 1)} per step"
         return f"{', '.join(parts)}, {frames}{spilled}"
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: the system's, or its container's limit."""
+    """Return the bytes that this process may still take, within its container's limit."""
     try:
         pages = os.sysconf("SC_AVPHYS_PAGES")
-    except ValueError:  # macOS tells how much there is, not how much is free
+    except ValueError:  # macOS reports the total, not how much is free
         pages = os.sysconf("SC_PHYS_PAGES")
     free = pages * os.sysconf("SC_PAGE_SIZE")
-    try:  # the page cache gives way too
+    try:  # counts reclaimable page cache as free
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         free = int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1)) * 1024  # type: ignore[union-attr]
     except (OSError, AttributeError):
@@ -72,8 +71,8 @@ def available_bytes() -> int:
     try:
         limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
         used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        told = (CGROUP / "memory.stat").read_text(encoding="ascii")
-        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", told, re.MULTILINE)))
+        statistics = (CGROUP / "memory.stat").read_text(encoding="ascii")
+        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)))
         free = min(free, limit - max(used - cached, 0))
     except (OSError, ValueError):
         pass
@@ -93,9 +92,9 @@ def plan(
 ) -> Plan:
     """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
 
-    Without `memory`, 60 % of what is available is the budget. Stages in `extents` take tiles of
-    those sizes alone. Raises PlanError with the least budget that would do, or where no tile of a
-    stage fits the plane.
+    Without `memory`, the budget is 60 % of the available memory. Stages in `extents` take only
+    tiles of those sizes. Raises PlanError with the least budget that is enough, or if no tile of
+    a stage fits the plane.
     """
     budget = int(0.6 * available_bytes()) if memory is None else memory
     stages = [
@@ -113,9 +112,8 @@ def plan(
         seconds = sum(option.seconds for option in chosen)
         return Plan(k, grids, frozenset(spilled), lean, predicted, budget, seconds)
     height, width = (n * manifest.geometry.spatial for n in plane)
-    worst = max(zip(stages, chosen, strict=True), key=lambda pair: pair[1].kept + pair[1].working)[
-        0
-    ]
+    totals = [option.kept + option.working for option in chosen]
+    worst = stages[totals.index(max(totals))]
     reason = f" ({worst.name} cannot be tiled: {worst.part.whole})" if worst.part.whole else ""
     raise PlanError(
         f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
@@ -126,17 +124,17 @@ def plan(
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a stage: its tiles, where its states wait, and what that costs."""
+    """One way to run a stage: its tiles, where its states are stored, and its costs."""
 
     grid: Grid
     spill: bool
     kept: int  # bytes between runs
-    working: int  # bytes during a run that others may use after it
+    working: int  # bytes during a run, which other stages may use afterwards
     seconds: float
 
 
 def _choose_options(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
-    """Pick options, lean or not: a lean run must gain more than its giving back costs."""
+    """Choose options; lean mode only if it saves more time than reallocating costs."""
     lean, ample = (_cheapest([s.options(lean) for s in stages], budget) for lean in (True, False))
     times = [sum(option.seconds for option in chosen) for chosen, _ in (ample, lean)]
     if ample[1] <= budget and (lean[1] > budget or times[0] <= LEAN * times[1]):
@@ -145,22 +143,23 @@ def _choose_options(stages: list[Stage], budget: float) -> tuple[bool, list[Opti
 
 
 def _cheapest(options: list[list[Option]], budget: float) -> tuple[list[Option], int]:
-    """Pick an option for each stage: least time within the budget, else least bytes.
+    """Choose an option for each stage: least time within the budget, else least bytes.
 
-    Returns them and the bytes that they take together. For a limit on working memory, which
-    stages use in turn, a byte that is kept gets a price, the same for all stages, and each
-    picks the option of least time plus price; the price rises until the sum fits.
+    Returns the options and the bytes that they take together. Stages use working memory in
+    turn, so a common limit on it is tried, lower in each round. For every limit, each byte that
+    is kept has a price, the same for all stages; each stage takes the option of least time plus
+    price, and the price rises until the sum fits.
     """
-    floor = max(min(option.working for option in those) for those in options)
-    limit = max(option.working for those in options for option in those)
+    floor = max(min(option.working for option in ways) for ways in options)
+    limit = max(option.working for ways in options for option in ways)
     best: tuple[float, list[Option], int] | None = None
     least: tuple[list[Option], int] | None = None
     while True:
         limit = max(limit, floor)
-        allowed = [[o for o in those if o.working <= limit] for those in options]
+        allowed = [[o for o in ways if o.working <= limit] for ways in options]
         price = 0.0
         while True:
-            chosen = [min(those, key=lambda o: o.seconds + price * o.kept) for those in allowed]
+            chosen = [min(ways, key=lambda o: o.seconds + price * o.kept) for ways in allowed]
             taken = sum(o.kept for o in chosen) + max(o.working for o in chosen)
             if taken <= budget or price > 1e9:
                 break
@@ -177,16 +176,16 @@ def _cheapest(options: list[list[Option]], budget: float) -> tuple[list[Option],
 
 @dataclass(frozen=True)
 class Stage:
-    """What planning needs to know about one stage on one plane."""
+    """One stage on one plane: its sizes, costs and measured memory."""
 
     name: str
     part: Part
     memory: Memory
     plane: tuple[int, int]  # cells of the stage
     k: int
-    state_bytes: int  # of one cell, in the precision that it is kept in
-    map_bytes: int  # of one cell, in and out
-    extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may have; none: any
+    state_bytes: int  # of one cell, in the precision that it is stored in
+    map_bytes: int  # of one cell, input and output
+    extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may use; empty: any
 
     @classmethod
     def of(
@@ -199,7 +198,7 @@ class Stage:
         precision: str,
         extents: tuple[tuple[int, int], ...] = (),
     ) -> Stage:
-        """Gather it from a manifest, for a plane of latent cells."""
+        """Collect the facts from a manifest, for a plane of latent cells."""
         part = manifest.stage_part(name, first=False)
         return cls(
             name,
@@ -220,23 +219,23 @@ class Stage:
 
     @property
     def smallest(self) -> Grid:
-        """The grid of the smallest tiles that are possible."""
+        """The grid of the smallest possible tiles."""
         return self.whole if self.part.halo is None else smallest(*self.plane, self.part.halo)
 
     def fit(self, cells: int) -> Grid:
-        """Find the grid of least work whose tiles have at most `cells` cells, or the smallest."""
+        """Return the grid of least work with at most `cells` cells per tile, or the smallest."""
         if self.part.halo is None or cells >= self.whole.cells:
             return self.whole
         return fit(*self.plane, self.part.halo, cells) or self.smallest
 
     def seconds(self, grid: Grid, spill: bool) -> float:
-        """Estimate a step's time on a nominal machine: work, and states through a file."""
+        """Estimate a step's time on a nominal machine: computing, and moving states to a file."""
         work = self.k * self.part.mac_per_cell * grid.count * grid.cells / MAC_SECOND
         moved = 2 * self.state_bytes * grid.count * grid.cells if spill else 0
         return work + moved / FILE_SECOND
 
     def _grids(self) -> list[Grid]:
-        """Grids from one tile to the smallest ones, or those of the tiles that it may have."""
+        """Return grids from one tile to the smallest tiles, or those of the given extents."""
         grids: dict[tuple[int, int], Grid] = {}
         if self.extents:
             least = 2 * (self.part.halo or 0)
@@ -248,8 +247,8 @@ class Stage:
             if not grids:
                 raise PlanError(
                     f"expected tiles of {self.name} within {self.plane[0]}x{self.plane[1]} cells, "
-                    f"found {', '.join(f'{h}x{w}' for h, w in self.extents)}: fvae build with "
-                    "--size of these slices, or --any-size"
+                    f"found {', '.join(f'{h}x{w}' for h, w in self.extents)}: run fvae "
+                    "build with the --size of these slices, or with --any-size"
                 )
             return list(grids.values())
         cells = self.whole.cells
@@ -260,14 +259,14 @@ class Stage:
         return list(grids.values())
 
     def options(self, lean: bool) -> list[Option]:
-        """Ways to run the stage, from one tile to the smallest ones."""
-        found = []
+        """Return the ways to run the stage, from one tile to the smallest tiles."""
+        ways = []
         for grid, spill in itertools.product(self._grids(), (False, True)):
             if spill and not self.state_bytes:
                 continue
             states = self.state_bytes * grid.cells
-            # One tile's states are in what was measured, going in and coming out; where they wait
-            # in a file, the next tile's are read beside them.
+            # The measured memory includes one tile's states, as input and as output. With states in
+            # a file, the next tile's states are read at the same time.
             working = self.memory.bytes(self.k * grid.cells) + states * spill
             kept = 0 if spill else states * (grid.count - 1)
             if self.part.heavy and lean:
@@ -276,14 +275,14 @@ class Stage:
                 kept += between + states * (not spill)
             else:
                 working, kept = 0, kept + working
-                if self.part.heavy:  # was measured lean, so without its first part
+                if self.part.heavy:  # was measured in lean mode, without its first part
                     kept += self.memory.bytes(grid.cells)
-            found.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
-        return found
+            ways.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
+        return ways
 
 
 def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:
-    """Bytes of the slabs in flight: float32 for the model and up to float32 in HU."""
+    """Return the bytes of the slabs in flight: float32 for the model, at most float32 for HU."""
     geometry = manifest.geometry
     slices = max(k * geometry.temporal, geometry.first_slices)
     voxels = slices * plane[0] * plane[1] * geometry.spatial**2
@@ -295,7 +294,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 def _measured(manifest: Manifest, engine: str, precision: str, part: Part, stage: str) -> Memory:
-    """Find the line measured for this engine, else the most expensive of this stage."""
+    """Return the memory measured with this engine, else the largest measured for this stage."""
     lines = [m for m in manifest.memory if m.stage == stage]
     for wanted in ((engine, precision), (engine, "fp32")):
         for line in lines:
@@ -303,6 +302,6 @@ def _measured(manifest: Manifest, engine: str, precision: str, part: Part, stage
                 return line
     if lines:
         return max(lines, key=lambda m: m.per_cell)
-    # Never measured: the widest tensor at its ends is a floor for the widths of all layers.
+    # Not measured: the widest input or output is a lower bound of the widest layer.
     widths = [_bytes(spec.sized(1, 1, 1)) for spec in (*part.inputs, *part.outputs)]
     return Memory(engine, precision, stage, 64 << 20, 16 * max(widths))

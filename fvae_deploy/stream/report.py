@@ -1,4 +1,4 @@
-"""The run report: what ran, on what, how long, in how much memory, and what was clipped."""
+"""The run report: model, engine, machine, plan, time, memory, and clipped voxels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PACKAGES = ("numpy", "nibabel", "pydicom", "zarr", "isal", "openvino", "onnxrunt
 def run_report(
     command: str, source: Path, target: Path, codec: Codec, outcome: Outcome, baseline: int
 ) -> dict[str, Any]:
-    """Facts of one run, JSON-ready.
+    """Return the facts of one run, JSON-ready.
 
-    `baseline` is the resident memory of interpreter and libraries before the first step;
-    peak memory is given in whole and beyond that baseline.
+    `baseline` is the resident memory of interpreter and libraries before the first step.
+    Peak memory is given in total and beyond that baseline.
     """
     manifest, plan, tally = codec.manifest, outcome.plan, outcome.clipping
     peak, total = peak_rss(), outcome.seconds["total"]
@@ -74,7 +74,7 @@ def run_report(
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:
-    """Return a plan as facts, JSON-ready."""
+    """Return the facts of a plan, JSON-ready."""
     return {
         "latent_frames_per_step": plan.k,
         "tiles": {d: grid.count for d, grid in plan.grids.items()},
@@ -88,7 +88,7 @@ def plan_report(plan: Plan) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine and the versions of what runs on it."""
+    """Return the facts of this machine and the versions of the packages in use."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -107,11 +107,11 @@ def machine() -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Two lines for people, from the same facts."""
+    """Return a summary of a run report in one or two lines."""
     x, y, _ = report["volume"]["shape"]
     clipped, memory = report["clipped"], report["memory"]
     slices, resumed = report["volume"]["slices"], report["volume"]["resumed"]
-    before = f" after {resumed} of an interrupted run" if resumed else ""
+    before = f" (and {resumed} from an interrupted run)" if resumed else ""
     lines = [
         f"{slices} slices{before} of {x}x{y} in {report['seconds']['total']:.1f} s, "
         f"{report['slices_per_second']:.1f} slices/s with {report['engine']} "
@@ -128,7 +128,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON whole or not at all; raises VolumeError when the place cannot be written."""
+    """Write JSON completely or not at all; raises VolumeError if the path is not writable."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -136,7 +136,7 @@ def write_json(content: Any, path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise VolumeError(
-            f"expected to write {path}, found {error.strerror}: choose another place"
+            f"expected to write {path}, found {error.strerror}: choose another path"
         ) from None
 
 

@@ -13,8 +13,8 @@ from fvae_deploy.engines.pages import trim
 
 
 def peak_rss() -> int:
-    """Largest resident size so far, in bytes."""
-    try:  # of this program alone; getrusage also counts what forked it
+    """Return the largest resident size so far, in bytes."""
+    try:  # of this program only; getrusage also counts the process that forked it
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     except (OSError, IndexError):
@@ -23,7 +23,7 @@ def peak_rss() -> int:
 
 
 def current_rss() -> int:
-    """Resident size now, in bytes; the peak where the system does not tell."""
+    """Return the current resident size in bytes, or the peak if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -32,9 +32,9 @@ def current_rss() -> int:
 
 
 def reset_peak() -> None:
-    """Let the peak begin anew from now on, where the system can do that (Linux).
+    """Reset the peak to the current size, where the system supports it (Linux).
 
-    What was freed is given back to the system first, so that it does not hide what comes.
+    Freed memory is returned to the system first, so that it does not hide later growth.
     """
     trim()
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""One volume's way through a codec: its plan, its steps, and the slabs that are read for them.
+"""One volume planned for a codec: its plan, its steps, and the slabs that are read for them.
 
-Every verb of `pipeline` plans a Run, takes steps from `read` and networks from `stream`, and
-returns an Outcome.
+Every verb of `pipeline` plans a Run, gets its steps from `read` and its networks from `stream`,
+and returns an Outcome.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ logger = logging.getLogger("fvae")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did, for the report."""
+    """Results of a run, for the report."""
 
     plan: Plan
     shape: tuple[int, int, int]  # of the volume
-    slices: int  # that this run computed
+    slices: int  # computed by this run
     resumed: int  # slices taken over from an interrupted run
     clipping: ClippingTally
     seconds: dict[str, float]  # by activity, with "total"
 
 
 class Stopwatch:
-    """Wall-clock seconds by activity, since it was made."""
+    """Measures wall-clock seconds by activity, and in total since its creation."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     def timed(self, activity: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items through, and add up the time spent waiting for them."""
+        """Yield the items, and add up the time spent waiting for them."""
         iterator = iter(items)
         self._seconds[activity] = 0.0
         while True:
@@ -67,7 +67,7 @@ class Stopwatch:
             yield item
 
     def seconds(self, **measured: float) -> dict[str, float]:
-        """Return all activities, those measured elsewhere, and the total."""
+        """Return the seconds of all activities, of those in `measured`, and in total."""
         return {**self._seconds, **measured, "total": time.perf_counter() - self._begin}
 
 
@@ -81,8 +81,10 @@ class Run:
     steps: list[Step]
     plane: tuple[int, int]  # latent cells
     protocol: str
-    folder: Path  # for states that are not kept in memory
-    clipping: ClippingTally = field(default_factory=ClippingTally)  # of what `read` has read
+    folder: Path  # for the file of states that do not fit in memory
+    clipping: ClippingTally = field(
+        default_factory=ClippingTally
+    )  # of the slabs that `read` has read
 
     @classmethod
     def of(
@@ -133,11 +135,11 @@ class Run:
 
     @property
     def tile(self) -> tuple[int, ...]:
-        """Tile extents, stage by stage; other tiles round differently."""
+        """Tile extents, stage by stage; other tiles give other rounding errors."""
         return tuple(n for grid in self.plan.grids.values() for n in grid.extent)
 
     def facts(self, command: str, source: str, a: int, b: int) -> dict[str, Any]:
-        """Return what identifies this run; slabs of a run with other facts are not reused."""
+        """Return the facts that identify this run; slabs are reused only if all facts match."""
         return {
             "fvae": __version__,
             "command": command,
@@ -154,10 +156,10 @@ class Run:
         }
 
     def entry(self, target: int, direction: str) -> int:
-        """Index of the step at which to start so that step `target` comes out exact."""
+        """Return the index of the step to start at so that step `target` is exact."""
         entry = schedule.enter(self.steps, target, self.codec.manifest.context(direction))
         while self.steps[entry].slices[0] == self.steps[entry].slices[1]:
-            entry -= 1  # a step that repeats the last slice needs the step that reads it
+            entry -= 1  # a step that repeats the last slice needs the step that reads this slice
         return entry
 
     def read(
@@ -182,12 +184,12 @@ class Run:
                 yield step, np.repeat(x, network.channels, axis=0) if network.channels > 1 else x
 
     def outcome(self, slices: int, resumed: int, seconds: dict[str, float]) -> Outcome:
-        """Return what the run did, once it has ended."""
+        """Return the results of the finished run."""
         return Outcome(self.plan, self.geometry.shape, slices, resumed, self.clipping, seconds)
 
 
 def _extents(codec: Codec, directions: tuple[str, ...]) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Tile sizes by stage that the engine was built for; none where it takes any size."""
+    """Return the tile sizes by stage that the engine was built for; empty if it takes any size."""
     engine, manifest = codec.engine, codec.manifest
     if not isinstance(engine, BuiltAhead):
         return {}

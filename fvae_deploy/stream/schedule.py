@@ -1,16 +1,16 @@
-"""Which slices and latent frames meet in which step, as pure integer arithmetic.
+"""Assigns slices and latent frames to steps, in pure integer arithmetic.
 
-A stream is a first step of one slice and further steps of `4k` slices, `k` latent frames:
+A stream has a first step of one slice, then steps of `4k` slices, which are `k` latent frames:
 
     causal, 14 slices, k = 1      | 0 | 1 2 3 4 | 5 6 7 8 | 9 10 11 12 | 13 . . . |
     latent frames                 | 0 |    1    |    2    |      3     |     4    |
 
-Missing slices at the end are the last one repeated; what they decode to is cropped. The
-`windows` protocol starts anew every 65 slices and pads the last window to 17 latent frames. A
-network without causal state takes each window as one first step.
+At the end, the last slice is repeated in place of missing slices; what they decode to is cropped.
+The `windows` protocol restarts every 65 slices and pads the last window to 17 latent frames. A
+network without causal state processes each window as one first step.
 
-Since the network's memory is finite (`context` latent frames), a stream may also be entered
-in the middle: `enter` says how far to back up so that what follows is exact.
+The network remembers only `context` latent frames, so a stream may also start in the middle:
+`enter` returns the step to start at so that the step of interest is exact.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from typing import Protocol
 
 
 class Rhythm(Protocol):
-    """What of a network's geometry concerns the order of slices; see the manifest's."""
+    """The part of a network's geometry that the schedule needs; see `manifest.Geometry`."""
 
     @property
     def temporal(self) -> int:
-        """Slices of a latent frame."""
+        """Slices per latent frame."""
 
     @property
     def window(self) -> int:
-        """Slices of a window."""
+        """Slices per window."""
 
     @property
     def first_slices(self) -> int:
-        """Slices of the first step."""
+        """Slices in the first step."""
 
     @property
     def first_frames(self) -> int:
-        """Latent frames of the first step."""
+        """Latent frames in the first step."""
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Protocols that the network can follow."""
+        """Protocols that the network supports."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One run of a `first` or `step` part.
 
-    `slices` and `latents` are half-open ranges of what is really there; the part itself takes
-    `depth` slices and gives `frames` latent frames.
+    `slices` and `latents` are half-open ranges of existing slices and latent frames. The part
+    itself takes `depth` slices and `frames` latent frames, padding included.
     """
 
     first: bool
@@ -61,12 +61,15 @@ class Step:
 def steps(slices: int, protocol: str, k: int, geometry: Rhythm) -> list[Step]:
     """Plan the whole stream of a volume of `slices` slices.
 
-    `k` latent frames a step; `geometry` says what the first step takes and how many slices
-    make a latent frame after it. Raises ValueError for a protocol that this geometry has not,
-    or numbers below 1.
+    `k` is the number of latent frames per step. `geometry` gives the size of the first step and
+    the slices per latent frame after it. Raises ValueError for a protocol that this geometry
+    does not support, or numbers below 1.
     """
     if protocol not in geometry.protocols or slices < 1 or k < 1:
-        raise ValueError(f"no such stream: {slices} slices, protocol {protocol}, k = {k}")
+        raise ValueError(
+            f"expected protocol {' or '.join(geometry.protocols)}, slices and k from 1 on, "
+            f"found {protocol}, {slices} and {k}"
+        )
 
     def frames(count: int) -> int:
         rest = max(0, count - geometry.first_slices)
@@ -83,12 +86,12 @@ def steps(slices: int, protocol: str, k: int, geometry: Rhythm) -> list[Step]:
 
 
 def _run(start: int, stop: int, latent: int, frames: int, k: int, geometry: Rhythm) -> list[Step]:
-    """One run over slices [start, stop) that gives `frames` latent frames."""
-    head, made, temporal = geometry.first_slices, geometry.first_frames, geometry.temporal
-    begin = min(start + head, stop)
-    planned = [Step(True, (start, begin), (latent, latent + made), head, made)]
-    for done in range(made, frames, k):
-        begin = min(start + head + temporal * (done - made), stop)
+    """Return the steps of one run over slices [start, stop), which has `frames` latent frames."""
+    depth, head, temporal = geometry.first_slices, geometry.first_frames, geometry.temporal
+    begin = min(start + depth, stop)
+    planned = [Step(True, (start, begin), (latent, latent + head), depth, head)]
+    for done in range(head, frames, k):
+        begin = min(start + depth + temporal * (done - head), stop)
         end = min(begin + temporal * k, stop)
         last = min(done + k, frames)
         planned.append(Step(False, (begin, end), (latent + done, latent + last), temporal * k, k))
@@ -96,15 +99,15 @@ def _run(start: int, stop: int, latent: int, frames: int, k: int, geometry: Rhyt
 
 
 def latent_frames(planned: list[Step]) -> int:
-    """Latent frames that a stream gives."""
+    """Return the number of latent frames of a stream."""
     return planned[-1].latents[1]
 
 
 def enter(planned: list[Step], target: int, context: int) -> int:
-    """Index of the step at which to start so that step `target` comes out exact.
+    """Return the index of the step to start at so that step `target` is exact.
 
-    Backs up over `context` latent frames, or to the first step of the run, where the true
-    state is known.
+    It lies at least `context` latent frames earlier, or is the first step of the run, which needs
+    no earlier state.
     """
     index = target
     while not planned[index].first:

@@ -1,12 +1,12 @@
-"""One direction of a volume through an engine: stage after stage, tile by tile, with state.
+"""Runs one direction of a network over a volume: stage by stage, tile by tile, with state.
 
     encode, Wan2.1    x --encode0--> 1/2 --encode1--> 1/4 --encode2--> 1/8 --encode3--> z
                       tiles          tiles            tiles            whole (attention)
 
-Every stage has a grid of its own, in its own cells: those at high resolution run in tiles
-with their own small halo, those at low resolution mostly on the whole plane. The map between
-two stages is assembled in full. Every tile keeps its own causal state, in memory or, where
-the budget demands it, in an unnamed file.
+Every stage has its own grid, in its own cells. Stages at high resolution run in tiles with a
+small halo of their own; stages at low resolution mostly run on the whole plane. The map between
+two stages is assembled in full. Every tile has its own causal state, in memory or, if the
+budget requires it, in an unnamed file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fvae_deploy.stream.tiles import Grid
 def whole_grids(
     manifest: Manifest, directions: Sequence[str], plane: tuple[int, int]
 ) -> dict[str, Grid]:
-    """Grids of one tile for every stage, for a plane of (h, w) latent cells."""
+    """Return a grid of one tile for every stage, for a plane of (h, w) latent cells."""
     grids = {}
     for direction in directions:
         for stage in manifest.stages(direction):
@@ -41,7 +41,7 @@ def whole_grids(
 
 
 class States:
-    """The causal states of a stage's tiles, in memory or in a file without a name."""
+    """The causal states of a stage's tiles, in memory or in an unnamed file."""
 
     def __init__(
         self, engine: Engine, specs: Sequence[TensorSpec], grid: Grid, spill: Path | None
@@ -50,13 +50,13 @@ class States:
         self._kept: dict[int, dict[str, Any]] = {}
         extent = (min(grid.extent[0], grid.height), min(grid.extent[1], grid.width))
         self._shapes = {spec.name: spec.sized(1, *extent) for spec in specs}
-        # Without a name, it is gone with the process however that ends.
+        # An unnamed file disappears with the process, however it ends.
         self._file = tempfile.TemporaryFile(dir=spill) if spill and specs else None  # noqa: SIM115
         self._bytes = sum(4 * int(np.prod(shape)) for shape in self._shapes.values())  # at most
         self._types: dict[int, list[np.dtype[Any]]] = {}  # of the tiles in the file
 
     def take(self, tile: int) -> dict[str, Any]:
-        """Hand over a tile's state; zeros where none was put, exact after enough steps."""
+        """Remove and return a tile's state, or zeros if none is stored."""
         if self._file is None or tile not in self._types:
             state = self._kept.pop(tile, None)
             return state if state is not None else self._zeros()
@@ -68,7 +68,7 @@ class States:
         return state
 
     def put(self, tile: int, values: Sequence[Any]) -> None:
-        """Keep a tile's next state, in the order of the specs."""
+        """Store a tile's next state, in the order of the specs."""
         if self._file is None:
             names = (spec.name for spec in self._specs)
             self._kept[tile] = dict(zip(names, values, strict=True))
@@ -81,7 +81,7 @@ class States:
             self._file.write(array.view(np.uint8).data)
 
     def close(self) -> None:
-        """Forget all states, and remove the file if there is one."""
+        """Delete all states, and the file if there is one."""
         self._kept.clear()
         if self._file is not None:
             self._file.close()
@@ -91,7 +91,7 @@ class States:
 
 
 class StageStream:
-    """One stage, step by step, tile by tile; a lean one keeps little while others run."""
+    """One stage, run step by step and tile by tile; a lean one releases memory after each run."""
 
     def __init__(
         self,
@@ -120,13 +120,13 @@ class StageStream:
         if self._lean and not first:
             self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
-        fresh = len(part.inputs) == 1
-        a, b = data.factor("h"), result.factor("h")
+        stateless = len(part.inputs) == 1
+        scale_in, scale_out = data.factor("h"), result.factor("h")
         whole: FeatureMap | None = None
         for i, tile in enumerate(self._tiles):
             rows, columns = tile.rows, tile.columns
-            piece = x[None, :, :, _times(a, rows.read), _times(a, columns.read)]
-            state = {} if fresh else self._states.take(i)
+            piece = x[None, :, :, _times(scale_in, rows.read), _times(scale_in, columns.read)]
+            state = {} if stateless else self._states.take(i)
             outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
             self._states.put(i, [outputs.pop(spec.name) for spec in part.state_outputs])
             y: FeatureMap = outputs[result.name][0]
@@ -134,10 +134,11 @@ class StageStream:
                 whole = y
                 break
             if whole is None:
-                plane = (b * self._grid.height, b * self._grid.width)
+                plane = (scale_out * self._grid.height, scale_out * self._grid.width)
                 whole = np.empty((*y.shape[:2], *plane), y.dtype)
-            kept = y[:, :, _times(b, rows.crop), _times(b, columns.crop)]
-            whole[:, :, _times(b, rows.keep), _times(b, columns.keep)] = kept
+            crop = _times(scale_out, rows.crop), _times(scale_out, columns.crop)
+            keep = _times(scale_out, rows.keep), _times(scale_out, columns.keep)
+            whole[:, :, *keep] = y[:, :, *crop]
         if self._lean:
             self._engine.release(part.name, compiled=False)
         self.seconds += time.perf_counter() - begin
@@ -145,15 +146,15 @@ class StageStream:
         return whole
 
     def close(self) -> None:
-        """Forget the states."""
+        """Delete the states."""
         self._states.close()
 
 
 class CausalStream:
     """All stages of one direction, fed step by step.
 
-    States of the stages `spilled` wait in a file in `folder`, not in memory. With `lean`, heavy
-    stages give their working memory back after every run, for the next one to use.
+    States of the stages in `spilled` are stored in a file in `folder`, not in memory. With `lean`,
+    heavy stages release their working memory after every run, for the next stage to use.
     """
 
     def __init__(
@@ -183,9 +184,9 @@ class CausalStream:
     def run(self, x: FeatureMap, first: bool) -> FeatureMap:
         """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
 
-        `first` starts a new run; a step without a state before it starts from zeros, which is
-        exact after the direction's `context` latent frames. Raises EngineError where the result
-        is not finite.
+        `first` starts a new run. Another step without an earlier state starts from zeros; results
+        are then exact after the direction's `context` latent frames. Raises EngineError if the
+        result is not finite.
         """
         for stage in self.stages.values():
             x = stage.run(x, first)
@@ -194,10 +195,10 @@ class CausalStream:
                 f"expected finite values from {self._engine.name} {self._engine.precision}, found "
                 "NaN or infinite ones: use --precision fp32, or another engine"
             )
-        return x.copy()  # the engine may overwrite its own
+        return x.copy()  # the engine may overwrite its array in the next run
 
     def close(self) -> None:
-        """Forget the states; files are removed."""
+        """Delete the states and their files."""
         for stage in self.stages.values():
             stage.close()
 
@@ -208,5 +209,5 @@ class CausalStream:
 
 
 def _times(factor: int, span: tuple[int, int]) -> slice:
-    """Cells [a, b) as elements of a tensor that has `factor` of them a cell."""
+    """Return the slice of cells [a, b) in a tensor with `factor` elements per cell."""
     return slice(factor * span[0], factor * span[1])

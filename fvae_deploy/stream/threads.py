@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: two threads with bounded queues, one place for errors."""
+"""Reads ahead and writes behind in threads with bounded queues; errors surface in the caller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
-    """Iterate in a thread, `depth` items ahead; its exception surfaces here."""
+    """Iterate in a thread, `depth` items ahead; an exception there is raised here."""
     queue: Queue[tuple[Any, BaseException | None]] = Queue(depth)
     stop, end = Event(), object()
 
@@ -30,7 +30,7 @@ def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
                 if stop.is_set():
                     return
             offer(end)
-        except BaseException as error:  # handed to the consumer
+        except BaseException as error:  # raised in the consumer
             offer(end, error)
 
     thread = Thread(target=work, name="reader", daemon=True)
@@ -49,7 +49,7 @@ def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
 
 
 class Behind(Generic[T]):
-    """Consume items in a thread; at most `depth` wait. Its exception surfaces in `put` or exit."""
+    """Consumes items in a thread; at most `depth` wait. `put` and exit raise its exception."""
 
     def __init__(self, consume: Callable[[T], None], depth: int = 2) -> None:
         self._consume, self._queue = consume, Queue[Any](depth)
@@ -59,7 +59,7 @@ class Behind(Generic[T]):
         self.waited = 0.0
 
     def put(self, item: T) -> None:
-        """Hand over one item, waiting while the queue is full."""
+        """Pass one item to the thread; waits while the queue is full."""
         begin = time.perf_counter()
         self._offer(item)
         self.waited += time.perf_counter() - begin
@@ -79,7 +79,7 @@ class Behind(Generic[T]):
                     if item is self._end:
                         return
                     self._consume(item)
-        except BaseException as error:  # handed to the producer
+        except BaseException as error:  # raised in the producer
             self._error = error
 
     def __enter__(self) -> Behind[T]:

@@ -1,11 +1,11 @@
 """Exact in-plane tiling, as pure integer arithmetic.
 
 A tile computes more than it keeps. Next to another tile it computes `halo` extra cells,
-the network's reach, and throws them away; at the true border of the image there is no halo,
-so the network's own padding applies there. All tiles of an axis have the same extent, hence
+the network's reach, and discards them. At the true border of the image there is no halo,
+so the network's own padding applies there. All tiles of an axis have the same extent, so
 one compiled graph serves all of them.
 
-    length 20, extent 10, halo 2        kept cells marked by the tile's letter
+    length 20, extent 10, halo 2        kept cells are marked by the tile's letter
 
     cell    0 1 2 3 4 5 6 7 8 9 . . . . . . . . . 19
     A       A A A A A A A A h h                          read  0:10  keep  0:8
@@ -44,7 +44,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """A plane of h x w latent cells cut into tiles of one extent."""
+    """A plane of h x w latent cells, cut into tiles of one extent."""
 
     height: int
     width: int
@@ -60,7 +60,7 @@ class Grid:
 
     @property
     def count(self) -> int:
-        """How many tiles there are."""
+        """Number of tiles."""
         rows = spans(self.height, self.extent[0], self.halo)
         return len(rows) * len(spans(self.width, self.extent[1], self.halo))
 
@@ -78,26 +78,26 @@ class Grid:
 def spans(length: int, extent: int, halo: int) -> tuple[Span, ...]:
     """Cut an axis of `length` cells into spans of `extent` cells that keep every cell once.
 
-    Raises ValueError when the extent leaves nothing to keep between two halos.
+    Raises ValueError if the extent leaves no cells to keep between two halos.
     """
     if extent >= length:
         return (Span((0, length), (0, length)),)
     if extent <= 2 * halo:
-        raise ValueError(f"an extent of {extent} cells keeps nothing beside halos of {halo}")
-    found, kept = [], 0
-    while kept < length:
-        start = min(max(kept - halo, 0), length - extent)
+        raise ValueError(f"expected more than {2 * halo} cells for two halos, found {extent}")
+    cut, covered = [], 0
+    while covered < length:
+        start = min(max(covered - halo, 0), length - extent)
         stop = start + extent
         end = length if stop == length else stop - halo
-        found.append(Span((start, stop), (kept, end)))
-        kept = end
-    return tuple(found)
+        cut.append(Span((start, stop), (covered, end)))
+        covered = end
+    return tuple(cut)
 
 
 def fit(height: int, width: int, halo: int, cells: int) -> Grid | None:
-    """Find the grid of least total work whose tiles compute at most `cells` cells each.
+    """Return the grid of least total work with at most `cells` computed cells per tile.
 
-    Returns None when even tiles that keep a single cell are larger.
+    Returns None if even tiles that keep a single cell are larger.
     """
     fitting = [
         (row_work * column_work, -rows * columns, (rows, columns))
@@ -109,16 +109,16 @@ def fit(height: int, width: int, halo: int, cells: int) -> Grid | None:
 
 
 def smallest(height: int, width: int, halo: int) -> Grid:
-    """Cut into the smallest tiles that are possible: one kept cell between halos."""
+    """Return the grid of the smallest possible tiles: one kept cell between halos."""
     least = 2 * halo + 1
     return Grid(height, width, (min(height, least), min(width, least)), halo)
 
 
 def _extents(length: int, halo: int) -> dict[int, int]:
-    """For every number of spans: the least extent that covers the axis -> the cells computed."""
+    """Map the least extent for every number of spans to the number of cells computed."""
     inner = length - 2 * halo
-    found = {length: length}
+    computed = {length: length}
     for count in range(2, inner + 1):
         extent = math.ceil(inner / count) + 2 * halo
-        found.setdefault(extent, count * extent)  # more spans of one extent are not needed
-    return found
+        computed.setdefault(extent, count * extent)  # more spans of one extent are not needed
+    return computed

@@ -181,7 +181,7 @@ def test_another_dataset_is_not_mixed_in(dataset, fake, tmp_path):
 def test_names_and_places_that_do_not_do(dataset, fake, tmp_path):
     with pytest.raises(UsageError, match="DatasetXXX_NAME, found augmented"):
         augment(dataset, tmp_path / "augmented", fake)
-    with pytest.raises(UsageError, match="apart from the dataset"):
+    with pytest.raises(UsageError, match="other than the dataset"):
         augment(dataset, dataset, fake)
     other = tmp_path / "Dataset107_Other"
     other.mkdir()

@@ -81,7 +81,7 @@ def test_results_within_the_folder_are_no_scans(scans, fake):
         ("a.csv", "ct,voxels\na.nii,1\n", "columns among ct, output, series"),
         ("a.csv", "mask\na.nii\n", "a ct in row 1"),
         ("a.jsonl", '{"ct": "x/a.nii"}\n{"ct": "y/a.nii"}\n', "rows 1 and 2"),
-        ("a.jsonl", '{"ct": "a.nii", "output": "a.txt"}\n', "outputs ending in"),
+        ("a.jsonl", '{"ct": "a.nii", "output": "a.txt"}\n', "output ending in"),
         ("a.jsonl", '{"ct": \n', "CSV or JSONL"),
     ],
 )

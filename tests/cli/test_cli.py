@@ -237,15 +237,15 @@ def test_engines_in_no_precision_are_not_built(fvae, precision):
     pytest.importorskip("onnx", reason="needs the tensorrt extra")
     code, _, err = fvae("build", "tiny", "-t", "sm_89", "-p", precision)
     assert code == 2
-    assert re.fullmatch(r"fvae: expected --precision as fp16,bf16, found .*: name one\n", err)
+    assert re.fullmatch(r"fvae: expected --precision such as fp16,bf16, found .*: name at least one\n", err)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["check", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
-        (["check", "-t", "sm_11"], "chips among sm_80, .*, found 'sm_11'"),
-        (["check", "-t", ""], "chips among sm_80, .*, found none: name one"),
+        (["check", "-t", "sm_11"], "GPU architectures among sm_80, .*, found 'sm_11'"),
+        (["check", "-t", ""], "GPU architectures among sm_80, .*, found none: name one"),
         (["test", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
         (["bench", "-k", "winograd"], "kernels among causal_conv3d, .*, found 'winograd'"),
     ],

@@ -195,8 +195,8 @@ def test_threads_reach_the_engine(fvae, ct, tmp_path, engine):
     ("keywords", "words"),
     [
         ({"dtype": "int8"}, "dtype int16 or float32"),
-        ({"step": 0}, "at least 1 as step"),
-        ({"threads": 0}, "at least 1 as threads"),
+        ({"step": 0}, "step of at least 1"),
+        ({"threads": 0}, "threads of at least 1"),
         ({"memory": "lots"}, "expected a memory size"),
         ({"resume": True, "overwrite": True}, "found both"),
     ],

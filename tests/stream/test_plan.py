@@ -100,7 +100,7 @@ def test_more_memory_never_means_more_tiles(height, width, memory):
 def test_plenty_of_memory_means_no_tiles():
     made = planned(2**36)
     assert [len(grid.tiles) for grid in made.grids.values()] == [1, 1]
-    assert made.describe() == "encode whole, decode whole, 1 latent frame a step"
+    assert made.describe() == "encode whole, decode whole, 1 latent frame per step"
 
 
 def test_room_to_spare_is_used_and_a_tight_budget_is_run_lean(monkeypatch):
