@@ -101,7 +101,7 @@ class Terminal:
         )
         if "seconds_at_100_gflops" in report:
             seconds = report["seconds_at_100_gflops"]
-            self.print(f"  estimated time: {seconds:g} s on a machine of 100 GFLOP/s")
+            self.print(f"  arithmetic: {seconds:g} s at 100 GFLOP/s, without reading and writing")
         if report["output_exists"]:
             self.print("  the output exists: pass --overwrite to replace it, --resume to keep it")
 

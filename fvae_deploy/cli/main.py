@@ -228,7 +228,9 @@ def compare(
 
     first, comma, second = names.partition(",")
     if not comma:
-        raise UsageError(f"expected --names as Original,Reconstruction, found {names!r}")
+        raise UsageError(
+            f"expected --names as two names, found {names!r}: write it like First,Second"
+        )
     if png:
         check_output(png, overwrite=overwrite)
     whole = open_volume(original)

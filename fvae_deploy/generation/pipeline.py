@@ -21,8 +21,9 @@ from typing import Any
 from fvae_deploy.api import skipped
 from fvae_deploy.generation.conditions import PaintedMask, read_findings, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
+from fvae_deploy.generation.dry_run import dry_run_report
 from fvae_deploy.generation.options import GenerationOptions
-from fvae_deploy.generation.published import as_published, window_plan
+from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import (
     KIND,
     Progress,
@@ -39,9 +40,9 @@ from fvae_deploy.stream import pipeline
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.pipeline import Target
-from fvae_deploy.stream.report import plan_report, run_report
+from fvae_deploy.stream.report import run_report
 from fvae_deploy.stream.rss import current_rss
-from fvae_deploy.stream.run import Outcome, Run
+from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
@@ -101,7 +102,7 @@ def generate(
         request.sampler()  # checks its options before any work; the next line checks the output
         create_volume(output, request.mask.mask, options.dtype).abort()
         if dry_run:
-            return _dry_run(request, mask, output, options)
+            return dry_run_report(request, mask, output, options)
         baseline = current_rss()
         facts = {"fvae": __version__, **request.facts()}
         outcome = _run(request, facts, output, options)
@@ -215,34 +216,6 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
     )
     seconds = outcome.seconds | {"mask": encoded - begin, "denoise": sampled - encoded}
     return dataclasses.replace(outcome, shape=geometry.shape, seconds=seconds)
-
-
-def _dry_run(
-    request: Request, mask: str | Path, output: Path, options: RunOptions
-) -> dict[str, Any]:
-    """Return the plan, JSON-ready."""
-    codec, geometry = request.codec, request.mask.geometry
-    if request.sampling.stitch == "joint":
-        own = RunOptions(memory=options.memory, protocol="causal")
-        directions = {
-            direction: Run.of(codec, geometry, (direction,), own, output.parent).plan
-            for direction in ("encode", "decode")
-        }
-    else:
-        directions = {"encode and decode": window_plan(request, options)}
-    return {
-        "command": "generate",
-        "dry_run": True,
-        "input": str(mask),
-        "output": str(output),
-        "output_exists": output.exists(),
-        "engine": codec.engine.name,
-        "precision": codec.engine.precision,
-        "volume": {"shape": list(request.mask.mask.shape)},
-        "plan": {name: plan_report(plan) for name, plan in directions.items()},
-        "description": "; ".join(f"{n}: {plan.describe()}" for n, plan in directions.items()),
-        "sampling": dataclasses.asdict(request.sampling),
-    }
 
 
 def _generator_report(request: Request, disease_mask: str | Path | None) -> dict[str, Any]:

@@ -50,6 +50,13 @@ def window_plan(request: Request, options: RunOptions) -> Plan:
     return chosen
 
 
+def passes_of(request: Request) -> list[list[Piece]]:
+    """Return the windows of the first pass, and of the second one if there are boundaries."""
+    total, window = request.mask.geometry.shape[2], request.window_slices
+    first = pieces(0, total, window)
+    return [first, pieces(SHIFT, total, window)] if len(first) > 1 else [first]
+
+
 def as_published(request: Request, journal: Journal, output: Path, options: RunOptions) -> Outcome:
     """Chain windows, twice, and put the second pass over the boundaries of the first.
 
@@ -58,10 +65,7 @@ def as_published(request: Request, journal: Journal, output: Path, options: RunO
     vae = request.codec.manifest
     across, down, total = request.mask.geometry.shape
     chosen = window_plan(request, options)
-    window = request.window_slices
-    orders = [pieces(0, total, window)]
-    if len(orders[0]) > 1:
-        orders.append(pieces(SHIFT, total, window))
+    orders = passes_of(request)
     tick = request.progress("denoise", sum(map(len, orders)) * request.sampling.steps)
     frames = request.denoiser.manifest.window
     over = replaced(len(orders[0]), total, vae.geometry.temporal, frames, SHIFT)

@@ -237,7 +237,9 @@ def test_engines_in_no_precision_are_not_built(fvae, precision):
     pytest.importorskip("onnx", reason="needs the tensorrt extra")
     code, _, err = fvae("build", "tiny", "-t", "sm_89", "-p", precision)
     assert code == 2
-    assert re.fullmatch(r"fvae: expected --precision such as fp16,bf16, found .*: name at least one\n", err)
+    assert re.fullmatch(
+        r"fvae: expected --precision such as fp16,bf16, found .*: name at least one\n", err
+    )
 
 
 @pytest.mark.parametrize(
