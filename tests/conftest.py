@@ -86,7 +86,7 @@ def small_bundle(small_model: LeanVAE, tmp_path_factory: pytest.TempPathFactory)
 def small_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported generator with random weights, for the latents of `tiny`: read only."""
     for package in ("onnxscript", "transformers", "diffusers", "openvino"):
-        pytest.importorskip(package, reason="needs the export and generate extras")
+        pytest.importorskip(package, reason="needs the export extra")
     from small_generator import write_weights
 
     from fvae_deploy.make.bundle import make_generator_bundle

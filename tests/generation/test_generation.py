@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 for package in ("diffusers", "tokenizers", "torch", "openvino"):
-    pytest.importorskip(package, reason="needs the generate extra")
+    pytest.importorskip(package, reason="needs the dev extra")
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.batch.generations import read_generations, run_generations  # noqa: E402
 from fvae_deploy.cli import main as cli  # noqa: E402

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-pytest.importorskip("tokenizers", reason="needs the generate extra")
+pytest.importorskip("tokenizers", reason="needs the dev extra")
 
 ABSENT = ("torch", "diffusers", "transformers")
 # A module that is None in sys.modules is found and imported as one that is not installed.
