@@ -219,12 +219,12 @@ def test_ray_with_a_worker_killed_makes_the_same_bytes(write_ct, fake_bundle, tm
     killed = []
 
     def kill():
-        """Kill the first share that is seen at work."""
+        """Kill the first worker that is computing."""
         while not killed and not stop.is_set():
-            shares = [pid for pid in map(str, Path("/proc").glob("[0-9]*")) if is_share(pid)]
-            if shares and any((tmp_path / "ray").glob("*.partial")):
-                os.kill(int(shares[0].rsplit("/", 1)[1]), signal.SIGKILL)
-                killed.append(shares[0])
+            workers = [pid for pid in map(str, Path("/proc").glob("[0-9]*")) if is_worker(pid)]
+            if workers and any((tmp_path / "ray").glob("*.partial")):
+                os.kill(int(workers[0].rsplit("/", 1)[1]), signal.SIGKILL)
+                killed.append(workers[0])
             time.sleep(0.005)
 
     stop = threading.Event()
@@ -238,8 +238,8 @@ def test_ray_with_a_worker_killed_makes_the_same_bytes(write_ct, fake_bundle, tm
     assert content(tmp_path / "ray") == content(tmp_path / "one")
 
 
-def is_share(folder):
+def is_worker(folder):
     try:
-        return (Path(folder) / "cmdline").read_bytes().startswith(b"ray::Share.run")
+        return (Path(folder) / "cmdline").read_bytes().startswith(b"ray::Worker.run")
     except OSError:
         return False
