@@ -19,9 +19,10 @@ from typing import Any
 
 from fvae_deploy.batch.run import ScanResult, open_for_batch, open_scan, run_scan, silent
 from fvae_deploy.batch.scans import Scan
-from fvae_deploy.errors import EngineError, UsageError
+from fvae_deploy.errors import EngineError, UsageError, VolumeError
 from fvae_deploy.optional import require
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.open import check_output
 
 RETRIES = 3  # per scan, after its worker died
 
@@ -52,9 +53,8 @@ def run_on_ray(
     Raises EngineError if Ray is not available, or no worker can open the engine.
     """
     require("ray", extra="ray")
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # Ray would send usage statistics to its authors
+    # Ray would send usage statistics to its authors.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -73,8 +73,12 @@ def run_on_ray(
         actor = ray.remote(Worker).options(
             num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=RETRIES
         )
+        results = _existing_outputs(scans, options)
+        if not options.resume:
+            # Checked above. A retry may find the output of the worker that died after writing it.
+            options = dataclasses.replace(options, overwrite=True)
         workers = [actor.remote(verb, scans, options) for _ in range(min(count, len(scans)))]
-        return _distribute(workers, scans, say)
+        return _distribute(workers, scans, results, say)
     finally:
         ray.shutdown()
 
@@ -109,14 +113,28 @@ def _connect(address: str) -> int | None:
     return workers
 
 
+def _existing_outputs(scans: list[Scan], options: RunOptions) -> dict[int, ScanResult]:
+    """Return failures, by number, of the scans whose output exists and must not be replaced."""
+    results = {}
+    for number, scan in enumerate(scans):
+        try:
+            check_output(scan.output, overwrite=options.overwrite or options.resume)
+        except VolumeError as error:
+            results[number] = ScanResult.failed(scan, error)
+    return results
+
+
 def _distribute(
-    workers: list[Any], scans: list[Scan], say: Callable[[str], None]
+    workers: list[Any],
+    scans: list[Scan],
+    results: dict[int, ScanResult],
+    say: Callable[[str], None],
 ) -> list[ScanResult]:
-    """Give every idle worker the next scan, until all are done."""
+    """Give every idle worker the next scan, until all scans have a result."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    waiting, results = list(enumerate(scans)), dict[int, ScanResult]()
+    waiting = [(number, scan) for number, scan in enumerate(scans) if number not in results]
     idle, running = list(workers), dict[Any, tuple[int, Any]]()
     while waiting or running:
         while waiting and idle:

@@ -236,6 +236,11 @@ def test_ray_with_a_worker_killed_makes_the_same_bytes(write_ct, fake_bundle, tm
     assert done.returncode == 0, done.stderr
     assert killed
     assert content(tmp_path / "ray") == content(tmp_path / "one")
+    again = command("encode", folder, "-o", tmp_path / "ray", "--ray", "local:2", *line)
+    assert again.returncode == 3
+    assert "expected 6 results, found 6 failed" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
 
 
 def is_worker(folder):
