@@ -295,6 +295,8 @@ def test_slices_of_another_input_or_request_are_refused_and_kept(fake_bundle, wr
         api.reconstruct(other, out, **options)
     with pytest.raises(UsageError, match=r"found protocol 'causal' instead of 'windows'"):
         api.reconstruct(ct, out, protocol="windows", **options)
+    with pytest.raises(UsageError, match=r"found dtype 'int16' instead of 'float32'"):
+        api.reconstruct(ct, out, dtype="float32", **options)
     api.encode(ct, tmp_path / "z.zarr", model=fake_bundle, engine="fake")
     with pytest.raises(UsageError, match=r"found command 'reconstruct' instead of 'decode'"):
         api.decode(tmp_path / "z.zarr", out, **options)

@@ -104,7 +104,7 @@ def generate(
         if dry_run:
             return dry_run_report(request, mask, output, options)
         baseline = current_rss()
-        facts = {"fvae": __version__, **request.facts()}
+        facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)

@@ -8,7 +8,6 @@ reconstruct loads the slabs that were already decoded.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -95,9 +94,11 @@ class Journal:
         """Store an array under this name and return it."""
         path = self._path(name)
         try:
-            encoded = io.BytesIO()  # np.save to a file hides why a write failed
-            np.save(encoded, computed)
-            path.with_suffix(".new").write_bytes(encoded.getbuffer())
+            array = np.ascontiguousarray(computed)
+            with path.with_suffix(".new").open("wb") as file:  # np.save hides why a write failed
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(array.data)
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise OutputError(

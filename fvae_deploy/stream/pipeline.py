@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fvae_deploy.errors import LatentError, UsageError, VolumeError
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
@@ -141,14 +143,14 @@ def decode(
     if not 0 <= a < b <= store.info.slices:
         raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
     target = target or Target(_cropped(run.geometry, a, b), note=_note(codec.manifest))
-    facts = run.facts("decode", fingerprint_of(store.path), a, b)
+    facts = run.facts("decode", fingerprint_of(store.path), a, b, options.dtype)
     with (
         contextlib.nullcontext(journal)
         if journal
         else journal_of(path, facts, options.resume) as slab_journal,
         create_volume(path, target.geometry, options.dtype, target.note, target.kind) as writer,
     ):
-        convert = _to_hu(run, target.resample)
+        convert = _to_hu(run, options.dtype, target.resample)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
@@ -201,12 +203,12 @@ def reconstruct(
     clock = Stopwatch()
     geometry, slices = reader.geometry, reader.geometry.shape[2]
     run = Run.of(codec, geometry, ("encode", "decode"), options, path.parent)
-    facts = run.facts("reconstruct", _fingerprint(reader), 0, slices)
+    facts = run.facts("reconstruct", _fingerprint(reader), 0, slices, options.dtype)
     with (
         journal_of(path, facts, options.resume) as journal,
         create_volume(path, geometry, options.dtype, _note(codec.manifest), KIND) as writer,
     ):
-        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run), journal)
+        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, options.dtype), journal)
         progress(out.resumed)
         decode_entry = run.entry(out.begin, "decode")
         encode_entry = run.entry(decode_entry, "encode")
@@ -235,11 +237,22 @@ def reconstruct(
 
 
 def _to_hu(
-    run: Run, resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
+    run: Run, dtype: str, resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
 ) -> Callable[[ModelFrames], HuFrames]:
-    """Return the function that converts a decoded step to HU on the output's grid."""
+    """Return the function that converts a decoded step to HU of this dtype on the output's grid.
+
+    Rounded here and not in the writer, so that the journal holds half the bytes.
+    """
     intensity, (x_size, y_size, _) = run.codec.manifest.intensity, run.geometry.shape
-    return lambda x: resample(to_hu(x, intensity, x_size, y_size))
+
+    def convert(x: ModelFrames) -> HuFrames:
+        hu = resample(to_hu(x, intensity, x_size, y_size))
+        if dtype != "int16":
+            return hu
+        limits = np.iinfo(np.int16)
+        return np.clip(np.rint(hu), limits.min, limits.max).astype(np.int16)
+
+    return convert
 
 
 def _latent_info(run: Run) -> LatentInfo:

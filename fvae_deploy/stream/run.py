@@ -138,7 +138,7 @@ class Run:
         """Tile extents, stage by stage; other tiles give other rounding errors."""
         return tuple(n for grid in self.plan.grids.values() for n in grid.extent)
 
-    def facts(self, command: str, source: str, a: int, b: int) -> dict[str, Any]:
+    def facts(self, command: str, source: str, a: int, b: int, dtype: str) -> dict[str, Any]:
         """Return the facts that identify this run; slabs are reused only if all facts match."""
         return {
             "fvae": __version__,
@@ -153,6 +153,7 @@ class Run:
             "shape": list(self.geometry.shape),
             "affine": self.geometry.affine.tolist(),
             "slices": [a, b],
+            "dtype": dtype,
         }
 
     def entry(self, target: int, direction: str) -> int:
