@@ -25,6 +25,7 @@ from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_output, open_volume, protect_input
 
 MODEL = "tiny"  # the default
+INPUT = ("any_range", "series", "level", "skip_unreadable")  # options of a CT that is read
 
 
 def encode(
@@ -32,31 +33,31 @@ def encode(
     output: str | Path,
     options: RunOptions | None = None,
     *,
-    series: str | None = None,
     codec: Codec | None = None,
     progress: Progress = silent,
     **keywords: Any,
 ) -> dict[str, Any]:
     """Encode a CT into a latent store (Zarr v3) and return the run report.
 
-    `series` chooses a DICOM series if a folder contains several; `keywords` are the fields of
-    `RunOptions`. A Reader passed as `ct` is closed. Raises FvaeError with the remedy.
+    `keywords` are the fields of `RunOptions`. A Reader passed as `ct` is closed. Raises FvaeError
+    with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("encode", "dtype")
+    options.check_unused("encode", "dtype", "pyramid")
     if output.suffix != ".zarr":
         raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
     if _is_done(ct, output, options):
         with _codec(codec, options) as opened:
             _check_latents(output, opened, options)
         return skipped("encode", output)
-    with contextlib.closing(_open(ct, series)) as reader:
+    with contextlib.closing(_open(ct, options)) as reader:
         protect_input(output, reader.path, reader.geometry.dicom_files)
         check_output(output, overwrite=options.overwrite)
         with _codec(codec, options) as opened:
             baseline = current_rss()
             outcome = pipeline.encode(opened, reader, output, options, progress)
-            return run_report("encode", reader.path, output, opened, outcome, baseline)
+            facts = ("encode", reader.path, output, opened, outcome, baseline)
+            return run_report(*facts, reader.remarks)
 
 
 def decode(
@@ -75,7 +76,7 @@ def decode(
     the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("decode", "protocol", "step", "any_range")
+    options.check_unused("decode", "protocol", "step", *INPUT)
     if _is_done(latents, output, options):
         return skipped("decode", output)
     protect_input(output, latents)
@@ -92,7 +93,6 @@ def reconstruct(
     output: str | Path,
     options: RunOptions | None = None,
     *,
-    series: str | None = None,
     codec: Codec | None = None,
     progress: Progress = silent,
     **keywords: Any,
@@ -104,13 +104,14 @@ def reconstruct(
     options, output = RunOptions.of(options, keywords), Path(output)
     if _is_done(ct, output, options):
         return skipped("reconstruct", output)
-    with contextlib.closing(_open(ct, series)) as reader:
+    with contextlib.closing(_open(ct, options)) as reader:
         protect_input(output, reader.path, reader.geometry.dicom_files)
         check_output(output, overwrite=options.overwrite)
         with _codec(codec, options) as opened:
             baseline = current_rss()
             outcome = pipeline.reconstruct(opened, reader, output, options, progress)
-            return run_report("reconstruct", reader.path, output, opened, outcome, baseline)
+            facts = ("reconstruct", reader.path, output, opened, outcome, baseline)
+            return run_report(*facts, reader.remarks)
 
 
 def dry_run(
@@ -119,7 +120,6 @@ def dry_run(
     output: str | Path,
     options: RunOptions | None = None,
     *,
-    series: str | None = None,
     codec: Codec | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def dry_run(
         if store:
             run = pipeline.plan_decode(opened, store, output, options)
         else:
-            reader = stack.enter_context(contextlib.closing(_open(source, series)))
+            reader = stack.enter_context(contextlib.closing(_open(source, options)))
             directions = ("encode",) if verb == "encode" else ("encode", "decode")
             run = Run.of(opened, reader.geometry, directions, options, output.parent)
         return {
@@ -187,8 +187,8 @@ def _check_latents(output: Path, codec: Codec, options: RunOptions) -> None:
             )
 
 
-def _open(ct: str | Path | Reader, series: str | None) -> Reader:
-    return open_volume(ct, series) if isinstance(ct, str | Path) else ct
+def _open(ct: str | Path | Reader, options: RunOptions) -> Reader:
+    return open_volume(ct, options.reading) if isinstance(ct, str | Path) else ct
 
 
 def _codec(

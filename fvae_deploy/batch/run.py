@@ -140,9 +140,7 @@ def run_scan(
         else:
             run = api.encode if verb == "encode" else api.reconstruct
             source = opened if isinstance(opened, Primed) else scan.source
-            report = run(
-                source, scan.output, options, series=scan.series, codec=codec, progress=tick
-            )
+            report = run(source, scan.output, scan.options(options), codec=codec, progress=tick)
     except SCAN_ERRORS as error:
         return ScanResult.failed(scan, error)
     return ScanResult(scan, report)
@@ -160,7 +158,7 @@ def open_scan(verb: str, scan: Scan, options: RunOptions) -> Input:
             check_output(scan.output, overwrite=options.overwrite)
         if verb == "decode":
             return LatentReader(scan.source)
-        return Primed(open_volume(scan.source, scan.series))
+        return Primed(open_volume(scan.source, scan.options(options).reading))
     except SCAN_ERRORS as error:
         return error
 

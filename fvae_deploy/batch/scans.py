@@ -11,6 +11,7 @@ A list is CSV or JSONL with a column `ct` (for decode `latents`) and optionally 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.errors import UsageError
+from fvae_deploy.stream.options import RunOptions
 
 LISTS = (".csv", ".jsonl")
 VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
@@ -31,6 +33,10 @@ class Scan:
     source: Path  # a CT, or for decode a latent store
     output: Path
     series: str | None = None
+
+    def options(self, options: RunOptions) -> RunOptions:
+        """Return the batch's options, with the series of this scan."""
+        return dataclasses.replace(options, series=self.series or options.series)
 
 
 def is_batch(source: Path, output: Path) -> bool:

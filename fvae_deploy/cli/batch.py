@@ -81,7 +81,7 @@ def _plan_batch(
         for scan in scans:
             try:
                 plan = api.dry_run(
-                    verb, scan.source, scan.output, options, series=scan.series, codec=codec
+                    verb, scan.source, scan.output, scan.options(options), codec=codec
                 )
             except FvaeError as error:
                 failed += 1

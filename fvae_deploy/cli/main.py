@@ -25,7 +25,6 @@ from fvae_deploy.cli.options import (
     Quiet,
     Ray,
     Report,
-    Series,
     Verbose,
     Version,
 )
@@ -43,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INPUT = ("series", "level", "skip_unreadable", "any_range")
 OUTPUTS = ("resume", "overwrite")
 
 
@@ -57,7 +57,7 @@ def _root(
     ctx.ensure_object(Terminal).set_up(quiet, verbose, debug)
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", "any_range", *OUTPUTS))
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, *OUTPUTS))
 def encode(
     ct: CT,
     output: Annotated[
@@ -66,7 +66,6 @@ def encode(
     ],
     options: RunOptions,
     terminal: Terminal,
-    series: Series = None,
     ray: Ray = None,
     dry_run: DryRun = False,
     report: Report = None,
@@ -78,10 +77,10 @@ def encode(
     if is_batch(ct, output):
         run_batch("encode", ct, output, ".zarr", options, terminal, ray, report, dry_run)
         return
-    _run_one("encode", ct, output, options, terminal, series, ray, report, dry_run)
+    _run_one("encode", ct, output, options, terminal, ray, report, dry_run)
 
 
-@command(app, "Run", ("model of the store", *ENGINE_OPTIONS, "dtype", *OUTPUTS))
+@command(app, "Run", ("model of the store", *ENGINE_OPTIONS, "dtype", "pyramid", *OUTPUTS))
 def decode(
     latents: Annotated[
         Path,
@@ -132,7 +131,11 @@ def decode(
     terminal.finish(result, report)
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", "any_range", "dtype", *OUTPUTS))
+@command(
+    app,
+    "Run",
+    ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "dtype", "pyramid", *OUTPUTS),
+)
 def reconstruct(
     ct: CT,
     output: Annotated[
@@ -146,7 +149,6 @@ def reconstruct(
     ],
     options: RunOptions,
     terminal: Terminal,
-    series: Series = None,
     extension: Extension = ".nii.gz",
     ray: Ray = None,
     dry_run: DryRun = False,
@@ -163,7 +165,7 @@ def reconstruct(
         raise UsageError(
             "expected an output on disk with --resume, found a URL: choose a local path"
         )
-    _run_one("reconstruct", ct, output, options, terminal, series, ray, report, dry_run)
+    _run_one("reconstruct", ct, output, options, terminal, ray, report, dry_run)
 
 
 def _run_one(
@@ -172,7 +174,6 @@ def _run_one(
     output: Path,
     options: RunOptions,
     terminal: Terminal,
-    series: str | None,
     ray: str | None,
     report: Path | None,
     dry_run: bool,
@@ -184,10 +185,10 @@ def _run_one(
 
     with local_copies(ct, output, push=not dry_run) as (source, target):
         if dry_run:
-            result = api.dry_run(verb, source, target, options, series=series)
+            result = api.dry_run(verb, source, target, options)
         else:
             run = api.encode if verb == "encode" else api.reconstruct
-            reader = open_volume(source, series)
+            reader = open_volume(source, options.reading)
             with terminal.progress_bar(reader.geometry.shape[2], verb) as advance:
                 result = run(reader, target, options, progress=advance)
     terminal.finish(result | {"input": str(ct), "output": str(output)}, report)

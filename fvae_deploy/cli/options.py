@@ -16,6 +16,7 @@ from fvae_deploy.version import __version__
 
 COMPUTE = "Model and engine"
 OUTPUT = "Output"
+INPUT = "Input"
 
 
 def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
@@ -200,10 +201,64 @@ COMMON = {
         ],
         "int16",
     ),
+    "series": Common(
+        "series",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--series",
+                help="SeriesInstanceUID of a DICOM series, or a unique end of it.",
+                rich_help_panel=INPUT,
+            ),
+        ],
+        None,
+    ),
+    "level": Common(
+        "level",
+        Annotated[
+            int,
+            typer.Option(
+                "--level",
+                min=0,
+                help="Level of a multi-resolution Zarr store; 0 is the finest.",
+                rich_help_panel=INPUT,
+            ),
+        ],
+        0,
+    ),
+    "skip_unreadable": Common(
+        "skip_unreadable",
+        Annotated[
+            bool,
+            typer.Option(
+                "--skip-unreadable",
+                help="Leave out DICOM files that cannot be read, with a warning.",
+                rich_help_panel=INPUT,
+            ),
+        ],
+        False,
+    ),
+    "pyramid": Common(
+        "pyramid",
+        Annotated[
+            bool,
+            typer.Option(
+                "--pyramid",
+                help="Write a .zarr output with coarser levels for viewers.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        False,
+    ),
     "any_range": Common(
         "any_range",
         Annotated[
-            bool, typer.Option("--any-range", help="Accept volumes without values below 0 HU.")
+            bool,
+            typer.Option(
+                "--any-range",
+                help="Accept values that are not HU.",
+                rich_help_panel=INPUT,
+            ),
         ],
         False,
     ),
@@ -246,10 +301,6 @@ CT = Annotated[
         help="A .nii or .nii.gz file, a folder of DICOM slices, a .zarr store, or "
         "dicomweb+https://…; batch mode: a folder of scans, or a list (.csv, .jsonl)."
     ),
-]
-Series = Annotated[
-    str | None,
-    typer.Option("--series", help="SeriesInstanceUID of a DICOM series, or a unique end of it."),
 ]
 Ray = Annotated[
     str | None,

@@ -85,6 +85,8 @@ class PaintedMask:
     masks do not fit each other, the palette or the orientation.
     """
 
+    remarks: tuple[str, ...] = ()
+
     def __init__(
         self,
         organs: Reader,

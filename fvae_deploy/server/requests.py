@@ -66,6 +66,7 @@ class Options(BaseModel):
             step=getattr(self, "k", None),
             dtype=getattr(self, "dtype", "int16"),
             any_range=getattr(self, "any_range", False),
+            series=getattr(self, "series", None),
             resume=True,
         )
 

@@ -155,7 +155,7 @@ def _perform(
     else:
         assert isinstance(request, requests.EncodeOptions)
         run = api.encode if job.verb == "encode" else api.reconstruct
-        reader = open_volume(source, request.series)
+        reader = open_volume(source, options.reading)
         tick = begin(job.verb, reader.geometry.shape[2])
         report = run(reader, output, options, codec=codec, progress=tick)
         if output.is_dir():

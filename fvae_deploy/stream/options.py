@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from fvae_deploy.errors import UsageError
 from fvae_deploy.parse import parse_bytes
+from fvae_deploy.volume.options import ReadOptions
 
 DTYPES = ("int16", "float32")
 
@@ -40,6 +41,14 @@ class RunOptions:
     """Stored type of a written volume, int16 (rounded) or float32."""
     any_range: bool = False
     """Accept volumes with no value below 0 HU."""
+    series: str | None = None
+    """SeriesInstanceUID of the DICOM series to read, or a unique end of it."""
+    level: int = 0
+    """Level of a multi-resolution Zarr store to read; 0 is the finest."""
+    skip_unreadable: bool = False
+    """Leave out DICOM files that cannot be read, with a warning."""
+    pyramid: bool = False
+    """Write a .zarr volume with coarser levels for viewers."""
     resume: bool = False
     """Continue an interrupted run, and skip outputs that exist."""
     overwrite: bool = False
@@ -64,6 +73,12 @@ class RunOptions:
     def memory_bytes(self) -> int | None:
         """The budget in bytes."""
         return self.memory if isinstance(self.memory, int) else None
+
+    @property
+    def reading(self) -> ReadOptions:
+        """The options that concern opening the input."""
+        names = [field.name for field in dataclasses.fields(ReadOptions)]
+        return ReadOptions(**{name: getattr(self, name) for name in names})
 
     def check_unused(self, verb: str, *names: str) -> None:
         """Raise UsageError if an option is set that this verb does not take."""

@@ -148,7 +148,9 @@ def decode(
         contextlib.nullcontext(journal)
         if journal
         else journal_of(path, facts, options.resume) as slab_journal,
-        create_volume(path, target.geometry, options.dtype, target.note, target.kind) as writer,
+        create_volume(
+            path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
+        ) as writer,
     ):
         convert = _to_hu(run, options.dtype, target.resample)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
@@ -206,7 +208,9 @@ def reconstruct(
     facts = run.facts("reconstruct", _fingerprint(reader), 0, slices, options.dtype)
     with (
         journal_of(path, facts, options.resume) as journal,
-        create_volume(path, geometry, options.dtype, _note(codec.manifest), KIND) as writer,
+        create_volume(
+            path, geometry, options.dtype, _note(codec.manifest), KIND, options.pyramid
+        ) as writer,
     ):
         out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, options.dtype), journal)
         progress(out.resumed)

@@ -22,12 +22,18 @@ PACKAGES = ("numpy", "nibabel", "pydicom", "zarr", "isal", "openvino", "onnxrunt
 
 
 def run_report(
-    command: str, source: Path, target: Path, codec: Codec, outcome: Outcome, baseline: int
+    command: str,
+    source: Path,
+    target: Path,
+    codec: Codec,
+    outcome: Outcome,
+    baseline: int,
+    remarks: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return the facts of one run, JSON-ready.
 
     `baseline` is the resident memory of interpreter and libraries before the first step.
-    Peak memory is given in total and beyond that baseline.
+    Peak memory is given in total and beyond that baseline. `remarks` are those of the reader.
     """
     manifest, plan, tally = codec.manifest, outcome.plan, outcome.clipping
     peak, total = peak_rss(), outcome.seconds["total"]
@@ -69,6 +75,7 @@ def run_report(
             "baseline_bytes": baseline,
             "beyond_baseline_bytes": max(peak - baseline, 0),
         },
+        "remarks": list(remarks),
         "machine": machine(),
     }
 
@@ -124,6 +131,7 @@ def summary(report: dict[str, Any]) -> str:
             f"clipped to [{low:g}, {high:g}] HU: {100 * clipped['share']:.2f} % of voxels, "
             f"which ranged from {clipped['minimum_hu']:g} to {clipped['maximum_hu']:g}"
         )
+    lines += report.get("remarks", [])
     return "\n".join(lines)
 
 

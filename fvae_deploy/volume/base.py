@@ -56,6 +56,8 @@ class Reader(Protocol):
 
     path: Path
     geometry: Geometry
+    remarks: tuple[str, ...]
+    """What a user should know about how the volume was read, in sentences for the report."""
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield the frames from `start` on, in slabs of the given depths.
@@ -78,6 +80,7 @@ class Primed:
 
     def __init__(self, reader: Reader, slices: int = 8) -> None:
         self.path, self.geometry, self._reader = reader.path, reader.geometry, reader
+        self.remarks = reader.remarks
         self._rest = reader.slabs(1)
         self._first = list(islice(self._rest, slices))
 

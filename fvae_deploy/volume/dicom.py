@@ -23,6 +23,7 @@ from pydicom.uid import UID
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import Geometry, HuFrames, slab_ranges
+from fvae_deploy.volume.options import ReadOptions
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
 _DEFAULTS = {  # used if the element is missing in a slice
@@ -52,14 +53,15 @@ class DicomReader:
     Axis x is the column index, y the row index, z runs along the normal of the slices. Frames are
     int16 if the bits, slope and intercept of every slice guarantee whole numbers within int16,
     else float32. Files that are not DICOM, DICOMDIR files and localizers are ignored; so are other
-    modalities next to a CT series. `series` is a SeriesInstanceUID or a unique end of one.
+    modalities next to a CT series.
 
     Raises VolumeError if the folder does not contain one complete, evenly spaced CT series.
     """
 
-    def __init__(self, path: Path | str, series: str | None = None) -> None:
-        self.path = Path(path)
-        chosen = _choose_series(_scan(self.path), series, self.path)
+    def __init__(self, path: Path | str, options: ReadOptions | None = None) -> None:
+        self.path, options = Path(path), options or ReadOptions()
+        self.remarks: tuple[str, ...] = ()
+        chosen = _choose_series(_scan(self.path), options.series, self.path)
         slices = [_Slice.from_header(file, header) for file, header in chosen]
         _check_consistent(slices)
         normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])

@@ -57,6 +57,8 @@ class NiftiReader:
     Raises VolumeError if the file cannot be read as one volume of finite numbers.
     """
 
+    remarks: tuple[str, ...] = ()
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with _reading(self.path):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, Reader, Writer
+from fvae_deploy.volume.options import ReadOptions
 
 
-def open_volume(path: Path | str, series: str | None = None) -> Reader:
+def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords: Any) -> Reader:
     """Open a .nii or .nii.gz file, a Zarr array or a folder of DICOM slices.
 
-    If a DICOM folder contains several series, `series` chooses one by its SeriesInstanceUID or by
-    a unique end of it. Raises VolumeError if the path cannot be read as a CT volume.
+    `keywords` are the fields of `ReadOptions`. Raises VolumeError if the path cannot be read as a
+    CT volume.
     """
-    path = Path(path)
+    path, options = Path(path), dataclasses.replace(options or ReadOptions(), **keywords)
     if not path.exists():
         raise VolumeError(f"expected a volume at {path}, found nothing: check the path")
     if path.name.lower().endswith((".nii", ".nii.gz")):
@@ -27,11 +30,11 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
     if path.name.endswith(".zarr"):
         from fvae_deploy.volume.zarr import ZarrReader
 
-        return ZarrReader(path)
+        return ZarrReader(path, options)
     if path.is_dir():
         from fvae_deploy.volume.dicom import DicomReader
 
-        return DicomReader(path, series)
+        return DicomReader(path, options)
     with suppress(OSError), path.open("rb") as file:
         if file.read(132)[128:] == b"DICM":
             raise VolumeError(
@@ -45,15 +48,20 @@ def open_volume(path: Path | str, series: str | None = None) -> Reader:
 
 
 def create_volume(
-    path: Path | str, geometry: Geometry, dtype: str = "int16", note: str = "", kind: str = ""
+    path: Path | str,
+    geometry: Geometry,
+    dtype: str = "int16",
+    note: str = "",
+    kind: str = "",
+    pyramid: bool = False,
 ) -> Writer:
     """Create a .nii, .nii.gz, .zarr or .dcm volume of this geometry, stored as int16 or float32.
 
     float32 frames written to an int16 volume are rounded to the nearest integer and clipped.
     `.dcm` is a folder of DICOM slices; `note` goes into their DerivationDescription, `kind` into
-    their SeriesDescription. An existing volume is replaced when the new one is committed: call
-    `check_output` first to refuse that. Raises VolumeError if the suffix is unknown or the path
-    cannot be written.
+    their SeriesDescription. `pyramid` adds coarser levels to a .zarr volume. An existing volume is
+    replaced when the new one is committed: call `check_output` first to refuse that. Raises
+    VolumeError if the suffix is unknown or the path cannot be written.
     """
     path = Path(path)
     if dtype not in ("int16", "float32"):
@@ -65,7 +73,7 @@ def create_volume(
     if path.name.endswith(".zarr"):
         from fvae_deploy.volume.zarr import ZarrWriter
 
-        return ZarrWriter(path, geometry, dtype)
+        return ZarrWriter(path, geometry, dtype, pyramid)
     if path.name.endswith(".dcm"):
         from fvae_deploy.volume.dicom_writer import DicomWriter
 

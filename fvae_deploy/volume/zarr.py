@@ -34,6 +34,7 @@ from fvae_deploy.volume.base import (
     publish_folder,
     slab_ranges,
 )
+from fvae_deploy.volume.options import ReadOptions
 
 _DEPTH = 4  # slices per chunk: 2 MiB of int16 at 512 x 512
 _METADATA = ("zarr.json", ".zarray", ".zgroup")  # every Zarr store has one of these files
@@ -49,7 +50,9 @@ class ZarrReader:
     Raises VolumeError for stores without such an array and for damaged or missing chunks.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    remarks: tuple[str, ...] = ()
+
+    def __init__(self, path: Path | str, options: ReadOptions | None = None) -> None:
         self.path = Path(path)
         with _reading(self.path):
             self._array, attributes = _open(self.path)
@@ -98,7 +101,9 @@ class ZarrWriter(FrameWriter):
     Raises VolumeError if the path cannot be written.
     """
 
-    def __init__(self, path: Path | str, geometry: Geometry, dtype: str = "int16") -> None:
+    def __init__(
+        self, path: Path | str, geometry: Geometry, dtype: str = "int16", pyramid: bool = False
+    ) -> None:
         super().__init__(Path(path), geometry, dtype)
         if os.path.lexists(self.path) and not _is_volume(self.path):
             raise VolumeError(

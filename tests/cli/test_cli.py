@@ -173,6 +173,7 @@ REPORT = {  # field -> fields in it
     "seconds": None,
     "slices_per_second": None,
     "memory": {"peak_rss_bytes", "baseline_bytes", "beyond_baseline_bytes"},
+    "remarks": None,
     "machine": {"system", "processor", "cores", "python", "packages"},
 }
 

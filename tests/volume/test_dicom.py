@@ -65,7 +65,7 @@ def series(folder, count=5, **changes):
 
 
 def values(folder, *depths, start=0, series=None):
-    slabs = open_volume(folder, series).slabs(*(depths or (2,)), start=start)
+    slabs = open_volume(folder, series=series).slabs(*(depths or (2,)), start=start)
     return np.concatenate(list(slabs))
 
 
@@ -194,7 +194,7 @@ class TestReading:
         series(tmp_path / "a", 3)
         series(tmp_path / "b", 4, SeriesInstanceUID="1.2.840.2222")
         for name, count in (("1.2.840.1111", 3), ("2222", 4)):
-            assert open_volume(tmp_path, name).geometry.shape[2] == count
+            assert open_volume(tmp_path, series=name).geometry.shape[2] == count
         message = refusal(tmp_path)
         assert "found 2 to choose from" in message
         assert "1.2.840.2222 thorax (4 CT)" in message
