@@ -77,7 +77,7 @@ def build(
 
     Example: `fvae build tiny --target sm_86,sm_89,sm_120 --precision fp16`
     """
-    require("onnx")
+    require("onnx", extra="tensorrt")
     from fvae_deploy.make.engines import make_engines, row_facts
     from fvae_deploy.stream.report import machine
 
@@ -126,7 +126,7 @@ def triton(
 
     Example: `fvae triton tiny -o models`
     """
-    require("onnx")
+    require("onnx", extra="tensorrt")
     from fvae_deploy.export.to_triton import write_repository
     from fvae_deploy.make.engines import open_bundle
 

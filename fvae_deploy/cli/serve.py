@@ -135,4 +135,6 @@ def token(
     elif action == "add":
         print(make_token(store, name))
     elif not store.remove_token(name):
-        raise UsageError(f"expected the name of a token, found {name}: run fvae token list")
+        raise UsageError(
+            f"expected the name of a token, found {name}: run fvae token list --folder {folder}"
+        )

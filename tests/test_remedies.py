@@ -1,0 +1,466 @@
+"""Every remedy that an error names is tried: it exists, and it helps for that very input.
+
+REMEDIES has a failing command and the same command with the remedy applied, for every error whose
+remedy names an option, a command or a package; EXEMPT says why some are not run here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import typer
+from dicom_series import write_series
+
+from fvae_deploy.cli import main as cli
+from fvae_deploy.storage.latents import LatentWriter
+from fvae_deploy.volume.nifti import NiftiWriter
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("fvae_deploy", "export", "engines", "kernels")
+NAMED = re.compile(r"--[a-z][a-z-]+|\bfvae [a-z]+|pip install")
+
+
+@dataclass(frozen=True)
+class Message:
+    """An error in the source code: its file, line and text, with {} for what varies."""
+
+    place: str
+    text: str
+
+    @property
+    def remedy(self) -> str:
+        """What follows the last colon that is followed by a space."""
+        return self.text.rpartition(": ")[2]
+
+
+def texts(node: ast.AST) -> str:
+    """The text of a string expression; {} for what varies."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.FormattedValue):
+        # Some parts of a text are chosen between two constants.
+        constants = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
+        chosen = [c for c in constants if isinstance(c, str) and NAMED.search(c)]
+        return " ".join(chosen) or "{}"
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(texts, node.values))
+    if isinstance(node, ast.BinOp):
+        return texts(node.left) + texts(node.right)
+    return "{}"
+
+
+def messages() -> list[Message]:
+    """All errors of the product whose remedy names an option, a command or a package."""
+    found = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if folder == "fvae_deploy" and path.resolve() != path:  # linked top-level folders
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                if name.endswith(("Error", "Refused", "Problem")):
+                    text = " ".join(texts(a) for a in node.args)
+                    message = Message(f"{path.relative_to(ROOT)}:{node.lineno}", text)
+                    if NAMED.search(message.remedy):
+                        found.append(message)
+    return found
+
+
+def commands() -> dict[str, click.Command]:
+    """All commands of the command line by name, nested ones with their group's name."""
+    root: Any = typer.main.get_command(cli.app)
+    found: dict[str, click.Command] = {}
+    for name, command in root.commands.items():
+        found[name] = command
+        for inner, nested in getattr(command, "commands", {}).items():
+            found[f"{name} {inner}"] = nested
+    return found
+
+
+def test_every_option_command_and_extra_in_an_error_exists():
+    known = commands()
+    options = {flag for c in known.values() for p in c.params for flag in p.opts + p.secondary_opts}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    everything = messages()
+    assert len(everything) > 60  # the search finds them
+    sentences = {"in", "needs", "reads"}
+    for message in everything:
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", message.text):
+            assert option in options, f"{message.place}: {option}"
+        for verb in re.findall(r"\bfvae ([a-z]+)", message.remedy):
+            assert verb in {*known, *sentences}, f"{message.place}: fvae {verb}"
+        for extra in re.findall(r"fvae-deploy\[([a-z]+)\]", message.text):
+            assert extra in extras["optional-dependencies"], f"{message.place}: {extra}"
+
+
+def requirements(extra: str) -> set[str]:
+    """The packages that an extra installs beside the base, by import name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = set()
+    for line in project["optional-dependencies"][extra]:
+        inner = re.match(r"fvae-deploy\[([a-z,]+)\]", line)
+        if inner:
+            found |= {n for name in inner[1].split(",") for n in requirements(name)}
+        else:
+            found.add(re.split(r"[\[<>=; ]", line)[0].replace("-", "_").lower())
+    return found
+
+
+def test_an_extra_that_is_named_holds_the_packages_that_are_missing():
+    from fvae_deploy.cli.serve import NEEDS
+
+    calls = 0
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"):
+                    continue
+                extra = next((k.value.value for k in node.keywords if k.arg == "extra"), "export")
+                packages = {a.value for a in node.args if isinstance(a, ast.Constant)}
+                if any(isinstance(a, ast.Starred) for a in node.args):
+                    packages |= set(NEEDS)
+                assert packages, path
+                missing = {p.lower() for p in packages} - requirements(extra)
+                assert not missing, f"{path.name}:{node.lineno} {extra} lacks {missing}"
+                calls += 1
+    assert calls > 5
+
+
+F = "-m {f}/fake -e fake"
+CT = f"reconstruct {{f}}/ct.nii -o {{f}}/new.nii {F}"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A command that fails, part of its message, and a command that follows the remedy."""
+
+    words: str
+    failing: str
+    remedied: str
+
+
+def overwrite(command: str) -> Remedy:
+    return Remedy("pass --overwrite", command, f"{command} --overwrite")
+
+
+REMEDIES = {
+    "a volume that exists": overwrite(f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F}"),
+    "latents that exist": overwrite(f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F}"),
+    "a picture that exists": overwrite("compare {f}/ct.nii {f}/ct.nii --png {f}/old.png"),
+    "a phantom that exists": overwrite("phantom -o {f}/out.nii --shape 9,9,9"),
+    "latents of other options": Remedy(
+        "to come from the same options",
+        f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --resume --protocol windows",
+        f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --overwrite --protocol windows",
+    ),
+    "both ways to treat an output": Remedy(
+        "expected either --resume or --overwrite",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F} --resume --overwrite",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F} --overwrite",
+    ),
+    "an interrupted run of other options": Remedy(
+        "or start over without --resume",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/stopped.nii {F} --resume --dtype float32",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/stopped.nii {F} --dtype float32",
+    ),
+    "interrupted latents of other options": Remedy(
+        "or start over without --resume",
+        f"encode {{f}}/ct.nii -o {{f}}/half.zarr {F} --resume --protocol windows",
+        f"encode {{f}}/ct.nii -o {{f}}/half.zarr {F} --protocol windows",
+    ),
+    "a partial store to decode": Remedy(
+        "finish it with fvae encode … --resume",
+        f"decode {{f}}/half.zarr -o {{f}}/new.nii {F}",
+        f"encode {{f}}/ct.nii -o {{f}}/half.zarr {F} --resume",
+    ),
+    "no latents": Remedy(
+        "create one with fvae encode",
+        f"decode {{f}}/p.zarr -o {{f}}/new.nii {F}",
+        f"encode {{f}}/p.zarr -o {{f}}/new.zarr {F}",
+    ),
+    "latents instead of a CT": Remedy(
+        "use fvae decode",
+        f"reconstruct {{f}}/z.zarr -o {{f}}/new.nii {F}",
+        f"decode {{f}}/z.zarr -o {{f}}/new.nii {F}",
+    ),
+    "latents of another model": Remedy(
+        "choose that model with --model",
+        "decode {f}/z.zarr -o {f}/new.nii -m tiny",
+        f"decode {{f}}/z.zarr -o {{f}}/new.nii {F}",
+    ),
+    "an unknown model": Remedy(
+        "run fvae models for a list", "encode {f}/ct.nii -o {f}/new.zarr -m huge", "models"
+    ),
+    "a folder that is no bundle": Remedy(
+        "list the built-in ones with fvae models",
+        "encode {f}/ct.nii -o {f}/new.zarr -m {f}/p.zarr",
+        "models",
+    ),
+    "values that may not be HU": Remedy(
+        "pass --any-range",
+        f"reconstruct {{f}}/positive.nii -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/positive.nii -o {{f}}/new.nii {F} --any-range",
+    ),
+    "too little memory": Remedy(
+        "raise --memory", f"{CT} --memory 1KiB", f"{CT} --memory 1GiB"
+    ),
+    "two series": Remedy(
+        "choose one with --series",
+        f"reconstruct {{f}}/dicom -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/dicom -o {{f}}/new.nii {F} --series {{series}}",
+    ),
+    "slices that are no range": Remedy(
+        "write it like 100:140",
+        f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --slices 4",
+        f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --slices 4:6",
+    ),
+    "Ray for one scan": Remedy("leave --ray out", f"{CT} --ray local:1", CT),
+    "slices of a batch": Remedy(
+        "leave --slices out",
+        f"decode {{f}}/latents -o {{f}}/outs {F} --slices 1:3",
+        f"decode {{f}}/latents -o {{f}}/outs {F}",
+    ),
+    "a scan of a batch that failed": Remedy(
+        "correct them and run again with --resume",
+        f"encode {{f}}/scans -o {{f}}/outs {F}",
+        f"encode {{f}}/corrected -o {{f}}/outs {F} --resume",
+    ),
+    "two names of a picture": Remedy(
+        "write it like First,Second",
+        "compare {f}/ct.nii {f}/ct.nii --png {f}/new.png --names A",
+        "compare {f}/ct.nii {f}/ct.nii --png {f}/new.png --names A,B",
+    ),
+    "neither mask nor jobs": Remedy(
+        "pass one of them",
+        "generate -o {f}/new.nii -m {generator}",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
+    ),
+    "findings beside a list": Remedy(
+        "move them there",
+        "generate -o {f}/outs -m {generator} --jobs {f}/jobs.csv --findings nodule --steps 1",
+        "generate -o {f}/outs -m {generator} --jobs {f}/jobs.csv --steps 1",
+    ),
+    "a row of a list that failed": Remedy(
+        "correct the rows and run again with --resume",
+        "generate -o {f}/outs -m {generator} --jobs {f}/bad.csv --steps 1",
+        "generate -o {f}/outs -m {generator} --jobs {f}/jobs.csv --steps 1 --resume",
+    ),
+    "empty findings": Remedy(
+        "omit --findings",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --findings= ",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
+    ),
+    "a VAE that does not fit": Remedy(
+        "give --vae",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --vae {vae}",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --vae tiny",
+    ),
+    "an engine that is not there": Remedy(
+        "name them, as openvino:fp32",
+        "bench --engines magic",
+        "bench --engines openvino:fp32 --size 16 --slices 5 --rounds 1 --repeats 0",
+    ),
+    "a device that must be named": Remedy(
+        "name them, as openvino:fp32",
+        "bench --device npu",
+        "bench --engines openvino:fp32 --size 16 --slices 5 --rounds 1 --repeats 0",
+    ),
+    "a token that is not there": Remedy(
+        "run fvae token list --folder",
+        "token remove nobody --folder {f}/served",
+        "token list --folder {f}/served",
+    ),
+    "a server without tokens for all": Remedy(
+        "create tokens with fvae token add NAME",
+        "serve --folder {f}/served --host 0.0.0.0 --insecure-no-auth",
+        "token add NAME --folder {f}/served",
+    ),
+    "torch without CUDA": Remedy("use --device cpu", "encode {f}/ct.nii -o {f}/new.zarr -e torch "
+        "--device cuda", "encode {f}/ct.nii -o {f}/new.zarr -e torch --device cpu"),
+    "an unknown extension": Remedy(
+        "expected --extension as one of",
+        f"reconstruct {{f}}/scans -o {{f}}/outs {F} --extension .gif",
+        f"reconstruct {{f}}/corrected -o {{f}}/outs {F} --extension .nii",
+    ),
+    "a sampler that a schedule does not allow": Remedy(
+        "use --scheduler ddim",
+        "generate -o {f}/new.nii -m {clipping} --mask {f}/organs.nii --steps 2 --scheduler unipc",
+        "generate -o {f}/new.nii -m {clipping} --mask {f}/organs.nii --steps 2 --scheduler ddim",
+    ),
+}  # fmt: skip
+EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> words of the errors
+    "needs a GPU or a device that is not here": (
+        "expected a GPU to test",
+        "run fvae kernels check, which needs none",
+        "expected the GPU to keep working",
+        "leaves {} to the CPU",
+        "expected a {} that computes in",
+        "expected an engine for {}",
+        "expected device cuda for tensorrt",
+    ),
+    "needs engines of TensorRT; tried in tests/engines and tests/export": (
+        "run fvae build again",
+        "fvae build {} with --size or --any-size",
+        "run fvae build with the --size of these slices",
+        "without branches or loops",
+        "engines built with tensorrt for Triton",
+        "use --package tensorrt",
+        "correct --package",
+        "correct --precision",
+        "pip install {}",
+    ),
+    "names a package to install; the extras are compared with the packages above": (
+        "pip install 'fvae-deploy[",
+        "pip install 'pylibjpeg",
+    ),
+    "a network that answers with NaN; tried in tests/stream and tests/generation": (
+        "use --precision fp32",
+    ),
+    "a network that takes one frame; tried in tests/stream": ("use --step 1",),
+    "a server or a cluster; tried in tests/server and tests/batch": (
+        "raise --max-volume",
+        "raise --max-upload",
+        "choose another --folder",
+        "give --tls-cert and --tls-key",
+        "expected a Ray cluster",
+    ),
+    "a full disk; tried in tests/server/test_full_disk.py": ("then continue with --resume",),
+    "weights or code of others; tried in tests/export": (
+        "--model module:factory",
+        "correct --model",
+        "run fvae in the folder of its code",
+        "choose a larger --window",
+        "choose another --window",
+        "try --window",
+        "correct --range",
+        "give one with --name",
+        "correct --channels",
+        "with --channels gray",
+        "with --text FOLDER",
+        "as --text",
+        "check --text",
+        "--config FILE",
+        "use --engine openvino or onnxruntime",
+        "with --debug",
+        "check --peer",
+    ),
+    "names what was given wrong, and no way out of it": (
+        "fvae reads CT only",
+        "Interrupted.",
+        "with the JSON file that --json writes",
+        "expected --stitch joint or reference",
+        "choose a larger --step",
+    ),
+    "a generator with its own VAE or schedule; tried in tests/generation": (
+        "trained with as --vae",
+        "use --scheduler unipc",
+        "with --stitch reference",
+    ),
+    "parsed like --slices": ("write it like 512,512",),
+}
+
+
+def test_every_remedy_is_tried_or_says_why_not():
+    tried = [remedy.words for remedy in REMEDIES.values()]
+    exempt = [words for group in EXEMPT.values() for words in group]
+    untold = [
+        f"{message.place}: {message.text}"
+        for message in messages()
+        if not any(words in message.text for words in [*tried, *exempt])
+    ]
+    assert not untold, "\n".join(untold)
+
+
+def test_no_exemption_outlives_its_error():
+    everything = [message.text for message in messages()]
+    for words in (words for group in EXEMPT.values() for words in group):
+        assert any(words in text for text in everything), words
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, fake_bundle, small_bundle, small_generator):
+    """Inputs of all kinds, made once; each test works on a copy."""
+    folder = tmp_path_factory.mktemp("remedies")
+    bundles = {"fake": fake_bundle, "vae": small_bundle}
+    for name in ("fake", "vae", "generator", "clipping"):
+        shutil.copytree(bundles.get(name, small_generator), folder / name)
+    manifest = folder / "clipping" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["schedule"]["clip_sample"] = True
+    manifest.write_text(json.dumps(content))
+    values = np.random.default_rng(0).integers(-1000, 900, (20, 12, 11)).astype(np.int16)
+
+    def image(name, voxels):
+        (folder / name).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1, 2, 1])), folder / name)
+
+    image("ct.nii", values)
+    image("positive.nii", values + 1000)
+    image("organs.nii", np.full((32, 32, 4), 5, np.uint8))
+    image("scans/a.nii", values)
+    image("corrected/a.nii", values)
+    image("corrected/b.nii", values)
+    (folder / "scans" / "b.nii").write_bytes(b"no volume")
+    for name in ("out.nii", "old.png"):
+        (folder / name).write_bytes(b"an older result")
+    (folder / "jobs.csv").write_text("mask,output\norgans.nii,a.nii\n")
+    (folder / "bad.csv").write_text("mask,output\nnone.nii,a.nii\n")
+    for name in ("one", "two"):
+        write_series(folder / "dicom" / name, (16, 12, 5))
+    fake = ["-m", str(folder / "fake"), "-e", "fake", "-q"]
+    for name in ("z.zarr", "latents/a.zarr"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        run(["encode", str(folder / "ct.nii"), "-o", str(folder / name), *fake])
+    run(["phantom", "-o", str(folder / "p.zarr"), "--shape", "16,16,8", "-q"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NiftiWriter, "write", interrupt)
+        patch.setattr(LatentWriter, "commit", interrupt)
+        for verb, name in (("reconstruct", "stopped.nii"), ("encode", "half.zarr")):
+            ct, output = str(folder / "ct.nii"), str(folder / name)
+            assert run([verb, ct, "-o", output, *fake]) == 130
+    return folder
+
+
+def interrupt(self: object, *rest: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of the command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fvae", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_remedy_helps(name, shelf, tmp_path, capsys):
+    folder = shutil.copytree(shelf, tmp_path / "desk")
+    series = pydicom.dcmread(next((folder / "dicom" / "one").iterdir())).SeriesInstanceUID
+    known = {name: folder / name for name in ("generator", "clipping", "vae")} | {"f": folder}
+
+    def arguments(command: str) -> list[str]:
+        return [word.format(**known, series=series) for word in command.split()]
+
+    capsys.readouterr()
+    assert run(arguments(REMEDIES[name].failing)) != 0
+    assert REMEDIES[name].words.replace("{}", "") in capsys.readouterr().err
+    assert run(arguments(REMEDIES[name].remedied)) == 0, capsys.readouterr().err
