@@ -371,7 +371,6 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "use --scheduler unipc",
         "with --stitch reference",
     ),
-    "parsed like --slices": ("write it like 512,512",),
 }
 
 
