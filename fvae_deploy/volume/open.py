@@ -12,10 +12,11 @@ from typing import Any
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, Reader, Writer
 from fvae_deploy.volume.options import ReadOptions
+from fvae_deploy.volume.zarr_paths import is_zarr
 
 
 def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords: Any) -> Reader:
-    """Open a .nii or .nii.gz file, a Zarr array or a folder of DICOM slices.
+    """Open a .nii or .nii.gz file, a Zarr store or a folder of DICOM slices.
 
     `keywords` are the fields of `ReadOptions`. Raises VolumeError if the path cannot be read as a
     CT volume.
@@ -27,7 +28,7 @@ def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords
         from fvae_deploy.volume.nifti import NiftiReader
 
         return NiftiReader(path)
-    if path.name.endswith(".zarr"):
+    if is_zarr(path):
         from fvae_deploy.volume.zarr import ZarrReader
 
         return ZarrReader(path, options)
@@ -71,7 +72,7 @@ def create_volume(
 
         return NiftiWriter(path, geometry, dtype)
     if path.name.endswith(".zarr"):
-        from fvae_deploy.volume.zarr import ZarrWriter
+        from fvae_deploy.volume.zarr_writer import ZarrWriter
 
         return ZarrWriter(path, geometry, dtype, pyramid)
     if path.name.endswith(".dcm"):
