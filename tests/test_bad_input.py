@@ -241,7 +241,7 @@ OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
 
 DECODE = {
     "no store": (lambda f: without(f / "z.zarr"), [], 3, "found nothing"),
-    "a CT where latents are wanted": (lambda f: None, ["{f}/p.zarr"], 3, "3 dimensions"),
+    "a CT where latents are wanted": (lambda f: None, ["{f}/p.zarr"], 3, "such as a CT"),
     "a store still incomplete": (
         lambda f: attribute(f / "z.zarr", "complete", False), [], 3, "--resume"),
     "only the partial store of a stopped run": (

@@ -21,6 +21,7 @@ from typing import Any
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.errors import UsageError
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.zarr_paths import ARCHIVES, is_zarr
 
 LISTS = (".csv", ".jsonl")
 VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
@@ -42,12 +43,12 @@ class Scan:
 def is_batch(source: Path, output: Path) -> bool:
     """Return whether the input is a list or folder of scans, and the output a folder.
 
-    An input or output with the file extension of a volume is a single one.
+    An input or output with the file extension of a volume is a single one, and so is a Zarr store.
     """
     if source.suffix in LISTS:
         return True
     single = source.name.lower().endswith(VOLUMES) or output.name.endswith(VOLUMES)
-    return source.is_dir() and not single
+    return source.is_dir() and not single and not is_zarr(source)
 
 
 def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Scan]:
@@ -83,7 +84,7 @@ def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEnt
         path = Path(entry.path)
         if entry.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
             continue
-        if entry.is_dir() and path.suffix not in (".zarr", ".partial"):
+        if entry.is_dir() and path.suffix != ".partial" and not is_zarr(path):
             yield from _folders(path, outputs)
 
 
@@ -93,9 +94,10 @@ def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
         slices = False
         for entry in entries:
             path = Path(entry.path)
-            if entry.is_dir():
-                if path.suffix == ".zarr":
-                    yield path
+            if is_zarr(path):
+                yield path
+            elif entry.is_dir():
+                continue
             elif path.name.lower().endswith((".nii", ".nii.gz")):
                 yield path
             elif not slices and entry.name != "DICOMDIR":
@@ -126,7 +128,7 @@ def _is_dicom(path: Path) -> bool:
 def _output(path: Path, output: Path, extension: str) -> Path:
     """Return the path of a result: the name of its input, in the output folder."""
     name = path.name
-    for known in VOLUMES:
+    for known in (*VOLUMES, *ARCHIVES):
         if name.lower().endswith(known):
             name = name[: -len(known)]
     return output / path.parent / f"{name or 'scan'}{extension}"

@@ -22,6 +22,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
+from zarr.errors import NodeTypeValidationError
 
 from fvae_deploy.errors import LatentError
 from fvae_deploy.storage.fingerprint import difference
@@ -289,6 +290,11 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
         if array.ndim != 4:
             raise ValueError(f"{array.ndim} dimensions")
         return array, dict(array.attrs)
+    except NodeTypeValidationError:
+        raise LatentError(
+            f"expected a latent store (D, T, h, w) at {path}, found a Zarr group, such as a CT: "
+            "create one with fvae encode"
+        ) from None
     except Exception as error:  # zarr raises many exception types for a damaged store
         raise LatentError(
             f"expected a latent store (D, T, h, w) at {path}, found "

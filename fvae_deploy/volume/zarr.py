@@ -56,7 +56,10 @@ class ZarrReader:
             )
         remarks: list[str] = []
         if image.multiscale is not None and len(image.levels) > 1:
-            remarks.append(f"Level {level} of {len(image.levels)} of the image was read.")
+            count = len(image.levels)
+            remarks.append(
+                f"The image has {count} levels; level {level} was read, 0 is the finest."
+            )
         names, self._dimensions = axes_of(image, level, self.path)
         attributes = dict(array.attrs)
         legacy = array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in attributes

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from dicom_series import write_series
 
 import fvae_deploy as fvae
 from fvae_deploy.batch.run import run_scans
-from fvae_deploy.batch.scans import find_scans
+from fvae_deploy.batch.scans import find_scans, is_batch
 from fvae_deploy.errors import UsageError
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.base import Primed
@@ -64,6 +65,26 @@ def test_a_folder_is_searched_and_its_layout_kept(scans, tmp_path):
         "sub-01/ct/sub-01_ct.nii.gz": "sub-01/ct/sub-01_ct.zarr",
         "sub-02/ct/sub-02_ct.nii": "sub-02/ct/sub-02_ct.zarr",
     }
+
+
+def test_zarr_stores_are_known_by_their_files_too(tmp_path):
+    folder, out = tmp_path / "scans", tmp_path / "out"
+    zarr.create_group(str(folder / "a.ZARR")).create_array("0", data=np.zeros((3, 3, 3)))
+    zarr.create_array(str(folder / "sub" / "b"), data=np.zeros((3, 3, 3)), zarr_format=2)
+    for name in ("c.zarr.zip", "d.ozx"):
+        (folder / name).write_bytes(b"")
+    (folder / "sub" / "e").mkdir()
+    found = find_scans("encode", folder, out, ".zarr")
+    outputs = {str(s.source.relative_to(folder)): str(s.output.relative_to(out)) for s in found}
+    assert outputs == {
+        "a.ZARR": "a.zarr",
+        "c.zarr.zip": "c.zarr",
+        "d.ozx": "d.zarr",
+        "sub/b": "sub/b.zarr",
+    }
+    assert is_batch(folder, out)
+    for single in ("a.ZARR", "a.ZARR/0", "sub/b", "c.zarr.zip"):
+        assert not is_batch(folder / single, out)
 
 
 def test_results_within_the_folder_are_no_scans(scans, fake):
