@@ -67,6 +67,11 @@ def create_volume(
     path = Path(path)
     if dtype not in ("int16", "float32"):
         raise VolumeError(f"expected dtype int16 or float32, found {dtype}: choose one of them")
+    if pyramid and not path.name.endswith(".zarr"):
+        raise VolumeError(
+            f"expected an output named .zarr for --pyramid, found {path.name}: rename it, or leave "
+            "the option out"
+        )
     if path.name.endswith((".nii", ".nii.gz")):
         from fvae_deploy.volume.nifti import NiftiWriter
 

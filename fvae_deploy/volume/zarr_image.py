@@ -172,7 +172,10 @@ def _of_array(array: Any, path: Path) -> Image:
 
 
 def _images(group: Any, attributes: dict[str, Any], path: Path) -> Iterator[Image]:
-    """Yield the images below a group: multiscale images, else arrays of 3 and more dimensions."""
+    """Yield the images below a group: multiscale images, else arrays that may be volumes.
+
+    Arrays of more dimensions count only where no array of the group has three.
+    """
     described = multiscales(dict(group.attrs), path)
     for multiscale in described:
         yield _multiscale_image(multiscale, group, attributes, path)
@@ -180,14 +183,15 @@ def _images(group: Any, attributes: dict[str, Any], path: Path) -> Iterator[Imag
         return
     with _quiet():
         members = sorted(group.members())
+    arrays = [(name, node) for name, node in members if not isinstance(node, zarr.Group)]
+    stacks = [(name, array) for name, array in arrays if array.ndim >= 3]
+    volumes = [(name, array) for name, array in stacks if sum(n > 1 for n in array.shape) <= 3]
+    for name, array in volumes or stacks:
+        _refuse_latents(dict(array.attrs), path / name)
+        yield Image((array,), (name,), attributes, group)
     for name, child in members:
-        if isinstance(child, zarr.Group):
-            if name != "labels":
-                inner = attributes | dict(child.attrs)
-                yield from _images(child, inner, path / name)
-        elif child.ndim >= 3:
-            _refuse_latents(dict(child.attrs), path / name)
-            yield Image((child,), (name,), attributes, group)
+        if isinstance(child, zarr.Group) and name != "labels":
+            yield from _images(child, attributes | dict(child.attrs), path / name)
 
 
 def _multiscale_image(

@@ -55,32 +55,36 @@ class ZarrWriter(FrameWriter):
                 f"{self.path}: choose another name"
             )
         steps = pyramid_steps(geometry) if pyramid else []
-        factors = [(1, 1, 1)]
-        for step in steps:
-            factors.append(_times(factors[-1], step))
         try:
             # A killed process with the same id may have left this folder.
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
-            group = zarr.create_group(str(self._partial), attributes=_attributes(geometry, factors))
-            self._level: _Level | None = None
-            for number, factor in reversed(list(enumerate(factors))):
-                shape = _over(geometry.shape, factor)
-                step = steps[number] if number < len(steps) else (1, 1, 1)
-                self._level = _Level(group, number, shape, self._dtype, step, self._level)
+            self._finest = _create(self._partial, geometry, self._dtype, steps)
         except OSError as error:
             self.abort()
             raise self._write_error(error) from error
 
     def _append(self, frame: HuFrames) -> None:
-        assert self._level is not None
-        self._level.append(frame.T)
+        self._finest.append(frame.T)
 
     def _publish(self) -> None:
         publish_folder(self._partial, self.path)
 
     def _discard(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _create(path: Path, geometry: Geometry, dtype: np.dtype[Any], steps: list[Factor]) -> _Level:
+    """Create the group and the arrays of all levels; return the finest level."""
+    factors = [(1, 1, 1)]
+    for step in steps:
+        factors.append(_times(factors[-1], step))
+    group = zarr.create_group(str(path), attributes=_attributes(geometry, factors))
+    level: _Level | None = None
+    for number in reversed(range(1, len(factors))):
+        step = steps[number] if number < len(steps) else (1, 1, 1)
+        level = _Level(group, number, _over(geometry.shape, factors[number]), dtype, step, level)
+    return _Level(group, 0, geometry.shape, dtype, steps[0] if steps else (1, 1, 1), level)
 
 
 class _Level:
@@ -99,7 +103,8 @@ class _Level:
         self._shape, self._step, self._coarser = shape, step, coarser
         self._count = 0
         self._layer = np.empty((min(_DEPTH, nz), ny, nx), dtype)  # the chunk being filled
-        self._sum = np.zeros((0, 0))  # of the slices that the next one of `coarser` covers
+        # Of the voxels that one slice of `coarser` covers. In float64 the means stay exact.
+        self._sum = np.zeros((ny // step[1], nx // step[0]))
         self._array = group.create_array(
             str(number),
             shape=(nz, ny, nx),
@@ -125,12 +130,13 @@ class _Level:
 
     def _pass_on(self, plane: NDArray[Any], coarser: _Level) -> None:
         x, y, z = self._step
-        nx, ny = self._shape[0] // x * x, self._shape[1] // y * y
-        blocks = plane[:ny, :nx].astype(np.float64).reshape(ny // y, y, nx // x, x)
-        first = (self._count - 1) % z == 0
-        self._sum = blocks.mean(axis=(1, 3)) + (0 if first else self._sum)
+        ny, nx = self._sum.shape
+        for row in range(y):
+            for column in range(x):
+                self._sum += plane[row : ny * y : y, column : nx * x : x]
         if self._count % z == 0:
-            coarser.append(self._sum / z)
+            coarser.append(self._sum / (x * y * z))
+            self._sum[:] = 0
 
 
 def pyramid_steps(geometry: Geometry) -> list[Factor]:

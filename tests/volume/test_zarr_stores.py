@@ -78,6 +78,17 @@ class TestPlaces:
         assert "expected one image, found 2" in refusal(tmp_path / "a.zarr")
         assert np.array_equal(affine(tmp_path / "a.zarr" / "other"), np.diag([-9, -9, 9, 1]))
 
+    def test_arrays_of_more_dimensions_count_only_alone(self, tmp_path):
+        group = zarr.create_group(str(tmp_path / "a.zarr"))
+        names = ("time", "z", "y", "x")
+        group.create_array("b", data=np.zeros((4, 3, 2, 2)), dimension_names=names)
+        assert "found time (4), z (3), y (2), x (2)" in refusal(tmp_path / "a.zarr")
+        group.create_group("inner").create_array("ct", data=CT.T, dimension_names=names[1:])
+        assert "expected one 3-D array, found 2" in refusal(tmp_path / "a.zarr")
+        group.create_array("ct", data=CT.T, dimension_names=names[1:])
+        del group["inner"]
+        assert np.array_equal(voxels(tmp_path / "a.zarr"), CT)
+
     @pytest.mark.parametrize("depth", [1, 2])
     def test_latents_within_a_group_are_refused(self, tmp_path, depth):
         group = zarr.create_group(str(tmp_path / "a.zarr"))

@@ -134,6 +134,11 @@ class TestWritten:
         headers = [open_volume(tmp_path / "a.zarr", level=n).geometry.nifti_header for n in (0, 1)]
         assert headers == [bytes(348), None]
 
+    @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.dcm"])
+    def test_other_formats_have_no_pyramid(self, tmp_path, name):
+        with pytest.raises(VolumeError, match=f"for --pyramid, found {name}"):
+            write(tmp_path / name, CT, AFFINES["LPS"], pyramid=True)
+
     def test_lost_chunks_of_any_level_are_noticed(self, tmp_path):
         path = write(tmp_path / "a.zarr", CT, AFFINES["LPS"], pyramid=True)
         next(p for p in (path / "1" / "c").rglob("*") if p.is_file()).unlink()
