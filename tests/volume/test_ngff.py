@@ -2,6 +2,7 @@
 
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import zarr
@@ -111,6 +112,17 @@ class TestAgainstAPublicReader:
             coarse = public(path)[1]
             np.testing.assert_allclose(affine(path, level=1), public_affine(coarse))
             assert np.array_equal(voxels(path, level=1), np.asarray(coarse.data).T)
+
+    def test_ngff_zarr_places_a_nifti_in_ras_as_nibabel_does(self, tmp_path):
+        ngff_zarr = pytest.importorskip(
+            "ngff_zarr", reason="ngff-zarr, of the extra dev, is missing"
+        )
+        matrix = np.array([[0.7, 0, 0, 5], [0, 0.8, 0, -6], [0, 0, 2.5, 7], [0, 0, 0, 1]])
+        image = ngff_zarr.nibabel_image_to_ngff_image(nibabel.Nifti1Image(CT, matrix))
+        pyramid = ngff_zarr.to_multiscales(image, scale_factors=[], chunks=16)
+        ngff_zarr.to_ngff_zarr(str(tmp_path / "a.zarr"), pyramid, version="0.5")
+        np.testing.assert_allclose(affine(tmp_path / "a.zarr"), matrix)
+        assert np.array_equal(voxels(tmp_path / "a.zarr"), CT)
 
 
 class TestAxes:

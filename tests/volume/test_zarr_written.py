@@ -16,8 +16,8 @@ from fvae_deploy.volume.open import create_volume, open_volume
 from fvae_deploy.volume.zarr_writer import pyramid_steps
 
 AFFINES = {
-    "LPS": np.diag([-0.7, -0.8, 2.5, 1]) + np.eye(4, k=3) * 5,
-    "RAS": np.diag([0.7, 0.8, 2.5, 1]) + np.eye(4, k=3) * 5,
+    "LPS": np.array([[-0.7, 0, 0, 5], [0, -0.8, 0, -6], [0, 0, 2.5, 7], [0, 0, 0, 1]]),
+    "RAS": np.array([[0.7, 0, 0, 5], [0, 0.8, 0, -6], [0, 0, 2.5, 7], [0, 0, 0, 1]]),
     "sagittal": np.array([[0, 0, 3, 1], [-0.7, 0, 0, 2], [0, -0.8, 0, 3], [0, 0, 0, 1.0]]),
     "oblique": np.array([[-0.6, 0.4, 0, 1], [0.3, -0.8, 0.1, 2], [0, 0, 2.5, 3], [0, 0, 0, 1.0]]),
 }
