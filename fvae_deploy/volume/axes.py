@@ -61,8 +61,22 @@ class Grid:
         return matrix
 
 
-def millimetres(unit: object, path: Path) -> float:
-    """Return the millimetres of a unit of length; raises VolumeError for other units."""
+def millimetres(units: Sequence[object], path: Path) -> Vector:
+    """Return the millimetres of the units of x, y and z; None, no unit, is taken as millimetre.
+
+    Raises VolumeError for what is no unit of length, and for axes without a unit beside axes in
+    other units than millimetres.
+    """
+    x, y, z = (1.0 if unit is None else _millimetres(unit, path) for unit in units)
+    if None in units and {x, y, z} != {1.0}:
+        raise VolumeError(
+            f"expected a unit for each of x, y and z, found {', '.join(map(str, units))} in "
+            f"{path}: add those that are missing"
+        )
+    return x, y, z
+
+
+def _millimetres(unit: object, path: Path) -> float:
     name = str(unit).strip().lower()
     name = _SHORT.get(name, name)
     name = name.removesuffix("s").replace("metre", "meter")
@@ -72,6 +86,9 @@ def millimetres(unit: object, path: Path) -> float:
             f"{path}: correct the unit"
         )
     return 1.0 if name == "millimeter" else _METRES[name] * 1000
+
+
+NO_UNIT = "Axes that have no unit are taken to be in millimetres."
 
 
 def spatial_axes(

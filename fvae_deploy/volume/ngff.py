@@ -9,6 +9,7 @@ to the left, to the back and to the head (LPS), as in DICOM and ITK.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.axes import LPS, Direction, Grid, Vector, millimetres
+from fvae_deploy.volume.axes import LPS, NO_UNIT, Direction, Grid, Vector, millimetres
 from fvae_deploy.volume.base import Geometry
 
 ORIENTATIONS: dict[str, Direction] = {
@@ -63,7 +64,8 @@ class Multiscale:
         own = dict(self.datasets)[dataset]
         kinds = [t.get("type") for t in own or [] if isinstance(t, dict)]
         wide = [t.get("type") for t in self.common or [] if isinstance(t, dict)]
-        if not ({"scale", "identity"} & {*kinds} or (len(self.datasets) == 1 and "scale" in wide)):
+        scaled = "scale" in kinds or "identity" in kinds
+        if not scaled and (len(self.datasets) > 1 or "scale" not in wide):
             raise VolumeError(
                 f"expected a scale of level {dataset!r}, found none in {self.path} (OME-NGFF "
                 f"{self.version}): add it to the coordinateTransformations"
@@ -81,7 +83,7 @@ class Multiscale:
                 f"expected positive scales, found {scale[spatial].tolist()} along x, y and z of "
                 f"level {dataset!r} in {self.path}: correct them"
             )
-        unit = np.array([self._unit(d) for d in spatial])
+        unit = np.array(millimetres([self.axes[d].unit for d in spatial], self.path))
         directions = tuple(
             self._direction(d, default) for d, default in zip(spatial, LPS, strict=True)
         )
@@ -99,7 +101,7 @@ class Multiscale:
         axes = [self.axes[d] for d in dimensions]
         remarks = []
         if any(axis.unit is None for axis in axes):
-            remarks.append("The axes have no unit; millimetres are assumed.")
+            remarks.append(NO_UNIT)
         known = [axis.orientation for axis in axes]
         if known == [None] * 3:
             remarks.append(FRAME)
@@ -110,10 +112,6 @@ class Multiscale:
                 "taken along them."
             )
         return remarks
-
-    def _unit(self, dimension: int) -> float:
-        unit = self.axes[dimension].unit
-        return 1.0 if unit is None else millimetres(unit, self.path)
 
     def _direction(self, dimension: int, default: Direction) -> Direction:
         orientation = self.axes[dimension].orientation
@@ -139,8 +137,10 @@ def multiscales(attributes: dict[str, Any], path: Path) -> list[Multiscale]:
 
     Raises VolumeError for other versions than 0.4 and 0.5 and for metadata without axes or levels.
     """
-    ome = attributes.get("ome")
-    inner = ome.get("multiscales") if isinstance(ome, dict) else None
+    ome = attributes.get("ome", {})
+    if not isinstance(ome, dict):
+        raise _malformed(ome, path)
+    inner = ome.get("multiscales")
     outer = attributes.get("multiscales")
     if inner is not None and outer is not None and inner != outer:
         raise VolumeError(
@@ -150,9 +150,9 @@ def multiscales(attributes: dict[str, Any], path: Path) -> list[Multiscale]:
     entries = outer if inner is None else inner
     if entries is None:
         return []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list) or not entries or not all(type(e) is dict for e in entries):
         raise _malformed(entries, path)
-    version = ome.get("version") if isinstance(ome, dict) and inner is not None else None
+    version = ome.get("version") if inner is not None else None
     return [_multiscale(entry, version, inner is not None, path) for entry in entries]
 
 
@@ -202,22 +202,21 @@ def _vector(transformation: object, size: int, path: Path) -> tuple[str, NDArray
     kind = transformation.get("type") if isinstance(transformation, dict) else None
     if kind == "identity":
         return "identity", np.zeros(size)
-    if not isinstance(transformation, dict) or kind not in ("scale", "translation"):
+    if kind not in ("scale", "translation") or not isinstance(transformation, dict):
         raise VolumeError(
             f"expected scale, translation or identity, found the transformation {kind!r} in "
             f"{path}: resample the image to a grid along its axes"
         )
     values = transformation.get(kind)
-    if (
-        not isinstance(values, list)
-        or len(values) != size
-        or not all(type(value) in (int, float) and np.isfinite(value) for value in values)
-    ):
-        raise VolumeError(
-            f"expected {size} finite numbers, one per axis, found the {kind} {values} in {path}: "
-            "correct it"
-        )
-    return kind, np.asarray(values, np.float64)
+    if isinstance(values, list) and all(type(value) in (int, float) for value in values):
+        with suppress(OverflowError):
+            vector = np.array([float(value) for value in values])
+            if len(vector) == size and np.isfinite(vector).all():
+                return kind, vector
+    raise VolumeError(
+        f"expected {size} finite numbers, one per axis, found the {kind} {str(values)[:80]} in "
+        f"{path}: correct it"
+    )
 
 
 def _malformed(found: object, path: Path) -> VolumeError:

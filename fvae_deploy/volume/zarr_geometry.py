@@ -11,7 +11,7 @@ import zarr
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.axes import Grid, Vector, millimetres, spatial_axes
+from fvae_deploy.volume.axes import NO_UNIT, Grid, Vector, millimetres, spatial_axes
 from fvae_deploy.volume.base import Geometry
 from fvae_deploy.volume.cf import spacing_of
 from fvae_deploy.volume.ngff import FRAME
@@ -120,8 +120,8 @@ def _grid(
     (sx, tx, ux), (sy, ty, uy), (sz, tz, uz) = found
     remarks = [FRAME]
     if None in (ux, uy, uz):
-        remarks.insert(0, "The coordinates have no unit; millimetres are assumed.")
-    fx, fy, fz = (1.0 if unit is None else millimetres(unit, path) for unit in (ux, uy, uz))
+        remarks.insert(0, NO_UNIT)
+    fx, fy, fz = millimetres((ux, uy, uz), path)
     return Grid((sx * fx, sy * fy, sz * fz), (tx * fx, ty * fy, tz * fz)), remarks
 
 
@@ -187,13 +187,14 @@ def _is_ours(attributes: dict[str, Any], path: Path) -> bool:
 def _affine(attributes: dict[str, Any], path: Path) -> NDArray[np.float64]:
     try:
         affine = np.asarray(attributes["affine"], np.float64)
-        if affine.shape == (4, 4) and np.isfinite(affine).all() and np.linalg.det(affine) != 0:
+        valid = affine.shape == (4, 4) and affine[3].tolist() == [0, 0, 0, 1]
+        if valid and np.isfinite(affine).all() and np.linalg.det(affine) != 0:
             return affine
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise VolumeError(
-        f"expected an affine of 4 x 4 numbers that can be inverted, found another one in {path}: "
-        "correct it"
+        f"expected an affine of 4 x 4 numbers that can be inverted, with 0 0 0 1 as its last row, "
+        f"found another one in {path}: correct it"
     )
 
 

@@ -40,7 +40,8 @@ class TestAgainstAPublicReader:
         spatial = [name for name in names if name in "xyz"]
         size = st.floats(0.01, 50)
         place = st.floats(-500, 500)
-        units = {name: data.draw(st.sampled_from(PUBLIC)) for name in spatial}
+        known = data.draw(st.sampled_from([PUBLIC[:-1], ["millimeter", None]]))
+        units = {name: data.draw(st.sampled_from(known)) for name in spatial}
         axes = [axis(name, units.get(name)) for name in names]
         depth = data.draw(st.integers(1, 3))
         fine = [data.draw(size) for _ in names]
@@ -207,6 +208,14 @@ class TestPlacement:
         expected = np.diag([-1, -1, 1, 1]) @ [[1, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7], [0] * 4]
         np.testing.assert_allclose(affine(tmp_path / "a.zarr")[:3], expected[:3] * factor)
 
+    def test_a_unit_of_some_axes_alone_is_refused_unless_it_is_millimetre(self, tmp_path):
+        steps = [scale(1, 1, 1)]
+        for unit in ("millimeter", "mm", "micrometer"):
+            axes = [axis("z", None), axis("y", unit), axis("x", unit)]
+            simple(tmp_path / unit, axes=axes, transformations=steps)
+        assert affine(tmp_path / "mm")[2, 2] == affine(tmp_path / "millimeter")[2, 2] == 1
+        assert "found micrometer, micrometer, None" in refusal(tmp_path / "micrometer")
+
     @pytest.mark.parametrize("unit", ["pixel", "second", "", 7, "parsec"])
     def test_unknown_units_are_refused(self, tmp_path, unit):
         axes = [axis("z"), axis("y"), axis("x") | {"unit": unit}]
@@ -225,6 +234,10 @@ class TestPlacement:
             ([scale(1, 1)], "3 finite numbers"),
             ([scale(1, 1, 1), translation(1, 2, None)], "3 finite numbers"),
             ([scale(1, 1, "1")], "3 finite numbers"),
+            ([scale(1, 1, 10**400)], "3 finite numbers"),
+            ([scale(1, 1, True)], "3 finite numbers"),
+            ([{"type": ["scale"], "scale": [1, 1, 1]}], "expected a scale of level '0'"),
+            ([scale(1, 1, 1), {"type": {}}], "the transformation {}"),
             ([{"type": "scale", "path": "s"}], "3 finite numbers"),
             ([scale(1, 1, 1), {"type": "rotation", "rotation": [1]}], "transformation 'rotation'"),
             ([{"type": "affine", "affine": [1]}, scale(1, 1, 1)], "transformation 'affine'"),
@@ -288,7 +301,7 @@ class TestPlacement:
 
         create("ct", CT.T, "z", "y", "x")
         create("x", np.float32(-5 + 0.7 * np.arange(6)), "x", units="mm")
-        create("y", np.float64(0.6 - 0.08 * np.arange(5)), "y", units="cm")
+        y = create("y", np.float64(6 - 0.8 * np.arange(5)), "y", units="millimetres")
         assert "found none along z" in refusal(tmp_path / "a.zarr")
         z = create("z", 7 + 2.5 * np.arange(7), "z")
         expected = [[-0.7, 0, 0, 5], [0, 0.8, 0, -6], [0, 0, 2.5, 7], [0, 0, 0, 1]]
@@ -296,6 +309,10 @@ class TestPlacement:
             np.testing.assert_allclose(affine(path), expected, rtol=1e-6)
             assert np.array_equal(voxels(path), CT)
             assert "no unit" in open_volume(path).remarks[0]
+        y.attrs["units"] = "cm"
+        assert "expected a unit for each of x, y and z" in refusal(tmp_path / "a.zarr")
+        z.attrs["units"] = "mm"
+        assert affine(tmp_path / "a.zarr")[1, 1] == pytest.approx(8)
         z[3] = 15
         assert "evenly spaced coordinates along z" in refusal(tmp_path / "a.zarr")
 

@@ -130,6 +130,8 @@ class TestReadingStoresOfOtherPrograms:
             (VOLUME, {"affine": [[1, 0], [0, 1]]}, "expected an affine of 4 x 4"),
             (VOLUME, {"affine": "identity"}, "expected an affine of 4 x 4"),
             (VOLUME, {"affine": np.zeros((4, 4)).tolist()}, "expected an affine of 4 x 4"),
+            (VOLUME, {"affine": (np.eye(4) + np.eye(4, k=-3)).tolist()}, "0 0 0 1 as its last row"),
+            (VOLUME, {"affine": [[10**400] * 4] * 4}, "expected an affine of 4 x 4"),
             (VOLUME, {"nifti_header": "!"}, "348 or 540 bytes"),
             (VOLUME, {"nifti_header": base64.b64encode(bytes(9)).decode()}, "348 or 540 bytes"),
         ],

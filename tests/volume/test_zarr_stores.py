@@ -114,7 +114,7 @@ class TestPlaces:
             (lambda m: m[0].update(datasets=[{}]), "expected multiscales with named axes"),
             (lambda m: m[0].update(coordinateTransformations=1), "expected multiscales with"),
             (lambda m: m.__setitem__(0, "image"), "expected multiscales with named axes"),
-            (lambda m: m.clear(), "expected one"),
+            (lambda m: m.clear(), "expected multiscales with named axes"),
         ],
     )
     def test_malformed_metadata(self, tmp_path, change, words):
@@ -123,10 +123,12 @@ class TestPlaces:
             tmp_path / "a.zarr" / "zarr.json",
             lambda content: change(content["attributes"]["ome"]["multiscales"]),
         )
-        if words == "expected one":  # no image described: the array is found by itself
-            assert np.array_equal(voxels(tmp_path / "a.zarr"), CT)
-        else:
-            assert words in refusal(tmp_path / "a.zarr")
+        assert words in refusal(tmp_path / "a.zarr")
+
+    @pytest.mark.parametrize("ome", [None, 0, "x", []])
+    def test_ome_must_be_an_object(self, tmp_path, ome):
+        simple(tmp_path / "a.zarr").attrs["ome"] = ome
+        assert "expected multiscales with named axes" in refusal(tmp_path / "a.zarr")
 
     @pytest.mark.parametrize("version", ["0.3", "0.6", "1.0"])
     def test_other_versions(self, tmp_path, version):
