@@ -142,7 +142,12 @@ def spacing_of(coordinates: NDArray[np.float64], name: str, path: Path) -> tuple
 
     Raises VolumeError if there are fewer than two, or if they are not evenly spaced.
     """
-    if len(coordinates) >= 2 and np.isfinite(coordinates).all():
+    if len(coordinates) < 2:
+        raise VolumeError(
+            f"expected at least two coordinates along {name}, found {len(coordinates)} in {path}, "
+            "which tells no spacing: convert the volume to NIfTI with its voxel size"
+        )
+    if np.isfinite(coordinates).all():
         step = float(coordinates[-1] - coordinates[0]) / (len(coordinates) - 1)
         even = coordinates[0] + step * np.arange(len(coordinates))
         # Coordinates in float32 are rounded.
@@ -150,6 +155,6 @@ def spacing_of(coordinates: NDArray[np.float64], name: str, path: Path) -> tuple
         if step != 0 and np.abs(coordinates - even).max() <= slack:
             return step, float(coordinates[0])
     raise VolumeError(
-        f"expected at least two evenly spaced coordinates along {name}, found others in {path}: "
+        f"expected evenly spaced coordinates along {name}, found others in {path}: "
         "resample the volume to even spacing"
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,19 +112,22 @@ def find_image(node: Any, path: Path) -> Image:
 
 
 def _open_archive(path: Path) -> tuple[Any, Any]:
-    """Open a store in a ZIP file: at its root, or in its only folder."""
+    """Open the one store in a ZIP file, at its root or in a folder."""
+    with zipfile.ZipFile(path) as listing:
+        files = [f"/{name}".rpartition("/") for name in listing.namelist()]
+    folders = sorted({f"{folder}/" for folder, _, name in files if name in METADATA})
+    stores: list[str] = []  # folders with metadata that lie in no other such folder
+    for folder in folders:
+        if not (stores and folder.startswith(stores[-1])):
+            stores.append(folder)
+    if len(stores) != 1:
+        raise VolumeError(
+            f"expected one Zarr store, found {len(stores)} folders with {' or '.join(METADATA)} in "
+            f"{path}: zip the contents of one store"
+        )
     archive = zarr.storage.ZipStore(path, mode="r")
     try:
-        archive._sync_open()
-        names = archive._zf.namelist()
-        roots = {n.rpartition("/")[0] for n in names if n.rpartition("/")[2] in METADATA}
-        if not roots:
-            raise VolumeError(
-                f"expected a Zarr store, found no {' or '.join(METADATA)} in {path}: zip the "
-                "contents of the store"
-            )
-        root = min(roots, key=lambda r: (r.count("/"), len(r)))
-        return _node(archive, path=root), archive
+        return _node(archive, path=stores[0].strip("/")), archive
     except BaseException:
         archive.close()
         raise
@@ -163,9 +167,7 @@ def _of_array(array: Any, path: Path) -> Image:
             for multiscale in multiscales(dict(group.attrs), parent):
                 image = _multiscale_image(multiscale, group, attributes, parent)
                 if name in image.names:
-                    chosen = image.names.index(name)
-                    fields = vars(image) | {"chosen": chosen}
-                    return Image(**fields)
+                    return replace(image, chosen=image.names.index(name))
         if nearest is not None:
             return Image((array,), (place.name,), attributes, nearest)
     return Image((array,), ("",), {})

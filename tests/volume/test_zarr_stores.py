@@ -48,7 +48,11 @@ class TestPlaces:
         assert "expected an intact Zarr store" in refusal(tmp_path / "a.zarr.zip")
         with zipfile.ZipFile(tmp_path / "b.zarr.zip", "w") as archive:
             archive.writestr("readme.txt", "nothing")
-        assert "found no zarr.json" in refusal(tmp_path / "b.zarr.zip")
+        assert "expected one Zarr store, found 0" in refusal(tmp_path / "b.zarr.zip")
+        with zipfile.ZipFile(tmp_path / "c.zarr.zip", "w") as archive:
+            for name in ("a.zarr/zarr.json", "a.zarr/0/zarr.json", "b/zarr.json"):
+                archive.writestr(name, "{}")
+        assert "expected one Zarr store, found 2" in refusal(tmp_path / "c.zarr.zip")
 
     def test_nested_groups_labels_and_bioformats2raw(self, tmp_path):
         path = tmp_path / "a.zarr"
