@@ -50,8 +50,10 @@ def offers(
             found.setdefault(key, {}).setdefault(plain, blocks)
 
     for target in targets:
-        for _ in trial.run(Source(device, dtype, target, collect)):
-            pass
+        source = Source(device, dtype, target, collect)
+        with Guarded(source):
+            for _ in trial.run(source):
+                pass
     return {key: list(blocks.values()) for key, blocks in found.items()}
 
 

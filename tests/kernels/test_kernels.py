@@ -48,7 +48,7 @@ def interpreted(code: str) -> str:
     """Run code in a process with interpreted kernels; return its output."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=900,
