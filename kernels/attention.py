@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from fvae_deploy.kernels.blocks import Blocks, Choose, Needs, first, fitting, magnitude
 from fvae_deploy.kernels.chips import Chip, like
 from fvae_deploy.kernels.inlined import multiply
+from fvae_deploy.kernels.norm_silu import check_layout
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
 from fvae_deploy.kernels.record import Spec, traffic
 
@@ -117,7 +119,7 @@ def offered(width: int, size: int, chip: Chip) -> list[Blocks]:
 
     With `whole=False`, two programs compute the halves of a wide head. Both compute the scores,
     which is 1.5 times the work, but the sums of half the channels fit into registers or tensor
-    memory where those of all channels do not.
+    memory where those of all channels do not. Only a head of two equal pieces, 512, has halves.
     """
     tall = "HGMMA" in chip.matrix or "UTCHMMA" in chip.matrix  # these need at least 64 rows
     if width <= 128:
@@ -126,12 +128,12 @@ def offered(width: int, size: int, chip: Chip) -> list[Blocks]:
             numbers += [(64, 64, width, 4, 2), (128, 64, width, 8, 2)]
         numbers += [] if tall or width <= 64 else [(32, 32, width, 4, 1)]
         candidates = [Blocks(*each) for each in numbers]
-    elif size > 2:
-        candidates = [Blocks(16, 16, width, 8, 1), Blocks(16, 16, width, 8, 1, whole=False)]
     else:
-        candidates = [Blocks(64, 32, width, 8, 2), Blocks(64, 32, width, 8, 2, whole=False)]
-        candidates += [Blocks(64, 16, width, 8, 2)]
-        candidates += [] if tall else [Blocks(32, 32, width, 8, 1), Blocks(32, 16, width, 8, 1)]
+        candidates = [Blocks(*((16, 16, width, 8, 1) if size > 2 else (64, 32, width, 8, 2)))]
+        candidates += [replace(candidates[0], whole=False)] if _has_halves(width) else []
+        if size == 2:
+            candidates += [Blocks(64, 16, width, 8, 2)]
+            candidates += [] if tall else [Blocks(32, 32, width, 8, 1), Blocks(32, 16, width, 8, 1)]
     return fitting(candidates, lambda blocks: needs(blocks, size, chip), chip)
 
 
@@ -160,6 +162,16 @@ def _cut(width: int) -> tuple[int, int]:
     return main, width - main
 
 
+def _has_halves(width: int) -> bool:
+    """Return whether both pieces of a head have the same width, as two programs take them.
+
+    A second program for a narrower piece would need a mask in its innermost loop: for 384 it would
+    multiply 1280 channels per score instead of 768, and the sums of all 384 fit every chip.
+    """
+    main, rest = _cut(width)
+    return main == rest
+
+
 def fits(width: int) -> bool:
     """Return whether the kernel takes a head width: 16, 32, ... 256, or a sum of two of these."""
     main, rest = _cut(width)
@@ -180,7 +192,7 @@ def launch(
     """Compute attention with the kernel; arguments and result as in `reference`.
 
     `out` is an optional buffer for the result. Raises ValueError for head widths that the kernel
-    does not take, and for wrong layouts.
+    does not take, for wrong shapes and layouts, and for blocks that would leave a head.
     """
     batch, tokens, heads, width = q.shape
     if not fits(width):
@@ -190,18 +202,21 @@ def launch(
         )
     main, rest = _cut(width)
     y = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", y)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"expected {name} with channels last, found {tensor.stride()}")
-
-    strides = [stride for tensor in (q, k, v, y) for stride in _strides(tensor, batch)]
+    check_layout("q", q, (batch, tokens, heads, width))
+    check_layout("k", k, (_shared(k, batch), k.shape[1], heads, width))
+    check_layout("v", v, (_shared(v, batch), k.shape[1], heads, width))
+    check_layout("out", y, (batch, tokens, heads, width))
+    tensors = (q, k, v, y)
+    strides = [stride for tensor in tensors for stride in _strides(tensor, batch)]
 
     def run_with(blocks: Blocks) -> None:
+        if not (blocks.whole or _has_halves(width)):
+            raise ValueError(
+                f"expected blocks that cover a head of {width}, found {blocks}: "
+                "only a head of 512 has halves"
+            )
         run[triton.cdiv(tokens, blocks.rows), batch * heads, 1 if blocks.whole else 2](
-            q,
-            k,
-            v,
-            y,
+            *tensors,
             tokens,
             k.shape[1],
             heads,
@@ -226,8 +241,13 @@ def launch(
 
 def _strides(tensor: Tensor, batch: int) -> tuple[int, int, int]:
     """Return the strides of batch, tokens and heads; 0 for a batch that shares one tensor."""
-    shared = tensor.shape[0] == 1 and batch > 1
-    return 0 if shared else tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    one_for_all = _shared(tensor, batch) < batch
+    return 0 if one_for_all else tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _shared(tensor: Tensor, batch: int) -> int:
+    """Return how many batches a tensor must have: one may be shared by all."""
+    return 1 if tensor.shape[0] == 1 else batch
 
 
 def specs(device: str = "meta") -> Iterator[tuple[Spec, Any]]:

@@ -41,7 +41,15 @@ from fvae_deploy.kernels import norm_silu
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
 from fvae_deploy.kernels.causal_conv3d_kernel import kernel
 from fvae_deploy.kernels.chips import Chip, like
-from fvae_deploy.kernels.norm_silu import AFFINE, NONE, RMS, Activation, check_layout
+from fvae_deploy.kernels.norm_silu import (
+    AFFINE,
+    NONE,
+    RMS,
+    Activation,
+    check_activation,
+    check_contiguous,
+    check_layout,
+)
 from fvae_deploy.kernels.optional import INTERPRETED, triton, upcast
 from fvae_deploy.kernels.record import Spec, as_torch_reads, launcher_of, traffic
 
@@ -109,8 +117,8 @@ def offered(outputs: int, size: int, chip: Chip, apart: bool) -> list[Blocks]:
     slab in a launch of its own.
     """
     columns = min(128, max(16, 1 << (outputs - 1).bit_length()))
-    if INTERPRETED:  # large blocks: the interpreter's cost grows with the number of programs
-        return [Blocks(512, columns, 64, fused=not apart)]
+    # Large blocks first: the interpreter's cost grows with the number of programs.
+    large = [Blocks(512, columns, 64, fused=not apart)] if INTERPRETED else []
     if outputs % 128 and outputs % 96 == 0:
         columns = 32 if size > 2 else 64  # a power of two that divides 96 and 192
     narrow = min(columns, 64)
@@ -119,7 +127,9 @@ def offered(outputs: int, size: int, chip: Chip, apart: bool) -> list[Blocks]:
     single = ((64, narrow, 16, 4, 3), (64, narrow, 32, 4, 2), (128, narrow, 16, 8, 2))
     candidates = [Blocks(*numbers) for numbers in (single if size > 2 else half)]
     fit = fitting(candidates, lambda blocks: product(blocks, size), chip)
-    return [replace(blocks, fused=False) for blocks in fit[:3]] + fit[-3:-1] if apart else fit
+    if apart:
+        fit = [replace(blocks, fused=False) for blocks in fit[:3]] + fit[-3:-1]
+    return large + fit
 
 
 @dataclass(frozen=True)
@@ -163,16 +173,19 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Compute the convolution with the kernel; arguments and results as in `reference`.
 
-    `out` [T', h, w, C'] and `after` [S, H, W, C] are optional buffers for the results: tiles share
-    one `after`, and each writes its own box of it. `run` replaces the kernel to record launches.
-    Raises ValueError for wrong shapes and layouts, with which a kernel would read other memory.
+    `out` [T', h, w, C'] and `after` [S, H, W, C], contiguous, are optional buffers for the results:
+    tiles share one `after`, and each writes its own box of it. `run` replaces the kernel to record
+    launches. Raises ValueError for wrong shapes and layouts: a kernel would read other memory.
     """
     shapes = _shapes(x, weight, window, box)
     check_layout("x", x, shapes.slab)
     check_layout("state", state, shapes.state)
     check_layout("residual", residual, shapes.image)
     check_layout("out", out, shapes.result)
-    check_layout("after", after, shapes.state)
+    check_contiguous("after", after, shapes.state)
+    check_contiguous("weight", weight, tuple(weight.shape))
+    check_contiguous("bias", bias, weight.shape[4:])
+    check_activation(activation, x)
     out = x.new_empty(shapes.result) if out is None else out
     after = x.new_empty(shapes.state) if after is None else after
     steps, rows, columns, outputs = shapes.result

@@ -26,7 +26,7 @@ from torch import Tensor
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, magnitude
 from fvae_deploy.kernels.causal_conv3d import Box
 from fvae_deploy.kernels.inlined import locate
-from fvae_deploy.kernels.norm_silu import check_layout
+from fvae_deploy.kernels.norm_silu import check_contiguous, check_layout
 from fvae_deploy.kernels.optional import jit, tl, triton
 from fvae_deploy.kernels.record import Spec, traffic
 
@@ -126,8 +126,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Compute the convolution with the kernel; arguments and results as in `reference`.
 
-    `out` [T, h, w, C] and `after` [2, H, W, C] are optional buffers for the results; tiles share
-    one `after`. Raises ValueError for wrong shapes, layouts and boxes.
+    `out` [T, h, w, C] and `after` [2, H, W, C], contiguous, are optional buffers for the results;
+    tiles share one `after`. Raises ValueError for wrong shapes, layouts and boxes.
     """
     frames, height, width, channels = x.shape
     box = box or (0, height, 0, width)
@@ -137,7 +137,9 @@ def launch(
     check_layout("x", x, (frames, height, width, weight.shape[1]))
     check_layout("state", state, (KEPT, height, width, channels))
     check_layout("out", out, (frames, rows, columns, channels))
-    check_layout("after", after, (KEPT, height, width, channels))
+    check_contiguous("after", after, (KEPT, height, width, channels))
+    check_contiguous("weight", weight, (27, channels))
+    check_contiguous("bias", bias, (channels,))
     y = x.new_empty(frames, rows, columns, channels) if out is None else out
     if after is None:
         after = x.new_empty(KEPT, height, width, channels)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fvae_deploy.kernels.blocks import Blocks, Choose, first, fitting, magnitude, product
 from fvae_deploy.kernels.chips import Chip, like
+from fvae_deploy.kernels.norm_silu import check_contiguous
 from fvae_deploy.kernels.optional import jit, tl, triton, upcast
 from fvae_deploy.kernels.record import Spec, traffic
 
@@ -111,13 +112,15 @@ def launch(
 ) -> Tensor:
     """Compute it with the kernel; arguments and result as in `reference`.
 
-    Raises ValueError for tensors that are not contiguous.
+    Raises ValueError for tensors of wrong shapes, and for those that are not contiguous.
     """
-    for name, tensor in (("x", x), ("value", value), ("gate", gate)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"expected a contiguous {name}, found strides {tensor.stride()}")
     positions, channels = x.shape
     hidden = value.shape[1]
+    check_contiguous("x", x, (positions, channels))
+    for name, tensor in (("value", value), ("gate", gate)):
+        check_contiguous(name, tensor, (channels, hidden))
+    for name, tensor in (("value_bias", value_bias), ("gate_bias", gate_bias)):
+        check_contiguous(name, tensor, (hidden,))
     y = x.new_empty(positions, hidden)
 
     def run_with(blocks: Blocks) -> None:

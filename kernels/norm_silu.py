@@ -142,7 +142,7 @@ def apply_kernel(
     shift,
     positions,
     C: tl.constexpr,
-    RMS: tl.constexpr,
+    KIND: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -153,13 +153,15 @@ def apply_kernel(
     live = (p < positions)[:, None] & (c < C)[None, :]
     at = t.to(tl.int64) * positions * C + p[:, None] * C + c[None, :]
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-    if RMS:
+    if KIND != 2:
         root = tl.load(inverse + t.to(tl.int64) * positions + p, mask=p < positions, other=0.0)
         value = value * root[:, None] * tl.load(scale + c, mask=c < C, other=0.0)[None, :]
     else:
         value *= tl.load(scale + t * C + c, mask=c < C, other=0.0)[None, :]
         value += tl.load(shift + t * C + c, mask=c < C, other=0.0)[None, :]
-    tl.store(y + at, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=live)
+    if KIND != 3:
+        value *= tl.sigmoid(value)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=live)
 
 
 def check_layout(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -172,14 +174,30 @@ def check_layout(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"expected {name} with channels last, found strides {tensor.stride()}")
 
 
-def _check_contiguous(x: Tensor) -> None:
-    if not x.is_contiguous():
-        raise ValueError(f"expected a contiguous [T, H, W, C], found strides {x.stride()}")
+def check_contiguous(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError if a tensor has another shape, or if it is not contiguous."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"expected {name} {list(shape)}, found {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"expected {name} contiguous, found strides {tensor.stride()}")
+
+
+def check_activation(activation: Activation | None, x: Tensor) -> None:
+    """Raise ValueError if an activation's tensors do not have the shapes for x [T, H, W, C]."""
+    if activation is None:
+        return
+    whole, channels = activation.kind == AFFINE, (x.shape[3],)
+    shape = (x.shape[0], *channels) if whole else channels
+    check_contiguous("scale", activation.scale, shape)
+    check_contiguous("shift", activation.shift, shape)
+    check_contiguous("inverse", activation.inverse, tuple(x.shape[:3]))
 
 
 def rms(x: Tensor, *, choose: Choose = first, run: Any = rms_kernel) -> Tensor:
     """Compute `rms_reference` with the kernel."""
-    _check_contiguous(x)
+    check_contiguous("x", x, tuple(x.shape))
     positions, channels = x.numel() // x.shape[-1], x.shape[-1]
     wide = triton.next_power_of_2(channels)
     y = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -195,7 +213,7 @@ def rms(x: Tensor, *, choose: Choose = first, run: Any = rms_kernel) -> Tensor:
 
 def channels(x: Tensor, *, run: Any = channels_kernel) -> Tensor:
     """Compute `channels_reference` with the kernel, in chunks of positions: [T, C, chunks, 3]."""
-    _check_contiguous(x)
+    check_contiguous("x", x, tuple(x.shape))
     frames, positions, width = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
     chunks = triton.cdiv(positions, 128)
     statistics = torch.empty(frames, width, chunks, 3, dtype=torch.float32, device=x.device)
@@ -207,7 +225,8 @@ def channels(x: Tensor, *, run: Any = channels_kernel) -> Tensor:
 
 def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tensor:
     """Compute `apply_reference` with the kernel."""
-    _check_contiguous(x)
+    check_contiguous("x", x, tuple(x.shape))
+    check_activation(activation, x)
     frames, positions, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
     inverse, shift = activation.inverse, activation.shift
     y = torch.empty_like(x)
@@ -219,7 +238,7 @@ def apply(x: Tensor, activation: Activation, *, run: Any = apply_kernel) -> Tens
         activation.scale if shift is None else shift,
         positions,
         C=channels,
-        RMS=inverse is not None,
+        KIND=activation.kind,
         BP=64,
         BC=64,
         num_warps=4,

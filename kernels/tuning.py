@@ -3,7 +3,7 @@
 The first launch with a new key (kernel, type, channels, window, and number of positions to a factor
 of two) is timed with each of its blocks. The fastest blocks are written to `tuning/<GPU>.json` in
 the bundle. They are measured again on another GPU, with another version of Triton, and when the
-offered blocks have changed.
+offered blocks have changed: what is no longer offered is never launched.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Tuner:
 
     def __call__(self, key: str, offered: Sequence[Blocks], launch: Launch) -> None:
         """Launch with the fastest blocks; time all of them first if that is not known yet."""
-        blocks = self._known.get(key, offered[0])
-        if len(offered) > 1 and (key not in self._known or blocks not in offered):
-            blocks = min(offered, key=lambda b: self._seconds(lambda: launch(b)))
-            self._known[key] = blocks
+        if len(offered) == 1:
+            launch(offered[0])
+            return
+        if self._known.get(key) not in offered:
+            self._known[key] = min(offered, key=lambda b: self._seconds(lambda: launch(b)))
             self._write()
-        launch(blocks)
+        # The offered blocks, not those of the file: 64.0 rows equal 64, but cannot be launched.
+        launch(offered[offered.index(self._known[key])])
 
     def _read(self) -> dict[str, Blocks]:
         """Return the blocks measured before with the same GPU and compiler."""

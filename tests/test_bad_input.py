@@ -415,7 +415,7 @@ def test_weights_of_another_shape_are_refused(desk, capsys, small_weights):
     content["state_dict"].popitem()
     torch.save(content, desk / "short.ckpt")
     arguments = ["export", "-m", desk / "short.ckpt", "-o", desk / "new", "-q"]
-    refused(capsys, desk, arguments, 4, "")
+    refused(capsys, desk, arguments, 4, "found 1 keys missing")
     content["args"]["embedding_dim"] = 48
     torch.save(content, desk / "short.ckpt")
     refused(capsys, desk, arguments, 4, "embedding_dim")

@@ -92,7 +92,7 @@ def test_results_within_the_folder_are_no_scans(scans, fake):
     for options in (fake, again):
         found = find_scans("reconstruct", scans, scans / "out", ".nii")
         assert len(found) == 4
-        assert all(r.error is None for r in run_scans("reconstruct", found, options))
+        assert [r.error for r in run_scans("reconstruct", found, options)] == 4 * [None]
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_a_peer_with_the_same_weights_gives_the_same_results(exported: Path, wei
     cases = [Case("torch"), Case("reference")]
     manifest = Manifest.load(exported)
     row, _ = bench.bench(exported, manifest, cases, SHORT, weights=weights / "small.ckpt")
-    assert row["encode_error_max"] < 1e-4
-    assert row["decode_error_max"] < 1e-4
+    assert 0 < row["encode_error_max"] < 1e-4  # rounding, of folded weights
+    assert 0 < row["decode_error_max"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["other.ckpt", "absent.ckpt", "."])

@@ -203,7 +203,9 @@ def test_offline_the_cache_is_used_without_a_request(hub: Hub, fetch_each: Fetch
 def test_offline_a_file_that_is_not_cached_gives_one_line_with_the_remedy(
     hub: Hub, fetch_each: FetchEach
 ) -> None:
-    for one in fetch_each(FILE, FOLDER, HF_HUB_OFFLINE="1"):
+    found = fetch_each(FILE, FOLDER, HF_HUB_OFFLINE="1")
+    assert len(found) == 2
+    for one in found:
         assert one.error.startswith("expected hf:owner/")
         assert one.error.endswith(
             "found none, and HF_HUB_OFFLINE is set: unset it and run once with network access"

@@ -245,7 +245,9 @@ def test_every_engine_equals_diffusers(
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
 def test_a_graph_holds_no_weights_of_its_own(bundles: dict[str, Path], kind: str) -> None:
-    for path in bundles[kind].glob("*.onnx"):
+    paths = list(bundles[kind].glob("*.onnx"))
+    assert {path.name for path in paths} == {p.file for p in Manifest.load(bundles[kind]).parts}
+    for path in paths:
         graph = onnx.load(path, load_external_data=False).graph
         own = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
         own += [a.t for node in graph.node for a in node.attribute if a.HasField("t")]
@@ -321,9 +323,10 @@ def test_old_names_of_attention_weights_are_read(tmp_path: Path) -> None:
     tensors = {name.replace(".to_out.0.", ".proj_attn."): t for name, t in tensors.items()}
     assert "encoder.mid_block.attentions.0.proj_attn.bias" in tensors
     save_file(tensors, path)
-    for name, stage in load(str(folder)).model.stages.items():
-        for key, value in new[name].state_dict().items():
-            assert torch.equal(stage.state_dict()[key], value), key
+    old = load(str(folder)).model.stages
+    for name, stage in new.items():
+        for key, value in stage.state_dict().items():
+            assert torch.equal(old[name].state_dict()[key], value), key
 
 
 def configured(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -123,7 +123,9 @@ def test_configurations_fit_the_schema_and_the_graphs(tmp_path: Path) -> None:
         from fvae_deploy.make.engines import open_bundle
 
         path, manifest = open_bundle(model)
-        for name in write_repository(path, manifest, tmp_path / model):
+        names = write_repository(path, manifest, tmp_path / model)
+        assert set(names) == {folder.name for folder in (tmp_path / model).iterdir()}
+        for name in names:
             folder = tmp_path / model / name
             config = config_of(folder)
             session = onnxruntime.InferenceSession(

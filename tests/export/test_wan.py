@@ -130,7 +130,9 @@ def test_the_network_can_be_rebuilt_from_manifest_and_weights(network: Any) -> N
         for stage, module in engine.stages.items()
         for key, value in module.state_dict().items()
     }
-    for name, stage in rebuild(engine.manifest).items():
+    rebuilt = rebuild(engine.manifest)
+    assert rebuilt.keys() == engine.stages.keys()
+    for name, stage in rebuilt.items():
         prefix = f"{name}."
         fill(
             stage,

@@ -37,7 +37,9 @@ def test_the_heaviest_kernels_fit_every_chip_and_use_its_matrix_units(module, ta
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_launch_compiles_for_an_edge_gpu(name):
-    for spec, kernel in KERNELS[name].specs():
+    specs = list(KERNELS[name].specs())
+    assert specs
+    for spec, kernel in specs:
         compiled = compile_for(name, spec, kernel, CHIPS["sm_89"])
         assert compiled.wrong == (), spec.name
         assert compiled.moved > 0
@@ -92,7 +94,9 @@ def test_bytes_are_counted_once_each():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_torch_computes_the_same_shapes_as_the_launch_it_is_compared_with(name):
-    for spec, kernel in KERNELS[name].specs():
+    specs = list(KERNELS[name].specs())
+    assert specs
+    for spec, kernel in specs:
         pair = spec.launch(run=Recorder(kernel), target="sm_90"), spec.eager()
         results = (each if isinstance(each, tuple) else (each,) for each in pair)
         for result, expected in zip(*results, strict=True):

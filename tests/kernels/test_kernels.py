@@ -6,9 +6,11 @@ Triton selects the interpreter when it is imported, so the interpreter runs in i
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,17 +19,28 @@ torch = pytest.importorskip("torch", reason="kernels' references are torch's")
 pytest.importorskip("triton", reason="kernels need triton: pip install 'fvae-deploy[kernels]'")
 
 from fvae_deploy.errors import EngineError  # noqa: E402
-from fvae_deploy.kernels import attention, causal_conv3d, depthwise_conv3d, trials  # noqa: E402
+from fvae_deploy.kernels import (  # noqa: E402
+    attention,
+    causal_conv3d,
+    depthwise_conv3d,
+    gated_linear,
+    trials,
+)
 from fvae_deploy.kernels.blocks import Blocks  # noqa: E402
 from fvae_deploy.kernels.causal_conv3d import SAME, Window  # noqa: E402
+from fvae_deploy.kernels.comparisons import Trial  # noqa: E402
 from fvae_deploy.kernels.dispatch import KERNELS, Kernels  # noqa: E402
-from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, Trial, worst  # noqa: E402
+from fvae_deploy.kernels.norm_silu import Activation  # noqa: E402
+from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, worst  # noqa: E402
 
-ALL = """
+# The blocks of all chips, with a limit for every trial. Half types get the same blocks.
+EVERY = """
 import json, torch
-from fvae_deploy.kernels.trials import TOLERANCE, TRIALS, worst
+from fvae_deploy.kernels.chips import CHIPS
+from fvae_deploy.kernels.trials import TRIALS, worst
 trials = [trial for of_kernel in TRIALS.values() for trial in of_kernel]
-print(json.dumps({str(d): {t.name: worst(t, "cpu", d) for t in trials} for d in TOLERANCE}))
+found = {{t.name: worst(t, "cpu", torch.{kind}, tuple(CHIPS), every={every}) for t in trials}}
+print(json.dumps(found))
 """
 
 
@@ -44,41 +57,116 @@ def interpreted(code: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, dict[str, float]]:
-    largest: dict[str, dict[str, float]] = json.loads(interpreted(ALL))
-    return largest
-
-
 # The interpreter multiplies bfloat16 wrongly; kernels multiply in float32 there.
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", [trial.name for each in TRIALS.values() for trial in each])
-def test_a_kernel_equals_its_reference_and_stays_inside_its_tensors(errors, name, dtype):
-    assert errors[str(dtype)][name] <= TOLERANCE[dtype]
+@pytest.mark.parametrize(
+    ("kind", "every"), [("float32", True), ("float16", True), ("bfloat16", False)]
+)
+def test_kernels_equal_their_references_and_stay_inside_their_tensors(kind, every):
+    errors = json.loads(interpreted(EVERY.format(kind=kind, every=every)))
+    assert list(errors) == [trial.name for each in TRIALS.values() for trial in each]
+    limit = TOLERANCE[getattr(torch, kind)]
+    assert {name: error for name, error in errors.items() if not error <= limit} == {}
 
 
-def test_a_trial_notices_a_write_outside_and_a_wrong_value():
-    out = interpreted(
+def test_every_tensor_that_a_kernel_gets_in_a_trial_lies_between_guards():
+    bare = interpreted(
         """
 import torch
-from fvae_deploy.kernels.trials import Trial, worst
+from triton.runtime.interpreter import GridExecutor
+from fvae_deploy.kernels.guards import Guarded, Source
+from fvae_deploy.kernels.trials import TRIALS
 
-def outside(source):
-    view = source.normal(2, 3, 4)
-    view.as_strided((1,), (1,), view.storage_offset() - 1).fill_(0)
-    yield view, view
+launches = []
 
-def wrong(source):
-    view = source.normal(2, 3, 4)
-    yield view, view + 0.1
+def check(self, *tensors, **more):
+    launches.append(self.fn.__name__)
+    for value in (*tensors, *more.values()):
+        if torch.is_tensor(value) and value.numel() and not source.encloses(value):
+            print(trial.name, self.fn.__name__, tuple(value.shape))
 
-for bad in (outside, wrong):
-    print(worst(Trial("", bad), "cpu", torch.float32))
+GridExecutor.__call__ = check
+for trials in TRIALS.values():
+    for trial in trials:
+        source, before = Source("cpu", torch.float32), len(launches)
+        with Guarded(source):
+            list(trial.run(source))
+        assert len(launches) > before, trial.name
 """
     )
-    past, off = map(float, out.split())
-    assert past == float("inf")
-    assert 0.01 < off < 1
+    assert bare == ""
+
+
+def _before(view: torch.Tensor, offset: int) -> torch.Tensor:
+    """Return the element `offset` places before a view's first one."""
+    return view.as_strided((1,), (1,), view.storage_offset() - offset)
+
+
+def _reads(source, offset):
+    view = source.normal(2, 3, 4)
+    yield view + _before(view, offset), view
+
+
+def _reads_and_drops_nan(source, offset):
+    view = source.normal(2, 3, 4)
+    yield view.fmax(_before(view, offset)).fmax(_before(view, offset + 1)), view
+
+
+def _writes_outside(source, value):
+    view = source.blank(2, 3, 4).fill_(1)
+    _before(view, 1).fill_(value)
+    yield view, torch.ones(2, 3, 4)
+
+
+def _writes_far_outside(source, value):
+    view = torch.empty(2, 3, 4).fill_(1)  # as launchers allocate
+    view.as_strided((300,), (1,), view.storage_offset() + view.numel()).fill_(value)
+    yield view, torch.ones(2, 3, 4)
+
+
+def _writes_to_an_input(source, value):
+    view = source.normal(2, 3, 4)
+    expected = view.clone()
+    view[1, 1, 1] = value
+    yield expected, expected
+
+
+def _writes_another_part(source, value):
+    view = source.blank(2, 3, 4, part=(slice(None), slice(0, 1)))
+    view[:, :1] = 1
+    view[0, 2, 0] = value
+    yield view[:, :1], torch.ones(2, 1, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, 1.0])
+@pytest.mark.parametrize(
+    "bad",
+    [_writes_outside, _writes_far_outside, _writes_to_an_input, _writes_another_part],
+)
+def test_a_trial_notices_what_is_written_where_it_must_not_be(bad, value):
+    assert worst(Trial("", partial(bad, value=value)), "cpu", torch.float32) == math.inf
+
+
+@pytest.mark.parametrize("offset", [1, 2])  # NaN and large numbers take turns
+@pytest.mark.parametrize("bad", [_reads, _reads_and_drops_nan])
+def test_a_trial_notices_a_read_outside(bad, offset):
+    assert worst(Trial("", partial(bad, offset=offset)), "cpu", torch.float32) > 1000
+
+
+def test_a_trial_notices_what_is_not_written():
+    def first_alone(source):
+        view = source.blank(2, 3, 4)
+        view[0] = 1
+        yield view, torch.ones(2, 3, 4)
+
+    assert worst(Trial("", first_alone), "cpu", torch.float32) == math.inf
+
+
+def test_a_trial_notices_a_wrong_value():
+    def wrong(source):
+        view = source.normal(2, 3, 4)
+        yield view, view + 0.1
+
+    assert 0.01 < worst(Trial("", wrong), "cpu", torch.float32) < 1
 
 
 def test_trials_that_break_or_are_wrong_are_reported_and_the_others_run(monkeypatch):
@@ -102,17 +190,21 @@ def test_trials_that_break_or_are_wrong_are_reported_and_the_others_run(monkeypa
     assert "NaN" in results[2].failure
 
 
-def test_a_trial_of_all_blocks_launches_each_of_them():
+def test_a_trial_of_all_blocks_launches_each_of_them_on_any_chip():
     seen = []
+    of_chip = {"sm_80": [Blocks(16, 16), Blocks(32, 16)], "sm_90": [Blocks(16, 16), Blocks(8, 16)]}
 
     def run(source):
         view = source.normal(2, 3, 4)
-        source.how["choose"]("alike", [Blocks(16, 16), Blocks(32, 16)], seen.append)
+        source.how["choose"]("alike", of_chip[source.how["target"]], seen.append)
         source.how["choose"]("other", [Blocks(64, 16)], seen.append)
         yield view, view
 
-    worst(Trial("", run), "cpu", torch.float32, every=True)
-    assert [blocks.rows for blocks in seen] == [16, 64, 32, 64]
+    worst(Trial("", run), "cpu", torch.float32, ("sm_80", "sm_90"), every=True)
+    assert [blocks.rows for blocks in seen] == [16, 64, 32, 64, 8, 64]
+    seen.clear()
+    worst(Trial("", run), "cpu", torch.float32)
+    assert [blocks.rows for blocks in seen] == [16, 64]
 
 
 def test_every_kernel_has_trials():
@@ -173,6 +265,64 @@ def test_tensors_of_other_shapes_are_refused_before_a_kernel_reads_past_them(nam
         taps, bias = torch.zeros(27, 16), torch.zeros(16)
         with pytest.raises(ValueError, match=r"expected state \[2, 8, 8, 16\], found"):
             depthwise_conv3d.launch(x, taps, bias, state=tensor)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"k": (1, 9, 2, 16)},
+        {"k": (1, 9, 3, 32)},
+        {"v": (1, 8, 2, 32)},
+        {"k": (2, 9, 2, 32)},
+        {"out": (1, 7, 2, 32)},
+        {"out": (3, 7, 1, 32)},
+    ],
+    ids=str,
+)
+def test_attention_refuses_tensors_of_other_shapes(tensors):
+    shapes = {"q": (3, 7, 2, 32), "k": (1, 9, 2, 32), "v": (1, 9, 2, 32), "out": (3, 7, 2, 32)}
+    given = {name: torch.zeros(shape) for name, shape in (shapes | tensors).items()}
+    with pytest.raises(ValueError, match=rf"expected {next(iter(tensors))} \[.*\], found \["):
+        attention.launch(**given)
+
+
+def _every_second(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weight", torch.zeros(3, 3, 3, 16, 32)[..., :16]),
+        ("bias", _every_second(16)),
+        ("bias", torch.zeros(8)),
+        ("after", torch.zeros(2, 8, 8, 32)[..., :16]),
+        ("scale", Activation(torch.zeros(8), inverse=torch.zeros(1, 8, 8))),
+        ("inverse", Activation(torch.zeros(16), inverse=_every_second(1, 8, 8))),
+        ("shift", Activation(torch.zeros(1, 16), shift=_every_second(1, 16))),
+    ],
+)
+def test_tensors_that_the_kernel_takes_for_contiguous_are_refused_unless_they_are(name, tensor):
+    x, weight = torch.zeros(1, 8, 8, 16), torch.zeros(3, 3, 3, 16, 16)
+    key = "activation" if isinstance(tensor, Activation) else name
+    with pytest.raises(ValueError, match=f"expected {name} (contiguous|.* found)"):
+        causal_conv3d.launch(x, **({"weight": weight, "window": SAME} | {key: tensor}))
+    if name in ("bias", "after"):
+        given = {"weight": torch.zeros(27, 16), "bias": torch.zeros(16), name: tensor}
+        with pytest.raises(ValueError, match=f"expected {name} (contiguous|.* found)"):
+            depthwise_conv3d.launch(x, **given)
+
+
+@pytest.mark.parametrize("name", ["x", "value", "gate", "value_bias", "gate_bias"])
+def test_gated_layers_refuse_tensors_that_are_not_contiguous_or_of_other_shapes(name):
+    shapes = {"x": (5, 16), "value": (16, 24), "gate": (16, 24)}
+    shapes |= {"value_bias": (24,), "gate_bias": (24,)}
+    given = {each: torch.zeros(shape) for each, shape in shapes.items()}
+    with pytest.raises(ValueError, match=f"expected {name} contiguous, found strides"):
+        gated_linear.launch(**(given | {name: _every_second(*shapes[name])}))
+    if name != "x":
+        with pytest.raises(ValueError, match=rf"expected {name} \[.*\], found \["):
+            gated_linear.launch(**(given | {name: torch.zeros(17, 24)}))
 
 
 def test_the_reference_computes_where_there_is_no_gpu():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,7 @@ from fvae_deploy.kernels.aot import compile_for  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks, Needs, fitting, product  # noqa: E402
 from fvae_deploy.kernels.chips import CHIPS, known, like  # noqa: E402
 from fvae_deploy.kernels.norm_silu import NONE  # noqa: E402
-from fvae_deploy.kernels.record import choices, record  # noqa: E402
+from fvae_deploy.kernels.record import Recorder, choices, record  # noqa: E402
 from fvae_deploy.kernels.tuning import Tuner  # noqa: E402
 
 OFFERED = [Blocks(128, 64, 64, 8, 2), Blocks(64, 64, 64, 4, 3), Blocks(256, 64, 32, 8, 2)]
@@ -80,6 +81,39 @@ def test_blocks_that_are_no_longer_offered_are_not_launched(tmp_path):
     _launched(_tuner(tmp_path, 3.0, 1.0, 2.0))
     rest = [OFFERED[0], OFFERED[2]]
     assert _launched(_tuner(tmp_path, 2.0, 1.0), offered=rest) == OFFERED[2]
+
+
+def test_a_stored_choice_is_not_launched_where_another_is_the_only_one_offered(tmp_path):
+    _launched(_tuner(tmp_path, 3.0, 1.0, 2.0))
+    assert _launched(_tuner(tmp_path), offered=OFFERED[:1]) == OFFERED[0]
+
+
+def test_what_is_launched_are_the_offered_blocks_not_the_numbers_of_the_file(tmp_path):
+    _launched(_tuner(tmp_path, 3.0, 1.0, 2.0))
+    stored = json.loads((tmp_path / "nvidia-l4.json").read_text())
+    stored["blocks"]["convolution"] |= {"rows": 64.0, "whole": 1}  # equal, but no integer
+    (tmp_path / "nvidia-l4.json").write_text(json.dumps(stored))
+    assert _launched(_tuner(tmp_path)) is OFFERED[1]
+
+
+def test_halves_apart_are_offered_only_where_they_cover_a_head_exactly():
+    for width in filter(attention.fits, range(16, 513)):
+        for target, chip in CHIPS.items():
+            for size in (2, 4):
+                apart = any(not b.whole for b in attention.offered(width, size, chip))
+                assert not apart or width == 512, f"{width} on {target}"
+    assert any(not b.whole for b in attention.offered(512, 2, CHIPS["sm_100"]))
+
+
+@pytest.mark.parametrize("width", [32, 192, 256, 384])
+def test_halves_apart_are_refused_where_they_leave_a_head(width):
+    q, k, v = torch.zeros(3, 1, 64, 2, width, dtype=torch.float16, device="meta")
+
+    def recorded(key, offered, launch):
+        launch(replace(offered[0], whole=False))
+
+    with pytest.raises(ValueError, match=f"expected blocks that cover a head of {width}, found"):
+        attention.launch(q, k, v, choose=recorded, run=Recorder(attention.kernel))
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{", '{"about": 1}'])

@@ -71,12 +71,12 @@ def test_every_stage_is_two_graphs_without_weights(bundle: Path, manifest: Manif
     assert sum((bundle / name).stat().st_size for name in graphs) < max(4 * weights, 1 << 20)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch"])
 def test_every_engine_agrees_with_torch(bundle: Path, manifest: Manifest, engine: str) -> None:
     reference = open_engine(bundle, manifest, "torch")
     found = parity(reference, open_engine(bundle, manifest, engine), manifest, size=(5, 6))
-    assert found.latent_max < 1e-5
-    assert found.hu_max < 0.02
+    assert 0 < found.latent_max < 1e-5  # rounding, of other sums
+    assert 0 < found.hu_max < 0.02
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -192,12 +192,12 @@ def test_a_spilled_state_begins_with_zeros(
     engine = open_engine(bundle, manifest, "torch")
     specs = manifest.part("encode0_step").state_inputs
     states = States(engine, specs, Grid(4, 4, (4, 4), 0), tmp_path)
-    assert all(not value.any() for value in states.take(0).values())
-    values = [np.full(spec.sized(1, 4, 4), i, np.float32) for i, spec in enumerate(specs)]
+    assert [value.any() for value in states.take(0).values()] == [False] * len(specs)
+    values = [np.full(spec.sized(1, 4, 4), i, np.float32) for i, spec in enumerate(specs, start=1)]
     states.put(1, values)
     for value, expected in zip(states.take(1).values(), values, strict=True):
         np.testing.assert_array_equal(value, expected)
-    assert all(not value.any() for value in states.take(0).values())
+    assert [value.any() for value in states.take(0).values()] == [False] * len(specs)
     states.close()
 
 
@@ -351,8 +351,8 @@ def test_the_benchmark_compares_with_diffusers_on_the_same_weights(
     rows = {row["engine"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == ["openvino", "openvino whole", "diffusers", "diffusers tiling"]
     for name in ("openvino", "openvino whole"):
-        assert rows[name]["encode_error_max"] < 1e-5
-        assert rows[name]["decode_error_max"] < 3e-5
+        assert 0 < rows[name]["encode_error_max"] < 1e-5  # rounding, of other sums
+        assert 0 < rows[name]["decode_error_max"] < 3e-5
         assert rows[name]["times_reference"] > 0
     assert rows["diffusers"]["times_reference"] == 1
 
