@@ -22,7 +22,7 @@ from fvae_deploy.stream.report import plan_report, run_report
 from fvae_deploy.stream.rss import current_rss
 from fvae_deploy.stream.run import Run
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import check_output, open_volume, protect_input
+from fvae_deploy.volume.open import check_geometry, check_output, open_volume, protect_input
 
 MODEL = "tiny"  # the default
 INPUT = ("any_range", "series", "level", "skip_unreadable")  # options of a CT that is read
@@ -51,7 +51,7 @@ def encode(
             _check_latents(output, opened, options)
         return skipped("encode", output)
     with contextlib.closing(_open(ct, options)) as reader:
-        protect_input(output, reader.path, reader.geometry.dicom_files)
+        protect_input(output, reader.path, reader.geometry.files)
         check_output(output, overwrite=options.overwrite)
         with _codec(codec, options) as opened:
             baseline = current_rss()
@@ -81,7 +81,7 @@ def decode(
         return skipped("decode", output)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
-    check_output(output, overwrite=options.overwrite)
+    check_output(output, overwrite=options.overwrite, geometry=store.info.geometry)
     with _codec(codec, options, store.info.model) as opened:
         baseline = current_rss()
         outcome = pipeline.decode(opened, store, output, options, slices, progress)
@@ -105,8 +105,8 @@ def reconstruct(
     if _is_done(ct, output, options):
         return skipped("reconstruct", output)
     with contextlib.closing(_open(ct, options)) as reader:
-        protect_input(output, reader.path, reader.geometry.dicom_files)
-        check_output(output, overwrite=options.overwrite)
+        protect_input(output, reader.path, reader.geometry.files)
+        check_output(output, overwrite=options.overwrite, geometry=reader.geometry)
         with _codec(codec, options) as opened:
             baseline = current_rss()
             outcome = pipeline.reconstruct(opened, reader, output, options, progress)
@@ -133,9 +133,12 @@ def dry_run(
         opened = stack.enter_context(_codec(codec, options, store.info.model if store else MODEL))
         if store:
             run = pipeline.plan_decode(opened, store, output, options)
+            check_geometry(output, run.geometry)
         else:
             reader = stack.enter_context(contextlib.closing(_open(source, options)))
             directions = ("encode",) if verb == "encode" else ("encode", "decode")
+            if verb == "reconstruct":
+                check_geometry(output, reader.geometry)
             run = Run.of(opened, reader.geometry, directions, options, output.parent)
         return {
             "command": verb,

@@ -10,7 +10,7 @@ With `instead`, the dataset has the reconstructions only, under the cases' own n
 are hard links where the file system allows it, else copies. An existing file is kept unless its
 source is newer, so an interrupted run can continue. `dataset.json` is written last: without it
 nnU-Net does not accept a dataset. `splits_final.json` keeps a scan and its reconstruction in one
-fold.
+fold. A dataset of version 1 (`modality`, and a list `training`) gives one of version 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from fvae_deploy.stream.report import write_json
 
 FOLDS = 5  # in nnU-Net's cross-validation
 SUFFIX = "_fvae"  # at the end of a reconstructed case's name
-ENDINGS = (".nii.gz", ".nii")
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+_VERSION_1 = ("modality", "training", "numTest", "test", "tensorImageSize", "evaluationClass")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in nnU-Net's format, version 2."""
+    """A dataset in nnU-Net's format, version 2; one of version 1 is converted as it is read."""
 
     folder: Path
-    content: dict[str, Any]  # of dataset.json
+    content: dict[str, Any]  # of dataset.json, version 2
     cases: tuple[Case, ...]
 
     @property
@@ -61,18 +62,25 @@ class Dataset:
         """File extension of the images and labels."""
         return str(self.content["file_ending"])
 
+    @property
+    def is_unnumbered(self) -> bool:
+        """Return whether images have the names of their cases, without a number of the channel."""
+        return all(case.images[0].name == case.name + self.ending for case in self.cases)
+
     @classmethod
     def read(cls, folder: Path) -> Dataset:
         """Read a dataset; raises VolumeError if the folder is not one, or lacks files."""
         path = folder / "dataset.json"
         try:
             content = json.loads(path.read_bytes())
+            if "modality" in content and "channel_names" not in content:
+                content = _version_2(folder, content)
             channels, ending = content["channel_names"], content["file_ending"]
             count = len(channels)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise VolumeError(
-                f"expected nnU-Net's dataset.json, version 2, in {folder}, found "
-                f"{type(error).__name__} {error}: pass a folder named DatasetXXX_NAME"
+                f"expected nnU-Net's dataset.json in {folder}, found {type(error).__name__} "
+                f"{error}: pass a folder named DatasetXXX_NAME, or TaskXXX_NAME of version 1"
             ) from None
         if ending not in ENDINGS:
             raise VolumeError(
@@ -141,7 +149,7 @@ def augment(
                 seconds += reconstruct(image, output, options)["seconds"]["total"]
                 count += 1
             advance(1)
-    _link_test_cases(source, target)
+    _link_test_cases(dataset, target)
     content = _content(dataset, target.name, instead)
     if not instead and len(dataset.cases) >= FOLDS:
         write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
@@ -168,12 +176,17 @@ def _checked(source: Path, target: Path, instead: bool) -> Dataset:
     return dataset
 
 
-def _link_test_cases(source: Path, target: Path) -> None:
+def _link_test_cases(dataset: Dataset, target: Path) -> None:
     for folder in ("imagesTs", "labelsTs"):
-        if (source / folder).is_dir():
+        if (dataset.folder / folder).is_dir():
             (target / folder).mkdir(exist_ok=True)
-            for file in sorted((source / folder).iterdir()):
-                _link(file, target / folder / file.name)
+            for file in sorted((dataset.folder / folder).iterdir()):
+                if file.name.startswith("."):  # as macOS leaves them in archives
+                    continue
+                name, ending = file.name, dataset.ending
+                if folder == "imagesTs" and name.endswith(ending) and dataset.is_unnumbered:
+                    name = f"{name.removesuffix(ending)}_0000{ending}"
+                _link(file, target / folder / name)
 
 
 def splits(names: list[str]) -> list[dict[str, list[str]]]:
@@ -219,6 +232,37 @@ def _listed_cases(folder: Path, content: dict[str, Any]) -> list[Case]:
         Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
         for name, entry in listed.items()
     ]
+
+
+def _version_2(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Convert the content of a dataset.json of version 1, as nnU-Net itself does.
+
+    Version 1 lists the label of each case and an image without the number of its channel. Files
+    are named with that number where nnU-Net's version 1 wrote them, without it in the Medical
+    Segmentation Decathlon.
+    """
+    labels = {name: int(value) for value, name in content["labels"].items()}
+    if not content["training"] or len(labels) < len(content["labels"]):
+        raise ValueError("no training cases, or one name for two labels")
+    first = str(content["training"][0]["label"])
+    ending = next((ending for ending in ENDINGS if first.endswith(ending)), Path(first).suffix)
+    dataset = {}
+    for entry in content["training"]:
+        image, label = Path(entry["image"]), Path(entry["label"])
+        stem = image.name.removesuffix(ending)
+        numbered = [
+            str(image.with_name(f"{stem}_{n:04}{ending}")) for n in range(len(content["modality"]))
+        ]
+        single = len(numbered) == 1 and not (folder / numbered[0]).exists()
+        name = label.name.removesuffix(ending)
+        dataset[name] = {"images": [str(image)] if single else numbered, "label": str(label)}
+    kept = {key: value for key, value in content.items() if key not in _VERSION_1}
+    return kept | {
+        "channel_names": content["modality"],
+        "labels": labels,
+        "file_ending": ending,
+        "dataset": dataset,
+    }
 
 
 def _labelled_cases(folder: Path, ending: str, channels: int) -> list[Case]:

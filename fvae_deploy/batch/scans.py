@@ -21,10 +21,13 @@ from typing import Any
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.errors import UsageError
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.suffixes import FILES, OUTPUTS
 from fvae_deploy.volume.zarr_paths import ARCHIVES, is_zarr
 
 LISTS = (".csv", ".jsonl")
-VOLUMES = (".nii.gz", ".nii", ".zarr", ".dcm")  # file extensions of outputs
+VOLUMES = OUTPUTS
+_NAMED = sorted({*FILES, *OUTPUTS, *ARCHIVES}, key=len, reverse=True)  # extensions that names lose
+_BESIDE = (".img", ".img.gz")  # voxels of the header of the same name
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def is_batch(source: Path, output: Path) -> bool:
     """
     if source.suffix in LISTS:
         return True
-    single = source.name.lower().endswith(VOLUMES) or output.name.endswith(VOLUMES)
+    names = (source.name.lower(), output.name.lower())
+    single = names[0].endswith((*FILES, *VOLUMES)) or names[1].endswith(VOLUMES)
     return source.is_dir() and not single and not is_zarr(source)
 
 
@@ -60,10 +64,12 @@ def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Sc
         scans = [_scan(row, column, source, output, extension) for row in rows]
     else:
         find = _latents if verb == "decode" else _volumes
-        paths = sorted(find(source, output.resolve()))
+        paths = sorted(find(source, Path(os.path.realpath(output))))
         scans = [Scan(p, _output(p.relative_to(source), output, extension)) for p in paths]
     if not scans:
-        kinds = "latent stores (.zarr)" if verb == "decode" else ".nii, .nii.gz, .zarr or DICOM"
+        kinds = (
+            "latent stores (.zarr)" if verb == "decode" else f"{', '.join(FILES)}, .zarr or DICOM"
+        )
         raise UsageError(f"expected {kinds} in {source}, found none: check the path")
     check_apart([scan.output for scan in scans], source)
     return scans
@@ -75,31 +81,33 @@ def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEnt
     Zarr stores and partial outputs are entries, not folders. `outputs` and links to a folder
     above are skipped.
     """
-    if folder.resolve() == outputs:
+    real = Path(os.path.realpath(folder))  # unlike resolve, it accepts a circle of links
+    if real == outputs:
         return
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     entries = [entry for entry in entries if not entry.name.startswith(".")]
     yield folder, entries
     for entry in entries:
         path = Path(entry.path)
-        if entry.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+        if entry.is_symlink() and real.is_relative_to(os.path.realpath(path)):
             continue
-        if entry.is_dir() and path.suffix != ".partial" and not is_zarr(path):
+        if path.is_dir() and path.suffix != ".partial" and not is_zarr(path):
             yield from _folders(path, outputs)
 
 
 def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
-    """Yield the volumes below a folder: NIfTI files, Zarr stores, folders of DICOM slices."""
+    """Yield the volumes below a folder: files, Zarr stores, folders of DICOM slices."""
     for place, entries in _folders(folder, outputs):
         slices = False
         for entry in entries:
             path = Path(entry.path)
             if is_zarr(path):
                 yield path
-            elif entry.is_dir():
+            elif path.is_dir():
                 continue
-            elif path.name.lower().endswith((".nii", ".nii.gz")):
-                yield path
+            elif path.name.lower().endswith(FILES):
+                if not path.name.lower().endswith(_BESIDE):
+                    yield path
             elif not slices and entry.name != "DICOMDIR":
                 slices = _is_dicom(path)
         if slices:
@@ -128,9 +136,10 @@ def _is_dicom(path: Path) -> bool:
 def _output(path: Path, output: Path, extension: str) -> Path:
     """Return the path of a result: the name of its input, in the output folder."""
     name = path.name
-    for known in (*VOLUMES, *ARCHIVES):
+    for known in _NAMED:
         if name.lower().endswith(known):
             name = name[: -len(known)]
+            break
     return output / path.parent / f"{name or 'scan'}{extension}"
 
 
@@ -141,7 +150,7 @@ def _scan(row: dict[str, Any], column: str, path: Path, output: Path, extension:
     else:
         target = _output(Path(source.name), output, extension)
     allowed = (extension,) if extension == ".zarr" else VOLUMES  # latents have only this format
-    if not target.name.endswith(allowed):
+    if not target.name.lower().endswith(allowed):
         raise UsageError(
             f"expected an output ending in {' or '.join(allowed)}, found {target.name}: rename it"
         )

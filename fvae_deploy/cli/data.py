@@ -33,7 +33,9 @@ Mask = Annotated[
 Generated = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", help="CT to write: .nii, .nii.gz, .zarr or .dcm; with --jobs, a folder."
+        "--output",
+        "-o",
+        help="CT to write: .nii, .nii.gz, .nrrd, .mha, .zarr or .dcm; with --jobs, a folder.",
     ),
 ]
 Findings = Annotated[
@@ -204,7 +206,10 @@ def _run_list(
 @command(app, "Make")
 def phantom(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="CT to write: .nii, .nii.gz, .zarr or .dcm.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="CT to write: .nii, .nii.gz, .nrrd, .mha, .zarr or .dcm."
+        ),
     ],
     terminal: Terminal,
     shape: Annotated[

@@ -93,7 +93,7 @@ def decode(
         typer.Option(
             "--output",
             "-o",
-            help="CT to write: .nii, .nii.gz, .zarr or .dcm; batch mode: a folder.",
+            help="CT to write: .nii, .nii.gz, .nrrd, .mha, .zarr or .dcm; batch mode: a folder.",
         ),
     ],
     options: RunOptions,
@@ -143,8 +143,8 @@ def reconstruct(
         typer.Option(
             "--output",
             "-o",
-            help="CT to write: .nii, .nii.gz, .zarr or .dcm (a folder of slices); batch mode: a "
-            "folder.",
+            help="CT to write: .nii, .nii.gz, .nrrd, .mha, .zarr or .dcm (a folder of slices); "
+            "batch mode: a folder.",
         ),
     ],
     options: RunOptions,

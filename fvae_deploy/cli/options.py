@@ -298,7 +298,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors
 CT = Annotated[
     Path,
     typer.Argument(
-        help="A .nii or .nii.gz file, a folder of DICOM slices, a .zarr store, or "
+        help="A NIfTI, NRRD or MetaImage file, a folder of DICOM slices, a .zarr store, or "
         "dicomweb+https://…; batch mode: a folder of scans, or a list (.csv, .jsonl)."
     ),
 ]

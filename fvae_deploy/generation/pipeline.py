@@ -95,8 +95,8 @@ def generate(
         organs = _open(stack, mask)
         disease = None if disease_mask is None else _open(stack, disease_mask)
         for source in filter(None, (organs, disease)):
-            protect_input(output, source.path, source.geometry.dicom_files)
-        check_output(output, overwrite=options.overwrite)
+            protect_input(output, source.path, source.geometry.files)
+        check_output(output, overwrite=options.overwrite, geometry=organs.geometry)
         denoiser, codec = _open_networks(stack, options, sampling)
         request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
         request.sampler()  # checks its options before any work; the next line checks the output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -15,7 +16,7 @@ def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
     digest, count, total, last = sha256(), 0, 0, 0.0
     for file in files:
         if file.is_file():
-            stat, name = file.stat(), file.relative_to(path).as_posix()
+            stat, name = file.stat(), Path(os.path.relpath(file, path)).as_posix()
             digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
             count, total, last = count + 1, total + stat.st_size, max(last, stat.st_mtime)
     changed = datetime.fromtimestamp(last, UTC).isoformat(" ", "seconds")

@@ -142,7 +142,7 @@ def decode(
     a, b = slices or (0, store.info.slices)
     if not 0 <= a < b <= store.info.slices:
         raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
-    target = target or Target(_cropped(run.geometry, a, b), note=_note(codec.manifest))
+    target = target or Target(run.geometry.cropped(a, b), note=_note(codec.manifest))
     facts = run.facts("decode", fingerprint_of(store.path), a, b, options.dtype)
     with (
         contextlib.nullcontext(journal)
@@ -282,14 +282,4 @@ def _note(manifest: Manifest) -> str:
 
 
 def _fingerprint(reader: Reader) -> str:
-    return fingerprint_of(reader.path, reader.geometry.dicom_files)
-
-
-def _cropped(geometry: Geometry, a: int, b: int) -> Geometry:
-    """Return the geometry of slices [a, b): same axes, origin moved along z."""
-    x, y, z = geometry.shape
-    if (a, b) == (0, z):
-        return geometry
-    affine = geometry.affine.copy()
-    affine[:3, 3] += a * affine[:3, 2]
-    return Geometry((x, y, b - a), affine, geometry.nifti_header)
+    return fingerprint_of(reader.path, reader.geometry.files)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -26,15 +28,37 @@ class Geometry:
 
     `affine` maps voxel indices (i, j, k) to RAS millimetres, as in nibabel.
     `nifti_header` is the raw header of a NIfTI source (348 or 540 bytes), kept so that qform,
-    sform, zooms and units reach the output bit for bit; None for other sources.
+    sform, zooms and units reach the output bit for bit; None for other sources. Lengths in it
+    have the header's own unit. Where `affine` differs from the header's, the volume is another
+    part of the header's grid: the writer of NIfTI moves the forms by that difference.
     `dicom_files` lists the slices of a DICOM source in order, because a derived series must
-    refer to them.
+    refer to them. `pair` names header and voxel file of a source that has two.
     """
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     nifti_header: bytes | None = None
     dicom_files: tuple[Path, ...] = ()
+    pair: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the source, if these are not only its path."""
+        return self.dicom_files or self.pair
+
+    def cropped(self, start: int, stop: int) -> Geometry:
+        """Return the geometry of slices [start, stop): same axes, origin moved along z."""
+        x, y, z = self.shape
+        if (start, stop) == (0, z):
+            return self
+        affine = self.affine.copy()
+        affine[:3, 3] += start * affine[:3, 2]
+        return dataclasses.replace(
+            self,
+            shape=(x, y, stop - start),
+            affine=affine,
+            dicom_files=self.dicom_files[start:stop],
+        )
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -270,9 +294,11 @@ class FrameWriter(ABC):
         return frame.astype(self._dtype, copy=False)
 
     def _write_error(self, error: OSError) -> OutputError:
+        remedy = "check that the path is writable and the disk is not full"
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = "choose a shorter name"
         return OutputError(
-            f"expected to write {self.path}, found: {error.strerror or error}: check that the path "
-            "is writable and the disk is not full"
+            f"expected to write {self.path}, found: {error.strerror or error}: {remedy}"
         )
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ copied from the headers of the source.
 
 from __future__ import annotations
 
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -74,7 +75,7 @@ class DicomWriter(FrameWriter):
         kind: str = "",
     ) -> None:
         super().__init__(Path(path), geometry, dtype)
-        if self.path.exists() and not _is_series(self.path):
+        if os.path.exists(self.path) and not _is_series(self.path):
             raise VolumeError(
                 "expected a new name or a folder with only .dcm files to replace, found something "
                 f"else at {self.path}: choose another name"
@@ -122,7 +123,9 @@ class DicomWriter(FrameWriter):
         data.ImagePositionPatient = [_ds(n) for n in position]
         data.ImageOrientationPatient = [_ds(n) for n in axes]
         data.PixelSpacing = [_ds(spacing[1]), _ds(spacing[0])]
-        data.SliceThickness = _ds(spacing[2])
+        # Along the normal, also where a tilted gantry shifts the slices.
+        normal = np.cross(lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1])
+        data.SliceThickness = data.SpacingBetweenSlices = _ds(abs(float(normal @ lps[:3, 2])))
         return data
 
     def _header(self, source: Dataset) -> Dataset:

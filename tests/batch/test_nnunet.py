@@ -17,6 +17,7 @@ from fvae_deploy.batch import nnunet as module
 from fvae_deploy.batch.nnunet import augment, splits
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.open import create_volume, open_volume
 
 CASES = ("liver_1", "liver_2")
 
@@ -197,3 +198,87 @@ def test_nnunet_itself_takes_it_for_whole(dataset, fake, tmp_path):
     out = tmp_path / "Dataset108_Verified"
     augment(dataset, out, fake)
     integrity.verify_dataset_integrity(str(out), 1)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii"])
+def test_other_file_endings(dataset, fake, tmp_path, ending):
+    pytest.importorskip("SimpleITK", reason="needs the itk extra")
+    for path in sorted(dataset.rglob("*.nii.gz")):
+        reader = open_volume(path)
+        target = path.with_name(path.name.replace(".nii.gz", ending))
+        with create_volume(target, reader.geometry) as writer:
+            for slab in reader.slabs(4):
+                writer.write(slab)
+        path.unlink()
+    edited(dataset, file_ending=ending)
+    out = tmp_path / "Dataset101_LiverFvae"
+    assert augment(dataset, out, fake)["cases"] == 4
+    assert json.loads((out / "dataset.json").read_text())["file_ending"] == ending
+    for case in CASES:
+        made, source = (f"imagesTr/{case}{s}_0000{ending}" for s in ("_fvae", ""))
+        one, two = open_volume(out / made), open_volume(dataset / source)
+        assert one.geometry.shape == two.geometry.shape
+        assert np.array_equal(one.geometry.affine, two.geometry.affine)
+        assert (out / f"labelsTr/{case}_fvae{ending}").is_file()
+
+
+def version_1(dataset: Path, numbered: bool) -> None:
+    """Write the dataset.json of version 1; the Decathlon names images without `_0000`."""
+    if not numbered:
+        for path in dataset.rglob("*_0000.nii.gz"):
+            path.rename(path.with_name(path.name.replace("_0000", "")))
+    content = {
+        "name": "LIVER",
+        "description": "Liver and tumours",
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver"},
+        "numTraining": 2,
+        "numTest": 1,
+        "training": [
+            {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"}
+            for case in CASES
+        ],
+        "test": ["./imagesTs/liver_9.nii.gz"],
+    }
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    (dataset / "imagesTs" / "._liver_9.nii.gz").write_bytes(b"of macOS")
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("instead", [True, False])
+def test_version_1_gives_the_same_dataset_of_version_2(dataset, fake, tmp_path, numbered, instead):
+    first, second = tmp_path / "Dataset101_Liver", tmp_path / "one" / "Dataset101_Liver"
+    augment(dataset, first, fake, instead=instead)
+    old = shutil.copytree(dataset, tmp_path / "Task001_Liver")
+    version_1(old, numbered)
+    augment(old, second, fake, instead=instead)
+    assert names(first) == names(second)
+    for name in names(first):
+        if name.endswith(".gz"):
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+    one, two = (json.loads((path / "dataset.json").read_text()) for path in (first, second))
+    assert two.pop("description").startswith("Liver and tumours; reconstructions of fvae")
+    one.pop("description")
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modality": {"0": "MRI"}}, "found MRI"),
+        ({"modality": {"0": "CT", "1": "CT"}}, "_0001.nii.gz of case"),
+        ({"training": []}, "nnU-Net's dataset.json"),
+        ({"training": [{"image": "a.png", "label": "a.png"}]}, "found '.png'"),
+        ({"labels": {"0": "liver", "1": "liver"}}, "one name for two labels"),
+        ({"labels": {"background": 0}}, "nnU-Net's dataset.json"),
+        ({"numTraining": 5}, "expected 5 cases"),
+    ],
+)
+def test_version_1_that_does_not_fit_is_refused(dataset, fake, tmp_path, change, words):
+    version_1(dataset, numbered=True)
+    edited(dataset, **change)
+    with pytest.raises(VolumeError, match=words) as caught:
+        augment(dataset, tmp_path / "Dataset106_L", fake)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "Dataset106_L").exists()

@@ -127,9 +127,9 @@ def test_a_path_that_is_no_volume_is_refused(tmp_path):
     (tmp_path / "folder.nii").mkdir()
     assert "found no file" in refusal(tmp_path / "folder.nii")
     assert "found nothing" in refusal(tmp_path / "absent.nii")
-    (tmp_path / "a.mha").write_bytes(b"x")
-    with pytest.raises(VolumeError, match=r"found a\.mha: convert it"):
-        read(tmp_path / "a.mha")
+    (tmp_path / "a.gipl").write_bytes(b"x")
+    with pytest.raises(VolumeError, match=r"found a\.gipl: convert it"):
+        read(tmp_path / "a.gipl")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
@@ -189,7 +189,7 @@ GEOMETRY = Geometry((4, 5, 6), np.eye(4))
 FRAMES = np.ones((6, 4, 5), np.int16)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.zarr"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.zarr"])
 class TestWritersLeaveNoPartialOutput:
     def test_an_error_keeps_the_older_volume(self, tmp_path, name):
         with create_volume(tmp_path / name, GEOMETRY) as writer:
@@ -285,8 +285,8 @@ for limit in (100, 50_000, 500_000):  # full in the header, the first slices, th
 
 
 def test_an_unknown_suffix_or_dtype_is_refused(tmp_path):
-    with pytest.raises(VolumeError, match=r"\.zarr or \.dcm, found a\.mha"):
-        create_volume(tmp_path / "a.mha", GEOMETRY)
+    with pytest.raises(VolumeError, match=r"\.zarr or \.dcm, found a\.gipl"):
+        create_volume(tmp_path / "a.gipl", GEOMETRY)
     with pytest.raises(VolumeError, match="int16 or float32, found uint8"):
         create_volume(tmp_path / "a.nii", GEOMETRY, "uint8")
 
