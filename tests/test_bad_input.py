@@ -156,7 +156,7 @@ RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
     "nothing is there": (lambda f: f / "none.nii.gz", 3, "found nothing"),
     "one slice of a series": (
         lambda f: written(f / "IM0001.dcm", bytes(128) + b"DICM"), 3, "give its folder"),
-    "a suffix that is no volume": (lambda f: written(f / "ct.mha", b"x"), 3, "dcm2niix"),
+    "a suffix that is no volume": (lambda f: written(f / "ct.gipl", b"x"), 3, "dcm2niix"),
     "an empty file": (lambda f: written(f / "bad.nii.gz", b""), 3, "bad.nii.gz"),
     "an empty .nii": (lambda f: written(f / "bad.nii", b""), 3, "bad.nii"),
     "text named .nii": (lambda f: written(f / "bad.nii", b"hello " * 100), 3, "NIfTI"),
@@ -215,7 +215,7 @@ RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
 }  # fmt: skip
 
 OPTIONS = {  # arguments after `reconstruct ct.nii` -> exit code, fragment
-    "an output without a known suffix": (["-o", "{f}/out.mha"], 3, "out.mha"),
+    "an output without a known suffix": (["-o", "{f}/out.gipl"], 3, "out.gipl"),
     "an output in a folder that is not there": (["-o", "{f}/no/out.nii.gz"], 3, "no"),
     "an output below a file": (["-o", "{f}/ct.nii/out.nii.gz"], 3, "ct.nii"),
     "an output that is a folder": (["-o", "{f}/bundle/.."], 2, "apart from the input"),
@@ -302,7 +302,7 @@ OTHERS = {
     "a phantom too small": (["phantom", "-o", "{f}/a.nii", "--shape", "2,2,2"], 2, "8x8x1"),
     "a phantom of two numbers": (["phantom", "-o", "{f}/a.nii", "--shape", "9,9"], 2, "--shape"),
     "a phantom of an unknown suffix": (
-        ["phantom", "-o", "{f}/a.mha", "--shape", "9,9,9"], 3, "a.mha"),
+        ["phantom", "-o", "{f}/a.gipl", "--shape", "9,9,9"], 3, "a.gipl"),
     "export of text named .ckpt": (
         ["export", "-m", "{f}/text.ckpt", "-o", "{f}/new"], 4, "text.ckpt"),
     "export of text named .safetensors": (

@@ -219,7 +219,7 @@ def test_a_dry_run_shows_the_plan_and_an_output_that_exists_is_kept(
 
 def test_outputs_are_checked_before_the_work(mask, options, tmp_path):
     for output, words in (
-        (tmp_path / "g.mha", "named .nii"),
+        (tmp_path / "g.gipl", "named .nii"),
         (tmp_path / "absent" / "g.nii", "found none: create it"),
         (mask, "apart from the input"),
     ):
