@@ -10,7 +10,6 @@ would take 2.0 ms in total; a consumer that accepts any order needs only 0.2 ms.
 from __future__ import annotations
 
 import logging
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, check_finite, slab_ranges
+from fvae_deploy.volume.publish import publish_file
 
 _gzip: Any = igzip_threaded  # has no type annotations
 _BLOCK = 1 << 20  # bytes decompressed at a time, so that a false header cannot exhaust memory
@@ -139,6 +139,7 @@ class NiftiWriter(FrameWriter):
                     f"expected an output file, found a folder or device at {self.path}: "
                     "choose another name"
                 )
+            self._reserve(folder=False)
             if self.path.name.endswith(".gz"):
                 # Level 1 takes half the time of level 2 for 4 % more bytes. It runs in a thread.
                 self._file = _gzip.open(self._partial, "wb", 1, threads=1)
@@ -154,7 +155,7 @@ class NiftiWriter(FrameWriter):
 
     def _publish(self) -> None:
         self._file.close()
-        os.replace(self._partial, self.path)
+        publish_file(self._partial, self.path)
 
     def _discard(self) -> None:
         if self._file is not None:

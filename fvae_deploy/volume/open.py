@@ -12,6 +12,7 @@ from typing import Any
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, Reader, Writer
 from fvae_deploy.volume.options import ReadOptions
+from fvae_deploy.volume.publish import recover
 from fvae_deploy.volume.zarr_paths import is_zarr
 
 
@@ -95,6 +96,7 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
     Call this before any work. With `overwrite` nothing is checked here: the writers replace an
     older output only when the new one is complete, and never replace folders of another kind.
     """
+    recover(Path(path))
     if not overwrite and os.path.lexists(path):
         raise VolumeError(
             f"expected a new output, found that {path} exists: choose another name or pass "
