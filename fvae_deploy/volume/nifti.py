@@ -161,8 +161,6 @@ class NiftiWriter(FrameWriter):
         if self._file is not None:
             with suppress(OSError):  # on a full disk, closing fails again
                 self._file.close()
-        with suppress(OSError):
-            self._partial.unlink()
 
 
 @dataclass(frozen=True)
