@@ -193,11 +193,11 @@ class LatentWriter:
         """Raise LatentError if something else than a latent store lies at the path."""
         if not os.path.lexists(self.path):
             return
-        found = "something else" if not is_latents(self.path) else foreign(self.path, _OWN)
+        found = foreign(self.path, _OWN) if is_latents(self.path) else self.path
         if found is not None:
             raise LatentError(
-                f"expected a new name or an fvae latent store to replace, found {found} at "
-                f"{self.path}: choose another name"
+                "expected a new name or an fvae latent store to replace, found something else at "
+                f"{found}: choose another name"
             )
 
     def _foreign(self) -> LatentError:

@@ -89,11 +89,11 @@ class DicomWriter(FrameWriter):
     def _check_replaceable(self) -> None:
         if not self.path.exists():
             return
-        found = foreign(self.path, _OWN) if self.path.is_dir() else "a file"
+        found = foreign(self.path, _OWN) if self.path.is_dir() else self.path
         if found is not None:
             raise OutputError(
                 "expected a new name or a folder with only slices named as fvae names them "
-                f"(000001.dcm) to replace, found {found} at {self.path}: choose another name"
+                f"(000001.dcm) to replace, found something else at {found}: choose another name"
             )
 
     def _append(self, frame: HuFrames) -> None:

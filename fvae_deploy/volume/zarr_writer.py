@@ -62,10 +62,10 @@ class ZarrWriter(FrameWriter):
     def _check_replaceable(self) -> None:
         if not os.path.lexists(self.path):
             return
-        found = "something else" if not _is_volume(self.path) else foreign(self.path, _OWN)
+        found = foreign(self.path, _OWN) if _is_volume(self.path) else self.path
         if found is not None:
             raise OutputError(
-                f"expected a new name or a volume that fvae wrote, found {found} at {self.path}: "
+                f"expected a new name or a volume that fvae wrote, found something else at {found}: "
                 "choose another name"
             )
 
