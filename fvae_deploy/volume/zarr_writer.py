@@ -65,8 +65,8 @@ class ZarrWriter(FrameWriter):
         found = foreign(self.path, _OWN) if _is_volume(self.path) else self.path
         if found is not None:
             raise OutputError(
-                f"expected a new name or a volume that fvae wrote, found something else at {found}: "
-                "choose another name"
+                "expected a new name or a volume that fvae wrote, found something else at "
+                f"{found}: choose another name"
             )
 
     def _append(self, frame: HuFrames) -> None:
