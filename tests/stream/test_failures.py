@@ -183,7 +183,7 @@ def test_a_first_run_whose_disk_fails_can_be_resumed(
 
             patch.setattr(zarr.Array, "__setitem__", broken(zarr.Array.__setitem__))
         else:
-            from fvae_deploy.volume.zarr import ZarrWriter
+            from fvae_deploy.volume.zarr_writer import ZarrWriter
 
             patch.setattr(ZarrWriter, "_append", broken(ZarrWriter._append))
         with pytest.raises(OutputError, match="it failed"):
