@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import LatentError, UsageError
-from fvae_deploy.storage.fingerprint import difference
-from fvae_deploy.storage.latents import LatentReader
+from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.storage.latents import LatentReader, partial_path
+from fvae_deploy.storage.records import check_record
 from fvae_deploy.stream import pipeline
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.pipeline import Progress, silent
 from fvae_deploy.stream.report import plan_report, run_report
-from fvae_deploy.stream.rss import current_rss
-from fvae_deploy.stream.run import Run
+from fvae_deploy.stream.rss import begin_measuring
+from fvae_deploy.stream.run import Outcome, Run
 from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_geometry, check_output, open_volume, protect_input
+from fvae_deploy.volume.publish import recover
 
 MODEL = "tiny"  # the default
 INPUT = ("any_range", "series", "level", "skip_unreadable")  # options of a CT that is read
@@ -46,18 +48,7 @@ def encode(
     options.check_unused("encode", "dtype", "pyramid")
     if output.suffix != ".zarr":
         raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
-    if _is_done(ct, output, options):
-        with _codec(codec, options) as opened:
-            _check_latents(output, opened, options)
-        return skipped("encode", output)
-    with contextlib.closing(_open(ct, options)) as reader:
-        protect_input(output, reader.path, reader.geometry.files)
-        check_output(output, overwrite=options.overwrite)
-        with _codec(codec, options) as opened:
-            baseline = current_rss()
-            outcome = pipeline.encode(opened, reader, output, options, progress)
-            facts = ("encode", reader.path, output, opened, outcome, baseline)
-            return run_report(*facts, reader.remarks)
+    return _run_on_ct("encode", pipeline.encode, ct, output, options, codec, progress)
 
 
 def decode(
@@ -77,13 +68,17 @@ def decode(
     """
     options, output = RunOptions.of(options, keywords), Path(output)
     options.check_unused("decode", "protocol", "step", *INPUT)
-    if _is_done(latents, output, options):
-        return skipped("decode", output)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
-    check_output(output, overwrite=options.overwrite, geometry=store.info.geometry)
+    check_output(
+        output,
+        overwrite=options.overwrite or options.resume,
+        geometry=store.info.geometry,
+    )
     with _codec(codec, options, store.info.model) as opened:
-        baseline = current_rss()
+        if is_done(output, options, lambda: pipeline.decode_facts(opened, store, options, slices)):
+            return skipped("decode", output)
+        baseline = begin_measuring()
         outcome = pipeline.decode(opened, store, output, options, slices, progress)
         return run_report("decode", store.path, output, opened, outcome, baseline)
 
@@ -102,15 +97,32 @@ def reconstruct(
     Parameters are those of `encode`.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    if _is_done(ct, output, options):
-        return skipped("reconstruct", output)
+    return _run_on_ct("reconstruct", pipeline.reconstruct, ct, output, options, codec, progress)
+
+
+def _run_on_ct(
+    verb: str,
+    run: Callable[[Codec, Reader, Path, RunOptions, Progress], Outcome],
+    ct: str | Path | Reader,
+    output: Path,
+    options: RunOptions,
+    codec: Codec | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Encode or reconstruct a CT; return the run report."""
     with contextlib.closing(_open(ct, options)) as reader:
         protect_input(output, reader.path, reader.geometry.files)
-        check_output(output, overwrite=options.overwrite, geometry=reader.geometry)
+        check_output(
+            output,
+            overwrite=options.overwrite or options.resume,
+            geometry=reader.geometry if verb == "reconstruct" else None,
+        )
         with _codec(codec, options) as opened:
-            baseline = current_rss()
-            outcome = pipeline.reconstruct(opened, reader, output, options, progress)
-            facts = ("reconstruct", reader.path, output, opened, outcome, baseline)
+            if is_done(output, options, lambda: pipeline.facts_on(opened, reader, verb, options)):
+                return skipped(verb, output)
+            baseline = begin_measuring()
+            outcome = run(opened, reader, output, options, progress)
+            facts = (verb, reader.path, output, opened, outcome, baseline)
             return run_report(*facts, reader.remarks)
 
 
@@ -161,33 +173,22 @@ def skipped(command: str, output: Path) -> dict[str, Any]:
     return {"command": command, "output": str(output), "skipped": True}
 
 
-def _is_done(source: str | Path | Reader, output: Path, options: RunOptions) -> bool:
-    """Return whether the output exists and --resume keeps it, without opening the input."""
+def is_done(output: Path, options: RunOptions, facts: Callable[[], dict[str, Any]]) -> bool:
+    """Return whether --resume keeps an output that exists.
+
+    Raises VolumeError if it comes from another input, model or other options, unless there is a
+    partial output as well: then an interrupted run with --overwrite goes on to replace it.
+    """
+    recover(output)
     if not (options.resume and os.path.lexists(output)):
         return False
-    if isinstance(source, str | Path):
-        protect_input(output, source)
-    else:
-        source.close()
+    try:
+        check_record(output, facts())
+    except VolumeError:
+        if partial_path(output).is_dir():
+            return False
+        raise
     return True
-
-
-def _check_latents(output: Path, codec: Codec, options: RunOptions) -> None:
-    """Raise LatentError if existing latents come from other options than those of this run."""
-    info, manifest = LatentReader(output).info, codec.manifest
-    expected = {
-        "identity": manifest.identity,
-        "engine": codec.engine.name,
-        "precision": codec.engine.precision,
-        "protocol": options.protocol or manifest.geometry.protocols[0],
-        "k": manifest.check_step(options.step),
-    }
-    for name, value in expected.items():
-        if (stored := getattr(info, name)) != value:
-            raise LatentError(
-                f"expected {output} to come from the same options, found "
-                f"{difference(name, stored, value)}: choose another name or pass --overwrite"
-            )
 
 
 def _open(ct: str | Path | Reader, options: RunOptions) -> Reader:

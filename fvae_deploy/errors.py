@@ -15,6 +15,10 @@ Every message is one line: what was expected, what was found, and the remedy.
 Only the command line converts errors to exit codes.
 """
 
+from __future__ import annotations
+
+import errno
+
 
 class FvaeError(Exception):
     """Base of every error that fvae raises on purpose."""
@@ -74,3 +78,24 @@ class StoppedError(FvaeError):
     """A run that was interrupted by the user or by a signal."""
 
     exit_code = 130
+
+
+def of_system(error: BaseException | None) -> OSError | None:
+    """Return the failure of the disk, network or system that led to an error, or None.
+
+    A full disk, a lost mount or a missing permission: the same input may be read and written
+    later. Damaged data have no such cause; a damaged header may lead to an invalid seek.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def of_input(error: BaseException) -> bool:
+    """Return whether an error shows that the input itself is bad, so that no run can succeed."""
+    bad = isinstance(error, VolumeError | ConditionError)
+    return bad and not isinstance(error, OutputError | LatentError) and of_system(error) is None

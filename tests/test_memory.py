@@ -109,3 +109,21 @@ def test_an_impossible_budget_is_refused_with_the_least_that_would_do(tmp_path):
     done, report = reconstruct(source, "--memory", least)
     assert done.returncode == 0, done.stderr
     assert beyond(report) <= parse_bytes(least)
+
+
+def test_the_peak_of_a_second_run_in_a_process_is_its_own(tmp_path):
+    for name, side in (("large", 384), ("small", 48)):
+        scan(tmp_path / f"{name}.nii", (side, side, 30))
+    code = """
+import json, sys, fvae_deploy as fvae
+reports = [fvae.reconstruct(f"{sys.argv[1]}/{name}.nii", f"{sys.argv[1]}/out{n}.nii")
+           for n, name in enumerate(("small", "large", "small"))]
+print(json.dumps([report["memory"] for report in reports]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    first, second, third = (m["beyond_baseline_bytes"] for m in json.loads(run.stdout))
+    assert second > 100 * MIB
+    assert third < second / 2
+    assert third < first + 50 * MIB

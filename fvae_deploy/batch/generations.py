@@ -4,8 +4,8 @@
     a.nii.gz,"nodule in the right lung",,0,a_nodule.nii.gz
 
 Only `mask` is required. Paths of inputs are relative to the list, those of outputs to the output
-folder. With --resume, rows whose output exists are skipped. A row that fails is reported, and the
-batch continues.
+folder. With --resume, rows whose output exists are skipped if it comes from the same request. A row
+that fails is reported, and the batch continues.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fvae_deploy.errors import ConditionError, UsageError
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.publish import make_folders
 
 FIELDS = {"mask", "output", "findings", "disease_mask", "seed"}
 
@@ -64,7 +65,7 @@ def run_generations(
         head = f"{number} of {len(rows)}: {row.output}"
         try:
             if not dry_run:
-                row.output.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(row.output.parent)
             report = generate(
                 row.mask,
                 row.output,

@@ -15,7 +15,6 @@ fold. A dataset of version 1 (`modality`, and a list `training`) gives one of ve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -33,6 +32,7 @@ from fvae_deploy.batch.run import Begin, silent
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import write_json
+from fvae_deploy.volume.publish import hidden, publish_file, recover
 
 FOLDS = 5  # in nnU-Net's cross-validation
 SUFFIX = "_fvae"  # at the end of a reconstructed case's name
@@ -286,15 +286,16 @@ def _link(source: Path, target: Path) -> None:
     """Link a file under another name, or copy it where a hard link is not possible."""
     if not _is_outdated(target, source):
         return
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.unlink(missing_ok=True)
+    recover(target)
+    temporary = hidden(target)
     try:
-        os.link(source.resolve(), temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
-    with contextlib.suppress(FileNotFoundError):  # replace keeps a link to the same file
-        temporary.unlink()
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        publish_file(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a rename keeps a link to the same file
 
 
 def _check_same_request(target: Path, request: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Batch mode: many scans through one engine; the next scan is opened while one is computed.
 
 A scan that fails is reported, and the batch continues. With --resume, scans whose output exists are
-skipped, and interrupted ones are continued.
+skipped if it comes from the same input, model and options, and interrupted ones are continued.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fvae_deploy.stream.rss import reset_peak
 from fvae_deploy.stream.threads import ahead
 from fvae_deploy.volume.base import Primed
 from fvae_deploy.volume.open import check_output, open_volume
+from fvae_deploy.volume.publish import make_folders
 
 SCAN_ERRORS = (
     FvaeError,
@@ -149,7 +150,8 @@ def run_scan(
 def open_scan(verb: str, scan: Scan, options: RunOptions) -> Input:
     """Open a scan and read its first slices.
 
-    Returns None if the output exists and --resume keeps it; errors are returned, not raised.
+    Returns None if the output exists: with --resume, `run_scan` then checks how it was made.
+    Errors are returned, not raised.
     """
     try:
         if os.path.lexists(scan.output):
@@ -172,7 +174,7 @@ def _open_scans(
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
     except OSError as error:
         raise VolumeError(
             f"expected a folder for results at {folder}, found {error.strerror}: choose another "

@@ -42,8 +42,9 @@ def run_batch(
         return
     from fvae_deploy.batch.run import check_all_done, summary
     from fvae_deploy.cli.tables import scans_table
+    from fvae_deploy.volume.publish import make_folders
 
-    output.mkdir(parents=True, exist_ok=True)
+    make_folders(output)
     begin = time.perf_counter()
     results = _run(verb, scans, options, terminal, ray)
     content = summary(verb, results, time.perf_counter() - begin)

@@ -28,6 +28,7 @@ from fvae_deploy.cli.options import (
     Verbose,
     Version,
 )
+from fvae_deploy.cli.streams import failure, make_lasting
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.parse import slice_range
 from fvae_deploy.stream.options import RunOptions
@@ -264,27 +265,53 @@ app.add_typer(
 
 
 def main() -> None:
-    """Run the command line; every FvaeError becomes one line and an exit code."""
+    """Run the command line; every FvaeError becomes one line and an exit code.
+
+    A stdout that cannot be written never ends a run. It changes the exit code of one that is done.
+    """
+    make_lasting()
     terminal = Terminal()
     try:
-        app(obj=terminal)
-    except FvaeError as error:
-        _fail(terminal, error, str(error), error.exit_code)
-    except MemoryError as error:
-        _fail(terminal, error, "out of memory: lower --memory, or close other programs", 6)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        remedy = "check that the path is writable and the disk is not full"
-        _fail(terminal, error, f"{error.strerror or error}{where}: {remedy}", 3)
+        code = _run(terminal)
+        if code == 0 and (failed := failure()) is not None:
+            code, message = failed
+            if message:
+                _say(message)
     finally:
         terminal.close()
-
-
-def _fail(terminal: Terminal, error: BaseException, message: str, code: int) -> None:
-    if terminal.debug:
-        raise error
-    print(f"fvae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _run(terminal: Terminal) -> int:
+    """Run the command; return the exit code."""
+    try:
+        app(obj=terminal)
+    except SystemExit as end:  # typer ends every command so
+        if isinstance(end.code, str):
+            raise
+        return end.code or 0
+    except (FvaeError, MemoryError, OSError) as error:
+        if terminal.debug:
+            raise
+        message, code = _explain(error)
+        _say(message)
+        return code
+    return 0
+
+
+def _explain(error: FvaeError | MemoryError | OSError) -> tuple[str, int]:
+    """Return the message and the exit code of an error."""
+    if isinstance(error, FvaeError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --memory, or close other programs", 6
+    where = f" ({error.filename})" if error.filename else ""
+    remedy = "check that the path is writable and the disk is not full"
+    return f"{error.strerror or error}{where}: {remedy}", 3
+
+
+def _say(message: str) -> None:
+    print(f"fvae: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.api import skipped
+from fvae_deploy.api import is_done, skipped
 from fvae_deploy.generation.conditions import PaintedMask, read_findings, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
@@ -36,12 +35,13 @@ from fvae_deploy.generation.request import (
 from fvae_deploy.generation.stitch import joint, starts
 from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
+from fvae_deploy.storage.records import record
 from fvae_deploy.stream import pipeline
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.pipeline import Target
 from fvae_deploy.stream.report import run_report
-from fvae_deploy.stream.rss import current_rss
+from fvae_deploy.stream.rss import begin_measuring
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
@@ -87,8 +87,6 @@ def generate(
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
     options.check_unused("generate", "protocol", "step", "any_range")
-    if options.resume and os.path.lexists(output):
-        return skipped("generate", output)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
@@ -96,15 +94,21 @@ def generate(
         disease = None if disease_mask is None else _open(stack, disease_mask)
         for source in filter(None, (organs, disease)):
             protect_input(output, source.path, source.geometry.files)
-        check_output(output, overwrite=options.overwrite, geometry=organs.geometry)
+        check_output(
+            output,
+            overwrite=options.overwrite or options.resume,
+            geometry=organs.geometry,
+        )
         denoiser, codec = _open_networks(stack, options, sampling)
         request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
         request.sampler()  # checks its options before any work; the next line checks the output
         create_volume(output, request.mask.mask, options.dtype).abort()
         if dry_run:
             return dry_run_report(request, mask, output, options)
-        baseline = current_rss()
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
+        if is_done(output, options, lambda: facts):
+            return skipped("generate", output)
+        baseline = begin_measuring()
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)
@@ -175,9 +179,13 @@ def _request(
 def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
     """Generate with a journal of the network's predictions, which `facts` identify."""
     with journal_of(output, facts, options.resume) as journal:
+        check_output(output, overwrite=options.overwrite or options.resume)
         if request.sampling.stitch == "joint":
-            return _jointly(request, journal, output, options)
-        return as_published(request, journal.kept, output, options)
+            outcome = _jointly(request, journal, output, options)
+        else:
+            outcome = as_published(request, journal.kept, output, options)
+        record(output, facts)
+        return outcome
 
 
 def _jointly(request: Request, journal: Journal, output: Path, options: RunOptions) -> Outcome:

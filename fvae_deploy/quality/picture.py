@@ -11,7 +11,6 @@ Planes are oriented by the patient's axes, so volumes of every axis orientation 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, HuFrames
+from fvae_deploy.volume.publish import new_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,17 +129,14 @@ class ThreePlanes:
         Raises VolumeError if it cannot be written.
         """
         picture = draw(self.planes(), headline, self.names)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            picture.save(partial, format="PNG", optimize=True)
-            os.replace(partial, self.path)
+            with new_file(self.path) as partial:
+                picture.save(partial, format="PNG", optimize=True)
         except OSError as error:
             raise VolumeError(
                 f"expected to write {self.path}, found: {error.strerror or error}: check that the "
                 "path is writable and the disk is not full"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def window(hu: HuFrames, level: float, width: float) -> NDArray[np.uint8]:

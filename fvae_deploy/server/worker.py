@@ -9,6 +9,7 @@ state of an interrupted job is in the store and in the .partial files beside its
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import shutil
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy import api
-from fvae_deploy.errors import FvaeError, LatentError, UsageError, VolumeError
+from fvae_deploy.errors import FvaeError, LatentError, OutputError, UsageError, of_system
 from fvae_deploy.parse import slice_range
 from fvae_deploy.server import requests
 from fvae_deploy.server.settings import WorkerSettings
@@ -35,6 +36,11 @@ from fvae_deploy.volume.open import open_volume
 
 TICK = 0.2  # minimum seconds between two writes of a job's progress
 IDLE = 0.05  # seconds between polls for a queued job
+PAUSES = (1, 5, 15, 60, 300)  # seconds before a job is tried again whose disk was full
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV),
+}
 
 
 class CancelledError(FvaeError):
@@ -90,8 +96,7 @@ def run_job(store: Store, job: Job, codec: Codec, settings: WorkerSettings) -> N
     """Run one job and record in the store how it ended."""
     folder, state = store.files / job.id, "failed"
     try:
-        result, report = _resume_or_restart(store, job, folder, codec, settings)
-        _to_disk(folder / result)
+        result, report = _patiently(store, job, folder, codec, settings)
     except CancelledError as error:
         kind, message, state = "cancelled", str(error), "cancelled"
     except FvaeError as error:
@@ -111,6 +116,41 @@ def run_job(store: Store, job: Job, codec: Codec, settings: WorkerSettings) -> N
         return
     clear(folder, None)  # first: on a full disk, the store may need the space for this message
     store.fail(job.id, kind, message, state)
+
+
+def _patiently(
+    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
+) -> tuple[str, dict[str, Any]]:
+    """Run a job; while the disk fails, wait and then continue from what is stored."""
+    for pause in (*PAUSES, None):
+        try:
+            result, report = _resume_or_restart(store, job, folder, codec, settings)
+            _to_disk(folder / result)
+            return result, report
+        except (FvaeError, OSError, sqlite3.OperationalError) as error:
+            if pause is None or not _is_of_disk(error):
+                raise
+        _wait(store, job, pause)
+    raise AssertionError("unreachable")
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    """Return whether an error comes from a disk that is full, or away for a while."""
+    cause = of_system(error)
+    return isinstance(error, sqlite3.OperationalError) or (
+        cause is not None and cause.errno in DISK_ERRORS
+    )
+
+
+def _wait(store: Store, job: Job, seconds: float) -> None:
+    """Wait; raises CancelledError if the job was cancelled or deleted."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(min(TICK, seconds))
+        with suppress(sqlite3.OperationalError):
+            current = store.get(job.id)
+            if current is None or current.cancel:
+                raise CancelledError("cancelled while running")
 
 
 def clear(folder: Path, job: Job | None) -> None:
@@ -258,10 +298,10 @@ def _to_disk(path: Path) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            raise VolumeError(
+            raise OutputError(
                 f"expected to write {path}, found {error.strerror}: ask the operator to check the "
                 "disk"
-            ) from None
+            ) from error
         finally:
             os.close(descriptor)
 

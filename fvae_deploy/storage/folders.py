@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.volume.base import publish_folder
+from fvae_deploy.volume.publish import Partial, publish_folder
 
 
 @contextmanager
@@ -31,9 +30,10 @@ def new_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
             f"expected a folder with {marker} to overwrite, found {path} without it: choose "
             "another name"
         )
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = Path(os.path.realpath(path))
+    fresh = Partial(path, folder=True)
     try:
-        yield fresh
-        publish_folder(fresh, path)
+        yield fresh.path / path.name
+        publish_folder(fresh.path / path.name, path)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.discard()

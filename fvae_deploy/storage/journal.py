@@ -3,14 +3,17 @@
 A resumed generation repeats all its steps and loads the network's predictions from here. So it
 produces the same bytes even if its scheduler depends on earlier steps. A resumed decode or
 reconstruct loads the slabs that were already decoded.
+
+    slab7.npy    an array as numpy saves it, then 4 bytes: the CRC-32 of its name and content
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
-import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import FvaeError, OutputError, UsageError, VolumeError
+from fvae_deploy.errors import FvaeError, OutputError, UsageError, VolumeError, of_input
 from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latents import partial_path
 from fvae_deploy.storage.lock import Lock, empty
+from fvae_deploy.volume.publish import flush
 
 Array = NDArray[np.float32]
+_HEADER = 1 << 16  # bytes, at most, of a header of numpy's format 1.0
 
 
 class Journal:
@@ -42,31 +47,35 @@ class Journal:
                 f"expected a folder {folder.parent} to write {folder.stem} into, found none: "
                 "create it first"
             )
-        foreign = os.path.lexists(folder) and not folder.is_dir()
-        if foreign or (folder.is_dir() and not self._note.is_file() and any(folder.iterdir())):
-            raise VolumeError(
-                f"expected the partial output of an interrupted run, found something else at "
-                f"{folder}: move it away"
-            )
         try:
-            folder.mkdir(exist_ok=True)
-            self._lock = Lock(folder)
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise self._foreign()
+            self._lock = Lock(folder)  # before anything is read or removed: another run may live
             self._begin(facts, resume)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                if self.held and self.empty:
+                    self.done()
             self.close()
-            raise VolumeError(
+            raise OutputError(
                 f"expected to write {folder}, found: {error.strerror or error}: check that the "
                 "path is writable and the disk is not full"
-            ) from None
+            ) from error
         except FvaeError:
             self.close()
             raise
 
     def _begin(self, facts: dict[str, Any], resume: bool) -> None:
         """Check the facts of the partial output to resume, or start with an empty folder."""
+        if not self._note.is_file() and not self.empty:
+            raise self._foreign()
         if not (resume and self._note.is_file()):
-            empty(self.folder)
-            self._note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            # The note goes last: a folder without it counts as foreign.
+            empty(self.folder, keep=self._note.name)
+            new = self._note.with_suffix(".new")
+            new.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            flush(new)
+            new.rename(self._note)
             return
         before = _read(self._note)
         for name, value in facts.items():
@@ -77,6 +86,12 @@ class Journal:
                     "options, or start over without --resume"
                 )
 
+    def _foreign(self) -> VolumeError:
+        return VolumeError(
+            f"expected the partial output of an interrupted run, found something else at "
+            f"{self.folder}: move it away"
+        )
+
     def kept(self, name: str, compute: Callable[[], Array]) -> Array:
         """Return the array of this name from the interrupted run, or compute and store it."""
         stored = self.found(name)
@@ -85,10 +100,17 @@ class Journal:
     def found(self, name: str) -> Array | None:
         """Return the stored array of this name; None if it is missing or damaged."""
         try:
-            stored: Array = np.load(self._path(name), allow_pickle=False)
+            content = bytearray(self._path(name).read_bytes())
+            body, stored = memoryview(content)[:-4], int.from_bytes(content[-4:], "little")
+            if len(content) < 4 or zlib.crc32(body, _seed(name)) != stored:
+                return None
+            file = io.BytesIO(body[:_HEADER])
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            array: Array = np.frombuffer(body[file.tell() :], dtype)
+            return array.reshape(shape, order="F" if fortran else "C")
         except (OSError, ValueError, EOFError):
             return None
-        return stored
 
     def keep(self, name: str, computed: Array) -> Array:
         """Store an array under this name and return it."""
@@ -97,8 +119,12 @@ class Journal:
             array = np.ascontiguousarray(computed)
             with path.with_suffix(".new").open("wb") as file:  # np.save hides why a write failed
                 header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(file, header)
+                head = io.BytesIO()
+                np.lib.format.write_array_header_1_0(head, header)
+                file.write(head.getbuffer())
                 file.write(array.data)
+                check = zlib.crc32(array.data, zlib.crc32(head.getbuffer(), _seed(name)))
+                file.write(check.to_bytes(4, "little"))
             path.with_suffix(".new").rename(path)
         except OSError as error:
             raise OutputError(
@@ -107,18 +133,26 @@ class Journal:
             ) from None
         return computed
 
+    @property
+    def held(self) -> bool:
+        """Whether the folder still belongs to this run."""
+        return self._lock is not None and self._lock.held
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
     @property
     def empty(self) -> bool:
-        """True if no array is stored."""
-        return not any(self.folder.glob("*.npy"))
+        """True if nothing is stored besides the facts."""
+        own = (self._note.name, self._note.with_suffix(".new").name)
+        return all(path.name in own for path in self.folder.iterdir())
 
     def done(self) -> None:
-        """Remove the folder, if it still exists, and release the lock."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        """Remove the folder, unless it is that of a later run, and release the lock."""
+        if self.held:
+            empty(self.folder, keep=self._note.name)
+            self._note.unlink(missing_ok=True)
+            self.folder.rmdir()
         self.close()
 
     def close(self) -> None:
@@ -131,9 +165,9 @@ class Journal:
 def journal_of(path: Path, facts: dict[str, Any], resume: bool) -> Iterator[Journal]:
     """Store intermediate results of a run beside its output `path` until the run succeeds.
 
-    An interrupted run leaves them for a later one with `resume`. A run that fails on its input
-    leaves nothing, unless it had resumed an earlier one; one that cannot write its output keeps
-    what it has computed.
+    An interrupted run leaves them for a later one with `resume`, and so does one that fails on the
+    disk or the network. A run whose input is bad leaves nothing, unless it had resumed an earlier
+    one.
     """
     journal = Journal(partial_path(path), facts, resume)
     resumed = not journal.empty
@@ -141,12 +175,15 @@ def journal_of(path: Path, facts: dict[str, Any], resume: bool) -> Iterator[Jour
         yield journal
         journal.done()
     except FvaeError as error:
-        of_input = isinstance(error, VolumeError) and not isinstance(error, OutputError)
-        if journal.empty or (of_input and not resumed):
+        if journal.held and (journal.empty or (of_input(error) and not resumed)):
             journal.done()
         raise
     finally:
         journal.close()
+
+
+def _seed(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def _read(note: Path) -> dict[str, Any]:

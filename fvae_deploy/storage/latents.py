@@ -13,7 +13,7 @@ import base64
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,21 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 from zarr.errors import NodeTypeValidationError
 
-from fvae_deploy.errors import LatentError
+from fvae_deploy.errors import LatentError, OutputError
 from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.lock import Lock, empty
 from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.publish import (
+    LONGEST,
+    check_name,
+    foreign,
+    publish_folder,
+    recover,
+    shortened,
+)
 
 FORMAT = 1
+_OWN = r"zarr\.json|c/0/\d+/0/0"  # files of a store
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class LatentInfo:
 
 def partial_path(path: Path) -> Path:
     """Return the path of the partial output that is written before `path` is complete."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(shortened(path.name, LONGEST - len(".partial")) + ".partial")
 
 
 class LatentReader:
@@ -158,11 +167,7 @@ class LatentWriter:
     ) -> None:
         path = Path(os.path.realpath(path))  # a symbolic link stays, its target is replaced
         self.path, self.partial, self.done = path, partial_path(path), 0
-        if path.exists() and not is_latents(path):
-            raise LatentError(
-                f"expected a new name or an fvae latent store to replace, found something else at "
-                f"{path}: choose another name"
-            )
+        self._check_replaceable()
         if not path.absolute().parent.is_dir():
             raise LatentError(
                 f"expected a folder {path.absolute().parent} to write {path.name} into, found "
@@ -170,19 +175,36 @@ class LatentWriter:
             )
         self._attributes = info.to_attributes()
         attributes = {**self._attributes, "complete": False, "input": source}
-        if self.partial.exists() and not _is_partial(self.partial):
-            raise LatentError(
-                "expected a new name or the partial output of an interrupted run, found something "
-                f"else at {self.partial}: move it away"
-            )
         with _writing(self.partial):
-            self.partial.mkdir(exist_ok=True)
-            self._lock = Lock(self.partial)
+            check_name(self.path)
+            if os.path.lexists(self.partial) and not self.partial.is_dir():
+                raise self._foreign()
+            self._lock = Lock(self.partial)  # before anything is read or removed
+            recover(self.path)
         try:
+            if not _is_partial(self.partial):
+                raise self._foreign()
             self._begin(attributes, shape, resume)
         except BaseException:
             self.close()
             raise
+
+    def _check_replaceable(self) -> None:
+        """Raise LatentError if something else than a latent store lies at the path."""
+        if not os.path.lexists(self.path):
+            return
+        found = foreign(self.path, _OWN) if is_latents(self.path) else self.path
+        if found is not None:
+            raise LatentError(
+                "expected a new name or an fvae latent store to replace, found something else at "
+                f"{found}: choose another name"
+            )
+
+    def _foreign(self) -> LatentError:
+        return LatentError(
+            "expected a new name or the partial output of an interrupted run, found something "
+            f"else at {self.partial}: move it away"
+        )
 
     def _begin(
         self, attributes: dict[str, Any], shape: tuple[int, int, int, int], resume: bool
@@ -216,27 +238,29 @@ class LatentWriter:
         with _writing(self.partial):
             self._array[:, start : start + z.shape[1]] = z
 
-    def commit(self) -> None:
+    def commit(self, record: Callable[[], None] = lambda: None) -> None:
         """Mark the store complete and rename it to its final name, replacing an older store.
 
-        Raises LatentError if a frame was never written or has been removed since.
+        `record` is called just before the store gets its name. Raises LatentError if a frame was
+        never written or has been removed since.
         """
         _check_complete(self.partial, self._array.shape[1])
+        self._check_replaceable()
+        if not self._lock.held:
+            raise LatentError(
+                f"expected {self.partial} for this run alone, found that it was removed and "
+                "created again meanwhile: encode the CT again"
+            )
         with _writing(self.partial):
             self._array.attrs.put({**self._attributes, "complete": True})
-            if self.path.exists():
-                old = self.path.with_name(f".{self.path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed here
-                self.path.rename(old)
-                self.partial.rename(self.path)
-                shutil.rmtree(old)
-            else:
-                self.partial.rename(self.path)
+            record()
+            publish_folder(self.partial, self.path)
         self.close()
 
     def discard(self) -> None:
-        """Remove the partial output and release the lock."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove the partial output, unless it is that of a later run, and release the lock."""
+        if self._lock.held:
+            shutil.rmtree(self.partial, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
@@ -329,7 +353,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LatentError(
+        raise OutputError(
             f"expected to write {path}, found: {error.strerror or error}: check that the path is "
             "writable and the disk is not full, then continue with --resume"
-        ) from None
+        ) from error

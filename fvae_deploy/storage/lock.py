@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
 from fvae_deploy.errors import VolumeError
+from fvae_deploy.volume.publish import identity, locked
 
 
 class Lock:
     """An exclusive lock on a folder, released by `close` or when the process ends or is killed.
 
-    Raises VolumeError if another run holds the lock.
+    Creates the folder if there is none. Raises VolumeError if another run holds the lock, and
+    OSError if the folder cannot be created.
     """
 
     _descriptor: int | None = None
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder, os.O_RDONLY)
-        available = True
-        with contextlib.suppress(OSError):  # some file systems do not support locks
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                available = False
-        # The other run may have renamed the folder before this run got the lock.
-        if not available or _identity(folder) != _identity(self._descriptor):
+        self._folder = folder
+        while not self.held:  # another run may remove or rename the folder before this one has it
             self.close()
-            raise VolumeError(
-                f"expected {folder} for this run alone, found another run that writes to it: wait "
-                "until it ends or choose another output"
-            )
+            folder.mkdir(exist_ok=True)
+            try:
+                self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue
+            if locked(self._descriptor) is False:
+                self.close()
+                raise VolumeError(
+                    f"expected {folder} for this run alone, found another run that writes to it: "
+                    "wait until it ends or choose another output"
+                )
+
+    @property
+    def held(self) -> bool:
+        """Whether the folder under this name is still the one that was locked."""
+        if self._descriptor is None:
+            return False
+        return identity(self._folder) == identity(self._descriptor)
 
     def close(self) -> None:
         """Release the lock."""
@@ -45,19 +52,10 @@ class Lock:
         self.close()
 
 
-def empty(folder: Path) -> None:
-    """Remove the contents of a folder, but not the folder itself."""
+def empty(folder: Path, keep: str = "") -> None:
+    """Remove the contents of a folder except the file `keep`, but not the folder itself."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name != keep:
             path.unlink()
-
-
-def _identity(folder: Path | int) -> tuple[int, int] | None:
-    """Return device and inode of a path or an open descriptor; None if it does not exist."""
-    try:
-        stat = os.stat(folder)
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,9 @@ from fvae_deploy.stream.stages import CausalStream, whole_grids
 from fvae_deploy.stream.tiles import Grid
 
 Kind = TypeVar("Kind", bound=Bundle)
+C = TypeVar("C", bound="Codec")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 logger = logging.getLogger("fvae")
 BUILT_IN = Path(__file__).parents[1] / "bundles"
@@ -52,7 +58,7 @@ class Opened(Generic[Kind]):
         threads: int | None = None,
     ) -> None:
         self.bundle, self.manifest, self.device = bundle, manifest, device
-        self.why = "asked for"
+        self.why, self._used = "asked for", threading.Lock()
         if engine == "auto":
             engine, self.why = _choose_engine(bundle, manifest, precision, device)
         self.engine = open_engine(bundle, manifest, engine, device, precision, threads)
@@ -92,10 +98,38 @@ def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) 
     return choose(device, problem)
 
 
+def alone(verb: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """Let a function of a codec run only while no other uses the same codec."""
+
+    @functools.wraps(verb)
+    def run(codec: C, /, *args: P.args, **keywords: P.kwargs) -> R:
+        with codec.in_use():
+            return verb(codec, *args, **keywords)
+
+    return run
+
+
 class Codec(Opened[Manifest]):
-    """A VAE opened in an engine; see `open_codec`."""
+    """A VAE opened in an engine; see `open_codec`.
+
+    A codec is not thread-safe, since its engine reuses the memory of inputs and outputs. Threads
+    may use it one after the other; two at the same time raise EngineError.
+    """
 
     _settled: tuple[dict[str, Grid], int] | None = None
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the codec; raises EngineError if another run holds it."""
+        if not self._used.acquire(blocking=False):
+            raise EngineError(
+                "expected one run at a time with this codec, found another run that uses it: wait "
+                "for that run, or open one codec per thread"
+            )
+        try:
+            yield
+        finally:
+            self._used.release()
 
     def settle(self, grids: Mapping[str, Grid], k: int) -> None:
         """Prepare for a volume with these tiles; release what was compiled for other tiles.
@@ -108,6 +142,7 @@ class Codec(Opened[Manifest]):
                 self.engine.release(part.name, compiled=True)
         self._settled = settings
 
+    @alone
     def encode(
         self,
         frames: NDArray[np.float32],
@@ -136,6 +171,7 @@ class Codec(Opened[Manifest]):
             pieces.append(stream.run(x, step.first)[:, : step.latents[1] - step.latents[0]])
         return np.concatenate(pieces, axis=1)
 
+    @alone
     def decode(
         self,
         latents: NDArray[np.float32],

@@ -23,6 +23,11 @@ class ClippingTally:
     minimum: float = float("inf")
     maximum: float = float("-inf")
 
+    @property
+    def shows_air(self) -> bool:
+        """Whether a value below 0 was found, as every CT in HU has in air and fat."""
+        return self.minimum < 0
+
     def check_is_ct(self) -> None:
         """Raise VolumeError if no value is negative: in HU, air is near -1000 and fat near -100."""
         if self.voxels and self.minimum >= 0 and self.maximum > 0:

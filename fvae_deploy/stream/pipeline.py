@@ -16,26 +16,28 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fvae_deploy.errors import LatentError, UsageError, VolumeError
+from fvae_deploy.errors import LatentError, UsageError, VolumeError, of_input
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
 from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter
+from fvae_deploy.storage.records import record
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
-from fvae_deploy.stream.codec import Codec, pad_frames
+from fvae_deploy.stream.codec import Codec, alone, pad_frames
 from fvae_deploy.stream.decoded import DecodedSlices
 from fvae_deploy.stream.intensity import to_hu
 from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.stream.run import Outcome, Run, Stopwatch
+from fvae_deploy.stream.run import Outcome, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader
-from fvae_deploy.volume.open import create_volume
+from fvae_deploy.volume.open import check_output, create_volume
 
 KIND = "reconstruction"
 Progress = Callable[[int], None]  # called with the number of slices just finished
@@ -45,6 +47,7 @@ def silent(slices: int) -> None:
     """Show no progress."""
 
 
+@alone
 def encode(
     codec: Codec, reader: Reader, path: Path, options: RunOptions, progress: Progress = silent
 ) -> Outcome:
@@ -52,7 +55,8 @@ def encode(
 
     With `options.resume`, the latent frames of an interrupted run are kept and the rest is
     computed; the bytes are those of an uninterrupted run. An interrupted run leaves
-    `path.partial`. A run that fails because of its input leaves only what an earlier run stored.
+    `path.partial`, and so does one that fails on the disk or the network. A run whose input is bad
+    leaves only what an earlier run stored.
     """
     clock = Stopwatch()
     run = Run.of(codec, reader.geometry, ("encode",), options, path.parent)
@@ -61,21 +65,24 @@ def encode(
         schedule.latent_frames(run.steps),
         *run.plane,
     )
-    writer = LatentWriter(path, _latent_info(run), shape, options.resume, _fingerprint(reader))
-    target = next((i for i, s in enumerate(run.steps) if s.latents[1] > writer.done), None)
-    slices = reader.geometry.shape[2]
-    resumed = slices if target is None else run.steps[target].slices[0]
-    measured: dict[str, float] = {}
+    facts, slices = run.facts(facts_on(codec, reader, "encode", options)), reader.geometry.shape[2]
+    writer = LatentWriter(path, _latent_info(run), shape, options.resume, facts["input"])
+    ends = [step.latents[1] for step in run.steps]
+    target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
+    resumed = run.steps[target].slices[0] if target < len(ends) else slices
     try:
+        _check_no_output(path, options)
         progress(resumed)
-        if target is not None:
-            measured = _encode_steps(run, reader, writer, target, clock, progress)
-        if not options.any_range and target == 0:
+        measured = _encode_steps(run, reader, writer, target, clock, progress, options)
+        if not options.any_range:
             run.clipping.check_is_ct()
-        writer.commit()
+        if changed := _change(reader, facts["input"]):
+            writer.discard()
+            raise changed
+        writer.commit(lambda: record(path, facts, writer.partial))
     except VolumeError as error:
         # After a faulty input there is nothing to resume, unless an earlier run stored frames.
-        if not isinstance(error, LatentError) and not writer.done:
+        if of_input(error) and not writer.done:
             writer.discard()
         raise
     finally:
@@ -84,10 +91,16 @@ def encode(
 
 
 def _encode_steps(
-    run: Run, reader: Reader, writer: LatentWriter, target: int, clock: Stopwatch, tick: Progress
+    run: Run,
+    reader: Reader,
+    writer: LatentWriter,
+    target: int,
+    clock: Stopwatch,
+    tick: Progress,
+    options: RunOptions,
 ) -> dict[str, float]:
     """Compute and store the steps from `target` on; return the seconds spent."""
-    entry = run.entry(target, "encode")
+    entry = run.entry(target, "encode") if target < len(run.steps) else target
 
     def store(item: tuple[Step, LatentFrames]) -> None:
         step, z = item
@@ -95,7 +108,7 @@ def _encode_steps(
 
     with (
         contextlib.closing(run.stream("encode")) as stream,
-        contextlib.closing(ahead(run.read(reader, entry))) as slabs,
+        contextlib.closing(ahead(run.read(reader, entry, any_range=options.any_range))) as slabs,
         Behind(store) as sink,
     ):
         for i, (step, x) in enumerate(clock.timed("read", slabs), start=entry):
@@ -119,6 +132,7 @@ class Target:
     kind: str = KIND
 
 
+@alone
 def decode(
     codec: Codec,
     store: LatentReader,
@@ -143,11 +157,11 @@ def decode(
     if not 0 <= a < b <= store.info.slices:
         raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
     target = target or Target(run.geometry.cropped(a, b), note=_note(codec.manifest))
-    facts = run.facts("decode", fingerprint_of(store.path), a, b, options.dtype)
+    facts = run.facts(decode_facts(codec, store, options, (a, b)))
     with (
         contextlib.nullcontext(journal)
         if journal
-        else journal_of(path, facts, options.resume) as slab_journal,
+        else _journal(path, facts, options) as slab_journal,
         create_volume(
             path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
         ) as writer,
@@ -183,7 +197,7 @@ def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptio
             f"expected latents of model {manifest.name} ({manifest.identity}), found latents of "
             f"{info.model} ({info.identity}): choose that model with --model"
         )
-    options = dataclasses.replace(options, protocol=info.protocol, step=info.k)
+    options = decode_options(store, options)
     run = Run.of(codec, info.geometry, ("decode",), options, path.parent)
     frames = schedule.latent_frames(run.steps)
     expected = (manifest.geometry.latent_channels, frames, *run.plane)
@@ -195,6 +209,12 @@ def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptio
     return run
 
 
+def decode_options(store: LatentReader, options: RunOptions) -> RunOptions:
+    """Return the options with the protocol and step of the store."""
+    return dataclasses.replace(options, protocol=store.info.protocol, step=store.info.k)
+
+
+@alone
 def reconstruct(
     codec: Codec, reader: Reader, path: Path, options: RunOptions, progress: Progress = silent
 ) -> Outcome:
@@ -205,9 +225,9 @@ def reconstruct(
     clock = Stopwatch()
     geometry, slices = reader.geometry, reader.geometry.shape[2]
     run = Run.of(codec, geometry, ("encode", "decode"), options, path.parent)
-    facts = run.facts("reconstruct", _fingerprint(reader), 0, slices, options.dtype)
+    facts = run.facts(facts_on(codec, reader, "reconstruct", options))
     with (
-        journal_of(path, facts, options.resume) as journal,
+        _journal(path, facts, options) as journal,
         create_volume(
             path, geometry, options.dtype, _note(codec.manifest), KIND, options.pyramid
         ) as writer,
@@ -219,7 +239,9 @@ def reconstruct(
         with (
             contextlib.closing(run.stream("encode")) as encoder,
             contextlib.closing(run.stream("decode")) as decoder,
-            contextlib.closing(ahead(run.read(reader, encode_entry, out.stop))) as slabs,
+            contextlib.closing(
+                ahead(run.read(reader, encode_entry, any_range=options.any_range))
+            ) as slabs,
             Behind(out) as sink,
         ):
             for i, (step, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
@@ -230,12 +252,11 @@ def reconstruct(
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
-        if not options.any_range and not out.resumed:
-            try:
-                run.clipping.check_is_ct()
-            except VolumeError:
-                journal.done()  # resuming would skip the check
-                raise
+        if not options.any_range:
+            run.clipping.check_is_ct()
+        if changed := _change(reader, facts["input"]):
+            journal.done()
+            raise changed
     seconds = clock.seconds(encode=encoder.seconds, decode=decoder.seconds, write=sink.waited)
     return run.outcome(out.computed, out.resumed, seconds)
 
@@ -281,5 +302,48 @@ def _note(manifest: Manifest) -> str:
     return f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
 
 
+def facts_on(codec: Codec, reader: Reader, verb: str, options: RunOptions) -> dict[str, Any]:
+    """Return the facts that identify what `verb` writes for a CT."""
+    slices = (0, reader.geometry.shape[2])
+    return facts_of(codec, reader.geometry, verb, _fingerprint(reader), slices, options)
+
+
+def decode_facts(
+    codec: Codec, store: LatentReader, options: RunOptions, slices: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return the facts that identify what `decode` writes for a latent store."""
+    options, slices = decode_options(store, options), slices or (0, store.info.slices)
+    source = fingerprint_of(store.path)
+    return facts_of(codec, store.info.geometry, "decode", source, slices, options)
+
+
 def _fingerprint(reader: Reader) -> str:
     return fingerprint_of(reader.path, reader.geometry.files)
+
+
+def _change(reader: Reader, before: str) -> VolumeError | None:
+    """Return an error if the input changed while it was read: no slab can be trusted then."""
+    now = _fingerprint(reader)
+    if now == before:
+        return None
+    return VolumeError(
+        f"expected {reader.path} to stay the same until the end, found a change ({before}, now "
+        f"{now}): run again when nothing writes to it"
+    )
+
+
+@contextlib.contextmanager
+def _journal(path: Path, facts: dict[str, Any], options: RunOptions) -> Iterator[Journal]:
+    """Keep slabs in a journal until the output is complete, and then how it was made."""
+    with journal_of(path, facts, options.resume) as journal:
+        _check_no_output(path, options)
+        yield journal
+        record(path, facts)
+
+
+def _check_no_output(path: Path, options: RunOptions) -> None:
+    """Raise VolumeError if another run has written the output before this one had its lock.
+
+    A resumed run may replace it: it continues one that had --overwrite.
+    """
+    check_output(path, overwrite=options.overwrite or options.resume)

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from fvae_deploy.errors import PlanError
 from fvae_deploy.export.bundle import Part
 from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.parse import show_bytes
+from fvae_deploy.stream.limits import available_bytes
 from fvae_deploy.stream.tiles import Grid, fit, smallest
 
 SLABS = 4  # one being produced, two waiting, one in use
@@ -30,7 +28,6 @@ HEADROOM = 1.1  # allocators round up and keep some of what they freed
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
-CGROUP = Path("/sys/fs/cgroup")  # of a container, with cgroup version 2
 
 
 @dataclass(frozen=True)
@@ -54,29 +51,6 @@ class Plan:
         spilled = ", states in a file" * bool(self.spilled)
         frames = f"{self.k} latent frame{'s' * (self.k > 1)} per step"
         return f"{', '.join(parts)}, {frames}{spilled}"
-
-
-def available_bytes() -> int:
-    """Return the bytes that this process may still take, within its container's limit."""
-    try:
-        pages = os.sysconf("SC_AVPHYS_PAGES")
-    except ValueError:  # macOS reports the total, not how much is free
-        pages = os.sysconf("SC_PHYS_PAGES")
-    free = pages * os.sysconf("SC_PAGE_SIZE")
-    try:  # counts reclaimable page cache as free
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1)) * 1024  # type: ignore[union-attr]
-    except (OSError, AttributeError):
-        pass
-    try:
-        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        statistics = (CGROUP / "memory.stat").read_text(encoding="ascii")
-        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)))
-        free = min(free, limit - max(used - cached, 0))
-    except (OSError, ValueError):
-        pass
-    return max(free, 0)
 
 
 def plan(

@@ -10,13 +10,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import OutputError
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.stream.plan import Plan
 from fvae_deploy.stream.rss import peak_rss
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
+from fvae_deploy.volume.publish import new_file
 
 PACKAGES = ("numpy", "nibabel", "pydicom", "zarr", "isal", "openvino", "onnxruntime", "torch")
 
@@ -136,16 +137,14 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON completely or not at all; raises VolumeError if the path is not writable."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write JSON completely or not at all; raises OutputError if the path is not writable."""
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with new_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise VolumeError(
-            f"expected to write {path}, found {error.strerror}: choose another path"
-        ) from None
+        raise OutputError(
+            f"expected to write {path}, found {error.strerror or error}: choose another path"
+        ) from error
 
 
 def _processor() -> str:

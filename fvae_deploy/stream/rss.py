@@ -31,6 +31,12 @@ def current_rss() -> int:
         return peak_rss()
 
 
+def begin_measuring() -> int:
+    """Reset the peak, and return the current resident size as the baseline of a run."""
+    reset_peak()
+    return current_rss()
+
+
 def reset_peak() -> None:
     """Reset the peak to the current size, where the system supports it (Linux).
 

@@ -7,6 +7,7 @@ and returns an Outcome.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from fvae_deploy.engines.base import BuiltAhead
-from fvae_deploy.errors import UsageError
+from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import ModelFrames
 from fvae_deploy.stream.codec import Codec, pad_frames
@@ -117,12 +118,12 @@ class Run:
             extents=_extents(codec, directions),
         )
         logger.info("plan: %s", chosen.describe())
-        codec.settle(chosen.grids, k)
         steps = schedule.steps(z, protocol, k, network)
         return cls(codec, geometry, chosen, steps, plane, protocol, folder)
 
     def stream(self, direction: str) -> CausalStream:
         """Open one direction of the codec as a causal stream."""
+        self.codec.settle(self.plan.grids, self.plan.k)
         return CausalStream(
             self.codec.engine,
             self.codec.manifest,
@@ -138,23 +139,12 @@ class Run:
         """Tile extents, stage by stage; other tiles give other rounding errors."""
         return tuple(n for grid in self.plan.grids.values() for n in grid.extent)
 
-    def facts(self, command: str, source: str, a: int, b: int, dtype: str) -> dict[str, Any]:
-        """Return the facts that identify this run; slabs are reused only if all facts match."""
-        return {
-            "fvae": __version__,
-            "command": command,
-            "input": source,
-            "model": self.codec.manifest.identity,
-            "engine": self.codec.engine.name,
-            "precision": self.codec.engine.precision,
-            "protocol": self.protocol,
-            "k": self.plan.k,
-            "tile": list(self.tile),
-            "shape": list(self.geometry.shape),
-            "affine": self.geometry.affine.tolist(),
-            "slices": [a, b],
-            "dtype": dtype,
-        }
+    def facts(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the facts that identify this run, from those of its output (`facts_of`).
+
+        Slabs are reused only if all match.
+        """
+        return {"fvae": __version__, **facts, "tile": list(self.tile)}
 
     def entry(self, target: int, direction: str) -> int:
         """Return the index of the step to start at so that step `target` is exact."""
@@ -164,29 +154,98 @@ class Run:
         return entry
 
     def read(
-        self, reader: Reader, entry: int, stop: int | None = None
+        self, reader: Reader, entry: int, stop: int | None = None, *, any_range: bool
     ) -> Iterator[tuple[Step, ModelFrames]]:
-        """Yield the steps from `entry` to `stop` with their frames in the model's range."""
+        """Yield the steps from `entry` to `stop` with their frames in the model's range.
+
+        The steps before `entry` are read too, so that `clipping` covers the volume of a resumed
+        run. Unless `any_range`, raises VolumeError before the first step if the volume is no CT.
+        """
         network, intensity = self.codec.manifest.geometry, self.codec.manifest.intensity
         height, width = (network.spatial * n for n in self.plane)
-        steps = self.steps[entry:stop]
+        steps = self.steps[:stop]
         depths = [s.slices[1] - s.slices[0] for s in steps if s.slices[1] > s.slices[0]]
         last: ModelFrames | None = None
-        with contextlib.closing(reader.slabs(*depths, start=steps[0].slices[0])) as slabs:  # type: ignore[type-var]
-            for step in steps:
+        with contextlib.closing(reader.slabs(*depths)) as slabs:  # type: ignore[type-var]
+            for index, step in enumerate(steps):
                 if step.slices[1] > step.slices[0]:
                     slab = next(slabs)
+                    _check_there(reader)
                     x = to_model(slab, intensity, height, width, self.clipping)
+                    if index == 0 and not any_range:
+                        self._check_is_ct(reader, len(slab))
                     last = x[:, -1:]
                 else:  # beyond the end of the volume
                     assert last is not None
                     x = last
+                if index < entry:
+                    continue
                 x = pad_frames(x, step.depth)
                 yield step, np.repeat(x, network.channels, axis=0) if network.channels > 1 else x
+
+    def _check_is_ct(self, reader: Reader, depth: int) -> None:
+        """Raise VolumeError if a volume is no CT, of which the first `depth` slices are tallied.
+
+        Those of a CT nearly always contain air. If not, slices are read ahead until some do: only
+        a volume without any is read whole, once, before hours of computing.
+        """
+        tally, intensity = copy.deepcopy(self.clipping), self.codec.manifest.intensity
+        x, y, _ = reader.geometry.shape
+        with contextlib.closing(reader.slabs(depth, start=depth)) as slabs:  # type: ignore[type-var]
+            while not tally.shows_air:
+                slab = next(slabs, None)
+                if slab is None:
+                    break
+                to_model(slab, intensity, x, y, tally)
+        if not tally.shows_air:
+            tally.check_is_ct()
 
     def outcome(self, slices: int, resumed: int, seconds: dict[str, float]) -> Outcome:
         """Return the results of the finished run."""
         return Outcome(self.plan, self.geometry.shape, slices, resumed, self.clipping, seconds)
+
+
+def facts_of(
+    codec: Codec,
+    geometry: Geometry,
+    command: str,
+    source: str,
+    slices: tuple[int, int],
+    options: RunOptions,
+) -> dict[str, Any]:
+    """Return the facts that identify an output; the same facts give the same values.
+
+    `source` is the fingerprint of the input. Values are the same up to the rounding of other
+    tiles.
+    """
+    manifest = codec.manifest
+    return {
+        "command": command,
+        "input": source,
+        "model": manifest.identity,
+        "engine": codec.engine.name,
+        "precision": codec.engine.precision,
+        "protocol": options.protocol or manifest.geometry.protocols[0],
+        "k": manifest.check_step(options.step),
+        "shape": list(geometry.shape),
+        "affine": geometry.affine.tolist(),
+        "slices": list(slices),
+        "dtype": options.dtype,
+        "level": options.level,
+        "any_range": options.any_range,
+        "pyramid": options.pyramid,
+    }
+
+
+def _check_there(reader: Reader) -> None:
+    """Raise VolumeError if the input has vanished, with its mount: Zarr would read zeros then."""
+    try:
+        reader.path.stat()
+    except OSError as error:
+        raise VolumeError(
+            f"expected {reader.path} to stay until the end, found: {error.strerror or error}: "
+            "make it available again, then continue with --resume"
+        ) from error
 
 
 def _extents(codec: Codec, directions: tuple[str, ...]) -> dict[str, tuple[tuple[int, int], ...]]:

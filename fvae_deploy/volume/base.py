@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import OutputError, VolumeError
+from fvae_deploy.volume.publish import Partial, hidden
 
 HuFrames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
@@ -187,8 +187,8 @@ def check_finite(planes: HuFrames, first: int, path: Path) -> None:
 class FrameWriter(ABC):
     """Base class of all writers: checks and counts frames, and never leaves half an output.
 
-    A format implements `_append` (store one frame), `_publish` (finish and rename) and `_discard`
-    (remove the partial output).
+    A format calls `_reserve` before it writes, and implements `_append` (store one frame),
+    `_publish` (finish and rename) and `_discard` (close files; what is left is then removed).
     """
 
     def __init__(self, path: Path, geometry: Geometry, dtype: str) -> None:
@@ -199,12 +199,25 @@ class FrameWriter(ABC):
         self._count = 0
         self._open = True
         # In the same folder as the output, because a rename within one folder is atomic.
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = hidden(self.path)
+        self._reserved: Partial | None = None
         if not self.path.parent.is_dir():
             raise VolumeError(
                 f"expected a folder {self.path.parent} to write {self.path.name} into, "
                 "found none: create it first"
             )
+
+    def _reserve(self, *, folder: bool) -> None:
+        """Create the partial output, a file or folder that no other run touches; OSError."""
+        self._check_replaceable()
+        self._reserved = Partial(self.path, folder=folder)
+        self._partial = self._reserved.path
+
+    def _check_replaceable(self) -> None:  # noqa: B027 - files need no check
+        """Raise OutputError if something at the path must not be replaced.
+
+        Called before the first frame and again at the end, hours later.
+        """
 
     @abstractmethod
     def _append(self, frame: HuFrames) -> None:
@@ -216,7 +229,7 @@ class FrameWriter(ABC):
 
     @abstractmethod
     def _discard(self) -> None:
-        """Remove the partial output; called at most once, also after `_append` failed."""
+        """Close or remove the partial output; called at most once, also after `_append` failed."""
 
     def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU, int16 or float32; `frames` itself is not changed."""
@@ -257,11 +270,16 @@ class FrameWriter(ABC):
             )
         failed: OSError | None = None
         try:
+            self._check_replaceable()
             self._publish()
         except OSError as error:
             failed = error
+        except OutputError:
+            self.abort()
+            raise
         self._raise_failure(failed)
         self._open = False
+        self._release()
 
     def _raise_failure(self, failed: OSError | None) -> None:
         """Abort and raise a VolumeError if writing failed.
@@ -279,6 +297,12 @@ class FrameWriter(ABC):
         if self._open:
             self._open = False
             self._discard()
+            self._release()
+
+    def _release(self) -> None:
+        """Remove the partial output, if it still has its hidden name."""
+        if self._reserved is not None:
+            self._reserved.discard()
 
     def _stored(self, frame: HuFrames) -> HuFrames:
         if frame.dtype.kind == "f":
@@ -314,21 +338,3 @@ class FrameWriter(ABC):
             self.commit()
         else:
             self.abort()
-
-
-def publish_folder(partial: Path, path: Path) -> None:
-    """Rename a folder to its final name and remove the older folder of that name, if any.
-
-    A folder cannot be replaced in one step. The old one is renamed first, and renamed back if the
-    new one cannot be moved into place.
-    """
-    aside = partial.with_suffix(".old")
-    if path.exists():
-        path.rename(aside)
-    try:
-        partial.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -8,7 +8,6 @@ copied from the headers of the source.
 
 from __future__ import annotations
 
-import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -21,9 +20,10 @@ from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import OutputError, VolumeError
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, publish_folder
+from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames
+from fvae_deploy.volume.publish import foreign, publish_folder
 
 _PATIENT = "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge"
 _PATIENT += " PatientSize PatientWeight PatientIdentityRemoved DeidentificationMethod"
@@ -40,6 +40,7 @@ _EQUIPMENT = "Manufacturer InstitutionName StationName ManufacturerModelName Dev
 _EQUIPMENT = f"{_EQUIPMENT} SoftwareVersions"
 _READ = [*_COPIED, *_EQUIPMENT.split(), "SOPClassUID", "SOPInstanceUID", "ImageType"]
 _READ += ["SeriesNumber", "SeriesDescription"]
+_OWN = r"\d{6,}\.dcm"  # files that the writer writes
 _REQUIRED = [  # may be empty, but must be present
     "PatientName",
     "PatientID",
@@ -75,22 +76,25 @@ class DicomWriter(FrameWriter):
         kind: str = "",
     ) -> None:
         super().__init__(Path(path), geometry, dtype)
-        if os.path.exists(self.path) and not _is_series(self.path):
-            raise VolumeError(
-                "expected a new name or a folder with only .dcm files to replace, found something "
-                f"else at {self.path}: choose another name"
-            )
         self._kind, self._note = kind, ": ".join(filter(None, [f"fvae {__version__}", note]))
         self._now = datetime.now()
         self._series = generate_uid()
         self._new_uids = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
         try:
-            # A killed process with the same id may have left this folder.
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
+            self._reserve(folder=True)
         except OSError as error:
             self.abort()
             raise self._write_error(error) from error
+
+    def _check_replaceable(self) -> None:
+        if not self.path.exists():
+            return
+        found = foreign(self.path, _OWN) if self.path.is_dir() else self.path
+        if found is not None:
+            raise OutputError(
+                "expected a new name or a folder with only slices named as fvae names them "
+                f"(000001.dcm) to replace, found something else at {found}: choose another name"
+            )
 
     def _append(self, frame: HuFrames) -> None:
         source = self._source(self._count)
@@ -220,7 +224,3 @@ def _code(value: str, meaning: str) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
     return item
-
-
-def _is_series(path: Path) -> bool:
-    return path.is_dir() and all(entry.suffix == ".dcm" for entry in path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +14,7 @@ import numpy as np
 from fvae_deploy.errors import OutputError, UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, Reader, Writer
 from fvae_deploy.volume.options import ReadOptions
+from fvae_deploy.volume.publish import check_name, recover
 from fvae_deploy.volume.suffixes import FILES, ITK, NIFTI, OUTPUTS
 from fvae_deploy.volume.zarr_paths import is_zarr
 
@@ -149,12 +149,12 @@ def check_output(path: Path | str, *, overwrite: bool, geometry: Geometry | None
     if geometry is not None:
         check_geometry(path, geometry)
     try:
-        os.lstat(f"{path}.partial")  # interrupted runs have longer names
+        check_name(Path(path))
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise OutputError(
-                f"expected to write {path}, found: {error.strerror}: choose a shorter name"
-            ) from None
+        raise OutputError(
+            f"expected to write {path}, found: {error.strerror}: choose a shorter name"
+        ) from None
+    recover(Path(path))
     if not overwrite and os.path.lexists(path):
         raise VolumeError(
             f"expected a new output, found that {path} exists: choose another name or pass "

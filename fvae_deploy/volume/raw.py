@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, check_finite, slab_ranges
+from fvae_deploy.volume.publish import publish_file
 
 _gzip: Any = igzip_threaded  # has no type annotations
 _BLOCK = 1 << 20  # bytes decompressed at a time, so that a false header cannot exhaust memory
@@ -142,6 +143,7 @@ class RawWriter(FrameWriter):
                     f"expected an output file, found a folder or device at {self.path}: "
                     "choose another name"
                 )
+            self._reserve(folder=False)
             if compressed:
                 # Level 1 takes half the time of level 2 for 4 % more bytes. It runs in a thread.
                 self._file = _gzip.open(self._partial, "wb", 1, threads=1)
@@ -157,14 +159,12 @@ class RawWriter(FrameWriter):
 
     def _publish(self) -> None:
         self._file.close()
-        os.replace(self._partial, self.path)
+        publish_file(self._partial, self.path)
 
     def _discard(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # on a full disk, closing fails again
                 self._file.close()
-        with suppress(OSError):
-            self._partial.unlink()
 
 
 class _Stream(Protocol):

@@ -25,12 +25,14 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import VolumeError
-from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames, publish_folder
+from fvae_deploy.errors import OutputError
+from fvae_deploy.volume.base import FrameWriter, Geometry, HuFrames
 from fvae_deploy.volume.ngff import describe
+from fvae_deploy.volume.publish import foreign, publish_folder
 from fvae_deploy.volume.zarr_paths import is_store
 
 _DEPTH = 4  # slices per chunk: 2 MiB of int16 at 512 x 512
+_OWN = r"(\d+/)?(zarr\.json|c(/\d+)+)"  # files of either layout; \d+ is a level
 _SMALL = 64  # pixels: a level as small as this in plane needs no coarser one
 
 Factor = tuple[int, int, int]  # voxels along x, y and z
@@ -49,20 +51,23 @@ class ZarrWriter(FrameWriter):
         self, path: Path | str, geometry: Geometry, dtype: str = "int16", pyramid: bool = False
     ) -> None:
         super().__init__(Path(path), geometry, dtype)
-        if os.path.lexists(self.path) and not _is_volume(self.path):
-            raise VolumeError(
-                "expected a new name or a volume that fvae wrote, found something else at "
-                f"{self.path}: choose another name"
-            )
         steps = pyramid_steps(geometry) if pyramid else []
         try:
-            # A killed process with the same id may have left this folder.
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
+            self._reserve(folder=True)
             self._finest = _create(self._partial, geometry, self._dtype, steps)
         except OSError as error:
             self.abort()
             raise self._write_error(error) from error
+
+    def _check_replaceable(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        found = foreign(self.path, _OWN) if _is_volume(self.path) else self.path
+        if found is not None:
+            raise OutputError(
+                "expected a new name or a volume that fvae wrote, found something else at "
+                f"{found}: choose another name"
+            )
 
     def _append(self, frame: HuFrames) -> None:
         self._finest.append(frame.T)

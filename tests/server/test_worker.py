@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
+import threading
 
 import pytest
+import zarr
 
 import fvae_deploy as fvae
 from fvae_deploy.server.settings import WorkerSettings
@@ -14,6 +17,7 @@ from fvae_deploy.server.store import Job, Store
 from fvae_deploy.server.worker import run_job
 from fvae_deploy.stream.codec import open_codec
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.nifti import NiftiWriter
 
 OPTIONS = RunOptions(memory=300 << 20)
 
@@ -74,3 +78,83 @@ def test_a_job_resumes_or_restarts_after_an_update(interrupted, codec, tmp_path,
     fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=codec)
     assert (folder / "result.nii").read_bytes() == (tmp_path / "whole.nii").read_bytes()
     assert [path.name for path in folder.iterdir()] == ["result.nii"]
+
+
+def full_until(monkeypatch, writer, calls, times):
+    """Let the writer fail as on a full disk, in its first `times` runs, after a few slices."""
+    real, failed = writer._append, []
+
+    def append(self, frame):
+        calls.append(self._count)
+        if len(failed) < times and self._count >= 45:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, frame)
+
+    monkeypatch.setattr(writer, "_append", append)
+
+
+@pytest.fixture
+def job(tmp_path, write_ct):
+    """Return a store with a queued reconstruct job of 80 slices."""
+    store = Store(tmp_path / "server")
+    folder = store.files / "a"
+    folder.mkdir()
+    write_ct(folder / "input.nii", (9, 11, 80))
+    shutil.copy(folder / "input.nii", tmp_path / "ct.nii")
+    store.add(Job("a", "me", None, "reconstruct", "nii", {"format": "nii"}, 1, "queued", 1.0))
+    return store
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_full_disk_costs_a_job_only_time(job, codec, tmp_path, monkeypatch, times):
+    calls = []
+    monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01, 0.01, 0.01))
+    full_until(monkeypatch, NiftiWriter, calls, times)
+    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    done = job.get("a")
+    assert (done.state, done.error) == ("done", None)
+    assert done.report["volume"]["resumed"] >= 45
+    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=codec)
+    result = job.files / "a" / "result.nii"
+    assert result.read_bytes() == (tmp_path / "whole.nii").read_bytes()
+    assert [path.name for path in result.parent.iterdir()] == ["result.nii"]
+
+
+def test_a_disk_that_stays_full_fails_the_job_and_frees_its_space(job, codec, monkeypatch):
+    monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01, 0.01))
+    full_until(monkeypatch, NiftiWriter, [], 99)
+    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    assert job.get("a").state == "failed"
+    assert "No space left" in job.get("a").error
+    assert list((job.files / "a").iterdir()) == []
+
+
+def test_a_job_that_waits_for_space_can_be_cancelled(job, codec, monkeypatch):
+    monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (30,))
+    full_until(monkeypatch, NiftiWriter, [], 99)
+    threading.Timer(0.5, job.cancel, ("a",)).start()
+    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    assert job.get("a").state == "cancelled"
+
+
+def test_a_full_disk_does_not_cost_an_encode_its_frames(job, codec, tmp_path, monkeypatch):
+    folder, failed = job.files / "b", []
+    folder.mkdir()
+    shutil.copy(tmp_path / "ct.nii", folder / "input.nii")
+    job.claim()
+    job.add(Job("b", "me", None, "encode", "nii", {}, 1, "queued", 2.0))
+    real = zarr.Array.__setitem__
+
+    def write(self, where, values):
+        if not failed and where[1].start >= 11:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, where, values)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", write)
+    monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01,))
+    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    done = job.get("b")
+    assert (done.state, done.error, failed) == ("done", None, [1])
+    assert done.report["volume"]["resumed"] > 0

@@ -33,14 +33,15 @@ def info(**changes):
     return LatentInfo(**(fields | changes))
 
 
-def write(path, frames=SHAPE[1], resume=False, **changes):
+def write(path, frames=SHAPE[1], resume=False, close=True, **changes):
     """Write the first frames of VALUES, and commit if that is all of them."""
     writer = LatentWriter(path, info(**changes), SHAPE, resume)
     for t in range(writer.done, frames):
         writer.write(t, VALUES[:, t : t + 1])
     if frames == SHAPE[1]:
         writer.commit()
-    writer.close()
+    if close:
+        writer.close()
     return writer
 
 
@@ -105,7 +106,7 @@ def test_frames_of_zeros_are_stored_too(path):
 
 
 def test_the_final_name_appears_only_when_the_store_is_complete(path):
-    writer = write(path, frames=5)
+    writer = write(path, frames=5, close=False)
     assert not path.exists()
     assert partial_path(path).is_dir()
     writer.write(5, VALUES[:, 5:])
@@ -116,7 +117,7 @@ def test_the_final_name_appears_only_when_the_store_is_complete(path):
 
 def test_an_older_store_stays_until_the_new_one_is_complete(path):
     write(path)
-    writer = write(path, frames=5, model="other")
+    writer = write(path, frames=5, close=False, model="other")
     assert LatentReader(path).info.model == "tiny"
     writer.write(5, VALUES[:, 5:])
     writer.commit()
@@ -125,7 +126,7 @@ def test_an_older_store_stays_until_the_new_one_is_complete(path):
 
 
 def test_discard_leaves_nothing(path):
-    write(path, frames=3).discard()
+    write(path, frames=3, close=False).discard()
     assert list(path.parent.iterdir()) == []
 
 

@@ -1,7 +1,6 @@
 """A plan fits its budget, or says the least budget that would do; and that one does."""
 
 import dataclasses
-import os
 import re
 
 import pytest
@@ -13,7 +12,7 @@ from fvae_deploy.errors import PlanError, UsageError
 from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.parse import parse_bytes, show_bytes
 from fvae_deploy.stream.codec import bundle_path
-from fvae_deploy.stream.plan import Stage, available_bytes, plan
+from fvae_deploy.stream.plan import Stage, plan
 
 BOTH = ("encode", "decode")
 TINY = Manifest.load(bundle_path("tiny"), verify=False)
@@ -131,34 +130,6 @@ def test_little_memory_means_tiles():
 def test_without_a_budget_the_free_memory_is_shared(monkeypatch):
     monkeypatch.setattr("fvae_deploy.stream.plan.available_bytes", lambda: 10 * 2**30)
     assert planned(None).budget_bytes == 6 * 2**30
-
-
-def test_what_a_container_holds_of_files_gives_way(monkeypatch, tmp_path):
-    (tmp_path / "memory.max").write_text("300000000\n")
-    (tmp_path / "memory.current").write_text("280000000\n")
-    (tmp_path / "memory.stat").write_text(
-        "anon 50000000\nfile 220000000\ninactive_file 200000000\nactive_file 20000000\n"
-    )
-    monkeypatch.setattr("fvae_deploy.stream.plan.CGROUP", tmp_path)
-    assert available_bytes() == 300000000 - 60000000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() > 300000000
-
-
-def test_the_free_memory_is_known():
-    assert 2**20 < available_bytes() < 2**50
-
-
-def test_where_the_system_does_not_tell_what_is_free_all_memory_is_taken(monkeypatch):
-    real = os.sysconf
-
-    def as_on_macos(name):
-        if name == "SC_AVPHYS_PAGES":
-            raise ValueError("unrecognized configuration name")
-        return real(name)
-
-    monkeypatch.setattr("os.sysconf", as_on_macos)
-    assert 2**20 < available_bytes() < 2**50
 
 
 def test_an_engine_that_was_never_measured_is_taken_for_the_most_expensive():

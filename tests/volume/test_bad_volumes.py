@@ -246,7 +246,7 @@ class TestWritersLeaveNoPartialOutput:
         with pytest.raises(VolumeError, match="found"):
             create_volume(tmp_path / name, GEOMETRY)
         with pytest.raises(VolumeError, match="File name too long"):
-            create_volume(tmp_path / ("x" * 250 + name), GEOMETRY)
+            create_volume(tmp_path / ("x" * 256 + name), GEOMETRY)
         assert sorted(os.listdir(tmp_path)) == sorted(["file", name])
         assert os.listdir(tmp_path / name) == ["precious"]
 
