@@ -102,13 +102,15 @@ def _check_on_line(
 ) -> None:
     """Raise VolumeError if a slice lies too far from its place on the fitted line.
 
-    `errors` [n, 3] are the distances in mm. Where one slice of any number is missing, another one
-    lies at least 0.21 times the fitted spacing away from its place.
+    `errors` [n, 3] are the distances in mm. Where one of the slices is missing, another one lies at
+    least 0.21 times the fitted spacing away from its place, 0.29 times if there are 5 or more.
     """
     normal = _normal(slices[0])
     normal = normal / np.linalg.norm(normal)
     along = errors @ normal
-    if np.abs(along).max() > min(_TOLERANCE, abs(float(step @ normal)) / 5):
+    spacing = abs(float(step @ normal))
+    tolerance = min(_TOLERANCE, spacing * (0.2 if len(slices) < 5 else 0.27))
+    if np.abs(along).max() > tolerance or np.abs(np.diff(along)).max() > 0.45 * spacing:
         _refuse_spacing(slices, np.array([one.position @ normal for one in slices]))
     aside = np.linalg.norm(errors - np.outer(along, normal), axis=1)
     worst = int(aside.argmax())
