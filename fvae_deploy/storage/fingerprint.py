@@ -10,8 +10,11 @@ from pathlib import Path
 
 
 def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
-    """Return a fingerprint of files by name, size and mtime; by default of all in the folder."""
-    if not files:
+    """Return a fingerprint of files by name, size and mtime; by default of all in the folder.
+
+    A path that is a file, such as an archive of the files, stands for them.
+    """
+    if not files or path.is_file():
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest, count, total, last = sha256(), 0, 0, 0.0
     for file in files:

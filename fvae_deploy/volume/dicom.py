@@ -13,6 +13,7 @@ a tilted gantry gives a sheared affine and not a resampled volume.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import Geometry, HuFrames, slab_ranges
+from fvae_deploy.volume.dicom_archive import is_archive, unpack
 from fvae_deploy.volume.dicom_grid import affine_of, check_consistent, in_order
-from fvae_deploy.volume.dicom_header import Image
-from fvae_deploy.volume.dicom_scan import Scan, Unreadable, scan
+from fvae_deploy.volume.dicom_header import DamagedError, Image, one_line, read_images
+from fvae_deploy.volume.dicom_scan import Scan, Unreadable, holds_dicom, scan
 from fvae_deploy.volume.dicom_series import Series, choose, find_series, numbering_remarks
 from fvae_deploy.volume.dicom_slice import AIR, Slice, check_decoder, check_units
 from fvae_deploy.volume.options import ReadOptions
@@ -31,7 +33,7 @@ _NAMED = 5  # files in a remark
 
 
 class DicomReader:
-    """One CT series in a folder, at any depth below it.
+    """One CT series in a folder at any depth, in an archive, or in a multi-frame file.
 
     Axis x is the column index, y the row index, z runs along the normal of the slices. Frames are
     int16 if the bits, slope and intercept of every slice guarantee whole numbers within int16,
@@ -44,8 +46,18 @@ class DicomReader:
 
     def __init__(self, path: Path | str, options: ReadOptions | None = None) -> None:
         self.path, self._options = Path(path), options or ReadOptions()
-        found = scan(self.path)
-        series, self._remarks = _choose(found, self._options, self.path)
+        self._unpacked = unpack(self.path) if is_archive(self.path) else None
+        try:
+            with self._named():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Read all headers, choose the series, and check its slices."""
+        root = Path(self._unpacked.name) if self._unpacked else self.path
+        series, self._remarks = _choose(scan(root), self._options, root)
         self._remarks += check_units(series.images, any_range=self._options.any_range)
         slices = [Slice.of(image) for image in series.images]
         check_consistent(slices)
@@ -79,14 +91,28 @@ class DicomReader:
         columns, rows, count = self.geometry.shape
         for indices in slab_ranges(count, depths, start):
             slab = np.empty((len(indices), rows, columns), self._dtype)
-            for plane, index in zip(slab, indices, strict=True):
-                plane[:] = self._decode(index)
-            if indices[-1] == count - 1:
-                self._check_below_zero()
+            with self._named():
+                for plane, index in zip(slab, indices, strict=True):
+                    plane[:] = self._decode(index)
+                if indices[-1] == count - 1:
+                    self._check_below_zero()
             yield slab.transpose(0, 2, 1)
 
     def close(self) -> None:
-        """Do nothing: no file stays open between slices."""
+        """Remove what was unpacked from an archive; no file stays open between slices."""
+        if self._unpacked:
+            self._unpacked.cleanup()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """In errors, name files by their place in the archive, not in the temporary folder."""
+        try:
+            yield
+        except VolumeError as error:
+            if self._unpacked is None:
+                raise
+            message = str(error).replace(self._unpacked.name, str(self.path))
+            raise VolumeError(message) from error
 
     def _decode(self, index: int) -> HuFrames:
         values, padded = self._slices[index].decode()
@@ -107,9 +133,39 @@ class DicomReader:
             )
 
 
+def dicom_source(path: Path) -> Path | None:
+    """Return what DicomReader reads for this path; None if it is no DICOM.
+
+    That is a folder, an archive, a multi-frame file, or for a DICOMDIR its folder. Raises
+    VolumeError for a single slice, of which a folder holds more.
+    """
+    if path.is_dir() or is_archive(path):
+        return path
+    if path.name.upper() == "DICOMDIR":
+        return path.parent
+    if not holds_dicom(path):
+        return None
+    try:
+        images = read_images(path)
+    except (DamagedError, OSError) as error:
+        raise VolumeError(
+            f"expected a DICOM file that can be read, found {path}: {one_line(error)}. Copy it "
+            "again"
+        ) from error
+    if images == "DICOMDIR":
+        return path.parent
+    if isinstance(images, str) or images[0].frame is not None:
+        return path
+    raise VolumeError(
+        f"expected a folder of DICOM slices, found the single slice {path.name}: give its folder"
+    )
+
+
 def list_series(path: Path | str) -> tuple[list[Series], tuple[str, ...]]:
-    """Return all series below a folder, with remarks on what else lies there."""
-    found = scan(Path(path))
+    """Return all series below a folder or in an archive, with remarks on what else lies there."""
+    path = Path(path)
+    with unpack(path) if is_archive(path) else contextlib.nullcontext(path) as root:
+        found = scan(Path(root))
     remarks = _passed_over(found) + _left_out(found.unreadable, "cannot be read")
     return find_series(found.images), remarks
 

@@ -166,6 +166,46 @@ def read_images(path: Path) -> list[Image] | str:
     return images
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An image that a DICOMDIR lists."""
+
+    parts: tuple[str, ...]  # of its path below the folder of the DICOMDIR
+    instance: str  # SOPInstanceUID
+    series: str | None
+
+
+def read_directory(path: Path) -> list[Listed]:
+    """Return the images that a DICOMDIR lists; none if it is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = pydicom.dcmread(path)
+            records = {one.seq_item_tell: one for one in data.DirectoryRecordSequence}
+            owners: dict[int, str] = {}
+            for one in records.values():
+                at = int(one.get("OffsetOfReferencedLowerLevelDirectoryEntity") or 0)
+                while one.DirectoryRecordType == "SERIES" and at in records and at not in owners:
+                    owners[at] = str(one.get("SeriesInstanceUID") or "")
+                    at = int(records[at].get("OffsetOfTheNextDirectoryRecord") or 0)
+            return [
+                Listed(
+                    _parts(one.ReferencedFileID),
+                    str(one.get("ReferencedSOPInstanceUIDInFile") or ""),
+                    owners.get(at) or None,
+                )
+                for at, one in records.items()
+                if one.DirectoryRecordType == "IMAGE" and one.get("ReferencedFileID")
+            ]
+    except Exception:  # as in read_images; the slices are found without it
+        return []
+
+
+def _parts(file_id: Any) -> tuple[str, ...]:
+    parts = [file_id] if isinstance(file_id, str) else file_id
+    return tuple(str(part) for part in parts if str(part) not in ("", ".", ".."))
+
+
 def _values(data: Dataset) -> Iterator[tuple[str, Any]]:
     for name in _NEEDED.split():
         if name in data:

@@ -21,6 +21,7 @@ from fvae_deploy.volume.dicom_header import (
     Image,
     image_type,
     is_dicom,
+    read_directory,
     read_images,
 )
 
@@ -55,6 +56,7 @@ class Scan:
     images: list[Image] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
+    directories: list[Path] = field(default_factory=list)  # DICOMDIR files
 
 
 def holds_dicom(path: Path) -> bool:
@@ -111,11 +113,36 @@ def scan(folder: Path, wanted: Callable[[Path], bool] = lambda path: True) -> Sc
             found.unreadable.append(Unreadable(file, _why(file)))
         else:
             found.passed["file of another kind"] += 1
+    for file in found.directories:
+        found.unreadable += _listed_and_gone(file, found.images)
     return found
 
 
+def _listed_and_gone(directory: Path, images: list[Image]) -> Iterator[Unreadable]:
+    """Yield the images that a DICOMDIR lists and that are not there, whatever their names."""
+    there = {str(image.values.get("SOPInstanceUID")) for image in images}
+    for listed in read_directory(directory):
+        if listed.instance not in there and not _exists(directory.parent, listed.parts):
+            path = directory.parent.joinpath(*listed.parts)
+            yield Unreadable(path, "a DICOMDIR lists it, and it is not there", listed.series)
+
+
+def _exists(folder: Path, parts: tuple[str, ...]) -> bool:
+    """Return whether a file exists, in capitals or not: discs are mounted in either way."""
+    for part in parts:
+        names = {part, part.lower(), part.upper(), f"{part};1", f"{part.lower()}.", f"{part}."}
+        folder = next((folder / name for name in names if (folder / name).exists()), folder / part)
+    return folder.exists()
+
+
 def _places(folder: Path, found: Scan, seen: set[tuple[int, int]]) -> Iterator[list[Path]]:
-    """Yield the files of a folder and of each folder below it; links in a circle end."""
+    """Yield the files of a folder and of each folder below it; links in a circle end.
+
+    A file alone is a folder of one.
+    """
+    if not seen and folder.is_file():
+        yield [folder]
+        return
     try:
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -155,6 +182,7 @@ def _read(file: Path, found: Scan) -> bool:
     else:
         if isinstance(images, str):
             found.passed[images] += 1
+            found.directories += [file] if images == "DICOMDIR" else []
         else:
             slices = [image for image in images if "LOCALIZER" not in image_type(image.values)]
             found.images += slices
