@@ -101,8 +101,8 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def scans_table(batch: dict[str, Any]) -> Table:
-    """Return the table of the results of a batch."""
+def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) -> Table:
+    """Return the table of the results of a batch, and of what it did not take, with reasons."""
     from rich.table import Table
 
     counts = f"{batch['done']} done, {batch['skipped']} skipped, {batch['failed']} failed"
@@ -122,6 +122,8 @@ def scans_table(batch: dict[str, Any]) -> Table:
             table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
         else:
             table.add_row(name, *4 * ["-"], scan.get("error", "skipped"))
+    for path, reason in untaken:
+        table.add_row(Path(path).name, *4 * ["-"], reason)
     return table
 
 

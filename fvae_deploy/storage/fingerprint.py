@@ -12,9 +12,11 @@ from pathlib import Path
 def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
     """Return a fingerprint of files by name, size and mtime; by default of all in the folder.
 
-    A path that is a file, such as an archive of the files, stands for them.
+    An archive stands for the files that were unpacked from it to another place.
     """
-    if not files or path.is_file():
+    files = tuple(files)
+    packed = path.is_file() and not any(file.is_relative_to(path.parent) for file in files)
+    if not files or packed:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest, count, total, last = sha256(), 0, 0, 0.0
     for file in files:

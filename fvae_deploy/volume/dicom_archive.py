@@ -20,11 +20,11 @@ from typing import IO, TYPE_CHECKING
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.dicom_header import HEAD, is_dicom, one_line
 from fvae_deploy.volume.dicom_scan import is_plainly_other
+from fvae_deploy.volume.options import DICOM_ARCHIVES
 
 if TYPE_CHECKING:
     Folder = tempfile.TemporaryDirectory[str]
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _RATIO = 100  # bytes unpacked per byte of the archive: CT compresses to a half or third
 _SMALL = 64 << 20  # bytes that any archive may unpack to, and that stay free on the disk
 _MEMBERS = 200_000
@@ -44,11 +44,11 @@ _DAMAGE = (
 
 def is_archive(path: Path) -> bool:
     """Return whether a file is an archive that can hold DICOM files, by its name."""
-    return path.name.lower().endswith(ARCHIVES) and not path.is_dir()
+    return path.name.lower().endswith(DICOM_ARCHIVES) and not path.is_dir()
 
 
 def holds_dicom(path: Path) -> bool:
-    """Return whether one of the first files of an archive is DICOM; False if it is damaged."""
+    """Return whether one of the first files of an archive is DICOM, or it is damaged."""
     try:
         for number, (_, content) in enumerate(_members(path)):
             if content is not None and is_dicom(content.read(HEAD)):
@@ -56,7 +56,7 @@ def holds_dicom(path: Path) -> bool:
             if number >= _PEEKED:
                 return False
     except (*_DAMAGE, OSError):
-        return False
+        return True
     return False
 
 

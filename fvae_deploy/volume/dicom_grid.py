@@ -90,10 +90,13 @@ def _check_apart(slices: list[Slice], depths: NDArray[np.float64]) -> None:
     gaps = np.diff(depths)
     worst = int(gaps.argmin())
     if gaps[worst] < _SAME:
+        one, two = slices[worst], slices[worst + 1]
+        names = (one.name, two.name)
+        if one.name == two.name:  # in two folders
+            names = (one.image.where, two.image.where)
         raise VolumeError(
-            f"expected one slice at each position, found {slices[worst].name} and "
-            f"{slices[worst + 1].name} both at {depths[worst]:.3f} mm: remove one, or choose one "
-            "with --series"
+            f"expected one slice at each position, found {names[0]} and {names[1]} both at "
+            f"{depths[worst]:.3f} mm: remove one of them"
         )
 
 

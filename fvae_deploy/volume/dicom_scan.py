@@ -67,6 +67,24 @@ def holds_dicom(path: Path) -> bool:
         return False
 
 
+def peek(folder: Path) -> set[tuple[str, str]]:
+    """Return SeriesInstanceUID and SOPInstanceUID of the first and the last image in a folder."""
+    files = sorted(file for file in folder.iterdir() if holds_dicom(file))
+    found = set[tuple[str, str]]()
+    for one_end in (files, reversed(files)):
+        for file in one_end:
+            try:
+                images = read_images(file)
+            except (DamagedError, OSError):
+                continue
+            if not isinstance(images, str):
+                values = images[0].values
+                series, instance = values.get("SeriesInstanceUID"), values.get("SOPInstanceUID")
+                found.add((str(series or ""), str(instance or "")))
+                break
+    return found
+
+
 def is_plainly_other(name: str, slices: Set[str] = frozenset()) -> bool:
     """Return whether a file of this name, if it is not DICOM, is plainly no damaged slice.
 
@@ -80,8 +98,9 @@ def is_plainly_other(name: str, slices: Set[str] = frozenset()) -> bool:
 
 def is_named_like_a_slice(name: str) -> bool:
     """Return whether slices have names like this one, where no others are there to compare."""
-    named = _extension(name) in _SLICES - {""}
-    return named or (_extension(name) == "" and any(c.isdigit() for c in name))
+    if _extension(name):
+        return _extension(name) in _SLICES
+    return re.fullmatch(r"[a-z_-]{0,8}\d[\d._-]*", name.lower()) is not None
 
 
 def scan(folder: Path, wanted: Callable[[Path], bool] = lambda path: True) -> Scan:

@@ -82,7 +82,8 @@ def test_one_slice_twice_is_no_phase(tmp_path):
 def test_a_whole_series_twice_names_two_files(tmp_path):
     series(tmp_path / "a")
     series(tmp_path / "b")
-    assert "both at 0.000 mm" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert f"{tmp_path / 'a' / '5.dcm'} and {tmp_path / 'b' / '5.dcm'} both at 0.000 mm" in message
 
 
 def test_planes_of_three_orientations_are_three_parts(tmp_path):
