@@ -127,6 +127,21 @@ def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) 
     return table
 
 
+def series_table(series: list[dict[str, Any]]) -> Table:
+    """Return the table of the DICOM series in a folder."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(series)} series")
+    for column in ("series", "modality", "slices", "size", "spacing in mm", "description"):
+        table.add_column(column, overflow="fold")
+    for one in series:
+        size = "x".join(map(str, one["size"]))
+        spacing = " x ".join("?" if mm is None else f"{mm:.4g}" for mm in one["spacing"])
+        about = "; ".join(filter(None, (one["description"], one["apart_by"])))
+        table.add_row(one["series"], one["modality"], str(one["slices"]), size, spacing, about)
+    return table
+
+
 def comparison_table(comparison: Comparison) -> Group:
     """Return the tables of a comparison: the whole volume, then each organ if there are labels."""
     from rich.box import SIMPLE

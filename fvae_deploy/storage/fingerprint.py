@@ -15,7 +15,7 @@ def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
     An archive stands for the files that were unpacked from it to another place.
     """
     files = tuple(files)
-    packed = path.is_file() and not any(file.is_relative_to(path.parent) for file in files)
+    packed = path.is_file() and all(file.parent != path.parent for file in files)
     if not files or packed:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest, count, total, last = sha256(), 0, 0, 0.0

@@ -22,7 +22,7 @@ import numpy as np
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.base import Geometry, HuFrames, slab_ranges
 from fvae_deploy.volume.dicom_archive import is_archive, unpack
-from fvae_deploy.volume.dicom_grid import affine_of, check_consistent, in_order
+from fvae_deploy.volume.dicom_grid import affine_of, check_consistent, check_numbers, in_order
 from fvae_deploy.volume.dicom_header import DamagedError, Image, one_line, read_images
 from fvae_deploy.volume.dicom_scan import Scan, Unreadable, holds_dicom, scan
 from fvae_deploy.volume.dicom_series import Series, choose, find_series, numbering_remarks
@@ -57,11 +57,13 @@ class DicomReader:
     def _open(self) -> None:
         """Read all headers, choose the series, and check its slices."""
         root = Path(self._unpacked.name) if self._unpacked else self.path
-        series, self._remarks = _choose(scan(root), self._options, root)
+        series, self._remarks, lost = _choose(scan(root), self._options, root)
         self._remarks += check_units(series.images, any_range=self._options.any_range)
         slices = [Slice.of(image) for image in series.images]
         check_consistent(slices)
         self._slices = in_order(slices)
+        if lost:
+            check_numbers(self._slices)
         columns, rows = slices[0].shape
         affine = affine_of(self._slices)
         frames = any(one.image.frame is not None for one in slices)
@@ -170,8 +172,10 @@ def list_series(path: Path | str) -> tuple[list[Series], tuple[str, ...]]:
     return find_series(found.images), remarks
 
 
-def _choose(found: Scan, options: ReadOptions, folder: Path) -> tuple[Series, tuple[str, ...]]:
-    """Return the series to read, with remarks on what else lies in the folder.
+def _choose(
+    found: Scan, options: ReadOptions, folder: Path
+) -> tuple[Series, tuple[str, ...], list[Unreadable]]:
+    """Return the series to read, with remarks on what else lies there, and what was left out.
 
     Raises VolumeError if a file that may belong to it cannot be read.
     """
@@ -195,7 +199,7 @@ def _choose(found: Scan, options: ReadOptions, folder: Path) -> tuple[Series, tu
     if others and options.series is None:
         remarks += (f"Other series in the folder: {'; '.join(o.in_short() for o in others)}.",)
     remarks += _left_out(lost, "was left out, since it cannot be read")
-    return series, remarks + numbering_remarks(series, beside)
+    return series, remarks + numbering_remarks(series, beside), lost
 
 
 def _without_series(found: Scan) -> Scan:

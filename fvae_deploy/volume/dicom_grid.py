@@ -43,6 +43,25 @@ def check_consistent(slices: list[Slice]) -> None:
                 )
 
 
+def check_numbers(slices: list[Slice]) -> None:
+    """Raise VolumeError if InstanceNumber skips a number between two sorted slices.
+
+    Where files were left out, every second slice may be gone, and the rest evenly spaced.
+    """
+    try:
+        numbers = np.array([int(one.image.values["InstanceNumber"]) for one in slices])
+    except (KeyError, TypeError, ValueError):
+        return
+    steps = np.diff(numbers)
+    if (steps > 0).all() or (steps < 0).all():
+        for place in np.flatnonzero(np.abs(steps) > 1)[:1]:
+            raise VolumeError(
+                f"expected consecutive slices, found missing slices, InstanceNumber "
+                f"{numbers[place]} and {numbers[place + 1]} in {slices[place].name} and "
+                f"{slices[place + 1].name}: export the complete series"
+            )
+
+
 def affine_of(slices: list[Slice]) -> NDArray[np.float64]:
     """Return the RAS affine of sorted slices; raises VolumeError if the spacing is uneven."""
     first, count = slices[0], len(slices)

@@ -54,6 +54,22 @@ class Series:
         """SeriesDescription."""
         return one_line(self.images[0].values.get("SeriesDescription", ""))
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a list of series shows, JSON-ready; lengths in mm, None if unknown."""
+        between = _floats(self.images[0], "PixelSpacing")
+        depths = sorted(_depths(self.images) or [])
+        gap = float(np.median(np.diff(depths))) if len(depths) > 1 else None
+        size = [self.images[0].values.get(name) for name in ("Columns", "Rows")]
+        return {
+            "series": self.name,
+            "modality": self.modality,
+            "slices": len(self.images),
+            "size": size,
+            "spacing": [*(reversed(between) if between else (None, None)), gap],
+            "description": self.description,
+            "apart_by": self.trait.partition(", ")[2],
+        }
+
     def in_short(self) -> str:
         """Return a few words on the series, for messages."""
         facts = [f"{len(self.images)} {self.modality}", self.trait]

@@ -17,11 +17,16 @@ from fvae_deploy.volume.dicom_header import Image, one_line
 
 AIR = -1024  # HU given to pixels outside the scanned circle
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+_PIXELS = (  # without them stored bits cannot be read
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+)
 _DEFAULTS = {  # used if the element is missing
     "RescaleSlope": 1,
     "RescaleIntercept": 0,
-    "BitsStored": 16,
-    "PixelRepresentation": 0,
     "SliceThickness": 0,
     "SpacingBetweenSlices": 0,
 }
@@ -59,14 +64,16 @@ class Slice:
         """Check the header of one slice; raises VolumeError for missing or unusable values."""
         header, where = image.values, image.where
         _check_kind(header, where)
-        sizes = zip(GEOMETRY, (3, 6, 2, 1, 1), strict=True)
+        names = (*GEOMETRY, "BitsStored", "PixelRepresentation")
+        sizes = zip(names, (3, 6, 2, 1, 1, 1, 1), strict=True)
         numbers = {name: _numbers(header, name, size, where) for name, size in sizes}
         for name, default in _DEFAULTS.items():
             present = header.get(name) not in (None, "")
             numbers[name] = _numbers(header if present else {name: default}, name, 1, where)
         between_rows, between_columns = numbers["PixelSpacing"].tolist()
-        columns, rows, slope, intercept, bits, signed, thickness, spacing = (
-            float(numbers[name][0]) for name in ("Columns", "Rows", *_DEFAULTS)
+        columns, rows, bits, signed, slope, intercept, thickness, spacing = (
+            float(numbers[name][0])
+            for name in ("Columns", "Rows", "BitsStored", "PixelRepresentation", *_DEFAULTS)
         )
         if not (min(columns, rows) >= 1 and slope != 0 and 1 <= bits <= 32):
             raise VolumeError(
@@ -206,11 +213,11 @@ def check_units(images: list[Image], *, any_range: bool) -> tuple[str, ...]:
 
 
 def _check_kind(header: dict[str, Any], where: str) -> None:
-    for name in GEOMETRY:
+    for name in (*GEOMETRY, *_PIXELS):
         if header.get(name) in (None, "", []):
             raise VolumeError(
                 f"expected {name} in every slice, found none in {where}: "
-                "export the series again with its geometry"
+                "export the series again with its geometry and pixel format"
             )
     for name, required in (("PhotometricInterpretation", "MONOCHROME2"), ("SamplesPerPixel", 1)):
         if header.get(name, required) != required:

@@ -52,10 +52,7 @@ def harm(file, folder, what, how, other):
         file.write_bytes(two)
         other.write_bytes(one)
     elif what == "tag":
-        try:
-            data = pydicom.dcmread(file)
-        except Exception:  # damaged before
-            return
+        data = pydicom.dcmread(file)
         if how in data:
             delattr(data, how)
             data.save_as(file)
@@ -77,9 +74,13 @@ def test_no_damage_gives_a_shorter_volume_without_a_word(tmp_path_factory, damag
     folder = tmp_path_factory.mktemp("harmed") / "ct"
     before = write(folder, names)
     files = [folder / names.format(k + 1) for k in range(COUNT)]
+    intact = {file: file.read_bytes() for file in files}
     for what, which, how in damages:
         other = files[how] if what == "swap" else files[which]
-        if files[which].is_file() and other.is_file():
+        if not (files[which].is_file() and other.is_file()):
+            continue
+        # pydicom would fill up cut pixels as it deletes an element.
+        if what != "tag" or files[which].read_bytes() == intact[files[which]]:
             harm(files[which], folder, what, how, other)
     try:
         reader = open_volume(folder, skip_unreadable=skip)

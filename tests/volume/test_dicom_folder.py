@@ -201,3 +201,12 @@ def test_numbers_that_begin_later_or_skip_many_are_no_remark(tmp_path):
         put(tmp_path / f"{k}.dcm", k, InstanceNumber=1001 + k)
     (tmp_path / "late").unlink()
     assert open_volume(tmp_path).remarks == ()
+
+
+def test_every_second_slice_is_not_left_out(tmp_path):
+    for k in range(7):
+        put(tmp_path / f"{k}.dcm", k, InstanceNumber=7 - k)
+        if k % 2:
+            damage(tmp_path / f"{k}.dcm", b"")
+    message = refusal(tmp_path, skip_unreadable=True)
+    assert "missing slices, InstanceNumber 7 and 5 in 0.dcm and 2.dcm" in message
