@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pydicom
+from pydicom._uid_dict import UID_dictionary
 from pydicom.datadict import dictionary_has_tag
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -142,7 +143,7 @@ def read_images(path: Path) -> list[Image] | str:
                     force=True,
                 )
                 values = dict(_values(data))
-                values.setdefault("SOPClassUID", data.file_meta.get("MediaStorageSOPClassUID", ""))
+                stated = str(data.file_meta.get("MediaStorageSOPClassUID") or "")
                 syntax = _syntax(data)
         except OSError:
             raise
@@ -150,12 +151,11 @@ def read_images(path: Path) -> list[Image] | str:
             raise DamagedError(f"its header is damaged: {one_line(error)}") from error
         deflated = syntax == DeflatedExplicitVRLittleEndian
         start = None if deflated else _pixels_start(file, *data.original_encoding)
-        if kind := _kind(values, has_pixels=deflated or start is not None):
+        if kind := _kind(values, stated, has_pixels=deflated or start is not None):
             return kind
-        series = values.get("SeriesInstanceUID")
-        series = str(series) if series else None
-        if start is None and not deflated:
-            raise DamagedError("could not decode its pixels: the file ends before them", series)
+        if start is None and not deflated:  # the last value, of whatever element, may be cut too
+            raise DamagedError("could not decode its pixels: the file ends before them")
+        series = str(values["SeriesInstanceUID"]) if values.get("SeriesInstanceUID") else None
         try:
             images = _images(path, data, values, syntax, start and start[0])
             if start is not None and syntax.is_transfer_syntax:  # others are refused later
@@ -229,9 +229,15 @@ def _syntax(data: Dataset) -> UID:
     return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
 
 
-def _kind(values: dict[str, Any], *, has_pixels: bool) -> str:
-    """Return what a file without slices of a CT is; empty for a slice, or what should be one."""
-    sop_class = str(values["SOPClassUID"] or "")
+def _kind(values: dict[str, Any], stated: str, *, has_pixels: bool) -> str:
+    """Return what a file without slices of a CT is; empty for a slice, or what should be one.
+
+    `stated` is the SOP class in the file meta. A file may end within the UID of its class, so that
+    one without pixels has to name it twice, or to be of a class that exists.
+    """
+    named = str(values.get("SOPClassUID") or "")
+    sop_class = named or stated
+    intact = named == stated if named and stated else sop_class in UID_dictionary
     types = set(image_type(values))
     if sop_class == MediaStorageDirectoryStorage:
         return "DICOMDIR"
@@ -239,7 +245,7 @@ def _kind(values: dict[str, Any], *, has_pixels: bool) -> str:
         return "localizer"
     if sop_class == _CAPTURE or sop_class.startswith(f"{_CAPTURE}.") or types & _SCREENS:
         return "secondary capture"
-    if not has_pixels and sop_class and sop_class not in _CT:
+    if not has_pixels and intact and sop_class not in _CT:
         return "DICOM object without slices"
     return ""
 

@@ -24,6 +24,7 @@ from fvae_deploy.volume.dicom_header import (
     read_directory,
     read_images,
 )
+from fvae_deploy.volume.zarr_paths import is_zarr
 
 _SLICES = {"", ".dcm", ".dicom", ".dic", ".dc3", ".ima", ".acr"}  # extensions of slices
 _OTHER_NAMES = {"thumbs.db", "readme", "license", "licence", "version", "changelog", "manifest"}
@@ -37,7 +38,6 @@ _OTHER = (  # extensions of files that are plainly something else
     ".hdf5 .pkl .stl .vtk .obj .ply .ttf .woff .chm .hlp .lic .manifest .sys .drv .pak "
     ".lock .swp .icns .plist .strings .nib"
 )
-_STORES = (".zarr", ".partial")  # folders that are one thing, and hold no slices
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _places(folder: Path, found: Scan, seen: set[tuple[int, int]]) -> Iterator[l
     yield [Path(entry.path) for entry in entries if not entry.is_dir()]
     for entry in entries:
         if entry.is_dir():
-            if entry.name.lower().endswith(_STORES):
+            if entry.name.endswith(".partial") or is_zarr(Path(entry.path)):
                 found.passed["folder of another kind"] += 1
             else:
                 yield from _places(Path(entry.path), found, seen)

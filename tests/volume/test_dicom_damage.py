@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pydicom
+import pytest
 from dicom_series import put
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,21 @@ def harm(file, folder, what, how, other):
         target = folder / how
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copy if what == "copy" else shutil.move)(file, target)
+
+
+@pytest.mark.parametrize("preamble", [True, False])
+def test_a_file_cut_anywhere_is_never_passed_over(tmp_path, preamble):
+    for k in range(3):
+        put(tmp_path / f"{k}.dcm", k)
+    if not preamble:
+        for file in tmp_path.iterdir():
+            file.write_bytes(file.read_bytes()[132:])
+    content = (tmp_path / "2.dcm").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "2.dcm").write_bytes(content[:length])
+        for chosen in (None, "1.2.840.1111"):
+            with pytest.raises(VolumeError, match=r"2\.dcm: "):
+                open_volume(tmp_path, series=chosen)
 
 
 @settings(deadline=None, max_examples=250)
