@@ -28,7 +28,9 @@ from fvae_deploy.volume.zarr_paths import ARCHIVES, is_zarr
 
 LISTS = (".csv", ".jsonl")
 VOLUMES = OUTPUTS
-_NAMED = sorted({*FILES, *OUTPUTS, *ARCHIVES, *DICOM_ARCHIVES}, key=len, reverse=True)  # extensions that names lose
+_NAMED = sorted(
+    {*FILES, *OUTPUTS, *ARCHIVES, *DICOM_ARCHIVES}, key=len, reverse=True
+)  # extensions that names lose
 _BESIDE = (".img", ".img.gz")  # voxels of the header of the same name
 
 
