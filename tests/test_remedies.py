@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import dicom_series
 import nibabel
 import numpy as np
 import pydicom
@@ -224,6 +225,21 @@ REMEDIES = {
         f"reconstruct {{f}}/dicom -o {{f}}/new.nii {F}",
         f"reconstruct {{f}}/dicom -o {{f}}/new.nii {F} --series {{series}}",
     ),
+    "a slice that cannot be read": Remedy(
+        "--skip-unreadable to leave it out",
+        f"reconstruct {{f}}/cut -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/cut -o {{f}}/new.nii {F} --skip-unreadable",
+    ),
+    "values in other units": Remedy(
+        "or pass --any-range to take them as they are",
+        f"reconstruct {{f}}/units -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/units -o {{f}}/new.nii {F} --any-range",
+    ),
+    "padding below values that are no HU": Remedy(
+        "beside the padding",
+        f"reconstruct {{f}}/padded -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/padded -o {{f}}/new.nii {F} --any-range",
+    ),
     "slices that are no range": Remedy(
         "write it like 100:140",
         f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --slices 4",
@@ -421,6 +437,14 @@ def shelf(tmp_path_factory, fake_bundle, small_bundle, small_generator):
     (folder / "bad.csv").write_text("mask,output\nnone.nii,a.nii\n")
     for name in ("one", "two"):
         write_series(folder / "dicom" / name, (16, 12, 5))
+    dicom_series.series(folder / "cut")
+    (folder / "cut" / "6.dcm").write_bytes(b"")
+    dicom_series.series(folder / "units", RescaleType="MGML")
+    dicom_series.series(folder / "padded", RescaleIntercept=10, PixelPaddingValue=0)
+    for file in (folder / "padded").iterdir():
+        data = pydicom.dcmread(file)
+        data.PixelData = bytes(2) + data.PixelData[2:]
+        data.save_as(file)
     fake = ["-m", str(folder / "fake"), "-e", "fake", "-q"]
     for name in ("z.zarr", "latents/a.zarr"):
         (folder / name).parent.mkdir(exist_ok=True)

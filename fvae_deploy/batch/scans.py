@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.batch.rows import check_apart, read_rows
+from fvae_deploy.batch.untaken import Untaken, find_untaken, series_of
 from fvae_deploy.errors import UsageError
 from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.volume.options import DICOM_ARCHIVES
 from fvae_deploy.volume.suffixes import FILES, OUTPUTS
 from fvae_deploy.volume.zarr_paths import ARCHIVES, is_zarr
 
 LISTS = (".csv", ".jsonl")
 VOLUMES = OUTPUTS
-_NAMED = sorted({*FILES, *OUTPUTS, *ARCHIVES}, key=len, reverse=True)  # extensions that names lose
+_NAMED = sorted(
+    {*FILES, *OUTPUTS, *ARCHIVES, *DICOM_ARCHIVES}, key=len, reverse=True
+)  # extensions that names lose
 _BESIDE = (".img", ".img.gz")  # voxels of the header of the same name
 
 
@@ -57,22 +61,43 @@ def is_batch(source: Path, output: Path) -> bool:
 
 def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Scan]:
     """Return the scans of a folder or a list, in order; raises UsageError if there are none."""
+    return search(verb, source, output, extension)[0]
+
+
+def search(
+    verb: str, source: Path, output: Path, extension: str
+) -> tuple[list[Scan], list[Untaken]]:
+    """Return the scans of a folder or a list, and all that the folder holds beside them.
+
+    Raises UsageError if there are no scans.
+    """
     if source.suffix in LISTS:
         column = "latents" if verb == "decode" else "ct"
         fields = {column, "output"} | ({"series"} if verb != "decode" else set())
         rows = read_rows(source, column, fields)
-        scans = [_scan(row, column, source, output, extension) for row in rows]
+        scans, untaken = [_scan(row, column, source, output, extension) for row in rows], []
     else:
         find = _latents if verb == "decode" else _volumes
-        paths = sorted(find(source, Path(os.path.realpath(output))))
-        scans = [Scan(p, _output(p.relative_to(source), output, extension)) for p in paths]
+        outputs = Path(os.path.realpath(output))
+        paths = sorted(find(source, outputs))
+        series, untaken = series_of(paths) if verb != "decode" else (dict.fromkeys(paths), [])
+        scans = [
+            Scan(path, _output(path.relative_to(source), output, extension), chosen)
+            for path, chosen in series.items()
+        ]
+        known = {*series, *(one.path for one in untaken)}
+        untaken += find_untaken(source, known, _folders(source, outputs))
     if not scans:
         kinds = (
             "latent stores (.zarr)" if verb == "decode" else f"{', '.join(FILES)}, .zarr or DICOM"
         )
-        raise UsageError(f"expected {kinds} in {source}, found none: check the path")
+        first = next((one for one in untaken if one.fails), untaken[0] if untaken else None)
+        beside = (
+            f" among {len(untaken)} others, first {first.path} ({first.reason})" if first else ""
+        )
+        raise UsageError(f"expected {kinds} in {source}, found none{beside}: check the path")
     check_apart([scan.output for scan in scans], source)
-    return scans
+    return scans, untaken
 
 
 def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
@@ -96,9 +121,9 @@ def _folders(folder: Path, outputs: Path) -> Iterator[tuple[Path, list[os.DirEnt
 
 
 def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
-    """Yield the volumes below a folder: files, Zarr stores, folders of DICOM slices."""
+    """Yield the volumes below a folder: files, Zarr stores, folders and archives of DICOM."""
     for place, entries in _folders(folder, outputs):
-        slices = False
+        slices, archives = False, list[Path]()
         for entry in entries:
             path = Path(entry.path)
             if is_zarr(path):
@@ -108,10 +133,11 @@ def _volumes(folder: Path, outputs: Path) -> Iterator[Path]:
             elif path.name.lower().endswith(FILES):
                 if not path.name.lower().endswith(_BESIDE):
                     yield path
+            elif _is_archive(path):
+                archives.append(path)
             elif not slices and entry.name != "DICOMDIR":
                 slices = _is_dicom(path)
-        if slices:
-            yield place
+        yield from [place] if slices else archives  # beside slices, an archive is a copy
 
 
 def _latents(folder: Path, outputs: Path) -> Iterator[Path]:
@@ -126,11 +152,18 @@ def _latents(folder: Path, outputs: Path) -> Iterator[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
+    from fvae_deploy.volume.dicom_scan import holds_dicom  # imports pydicom
+
+    return holds_dicom(path)
+
+
+def _is_archive(path: Path) -> bool:
+    """Return whether a file is an archive of DICOM slices."""
+    if not path.name.lower().endswith(DICOM_ARCHIVES):
         return False
+    from fvae_deploy.volume.dicom_archive import holds_dicom
+
+    return holds_dicom(path)
 
 
 def _output(path: Path, output: Path, extension: str) -> Path:

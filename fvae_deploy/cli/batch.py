@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvae_deploy.batch.scans import VOLUMES, find_scans, is_batch
+from fvae_deploy.batch.scans import VOLUMES, is_batch, search
+from fvae_deploy.batch.untaken import check_all_taken, shown
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.errors import FvaeError, UsageError
 from fvae_deploy.stream.options import RunOptions
@@ -36,9 +37,10 @@ def run_batch(
     """
     if extension not in VOLUMES:
         raise UsageError(f"expected --extension as one of {', '.join(VOLUMES)}, found {extension}")
-    scans = find_scans(verb, source, output, extension)
+    scans, untaken = search(verb, source, output, extension)
     if dry_run:
         _plan_batch(verb, scans, options, terminal, report)
+        check_all_taken(untaken)
         return
     from fvae_deploy.batch.run import check_all_done, summary
     from fvae_deploy.cli.tables import scans_table
@@ -48,12 +50,14 @@ def run_batch(
     begin = time.perf_counter()
     results = _run(verb, scans, options, terminal, ray)
     content = summary(verb, results, time.perf_counter() - begin)
+    content["not_taken"] = [one.to_dict() for one in untaken]
     note = output / f"fvae-{verb}.json"
     _keep_earlier_reports(content["scans"], note)
     terminal.report(content, note)
     terminal.report(content, report)
-    terminal.show(scans_table(content))
+    terminal.show(scans_table(content, shown(untaken)))
     check_all_done(results)
+    check_all_taken(untaken)
 
 
 def _run(

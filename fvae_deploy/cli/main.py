@@ -21,12 +21,14 @@ from fvae_deploy.cli.options import (
     Debug,
     DryRun,
     Extension,
+    ListSeries,
     Overwrite,
     Quiet,
     Ray,
     Report,
     Verbose,
     Version,
+    or_list,
 )
 from fvae_deploy.cli.streams import failure, make_lasting
 from fvae_deploy.errors import FvaeError, UsageError
@@ -61,12 +63,18 @@ def _root(
 @command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, *OUTPUTS))
 def encode(
     ct: CT,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Latent store to write (.zarr); batch mode: a folder."),
-    ],
     options: RunOptions,
     terminal: Terminal,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            callback=or_list,
+            help="Latent store to write (.zarr); batch mode: a folder. [required]",
+        ),
+    ] = None,
+    list_: ListSeries = False,
     ray: Ray = None,
     dry_run: DryRun = False,
     report: Report = None,
@@ -75,6 +83,10 @@ def encode(
 
     Example: `fvae encode ct.nii.gz -o ct.zarr --memory 2GiB`; batch: `fvae encode scans -o latents`
     """
+    if list_:
+        _list(ct, terminal, report)
+        return
+    assert output is not None  # or --list
     if is_batch(ct, output):
         run_batch("encode", ct, output, ".zarr", options, terminal, ray, report, dry_run)
         return
@@ -139,17 +151,19 @@ def decode(
 )
 def reconstruct(
     ct: CT,
+    options: RunOptions,
+    terminal: Terminal,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
+            callback=or_list,
             help="CT to write: .nii, .nii.gz, .nrrd, .mha, .zarr or .dcm (a folder of slices); "
-            "batch mode: a folder.",
+            "batch mode: a folder. [required]",
         ),
-    ],
-    options: RunOptions,
-    terminal: Terminal,
+    ] = None,
+    list_: ListSeries = False,
     extension: Extension = ".nii.gz",
     ray: Ray = None,
     dry_run: DryRun = False,
@@ -159,6 +173,10 @@ def reconstruct(
 
     Example: `fvae reconstruct dicom_folder -o r.nii.gz`; batch: `fvae reconstruct scans -o recons`
     """
+    if list_:
+        _list(ct, terminal, report)
+        return
+    assert output is not None  # or --list
     if is_batch(ct, output):
         run_batch("reconstruct", ct, output, extension, options, terminal, ray, report, dry_run)
         return
@@ -193,6 +211,24 @@ def _run_one(
             with terminal.progress_bar(reader.geometry.shape[2], verb) as advance:
                 result = run(reader, target, options, progress=advance)
     terminal.finish(result | {"input": str(ct), "output": str(output)}, report)
+
+
+def _list(ct: Path, terminal: Terminal, report: Path | None) -> None:
+    """Print the DICOM series in a folder or archive."""
+    from fvae_deploy.cli.tables import series_table
+    from fvae_deploy.volume.dicom import dicom_source, list_series
+
+    source = dicom_source(ct) if ct.exists() else None
+    if source is None:
+        raise UsageError(
+            f"expected a folder or an archive of DICOM files to list, found {ct}: check the path"
+        )
+    series, remarks = list_series(source)
+    facts = [one.facts() for one in series]
+    terminal.report({"input": str(ct), "series": facts, "remarks": list(remarks)}, report)
+    terminal.show(series_table(facts))
+    for remark in remarks:
+        terminal.print(remark)
 
 
 def _check_no_ray(ray: str | None) -> None:

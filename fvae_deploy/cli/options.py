@@ -47,6 +47,13 @@ def _report(path: Path | None) -> Path | None:
     return path
 
 
+def or_list(ctx: typer.Context, output: Path | None) -> Path | None:
+    """Return the output; without one, the usage is shown unless --list is given."""
+    if output is None and not ctx.params.get("list_"):
+        ctx.fail("Missing option '--output' / '-o'.")
+    return output
+
+
 def _version(requested: bool) -> None:
     """Print the version and exit."""
     if requested:
@@ -207,7 +214,8 @@ COMMON = {
             str | None,
             typer.Option(
                 "--series",
-                help="SeriesInstanceUID of a DICOM series, or a unique end of it.",
+                help="SeriesInstanceUID of a DICOM series, or a unique end of it; UID#2 is its "
+                "second part.",
                 rich_help_panel=INPUT,
             ),
         ],
@@ -317,6 +325,14 @@ DryRun = Annotated[
         "--dry-run",
         help="Print the plan (tiles, memory, time) and stop.",
         rich_help_panel=OUTPUT,
+    ),
+]
+ListSeries = Annotated[
+    bool,
+    typer.Option(
+        "--list",
+        help="Print the DICOM series in the input and stop.",
+        rich_help_panel=INPUT,
     ),
 ]
 Report = Annotated[

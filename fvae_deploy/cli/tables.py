@@ -101,8 +101,8 @@ def bench_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def scans_table(batch: dict[str, Any]) -> Table:
-    """Return the table of the results of a batch."""
+def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) -> Table:
+    """Return the table of the results of a batch, and of what it did not take, with reasons."""
     from rich.table import Table
 
     counts = f"{batch['done']} done, {batch['skipped']} skipped, {batch['failed']} failed"
@@ -122,6 +122,23 @@ def scans_table(batch: dict[str, Any]) -> Table:
             table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
         else:
             table.add_row(name, *4 * ["-"], scan.get("error", "skipped"))
+    for path, reason in untaken:
+        table.add_row(Path(path).name, *4 * ["-"], reason)
+    return table
+
+
+def series_table(series: list[dict[str, Any]]) -> Table:
+    """Return the table of the DICOM series in a folder."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(series)} series")
+    for column in ("series", "modality", "slices", "size", "spacing in mm", "description"):
+        table.add_column(column, overflow="fold")
+    for one in series:
+        size = "x".join(map(str, one["size"]))
+        spacing = " x ".join("?" if mm is None else f"{mm:.4g}" for mm in one["spacing"])
+        about = "; ".join(filter(None, (one["description"], one["apart_by"])))
+        table.add_row(one["series"], one["modality"], str(one["slices"]), size, spacing, about)
     return table
 
 

@@ -10,8 +10,13 @@ from pathlib import Path
 
 
 def fingerprint_of(path: Path, files: Iterable[Path] = ()) -> str:
-    """Return a fingerprint of files by name, size and mtime; by default of all in the folder."""
-    if not files:
+    """Return a fingerprint of files by name, size and mtime; by default of all in the folder.
+
+    An archive stands for the files that were unpacked from it to another place.
+    """
+    files = tuple(files)
+    packed = path.is_file() and all(file.parent != path.parent for file in files)
+    if not files or packed:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest, count, total, last = sha256(), 0, 0, 0.0
     for file in files:

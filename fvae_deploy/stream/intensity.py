@@ -12,6 +12,8 @@ from fvae_deploy.errors import VolumeError
 from fvae_deploy.export.manifest import Intensity
 from fvae_deploy.volume.base import HuFrames
 
+FEW = 20  # HU; values of a CT that was z-scored or scaled to -1..1 stay below
+
 
 @dataclass
 class ClippingTally:
@@ -29,13 +31,24 @@ class ClippingTally:
         return self.minimum < 0
 
     def check_is_ct(self) -> None:
-        """Raise VolumeError if no value is negative: in HU, air is near -1000 and fat near -100."""
-        if self.voxels and self.minimum >= 0 and self.maximum > 0:
-            raise VolumeError(
-                f"expected a CT in HU, with air or fat below 0, found values {self.minimum:g} to "
-                f"{self.maximum:g}: is this a mask, another modality, or HU + 1024? Convert it, "
-                "or pass --any-range if these really are HU"
-            )
+        """Raise VolumeError if these are no HU, in which air is near -1000 and fat near -100.
+
+        That is so if no value is negative, and if all lie within a few units of 0, as after
+        z-scoring or scaling to -1..1. Nothing but zeros may be HU.
+        """
+        if not self.voxels or self.minimum == self.maximum == 0:
+            return
+        if self.minimum >= 0:
+            guess = "is this a mask, another modality, or HU + 1024?"
+        elif max(-self.minimum, self.maximum) <= FEW:
+            guess = "were they normalised?"
+        else:
+            return
+        raise VolumeError(
+            f"expected a CT in HU, with air or fat below 0, found values {self.minimum:g} to "
+            f"{self.maximum:g}: {guess} Convert them to HU, or pass --any-range if these really "
+            "are HU"
+        )
 
 
 def to_model(

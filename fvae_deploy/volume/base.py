@@ -80,8 +80,11 @@ class Reader(Protocol):
 
     path: Path
     geometry: Geometry
-    remarks: tuple[str, ...]
-    """What a user should know about how the volume was read, in sentences for the report."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know about how the volume was read, in sentences for the report."""
+        ...
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield the frames from `start` on, in slabs of the given depths.
@@ -104,9 +107,13 @@ class Primed:
 
     def __init__(self, reader: Reader, slices: int = 8) -> None:
         self.path, self.geometry, self._reader = reader.path, reader.geometry, reader
-        self.remarks = reader.remarks
         self._rest = reader.slabs(1)
         self._first = list(islice(self._rest, slices))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The reader's remarks."""
+        return self._reader.remarks
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield the reader's slabs; the first call from slice 0 uses the slices read ahead."""

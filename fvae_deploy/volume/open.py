@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ _DICOM_ROWS = 65535
 
 
 def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords: Any) -> Reader:
-    """Open a NIfTI, NRRD or MetaImage file, a Zarr store or a folder of DICOM slices.
+    """Open a NIfTI, NRRD or MetaImage file, a Zarr store, or DICOM slices in a folder or archive.
 
     `keywords` are the fields of `ReadOptions`. Raises VolumeError if the path cannot be read as a
     CT volume.
@@ -44,20 +43,15 @@ def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords
         from fvae_deploy.volume.zarr import ZarrReader
 
         return ZarrReader(path, options)
-    if path.is_dir():
-        from fvae_deploy.volume.dicom import DicomReader
+    from fvae_deploy.volume.dicom import DicomReader, dicom_source
 
-        return DicomReader(path, options)
-    with suppress(OSError), path.open("rb") as file:
-        if file.read(132)[128:] == b"DICM":
-            raise VolumeError(
-                f"expected a folder of DICOM slices, found the single slice {path.name}: "
-                "give its folder"
-            )
-    raise VolumeError(
-        f"expected a folder of DICOM slices or {', '.join(FILES)} or .zarr, found "
-        f"{path.name}: convert it first, for example with dcm2niix"
-    )
+    source = dicom_source(path)
+    if source is None:
+        raise VolumeError(
+            f"expected a folder of DICOM slices or {', '.join(FILES)} or .zarr, found "
+            f"{path.name}: convert it first, for example with dcm2niix"
+        )
+    return DicomReader(source, options)
 
 
 def create_volume(

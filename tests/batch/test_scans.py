@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from dicom_series import write_series
+from dicom_series import put, series, write_series
 
 import fvae_deploy as fvae
 from fvae_deploy.batch.run import run_scans
-from fvae_deploy.batch.scans import find_scans, is_batch
+from fvae_deploy.batch.scans import find_scans, is_batch, search
 from fvae_deploy.errors import UsageError
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.base import Primed
@@ -226,6 +228,129 @@ def test_a_primed_reader_gives_what_the_reader_gives(depths, start, write_ct, tm
         for wanted, found in pairs:
             np.testing.assert_array_equal(found, wanted)
     primed.close()
+
+
+def untaken(scans, tmp_path):
+    """What is not taken from a folder: whether the batch fails by it, and why."""
+    _, found = search("encode", scans, tmp_path / "out", ".zarr")
+    return {str(one.path.relative_to(scans)): (one.fails, one.reason) for one in found}
+
+
+def test_all_that_is_not_taken_is_listed_with_a_reason(scans, fake_bundle, tmp_path):
+    (scans / "preview.jpg").write_bytes(b"x")
+    (scans / "sub-01" / "ct" / "seg.mgz").write_bytes(b"x")
+    (scans / "patient3" / "notes.txt").write_text("x")  # the reader counts it
+    found = untaken(scans, tmp_path)
+    assert found == {
+        "participants.tsv": (False, "it is no volume"),
+        "preview.jpg": (False, "it is a picture, without HU and positions"),
+        "sub-01/ct/seg.mgz": (False, "fvae does not read .mgz files here"),
+    }
+    line = ["encode", scans, "-o", tmp_path / "out", "-m", fake_bundle, "-e", "fake"]
+    done = command(*line)
+    assert done.returncode == 0, done.stderr
+    assert "preview.jpg" in done.stdout
+    report = json.loads((tmp_path / "out" / "fvae-encode.json").read_text())
+    reasons = {one["input"]: one["reason"] for one in report["not_taken"]}
+    assert reasons[str(scans / "preview.jpg")] == "it is a picture, without HU and positions"
+    (remark,) = next(s for s in report["scans"] if "patient3" in s["input"])["report"]["remarks"]
+    assert remark == "Passed over: 1 file of another kind."
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("p4.mgz", "fvae does not read .mgz", id="another format"),
+        pytest.param("p4/ct/p4.mnc", "fvae does not read .mnc", id="another format below"),
+        pytest.param("p4/IM0001", "1 files named like DICOM slices cannot be read", id="a slice"),
+        pytest.param("p4.dcm", "1 files named like DICOM slices cannot be read", id="a file"),
+    ],
+)
+def test_an_image_that_should_have_been_a_scan_makes_the_batch_fail(
+    scans, fake_bundle, tmp_path, name, reason
+):
+    (scans / name).parent.mkdir(parents=True, exist_ok=True)
+    (scans / name).write_bytes(b"<html>" * 90)
+    out = tmp_path / "out"
+    line = ["encode", scans, "-o", out, "-m", fake_bundle, "-e", "fake"]
+    done = command(*line)
+    assert done.returncode == 3
+    assert "expected every image to be a scan that can be read, found 1 not taken" in done.stderr
+    assert reason in done.stderr
+    assert len(json.loads((out / "fvae-encode.json").read_text())["scans"]) == 4
+    done = command(*line, "--dry-run", "--overwrite")
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "content", [{"a.jpg": b"x"}, {"a.mgz": b"x"}, {"p/1.dcm": b"", "p/2.dcm": b""}]
+)
+def test_a_folder_of_images_that_are_not_read_is_no_success(tmp_path, content):
+    for name, data in content.items():
+        (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scans" / name).write_bytes(data)
+    with pytest.raises(UsageError, match=r"found none among 1 others, first .*scans"):
+        find_scans("encode", tmp_path / "scans", tmp_path / "out", ".zarr")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>" * 90])
+def test_a_cut_slice_makes_its_scan_fail_and_the_others_go_on(scans, fake, tmp_path, data):
+    (scans / "patient3" / "IM0001").write_bytes(data)
+    found, _ = search("encode", scans, tmp_path / "out", ".zarr")
+    results = run_scans("encode", found, fake)
+    assert [r.scan.source.name for r in results if r.error] == ["patient3"]
+    assert "IM0001" in next(r.error for r in results if r.error)
+    passed = run_scans(
+        "encode", found, dataclasses.replace(fake, resume=True, skip_unreadable=True)
+    )
+    assert not [r.error for r in passed if r.error]
+
+
+def test_a_series_over_two_folders_is_never_half_a_scan(tmp_path):
+    scans = tmp_path / "scans"
+    for k in range(8):
+        place = scans / "p1" / str(k // 4)
+        place.mkdir(parents=True, exist_ok=True)
+        put(place / f"{k}", k)
+    series(scans / "p2" / "a", SeriesInstanceUID="1.2.2")
+    series(scans / "p3" / "copy", SeriesInstanceUID="1.2.2")  # the same slices: a scan of its own
+    found, others = search("encode", scans, tmp_path / "out", ".zarr")
+    assert [scan.source for scan in found] == [scans / "p2" / "a", scans / "p3" / "copy"]
+    assert [one.path for one in others if one.fails] == [scans / "p1" / "0", scans / "p1" / "1"]
+    assert f"give {scans / 'p1'} alone, --series 1.2.840.1111" in others[0].reason
+
+
+def test_a_series_within_the_folder_of_another_is_a_scan_too(tmp_path, fake):
+    scans = tmp_path / "scans"
+    series(scans / "p", 4)
+    series(scans / "p" / "late", 5, SeriesInstanceUID="1.2.2")
+    (scans / "p" / "more").mkdir()
+    put(scans / "p" / "more" / "x", 4)
+    found, others = search("encode", scans, tmp_path / "out", ".zarr")
+    assert [(scan.source.name, scan.series) for scan in found] == [
+        ("p", "1.2.840.1111"),
+        ("late", None),
+    ]
+    assert [(one.path.name, one.fails) for one in others] == [("more", False)]
+    results = run_scans("encode", found, fake)
+    assert [r.report["volume"]["slices"] for r in results] == [5, 5]
+
+
+def test_archives_of_dicom_are_scans(tmp_path, fake):
+    scans = tmp_path / "scans"
+    for name, kind, extension in (("a", "zip", ".zip"), ("b", "gztar", ".tar.gz")):
+        write_series(tmp_path / name, (16, 24, 5))
+        scans.mkdir(exist_ok=True)
+        shutil.move(
+            shutil.make_archive(tmp_path / f"x{name}", kind, tmp_path / name),
+            scans / f"{name}{extension}",
+        )
+    with zipfile.ZipFile(scans / "code.zip", "w") as packed:
+        packed.writestr("main.py", "pass")
+    found, others = search("encode", scans, tmp_path / "out", ".zarr")
+    assert [scan.output.name for scan in found] == ["a.zarr", "b.zarr"]
+    assert [one.path.name for one in others] == ["code.zip"]
+    assert not [r.error for r in run_scans("encode", found, fake) if r.error]
 
 
 @pytest.mark.e2e  # Ray takes half a minute of a busy machine to come up

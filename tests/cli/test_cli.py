@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from dicom_series import put, series
 
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.open import open_volume
@@ -260,3 +261,27 @@ def test_kernels_and_chips_that_are_not_known_are_refused(fvae, options, said):
     code, _, err = fvae("kernels", *options)
     assert code == 2
     assert re.fullmatch(f"fvae: expected {said}\n", err)
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct"])
+def test_list_prints_the_series_and_needs_no_output(fvae, tmp_path, verb):
+    series(tmp_path / "scans" / "a", 3)
+    for k in range(4):
+        put(tmp_path / "scans" / f"b{k}", k % 2, AcquisitionNumber=k // 2, SeriesInstanceUID="1.22")
+    (tmp_path / "scans" / "notes.txt").write_text("x")
+    (tmp_path / "scans" / "a" / "cut.dcm").write_bytes(b"")
+    code, out, err = fvae(verb, tmp_path / "scans", "--list")
+    assert (code, err) == (0, "")
+    for words in ("3 series", "1.22#1", "1.22#2", "6x4", "0.5 x 0.75 x 2.5", "thorax", "1 file of",
+                  "AcquisitionNumber 1", "cut.dcm cannot be read: it is empty"):  # fmt: skip
+        assert words in " ".join(out.split()), out
+    code, out, _ = fvae(verb, tmp_path / "scans", "--list", "--json", "-")
+    listed = json.loads(out)["series"]
+    assert code == 0
+    assert [(one["series"], one["slices"]) for one in listed] == [
+        ("1.22#1", 2),
+        ("1.22#2", 2),
+        ("1.2.840.1111", 3),
+    ]
+    assert fvae(verb, tmp_path / "none", "--list")[0] == 2
+    assert fvae(verb, tmp_path / "scans" / "notes.txt", "--list")[0] == 2

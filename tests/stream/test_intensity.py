@@ -91,9 +91,13 @@ def test_what_a_model_gives_beyond_its_range_is_clamped_to_the_window():
         pytest.param(0, 1, id="a mask, or values normalised to 0..1"),
         pytest.param(0, 4095, id="values with 1024 added"),
         pytest.param(24, 3000, id="values far from zero"),
+        pytest.param(-1, 1, id="values scaled to -1..1"),
+        pytest.param(-1.5, 8.25, id="z-scored values"),
+        pytest.param(-1, 0, id="a label map with -1 around it"),
+        pytest.param(-3, -0.5, id="z-scored, all below the mean"),
     ],
 )
-def test_values_that_are_never_negative_are_no_ct(low, high):
+def test_values_never_negative_or_all_near_zero_are_no_ct(low, high):
     tally = ClippingTally()
     to_model(np.array([low, high], np.float32).reshape(1, 1, 2), CT, 1, 2, tally)
     with pytest.raises(VolumeError, match=rf"values {low} to {high}.*--any-range"):
@@ -104,7 +108,10 @@ def test_values_that_are_never_negative_are_no_ct(low, high):
     ("low", "high"),
     [
         pytest.param(-1024, 3000, id="a CT"),
-        pytest.param(-1, 0, id="hardly below zero"),
+        pytest.param(-100, 60, id="soft tissue alone"),
+        pytest.param(-1024, -1000, id="air alone"),
+        pytest.param(-1000, -1000, id="one value of air"),
+        pytest.param(-1, 3000, id="hardly below zero"),
         pytest.param(0, 0, id="nothing but zeros"),
     ],
 )

@@ -1,91 +1,13 @@
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK
+from dicom_series import ABSENT, COLUMNS, ROWS, itk, put, refusal, series, stored, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.open import open_volume
-
-ROWS, COLUMNS = 4, 6
-ABSENT = object()
-
-
-def stored(k):
-    return np.random.default_rng(k).integers(0, 4000, (ROWS, COLUMNS)).astype(np.uint16)
-
-
-def put(path, k, pixels=None, **changes):
-    """Write slice k of a valid CT series, with the elements in `changes` replaced."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    pixels = stored(k) if pixels is None else pixels
-    elements = {
-        "SOPClassUID": CTImageStorage,
-        "SOPInstanceUID": f"1.2.3.{k + 1}",
-        "SeriesInstanceUID": "1.2.840.1111",
-        "SeriesDescription": "thorax",
-        "Modality": "CT",
-        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
-        "ImagePositionPatient": [-100.0, -90.0, 2.5 * k],
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "PixelSpacing": [0.75, 0.5],
-        "SliceThickness": 3,
-        "Rows": pixels.shape[0],
-        "Columns": pixels.shape[1],
-        "BitsAllocated": 16,
-        "BitsStored": 12,
-        "HighBit": 11,
-        "PixelRepresentation": int(pixels.dtype.kind == "i"),
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
-        "RescaleSlope": 1,
-        "RescaleIntercept": -1024,
-        "PixelData": pixels.tobytes(),
-    }
-    data = FileDataset(path, {}, file_meta=meta, preamble=bytes(128))
-    for name, value in (elements | changes).items():
-        if value is not ABSENT:
-            setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return data
-
-
-def series(folder, count=5, **changes):
-    folder.mkdir(exist_ok=True)
-    # Names are in reverse order, so that sorting by name would be wrong.
-    for k in range(count):
-        put(folder / f"{count - k}.dcm", k, **changes)
-    return folder
-
-
-def values(folder, *depths, start=0, series=None):
-    slabs = open_volume(folder, series=series).slabs(*(depths or (2,)), start=start)
-    return np.concatenate(list(slabs))
-
-
-def refusal(folder, series=None):
-    with pytest.raises(VolumeError) as caught:
-        values(folder, series=series)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def itk(folder):
-    """Return frames [t, x, y] and RAS affine as SimpleITK reads them."""
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-    image = reader.Execute()
-    lps = np.eye(4)
-    lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    lps[:3, 3] = image.GetOrigin()
-    frames = SimpleITK.GetArrayFromImage(image).transpose(0, 2, 1)
-    return frames, np.diag([-1.0, -1, 1, 1]) @ lps
 
 
 class TestReading:
@@ -185,7 +107,6 @@ class TestReading:
         series(tmp_path / "IMAGES")
         (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
         (tmp_path / "notes.txt").write_text("not DICOM")
-        (tmp_path / "empty").write_bytes(b"")
         put(tmp_path / "scout.dcm", 90, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
         put(tmp_path / "dose.dcm", 91, Modality="SR", SeriesInstanceUID="1.2.9")
         assert open_volume(tmp_path).geometry.shape == (COLUMNS, ROWS, 5)
@@ -197,7 +118,7 @@ class TestReading:
             assert open_volume(tmp_path, series=name).geometry.shape[2] == count
         message = refusal(tmp_path)
         assert "found 2 to choose from" in message
-        assert "1.2.840.2222 thorax (4 CT)" in message
+        assert "1.2.840.2222 thorax (4 CT, 6x4)" in message
         assert "choose one with --series" in message
         assert "found none ending in 3333" in refusal(tmp_path, "3333")
 
@@ -214,15 +135,15 @@ class TestReading:
         ({"Rows": 0}, "found 6x0 pixels"),
         ({"RescaleSlope": 0}, "slope 0 in"),
         ({"Modality": "MR"}, "expected modality CT, found MR"),
-        ({"NumberOfFrames": 7}, "multi-frame CT in"),
+        ({"NumberOfFrames": 7, "PixelData": bytes(7 * 48)}, "several frames without positions"),
         ({"PhotometricInterpretation": "MONOCHROME1"}, "found MONOCHROME1"),
-        ({"SamplesPerPixel": 3}, "expected SamplesPerPixel 1, found 3"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "only localizers"),
+        ({"SamplesPerPixel": 3, "PixelData": bytes(3 * 48)}, "expected SamplesPerPixel 1, found 3"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "5 localizers"),
         ({"ImagePositionPatient": [0, 0, 0]}, "both at 0.000 mm"),
         ({"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]}, "both at"),
         ({"PixelSpacing": [0, 1]}, "an invertible affine"),
-        ({"PixelData": bytes(9)}, "could not decode"),
-        ({"PixelData": ABSENT}, "could not decode"),
+        ({"PixelData": bytes(9)}, "could not decode its pixels, which are cut: 10 bytes of 48"),
+        ({"PixelData": ABSENT}, "could not decode its pixels: the file ends before them"),
     ],
 )
 def test_an_invalid_series_is_refused(tmp_path, changes, words):
@@ -233,9 +154,18 @@ def test_an_invalid_series_is_refused(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"PixelSpacing": [0.75, 0.6]}, "the same pixel spacing in all slices"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}, "the same orientation in all slices"),
-        ({"pixels": np.zeros((8, 8), np.uint16)}, "the same size in all slices"),
+        (
+            {"PixelSpacing": [0.75, 0.6]},
+            "...1.2.840.1111#2 thorax (1 CT, 6x4 of 0.6x0.75 mm, axial, odd.dcm)",
+        ),
+        (
+            {"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]},
+            "#2 thorax (1 CT, 6x4 of 0.5x0.75 mm, coronal, odd.dcm)",
+        ),
+        (
+            {"pixels": np.zeros((8, 8), np.uint16)},
+            "#2 thorax (1 CT, 8x8 of 0.5x0.75 mm, axial, odd.dcm)",
+        ),
         ({"ImagePositionPatient": [-100, -90, 5.0]}, "1.dcm and odd.dcm both at 5.000 mm"),
         (
             {"ImagePositionPatient": [-100, -90, 20.0]},
