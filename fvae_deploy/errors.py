@@ -98,4 +98,4 @@ def of_system(error: BaseException | None) -> OSError | None:
 def of_input(error: BaseException) -> bool:
     """Return whether an error shows that the input itself is bad, so that no run can succeed."""
     bad = isinstance(error, VolumeError | ConditionError)
-    return bad and not isinstance(error, OutputError | LatentError) and of_system(error) is None
+    return bad and not isinstance(error, OutputError) and of_system(error) is None

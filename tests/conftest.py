@@ -35,7 +35,7 @@ settings.register_profile("fvae", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("fvae")
 
 TILTED = np.array(
-    [[-0.7, 0.0, 0.05, 120.5], [0.0, -0.8, 0.1, 95.25], [0.02, 0.1, 2.5, -300.75], [0, 0, 0, 1]]
+    [[-0.7, 0.0, 0.05, 120.5], [0.0, -0.8, 0.1, 95.25], [0.02, 0.0, 2.5, -300.75], [0, 0, 0, 1]]
 )
 
 

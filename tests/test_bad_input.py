@@ -155,7 +155,9 @@ def dicom(folder, *slices):
 RECONSTRUCT = {  # input -> (what makes it, exit code, fragment of the message)
     "nothing is there": (lambda f: f / "none.nii.gz", 3, "found nothing"),
     "one slice of a series": (
-        lambda f: written(f / "IM0001.dcm", bytes(128) + b"DICM"), 3, "give its folder"),
+        lambda f: next(dicom(f, {}, {}).iterdir()), 3, "give its folder"),
+    "one slice without pixels": (
+        lambda f: written(f / "IM0001.dcm", bytes(128) + b"DICM"), 3, "IM0001.dcm"),
     "a suffix that is no volume": (lambda f: written(f / "ct.gipl", b"x"), 3, "dcm2niix"),
     "an empty file": (lambda f: written(f / "bad.nii.gz", b""), 3, "bad.nii.gz"),
     "an empty .nii": (lambda f: written(f / "bad.nii", b""), 3, "bad.nii"),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel  # noqa: F401 - before the threads start: importing it in two at a time fails
+
 from fvae_deploy import api
 from fvae_deploy.batch.scans import Scan
 from fvae_deploy.errors import FvaeError, VolumeError

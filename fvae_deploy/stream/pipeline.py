@@ -82,7 +82,7 @@ def encode(
         writer.commit(lambda: record(path, facts, writer.partial))
     except VolumeError as error:
         # After a faulty input there is nothing to resume, unless an earlier run stored frames.
-        if of_input(error) and not writer.done:
+        if of_input(error) and not isinstance(error, LatentError) and not writer.done:
             writer.discard()
         raise
     finally:

@@ -102,13 +102,16 @@ def test_quiet_verbs_print_nothing(fvae, fake, ct, tmp_path):
     assert json.loads((f / "c.json").read_text())["shape"] == [20, 13, 30]
 
 
-def test_a_run_says_what_it_did_in_two_lines(fvae, fake, ct, tmp_path):
+def test_a_run_says_what_it_did_in_two_lines_and_then_what_to_know_about_the_input(
+    fvae, fake, ct, tmp_path
+):
     code, out, err = fvae("reconstruct", ct, "-o", tmp_path / "a.nii", *fake)
     assert (code, err) == (0, "")
     assert re.fullmatch(
         r".*a\.nii: 30 slices of 20x13 in [\d.]+ s, [\d.]+ slices/s with fake fp32; "
         r"peak [\d.]+ [MG]iB beyond [\d.]+ [MG]iB of libraries\n"
-        r"clipped to \[-1000, 1000\] HU: [\d.]+ % of voxels, which ranged from -1200 to 1099\n",
+        r"clipped to \[-1000, 1000\] HU: [\d.]+ % of voxels, which ranged from -1200 to 1099\n"
+        r"sform and qform place voxels up to [\d.]+ mm apart; .*\n",
         out,
     )
 
@@ -264,7 +267,8 @@ def test_kernels_and_chips_that_are_not_known_are_refused(fvae, options, said):
 
 
 @pytest.mark.parametrize("verb", ["encode", "reconstruct"])
-def test_list_prints_the_series_and_needs_no_output(fvae, tmp_path, verb):
+def test_list_prints_the_series_and_needs_no_output(fvae, tmp_path, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
     series(tmp_path / "scans" / "a", 3)
     for k in range(4):
         put(tmp_path / "scans" / f"b{k}", k % 2, AcquisitionNumber=k // 2, SeriesInstanceUID="1.22")
