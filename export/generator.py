@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import LatentNormalisation
+from fvae_deploy.organs import FINDINGS, ORGANS
 
 TOKENIZER = "tokenizer.json"
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "I": "S", "S": "I"}  # ends of an axis
@@ -29,6 +30,33 @@ class NoiseParity:
     max: float
 
 
+# Parts of a generation that can be done as in the published code, and what that means.
+PARTS = {
+    "stretch": "a mask's plane is stretched to the model's, whatever its spacing",
+    "text": "quotes and round brackets are deleted, and findings are a list in square brackets",
+    "cut": "a text of too many tokens is cut off instead of refused",
+    "any-affine": "a disease mask is taken voxel by voxel, whatever its affine",
+    "steps": "a number of steps that does not divide the schedule's length takes more steps",
+    "stitch": "windows are chained, as with --stitch reference",
+    "noise": "noise is that of torch's generator on a CPU, drawn in the published order",
+    "clamp": "each channel is clamped before their mean is taken",
+    "truncate": "int16 values are truncated towards zero instead of rounded",
+    "grid": "the result stays on the model's plane",
+    "affine": "with grid, the result gets the mask's affine unchanged, so its spacing is wrong",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A class of disease masks that the network was trained on."""
+
+    number: int
+    name: str
+
+
+CT_RATE = tuple(Finding(number, name) for number, name in FINDINGS.items())
+
+
 @dataclass(frozen=True)
 class Masks:
     """How a mask becomes input of the network: each label is painted in HU, then encoded like a CT.
@@ -41,6 +69,8 @@ class Masks:
     palette: dict[str, float]  # HU of every label; a label is text, as JSON keys are
     offset: int
     orientation: str = ""
+    findings: tuple[Finding, ...] = CT_RATE
+    body: bool = False  # in training, 0 was outside the body, and its rest had a label of its own
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,8 @@ class GeneratorManifest(Bundle):
     tokens: int  # length of a text after padding; 0 without a text encoder
     findings: str  # text that is used if the user gives none
     centred_noise: bool = False  # the noise has mean 0 in every channel of every frame
+    as_published: tuple[str, ...] = ()  # names of PARTS that are done as published by default
+    trained_without_text: bool = True  # some of its training was without text, as guidance needs
     parity: tuple[NoiseParity, ...] = ()
 
     @property
@@ -105,6 +137,10 @@ class GeneratorManifest(Bundle):
             "labels that are whole numbers": all(
                 label.isascii() and label.isdecimal() for label in self.masks.palette
             ),
+            "labels of findings apart from those of organs": ORGANS.keys().isdisjoint(
+                finding.number + self.masks.offset for finding in self.masks.findings
+            ),
+            f"parts as published among {', '.join(PARTS)}": PARTS.keys() >= set(self.as_published),
         }
 
 

@@ -22,15 +22,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fvae_deploy.errors import BundleError
+from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.bundle import SCHEMA, Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.draft import BundleDraft
-from fvae_deploy.export.generator import TOKENIZER, GeneratorManifest, Masks
+from fvae_deploy.export.generator import CT_RATE, TOKENIZER, Finding, GeneratorManifest, Masks
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
 from fvae_deploy.export.models.denoiser_parts import PAD, bert, network_of, parts_of, stages_of
+from fvae_deploy.export.published import (
+    DIVISORS,
+    GENERATORS,
+    MULTI_DISEASE,
+    OTHERS,
+    SCALE,
+    SCHEDULE,
+    TOLD_BY,
+)
 
 UNET, TEXT = "model.diffusion_model.", "text_transformer."
 UNKNOWN = "see the source of the weights"
@@ -42,33 +51,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.txt",
 )
-# Values of the published generator, used if its configuration does not give others.
-SCALE = 1.52
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
-PUBLISHED: dict[str, Any] = {
-    "schedule": SCHEDULE,
-    "palette": {str(n): n / 300 * 2000 - 1000 for n in range(119)},
-    "finding_offset": 100,
-    "orientation": "",
-    "plane": [512, 512],
-    "window": 17,
-    "vae": "leanvae16",
-    "sampler": "ddim",
-    "steps": 20,
-    "eta": 1.0,
-    "findings": "No finding.",
-    "centred_noise": False,
-}
 
 
 def is_generator(path: Path) -> bool:
@@ -91,14 +73,16 @@ def load_generator(
     name: str | None = None,
     config: Path | None = None,
     text: str | None = None,
+    generator: str | None = None,
     version: str,
     progress: Callable[[str], None] = lambda message: None,
 ) -> BundleDraft[GeneratorManifest]:
     """Load a generator from a checkpoint.
 
     `config` is the reference's YAML, required if the checkpoint has no `unet_config`; `text` is a
-    folder or hub id of the text encoder; `version` is that of fvae. Raises BundleError for files
-    that do not fit.
+    folder or hub id of the text encoder; `generator` says which of the published ones it is, a
+    name in `published.GENERATORS`; `version` is that of fvae. Raises BundleError for files that
+    do not fit, UsageError for a name of a file that describes itself.
     """
     state, facts = _read(path)
     if config is not None:
@@ -123,7 +107,7 @@ def load_generator(
     parts = parts_of(stages, network.config)
     try:
         manifest = _manifest(
-            PUBLISHED | facts,
+            _defaults(facts, generator, path, progress) | facts,
             channels,
             name=name or path.stem,
             fvae_version=version,
@@ -138,6 +122,34 @@ def load_generator(
             "them with the weights"
         ) from None
     return BundleDraft(manifest, stages, {TOKENIZER: tokenizer} if tokenizer else {})
+
+
+def _defaults(
+    facts: Mapping[str, Any], generator: str | None, path: Path, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return what the facts need not say; a file that has no palette is a published generator."""
+    if "palette" in facts:
+        if generator is not None:
+            raise UsageError(
+                f"expected no --generator with {path}, which describes itself, found {generator}: "
+                "leave it out"
+            )
+        return OTHERS
+    known = generator or facts.get("generator")
+    chosen = str(known or MULTI_DISEASE)
+    if chosen not in GENERATORS:
+        raise UsageError(
+            f"expected --generator as one of {', '.join(GENERATORS)}, found {chosen!r}: choose one"
+        )
+    rule = f"the {chosen} generator, which divides labels by {DIVISORS[chosen]}"
+    progress(
+        f"taken as {rule}"
+        if known
+        else f"taken as {rule}: the configuration does not say which of the published ones it is. "
+        f"If it is another, give --generator {' or '.join(g for g in GENERATORS if g != chosen)}"
+    )
+    description = f"published CT generator, {chosen}: label / {DIVISORS[chosen]}"
+    return GENERATORS[chosen] | {"description": description}
 
 
 def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> GeneratorManifest:
@@ -157,14 +169,29 @@ def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> Generat
         plane=(int(given["plane"][0]), int(given["plane"][1])),
         latent=_normalisation(given, "latent", channels),
         mask=_normalisation(given, "mask", channels),
-        masks=Masks(palette, int(given["finding_offset"]), str(given["orientation"])),
+        masks=Masks(
+            palette,
+            int(given["finding_offset"]),
+            str(given["orientation"]),
+            _findings(given),
+            bool(given["body"]),
+        ),
         schedule=dict(given["schedule"]),
         sampler=str(given["sampler"]),
         steps=int(given["steps"]),
         eta=float(given["eta"]),
         findings=str(given["findings"]),
         centred_noise=bool(given["centred_noise"]),
+        as_published=tuple(map(str, given["as_published"])),
+        trained_without_text=bool(given["trained_without_text"]),
     )
+
+
+def _findings(given: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """Return the classes of disease masks; CT-RATE's, unless the facts have others."""
+    if "classes" not in given:
+        return CT_RATE
+    return tuple(Finding(int(number), str(name)) for number, name in given["classes"].items())
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -197,13 +224,16 @@ def _yaml(path: Path) -> dict[str, Any]:
             "beta_start": float(params.get("linear_start", 0.00085)),
             "beta_end": float(params.get("linear_end", 0.012)),
         }
+        data = json.dumps(content.get("data"), default=str)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise BundleError(
             f"expected model.params.unet_config.params in {path}, found "
             f"{' '.join(str(reason).split())}: give the reference's YAML"
         ) from None
-    return {"unet_config": unet_config, "schedule": SCHEDULE | schedule, "scale": scale}
+    told = {generator for name, generator in TOLD_BY.items() if name in data}
+    which = {"generator": told.pop()} if len(told) == 1 else {}
+    return {"unet_config": unet_config, "schedule": SCHEDULE | schedule, "scale": scale} | which
 
 
 def _text_encoder(

@@ -1,7 +1,7 @@
 """Names of label numbers: organs in a segmentation, and findings in a disease mask.
 
-The organs are the 117 classes of TotalSegmentator v2 (task "total"), the findings the 18 of
-CT-RATE.
+The organs are the 117 classes of TotalSegmentator v2 (task "total"). FINDINGS are the 18 of
+CT-RATE, which phantoms and `tiny-ldm` use; the published generator has PUBLISHED_FINDINGS.
 """
 
 from __future__ import annotations
@@ -64,6 +64,21 @@ FINDINGS: dict[int, str] = dict(
         start=1,
     )
 )
+
+# As the lists of cases beside the published code number them; 158 and 160 do not occur there.
+PUBLISHED_FINDINGS: dict[int, str] = {
+    150: "Atelectasis, consolidation",
+    151: "Bronchial wall thickening",
+    152: "Bronchiectasis",
+    153: "Emphysema",
+    154: "Groundglass opacity",
+    155: "Honeycombing",
+    156: "Linear",
+    157: "Micronodules",
+    159: "Pleural effusion or thickening",
+    161: "Pulmonary nodules/masses",
+    162: "Septal thickening",
+}
 
 
 def organ_name(label: int) -> str:

@@ -318,6 +318,69 @@ REMEDIES = {
         "generate -o {f}/new.nii -m {clipping} --mask {f}/organs.nii --steps 2 --scheduler unipc",
         "generate -o {f}/new.nii -m {clipping} --mask {f}/organs.nii --steps 2 --scheduler ddim",
     ),
+    "findings and a report": Remedy(
+        "pass one of them",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --findings a --report b",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --report b --steps 1",
+    ),
+    "an empty report": Remedy(
+        "omit {}",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --report= ",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
+    ),
+    "a text that is too long": Remedy(
+        "--as-published cut",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--findings {f}/long.txt",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--findings {f}/long.txt --as-published cut",
+    ),
+    "a disease mask of another position": Remedy(
+        "--as-published any-affine",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/moved.nii=emphysema",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/moved.nii=emphysema --as-published any-affine",
+    ),
+    "a disease mask with other numbers": Remedy(
+        "name them, such as --disease-mask",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/labels.nii",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/labels.nii=50:8,51:10",
+    ),
+    "a label map of one finding": Remedy(
+        "name the labels, such as --disease-mask",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/labels.nii=emphysema",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/labels.nii=50:8,51:10",
+    ),
+    "channels without findings": Remedy(
+        "such as --disease-mask",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/channels.nii",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--disease-mask {f}/channels.nii=0:8",
+    ),
+    "a label of the body that training did not know": Remedy(
+        "leave it out",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --body-label 200",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
+    ),
+    "channels of gray values to clamp": Remedy(
+        "name the other parts with --as-published",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 --published",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1 "
+        "--as-published stretch,text,cut,any-affine,stitch,noise,truncate,grid",
+    ),
+    "steps as published of another sampler": Remedy(
+        "leave steps out of --as-published",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 2 "
+        "--scheduler dpmsolver++ --as-published steps,cut",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 2 "
+        "--scheduler ddim --as-published steps,cut",
+    ),
 }  # fmt: skip
 EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> words of the errors
     "needs a GPU or a device that is not here": (
@@ -376,6 +439,8 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "check --peer",
     ),
     "names what was given wrong, and no way out of it": (
+        "trained without findings",
+        "correct --body-label",
         "fvae reads CT only",
         "Interrupted.",
         "with the JSON file that --json writes",
@@ -383,6 +448,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "choose a larger --step",
     ),
     "a generator with its own VAE or schedule; tried in tests/generation": (
+        "leave noise out of --as-published",
         "trained with as --vae",
         "use --scheduler unipc",
         "with --stitch reference",
@@ -427,6 +493,11 @@ def shelf(tmp_path_factory, fake_bundle, small_bundle, small_generator):
     image("ct.nii", values)
     image("positive.nii", values + 1000)
     image("organs.nii", np.full((32, 32, 4), 5, np.uint8))
+    moved = nibabel.Nifti1Image(np.ones((32, 32, 4), np.uint8), np.diag([1.0, -1, 2, 1]))
+    nibabel.save(moved, folder / "moved.nii")
+    image("labels.nii", np.arange(50, 52, dtype=np.uint8).repeat(2048).reshape(32, 32, 4))
+    image("channels.nii", np.zeros((2, 32, 32, 4), np.uint8))
+    (folder / "long.txt").write_text("no nodule " * 20)
     image("scans/a.nii", values)
     image("corrected/a.nii", values)
     image("corrected/b.nii", values)

@@ -1,11 +1,13 @@
 """Batch mode of `generate`: a CSV or JSONL list of masks and findings, one generation per row.
 
     mask,findings,disease_mask,seed,output
-    a.nii.gz,"nodule in the right lung",,0,a_nodule.nii.gz
+    a.nii.gz,"nodule in the right lung",lesion.nii.gz=nodule,0,a_nodule.nii.gz
 
-Only `mask` is required. Paths of inputs are relative to the list, those of outputs to the output
-folder. With --resume, rows whose output exists are skipped if it comes from the same request. A row
-that fails is reported, and the batch continues.
+Only `mask` is required. Several disease masks are separated by semicolons in a CSV, and a list in
+JSONL; several findings are a list in JSONL. `report` is a whole report instead of findings. Paths
+of inputs are relative to the list, those of outputs to the output folder. With --resume, rows whose
+output exists are skipped if it comes from the same request. A row that fails is reported, and the
+batch continues.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.publish import make_folders
 
-FIELDS = {"mask", "output", "findings", "disease_mask", "seed"}
+FIELDS = {"mask", "output", "findings", "report", "disease_mask", "seed"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class GenerationRow:
 
     mask: Path
     output: Path
-    findings: str | None
-    disease_mask: Path | None
+    findings: str | tuple[str, ...] | None
+    disease_mask: tuple[str, ...]  # FILE or FILE=FINDINGS
     seed: int
+    report: str | None = None
 
 
 def read_generations(path: Path, folder: Path, seed: int = 0) -> list[GenerationRow]:
@@ -72,6 +75,7 @@ def run_generations(
                 options,
                 sampling.with_seed(row.seed),
                 findings=row.findings,
+                report=row.report,
                 disease_mask=row.disease_mask,
                 progress=progress,
                 dry_run=dry_run,
@@ -118,7 +122,27 @@ def _generation(
     return GenerationRow(
         mask=mask,
         output=folder / str(row.get("output") or mask.name),
-        findings=str(row["findings"]) if row.get("findings") else None,
-        disease_mask=relative("disease_mask") if row.get("disease_mask") else None,
+        findings=_findings(row.get("findings"), number, path),
+        disease_mask=tuple(
+            str(path.parent / name) for name in _several(row.get("disease_mask"), number, path)
+        ),
         seed=row_seed,
+        report=str(row["report"]) if row.get("report") else None,
     )
+
+
+def _findings(given: Any, number: int, path: Path) -> str | tuple[str, ...] | None:
+    """Return one finding, several from a list, or None."""
+    if isinstance(given, list):
+        return _several(given, number, path) or None
+    return str(given) if given else None
+
+
+def _several(given: Any, number: int, path: Path) -> tuple[str, ...]:
+    """Return the texts of a list, or those between semicolons; raises UsageError for others."""
+    names = given if isinstance(given, list) else str(given or "").split(";")
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(
+            f"expected a list of texts in row {number} of {path}, found {given!r:.60}: correct it"
+        )
+    return tuple(name.strip() for name in names if name.strip())

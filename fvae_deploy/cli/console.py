@@ -102,6 +102,8 @@ class Terminal:
         if "seconds_at_100_gflops" in report:
             seconds = report["seconds_at_100_gflops"]
             self.print(f"  arithmetic: {seconds:g} s at 100 GFLOP/s, without reading and writing")
+        for remark in report.get("remarks", []):
+            self.print(f"  {remark}")
         if report["output_exists"]:
             self.print("  the output exists: pass --overwrite to replace it, --resume to keep it")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,12 +39,51 @@ Generated = Annotated[
     ),
 ]
 Findings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--findings",
+        help="A finding as text, or a text file; repeatable. [default: text of a normal scan]",
+    ),
+]
+WholeReport = Annotated[
     str | None,
-    typer.Option("--findings", help="Text, or a text file. [default: text of a normal scan]"),
+    typer.Option("--report", help="A whole report instead of --findings: text, or a text file."),
 ]
 DiseaseMask = Annotated[
-    Path | None,
-    typer.Option("--disease-mask", help="Label map of findings, 1 to 18, on the grid of --mask."),
+    list[str] | None,
+    typer.Option(
+        "--disease-mask",
+        "--disease",
+        metavar="FILE[=FINDINGS]",
+        help="Where findings are, on the grid of --mask; repeatable. FILE: a label map with the "
+        "generator's numbers. FILE=emphysema: one finding. FILE=nodule,linear or "
+        "FILE=0:nodule,2:linear: channels of a 4-D file, or labels.",
+    ),
+]
+BodyLabel = Annotated[
+    int | None,
+    typer.Option(
+        "--body-label",
+        help="Label of the body outside all organs, for published generators.",
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="Do everything as the published code does; see docs/generation.md.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+AsPublished = Annotated[
+    str | None,
+    typer.Option(
+        "--as-published",
+        metavar="NAMES",
+        help="Do only these as published: none, or some of stretch, text, cut, any-affine, steps, "
+        "stitch, noise, clamp, truncate, grid, affine. [default: the generator's]",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Labels = Annotated[
     Path | None,
@@ -54,7 +93,7 @@ Jobs = Annotated[
     Path | None,
     typer.Option(
         "--jobs",
-        help="Batch mode: a CSV or JSONL list with the columns mask, output, findings, "
+        help="Batch mode: a CSV or JSONL list with the columns mask, output, findings, report, "
         "disease_mask and seed.",
     ),
 ]
@@ -101,12 +140,12 @@ Guidance = Annotated[
     ),
 ]
 Stitch = Annotated[
-    str,
+    str | None,
     choice(
         "--stitch",
         names=lambda: STITCHES,
         help="Long volumes: joint denoises all windows together; reference denoises one after the "
-        "other, as published.",
+        "other, as published. [default: joint]",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -122,16 +161,20 @@ def generate(
     terminal: Terminal,
     mask: Mask = None,
     findings: Findings = None,
+    whole_report: WholeReport = None,
     disease_mask: DiseaseMask = None,
     labels: Labels = None,
+    body_label: BodyLabel = None,
     jobs: Jobs = None,
     vae: Vae = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     eta: Eta = None,
     guidance: Guidance = 1.0,
-    stitch: Stitch = "joint",
+    stitch: Stitch = None,
     seed: Seed = 0,
+    published: Published = False,
+    as_published: AsPublished = None,
     dry_run: DryRun = False,
     report: Report = None,
 ) -> None:
@@ -139,17 +182,20 @@ def generate(
 
     Example: `fvae generate --mask organs.nii.gz --findings "nodule in the right lung" -o g.nii.gz`
     """
-    if (mask is None) == (jobs is None):
-        raise UsageError(
-            "expected either --mask or --jobs, found both or neither: pass one of them"
-        )
-    if jobs is not None and (findings or disease_mask):
-        raise UsageError("expected findings in the --jobs list, found options: move them there")
+    given: dict[str, Any] = {
+        "findings": findings,
+        "report": whole_report,
+        "disease_mask": disease_mask,
+    }
+    _check_source(mask, jobs, given)
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate as run
 
     sampling = GenerationOptions(
         labels=labels,
+        body_label=body_label,
+        published=published,
+        as_published=as_published,
         vae=vae,
         sampler=scheduler,
         steps=steps,
@@ -163,17 +209,18 @@ def generate(
         return
     assert mask is not None
     with terminal.progress_bars({"denoise": "windows"}) as begin:
-        result = run(
-            mask,
-            output,
-            options,
-            sampling,
-            findings=findings,
-            disease_mask=disease_mask,
-            progress=begin,
-            dry_run=dry_run,
-        )
+        result = run(mask, output, options, sampling, progress=begin, dry_run=dry_run, **given)
     terminal.finish(result, report)
+
+
+def _check_source(mask: Path | None, jobs: Path | None, given: dict[str, Any]) -> None:
+    """Raise UsageError unless there is a mask or a list, and findings only with a mask."""
+    if (mask is None) == (jobs is None):
+        raise UsageError(
+            "expected either --mask or --jobs, found both or neither: pass one of them"
+        )
+    if jobs is not None and any(given.values()):
+        raise UsageError("expected findings in the --jobs list, found options: move them there")
 
 
 def _run_list(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,27 @@ Channels = Annotated[
     ),
 ]
 
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML configuration of the checkpoint.", rich_help_panel=GENERATOR
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", help="Folder or hub id of the text encoder.", rich_help_panel=GENERATOR),
+]
+Generator = Annotated[
+    str | None,
+    choice(
+        "--generator",
+        names=lambda: ("multi-disease", "healthy"),
+        help="Which of the published generators it is. [default: as its configuration says, "
+        "else multi-disease]",
+        rich_help_panel=GENERATOR,
+    ),
+]
+
 
 @command(app, "Make")
 def export(
@@ -68,18 +89,9 @@ def export(
             rich_help_panel=FOREIGN,
         ),
     ] = "-1,1",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", help="YAML configuration of the checkpoint.", rich_help_panel=GENERATOR
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text", help="Folder or hub id of the text encoder.", rich_help_panel=GENERATOR
-        ),
-    ] = None,
+    config: Config = None,
+    text: Text = None,
+    generator: Generator = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export weights to a bundle, and measure its parity and memory in every installed engine.
@@ -95,11 +107,13 @@ def export(
         given |= {"--window": window != 65, "--range": value_range != "-1,1"}
         _check_absent(given, f"a generator, {model}")
     else:
-        _check_absent({"--config": bool(config), "--text": bool(text)}, f"a VAE, {model}")
+        given = {"--config": bool(config), "--text": bool(text), "--generator": bool(generator)}
+        _check_absent(given, f"a VAE, {model}")
     foreign = (weights, window, _range(value_range))
     with new_folder(output, overwrite=overwrite, marker="manifest.json") as folder:
         if is_generator(Path(model)):
-            _export_generator(Path(model), folder, name, config, text, opset, terminal)
+            more = {"config": config, "text": text, "generator": generator}
+            _export_generator(Path(model), folder, name, opset, terminal, **more)
         else:
             _export_vae(model, folder, name, channels, foreign, opset, terminal)
 
@@ -125,15 +139,14 @@ def _export_generator(
     model: Path,
     output: Path,
     name: str | None,
-    config: Path | None,
-    text: str | None,
     opset: int,
     terminal: Terminal,
+    **facts: Any,
 ) -> None:
     from fvae_deploy.make.bundle import make_generator_bundle
 
     manifest = make_generator_bundle(
-        model, output, name=name, config=config, text=text, opset=opset, progress=terminal.say
+        model, output, name=name, opset=opset, progress=terminal.say, **facts
     )
     terminal.show(noise_table(manifest))
 
@@ -172,6 +185,7 @@ def models(terminal: Terminal) -> None:
     from fvae_deploy.export.generator import GeneratorManifest
     from fvae_deploy.export.known import KNOWN
     from fvae_deploy.export.manifest import Manifest
+    from fvae_deploy.export.published import DIVISORS, GENERATORS
     from fvae_deploy.stream.codec import BUILT_IN
 
     for path in sorted(BUILT_IN.glob("*/manifest.json")):
@@ -182,6 +196,9 @@ def models(terminal: Terminal) -> None:
                 f"  latents of {generator.vae}, windows of {generator.window} latent frames, "
                 f"licence {generator.licence}, weights {generator.identity}"
             )
+            findings = "; ".join(f"{f.number} {f.name}" for f in generator.masks.findings)
+            terminal.print(f"  findings of disease masks: {findings or 'none'}")
+            terminal.print(f"  as published: {', '.join(generator.as_published) or 'nothing'}")
             terminal.show(noise_table(generator))
             continue
         manifest = Manifest.load(path.parent)
@@ -193,6 +210,14 @@ def models(terminal: Terminal) -> None:
         )
         terminal.show(parity_table(manifest))
     terminal.show(models_table(KNOWN))
+    for name, facts in GENERATORS.items():
+        classes = "; ".join(f"{number} {finding}" for number, finding in facts["classes"].items())
+        terminal.print(
+            f"published generator {name}, weights at hf:qicq1c/Foundation-VAE: latents of "
+            f"{facts['vae']}, labels painted as label / {DIVISORS[name]}"
+        )
+        terminal.print(f"  findings of disease masks: {classes or 'none'}")
+        terminal.print(f"  as published by default: {', '.join(facts['as_published'])}")
     terminal.print(
         "fvae export -m NAME -o BUNDLE downloads and exports a published model that is on a hub;"
     )

@@ -1,4 +1,4 @@
-"""The conditions of a generation: masks, painted as a volume in HU, and findings as text.
+"""The masks of a generation, painted as a volume in HU.
 
 A generator sees a mask in the same way as a CT: its palette turns labels into gray values in HU,
 then the VAE encodes them. So a mask is a `Reader` here and is streamed like any other volume.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,70 +18,24 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import ConditionError
 from fvae_deploy.export.generator import OPPOSITE, Masks
-from fvae_deploy.organs import FINDINGS, ORGANS, organ_label
+from fvae_deploy.export.manifest import Intensity
+from fvae_deploy.generation.findings import DiseaseMask
+from fvae_deploy.generation.fit import Fit, Stretched
+from fvae_deploy.generation.labels import Labels, frames_of, labels_of
+from fvae_deploy.organs import ORGANS, organ_label
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
-
-Labels = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a mask's plane lies in the model's: its longer side, in mm, fills the model's square.
-
-    So anatomy keeps its proportions. A plane of the model's own size is used unchanged.
-    """
-
-    mask: tuple[int, int]  # voxels
-    spacing: tuple[float, float]  # mm
-    plane: tuple[int, int]  # the model's pixels
-    mirrored: tuple[int, ...] = ()  # axes to flip for the model
-
-    def _positions(self, axis: int) -> NDArray[np.float64]:
-        """Return the positions of the model's pixel centres, in voxels of the mask."""
-        side = max(n * mm for n, mm in zip(self.mask, self.spacing, strict=True))
-        pixel = float(side) / self.plane[axis]
-        margin = (side - self.mask[axis] * self.spacing[axis]) / 2
-        centres = (np.arange(self.plane[axis], dtype=np.float64) + 0.5) * pixel - margin
-        positions: NDArray[np.float64] = centres / self.spacing[axis] - 0.5
-        return positions
-
-    def labels(self, mask: Labels) -> Labels:
-        """Resample labels [x, y] to the model's plane, nearest neighbour; 0 outside the mask."""
-        nearest = [np.rint(self._positions(axis) - 1e-9).astype(np.int64) for axis in (0, 1)]
-        inside = [(i >= 0) & (i < n) for i, n in zip(nearest, self.mask, strict=True)]
-        rows, columns = (i.clip(0, n - 1) for i, n in zip(nearest, self.mask, strict=True))
-        sampled = mask[np.ix_(rows, columns)]
-        labels: Labels = np.where(inside[0][:, None] & inside[1][None, :], sampled, 0)
-        return np.flip(labels, self.mirrored)
-
-    def volume(self, frames: HuFrames) -> HuFrames:
-        """Resample frames [t, X, Y] of the model to the mask's plane, linearly: [t, x, y]."""
-        rows, columns = (self._weights(axis) for axis in (0, 1))
-        flipped = np.flip(frames, tuple(1 + axis for axis in self.mirrored))
-        resampled: HuFrames = np.matmul(np.matmul(rows, flipped), columns.T)
-        return resampled
-
-    def _weights(self, axis: int) -> NDArray[np.float32]:
-        """Return the linear interpolation as a matrix [voxels of the mask, model's pixels]."""
-        count = self.plane[axis]
-        position = np.interp(np.arange(self.mask[axis]), self._positions(axis), np.arange(count))
-        low = np.floor(position).astype(int).clip(0, count - 1)
-        share = (position - low).astype(np.float32)
-        matrix = np.zeros((self.mask[axis], count), np.float32)
-        row = np.arange(self.mask[axis])
-        matrix[row, low] = 1 - share
-        matrix[row, np.minimum(low + 1, count - 1)] += share
-        return matrix
 
 
 class PaintedMask:
     """A mask as a volume in HU on the model's plane; see `fvae_deploy.volume.base.Reader`.
 
-    The palette gives the gray values of organs and of the findings in a disease mask. A plane
-    that is mirrored against those of training is flipped for the network, and the result is
-    flipped back. A mask of fewer slices than `least` is extended by repeating its last slice.
-    `labels` maps other label numbers to those of `organs.ORGANS`. Raises ConditionError if the
-    masks do not fit each other, the palette or the orientation.
+    The palette gives the gray values of organs and of the findings in disease masks, of which the
+    later one counts where they overlap. A plane that is mirrored against those of training is
+    flipped for the network, and the result is flipped back. A mask of fewer slices than `least` is
+    extended by repeating its last slice. `labels` maps other label numbers to those of
+    `organs.ORGANS`; `body` is the label of the body outside organs, if the mask has it. `parts`
+    names what is done as published (`PARTS`). Raises ConditionError if the masks do not fit each
+    other, the palette or the orientation.
     """
 
     remarks: tuple[str, ...] = ()
@@ -90,100 +43,158 @@ class PaintedMask:
     def __init__(
         self,
         organs: Reader,
-        disease: Reader | None,
+        disease: Sequence[DiseaseMask],
         masks: Masks,
         plane: tuple[int, int],
         *,
         least: int = 1,
         labels: Mapping[int, int] | None = None,
+        body: int | None = None,
+        parts: Collection[str] = (),
     ) -> None:
         self.path, self.mask = organs.path, organs.geometry
         self._organs, self._disease, self._masks = organs, disease, masks
-        if disease is not None:
-            _check_same_grid(organs, disease)
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
         mirrored = _mirrored(self.mask.orientation, masks.orientation, self.path)
-        self.fit = Fit((x, y), (across, down), plane, mirrored)
+        self.stretched = "stretch" in parts
+        kind = Stretched if self.stretched else Fit
+        self.fit = kind((x, y), (across, down), plane, mirrored)
         self.geometry = Geometry((*plane, max(z, least)), self.mask.affine)
+        self.target = _target(self.mask, self.fit, parts)
         self._labels = dict(labels) if labels is not None else None
         self._hu = {int(label): hu for label, hu in masks.palette.items()}
+        self._body, self._body_found = body, False
+        _check_body(body, masks, self._hu)
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
         """Yield painted frames [t, X, Y], float32; see `Reader.slabs`."""
-        with contextlib.closing(self._planes(start)) as planes:
+        with contextlib.closing(self.planes(start)) as planes:
             for each in slab_ranges(self.geometry.shape[2], depths, start):
-                yield np.stack(list(islice(planes, len(each))))
+                yield np.stack(
+                    [self._paint(plane, self._hu) for plane in islice(planes, len(each))]
+                )
+
+    def in_range(self, intensity: Intensity, depth: int, start: int) -> NDArray[np.float32]:
+        """Return painted frames in a VAE's range: [1, t, X, Y], every value rounded once."""
+        gain = (intensity.model_max - intensity.model_min) / (intensity.hu_max - intensity.hu_min)
+        inside = {n: min(max(hu, intensity.hu_min), intensity.hu_max) for n, hu in self._hu.items()}
+        table = {
+            n: (hu - intensity.hu_min) * gain + intensity.model_min for n, hu in inside.items()
+        }
+        count = min(depth, self.geometry.shape[2] - start)
+        with contextlib.closing(self.planes(start)) as planes:
+            return np.stack([self._paint(plane, table) for plane in islice(planes, count)])[None]
+
+    def check_body_found(self) -> None:
+        """Raise ConditionError if no slice read so far has the label named as the body's."""
+        if self._body is not None and not self._body_found:
+            raise ConditionError(
+                f"expected the label {self._body} of the body in {self.path}, found none: correct "
+                "--body-label"
+            )
+
+    @property
+    def body_named(self) -> bool:
+        """Whether a label of the body outside organs was named."""
+        return self._body is not None
+
+    def result(self, frames: HuFrames) -> HuFrames:
+        """Bring generated frames [t, X, Y] to the grid of `target`."""
+        if self.target is self.mask:
+            return self.fit.volume(frames)
+        return np.ascontiguousarray(self.fit.unflipped(frames))
 
     def close(self) -> None:
         """Release the files."""
         self._organs.close()
-        if self._disease is not None:
-            self._disease.close()
+        for each in self._disease:
+            each.close()
 
-    def _planes(self, start: int) -> Generator[NDArray[np.float32]]:
-        """Yield painted planes from `start` on, then the last one without end."""
+    def planes(self, start: int = 0) -> Generator[Labels]:
+        """Yield labels [X, Y] on the model's plane from `start` on, then the last one without end.
+
+        Findings have their number plus the palette's offset.
+        """
         first = min(start, self.mask.shape[2] - 1)
-        organs = _frames(self._organs, first)
-        disease = None if self._disease is None else _frames(self._disease, first)
-        painted = np.empty(0, np.float32)
-        with contextlib.closing(organs), contextlib.closing(disease or _nothing()) as diseased:
+        plane = np.empty(0, np.int64)
+        with contextlib.ExitStack() as stack:
+            organs = stack.enter_context(contextlib.closing(frames_of(self._organs, first)))
+            disease = [
+                stack.enter_context(contextlib.closing(each.planes(first)))
+                for each in self._disease
+            ]
             for index, frame in enumerate(organs, first):
-                labels = self._organ_labels(_labels(frame, index, self._organs.path), index)
-                if disease is not None:
-                    findings = _labels(next(diseased), index, self._disease_path())
-                    self._check_findings(findings, index)
+                labels = self._organ_labels(labels_of(frame, index, self.path), index)
+                for each in disease:
+                    findings = next(each)
                     labels = np.where(findings > 0, findings + self._masks.offset, labels)
-                painted = self._paint(self.fit.labels(labels))
-                yield painted
+                plane = self.fit.labels(labels)
+                yield plane
         while True:
-            yield painted
-
-    def _disease_path(self) -> Path:
-        assert self._disease is not None
-        return self._disease.path
+            yield plane
 
     def _organ_labels(self, labels: Labels, index: int) -> Labels:
         """Map labels to the numbers of `organs.ORGANS`."""
-        present = np.unique(labels)
-        if self._labels is None:
-            unknown = [int(n) for n in present if n not in ORGANS and n != 0]
-            wanted, remedy = "TotalSegmentator's labels 0 to 117", "map them with --labels FILE"
-        else:
-            unknown = [int(n) for n in present if n not in self._labels and n != 0]
-            wanted, remedy = "labels that the --labels file maps", "add them to it"
+        present = [int(n) for n in np.unique(labels)]
+        self._body_found = self._body_found or self._body in present
+        known = {0, self._body, *(ORGANS if self._labels is None else self._labels)}
+        unknown = [n for n in present if n not in known]
         if unknown:
+            wanted, remedy = "labels that the --labels file maps", "add them to it"
+            if self._labels is None:
+                wanted, remedy = "TotalSegmentator's labels 0 to 117", "map them with --labels FILE"
+                remedy += ", or name the body's with --body-label" if self._masks.body else ""
             raise ConditionError(
                 f"expected {wanted}, found {', '.join(map(str, unknown[:5]))} in slice {index} of "
-                f"{self._organs.path}: {remedy}"
+                f"{self.path}: {remedy}"
             )
         if self._labels is None:
             return labels
-        table = np.zeros(int(present.max()) + 1, np.int64)
+        table = np.zeros(max(present) + 1, np.int64)
         for n in present:
-            table[n] = self._labels.get(int(n), 0)
+            table[n] = n if n == self._body else self._labels.get(n, 0)
         return table[labels]
 
-    def _check_findings(self, labels: Labels, index: int) -> None:
-        unknown = [int(n) for n in np.unique(labels) if n not in FINDINGS and n != 0]
-        if unknown:
-            raise ConditionError(
-                f"expected findings 1 to {len(FINDINGS)} in a disease mask, found "
-                f"{', '.join(map(str, unknown[:5]))} in slice {index} of {self._disease_path()}: "
-                "see docs/generation.md for their numbers"
-            )
-
-    def _paint(self, labels: Labels) -> NDArray[np.float32]:
-        """Replace labels by their gray values in HU."""
+    def _paint(self, labels: Labels, gray: Mapping[int, float]) -> NDArray[np.float32]:
+        """Replace labels by their gray values."""
         values, indices = np.unique(labels, return_inverse=True)
-        missing = [int(n) for n in values if int(n) not in self._hu]
+        missing = [int(n) for n in values if int(n) not in gray]
         if missing:
             raise ConditionError(
                 f"expected labels in this generator's palette, found {missing[0]} in "
-                f"{self._organs.path}: remove it from the mask, the generator was not trained on it"
+                f"{self.path}: remove it from the mask, the generator was not trained on it"
             )
-        table = np.array([self._hu[int(n)] for n in values], np.float32)
+        table = np.array([gray[int(n)] for n in values], np.float32)
         return table[indices].reshape(labels.shape)
+
+
+def _check_body(body: int | None, masks: Masks, palette: Mapping[int, float]) -> None:
+    """Raise ConditionError for a label that cannot be that of the body outside organs."""
+    if body is None:
+        return
+    taken = {0, *ORGANS, *(finding.number + masks.offset for finding in masks.findings)}
+    free = sorted(palette.keys() - taken)
+    if not masks.body or not free:
+        raise ConditionError(
+            "expected no --body-label with this generator, which saw no such label in training, "
+            f"found {body}: leave it out"
+        )
+    if body not in free:
+        raise ConditionError(
+            f"expected --body-label from {free[0]} to {free[-1]}, found {body}: number it so in "
+            "the mask"
+        )
+
+
+def _target(mask: Geometry, fit: Fit, parts: Collection[str]) -> Geometry:
+    """Return the grid of the result: the mask's, or the model's plane in the same place."""
+    if "grid" not in parts:
+        return mask
+    affine = mask.affine if "affine" in parts else fit.grid(mask.affine)
+    if fit.plane == mask.shape[:2] and np.array_equal(fit.grid(mask.affine), mask.affine):
+        return mask
+    return Geometry((*fit.plane, mask.shape[2]), affine, mask.nifti_header)
 
 
 def read_labels(path: Path) -> dict[int, int]:
@@ -203,36 +214,6 @@ def read_labels(path: Path) -> dict[int, int]:
         ) from None
 
 
-def read_findings(text: str, most: int = 1 << 16) -> str:
-    """Return findings: `text` itself, or the content of the text file of that name.
-
-    At most `most` bytes of a file are read. Raises ConditionError for an empty text and for a
-    file that cannot be read.
-    """
-    findings, path = text, Path(text)
-    with contextlib.suppress(OSError):  # a long text is not a valid file name
-        if path.suffix == ".txt" or path.is_file():
-            try:
-                findings = path.read_bytes()[:most].decode()
-            except FileNotFoundError:
-                raise ConditionError(
-                    f"expected findings in {path}, found no such file: check the path"
-                ) from None
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConditionError(
-                    f"expected findings as text in {path}, found {error}: save it as UTF-8"
-                ) from None
-    findings = " ".join(findings.split())
-    if not findings:
-        raise ConditionError("expected findings as text, found an empty text: omit --findings")
-    return findings
-
-
-def _nothing() -> Generator[Any]:
-    """Yield nothing; a generator, so that it can be closed."""
-    yield from ()
-
-
 def _organ(organ: Any) -> int:
     """Return the label number of an organ's name or number; raises ValueError for others."""
     if isinstance(organ, str):
@@ -243,23 +224,6 @@ def _organ(organ: Any) -> int:
     if isinstance(organ, bool) or not isinstance(organ, int) or (organ and organ not in ORGANS):
         raise ValueError(f"no label {organ!r} of TotalSegmentator")
     return organ
-
-
-def _frames(reader: Reader, start: int) -> Generator[HuFrames]:
-    with contextlib.closing(reader.slabs(8, start=start)) as slabs:  # type: ignore[type-var]
-        yield from chain.from_iterable(slabs)
-
-
-def _labels(frame: HuFrames, index: int, path: Path) -> Labels:
-    """Return one frame as labels; raises ConditionError for negative numbers and fractions."""
-    labels = frame.astype(np.int64)
-    if (labels < 0).any() or (frame.dtype.kind == "f" and (labels != frame).any()):
-        wrong = frame[(labels != frame) | (labels < 0)][0]
-        raise ConditionError(
-            f"expected whole label numbers from 0 on, found {wrong:g} in slice {index} of {path}: "
-            "give a label map, not a CT"
-        )
-    return labels
 
 
 def _mirrored(actual: str, trained: str, path: Path) -> tuple[int, ...]:
@@ -277,17 +241,3 @@ def _mirrored(actual: str, trained: str, path: Path) -> tuple[int, ...]:
             f"{path}: reorient it, for example with nibabel.as_closest_canonical"
         )
     return tuple(axis for axis in (0, 1) if differs[axis])
-
-
-def _check_same_grid(organs: Reader, disease: Reader) -> None:
-    a, b = organs.geometry, disease.geometry
-    if a.shape != b.shape:
-        difference = f"{'x'.join(map(str, b.shape))} instead of {'x'.join(map(str, a.shape))}"
-    elif not np.allclose(a.affine, b.affine, atol=1e-3):
-        difference = "another affine"
-    else:
-        return
-    raise ConditionError(
-        f"expected a disease mask on the grid of {organs.path}, found {difference} in "
-        f"{disease.path}: resample it"
-    )

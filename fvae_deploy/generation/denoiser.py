@@ -21,13 +21,13 @@ class Denoiser(Opened[GeneratorManifest]):
     # The last two contexts with their keys and values.
     _cache: tuple[tuple[Array, dict[str, Any]], ...] = ()
 
-    def context(self, text: str) -> Array:
+    def context(self, text: str, *, cut: bool = False) -> Array:
         """Encode a text to [tokens, dim]; the empty text stands for no condition.
 
         Raises BundleError if the bundle has no text encoder, and ConditionError for a text of
-        too many tokens.
+        too many tokens, unless `cut` drops those at its end.
         """
-        ids = self._tokens(text)
+        ids = self._tokens(text, cut)
         context: Array = self.engine.run("text", {"ids": ids})["context"].copy()
         self.engine.release("text", compiled=True)
         return context
@@ -81,9 +81,15 @@ class Denoiser(Opened[GeneratorManifest]):
         self._cache = (*self._cache[-1:], (context, arrays))
         return arrays
 
-    def _tokens(self, text: str) -> NDArray[np.int64]:
-        most = self.manifest.tokens
-        if not most:
+    def length(self, text: str) -> int:
+        """Return the number of tokens of a text, without padding; raises as `context` does."""
+        tokenizer = self._tokenizer()
+        tokenizer.no_padding()
+        return len(tokenizer.encode(text).ids)
+
+    def _tokenizer(self) -> Any:
+        """Return the tokenizer, which pads and does not truncate."""
+        if not self.manifest.tokens:
             raise BundleError(
                 f"expected a text encoder in {self.manifest.name}, found none: export it again "
                 "with --text FOLDER"
@@ -92,10 +98,17 @@ class Denoiser(Opened[GeneratorManifest]):
 
         tokenizer = Tokenizer.from_file(str(self.bundle / TOKENIZER))
         tokenizer.no_truncation()
+        return tokenizer
+
+    def _tokens(self, text: str, cut: bool) -> NDArray[np.int64]:
+        tokenizer, most = self._tokenizer(), self.manifest.tokens
+        if cut:
+            tokenizer.enable_truncation(most)
         ids = tokenizer.encode(text).ids
         if len(ids) > most:
             raise ConditionError(
-                f"expected findings of at most {most} tokens, found {len(ids)}: shorten the text"
+                f"expected findings of at most {most} tokens, found {len(ids)}: shorten the text, "
+                "or pass --as-published cut to drop its end"
             )
         return np.array(ids, np.int64)
 

@@ -33,11 +33,13 @@ def dry_run_report(
         "output_exists": output.exists(),
         "engine": engine.name,
         "precision": engine.precision,
-        "volume": {"shape": list(request.mask.mask.shape)},
+        "volume": {"shape": list(request.mask.target.shape)},
         "plan": {name: plan_report(plan) for name, plan in plans.items()},
         "description": "; ".join(f"{name}: {plan.describe()}" for name, plan in plans.items()),
         "seconds_at_100_gflops": round(seconds, 1),
-        "sampling": dataclasses.asdict(request.sampling),
+        "sampling": dataclasses.asdict(request.sampling)
+        | {"as_published": list(request.sampling.as_published)},
+        "remarks": list(request.remarks),
     }
 
 
@@ -68,5 +70,5 @@ def _window_seconds(request: Request) -> float:
     height, width, _ = request.mask.geometry.shape
     side = request.codec.manifest.geometry.spatial * part.inputs[0].factor("h")  # pixels per cell
     cells = (height // side) * (width // side) * manifest.window
-    calls = request.sampling.steps * len(request.contexts)
+    calls = request.steps * len(request.contexts)
     return calls * part.mac_per_cell * cells / MAC_SECOND

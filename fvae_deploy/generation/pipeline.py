@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fvae_deploy.api import is_done, skipped
-from fvae_deploy.generation.conditions import PaintedMask, read_findings, read_labels
+from fvae_deploy.export.generator import GeneratorManifest
+from fvae_deploy.generation.conditions import PaintedMask, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
+from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask, open_disease
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import (
@@ -28,11 +30,13 @@ from fvae_deploy.generation.request import (
     Progress,
     Request,
     Sampling,
+    check_parts,
     check_vae,
     normal,
     stored,
 )
 from fvae_deploy.generation.stitch import joint, starts
+from fvae_deploy.generation.texts import text_of
 from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
@@ -61,8 +65,9 @@ def generate(
     options: RunOptions | None = None,
     sampling: GenerationOptions | None = None,
     *,
-    findings: str | None = None,
-    disease_mask: str | Path | None = None,
+    findings: str | Sequence[str] | None = None,
+    report: str | None = None,
+    disease_mask: str | Path | Sequence[str | Path] | None = None,
     progress: Progress = silent,
     dry_run: bool = False,
     **keywords: Any,
@@ -74,9 +79,13 @@ def generate(
     mask
         Organ labels: TotalSegmentator's numbers, or any numbers with `labels`.
     findings
-        Text, or the path of a text file. None: the model's text for a normal scan.
+        One or several findings, each as text or the path of a text file. None: the model's text
+        for a normal scan.
+    report
+        A whole report instead of findings, as text or the path of a text file.
     disease_mask
-        Labels of findings, 1 to 18 (`organs.FINDINGS`), on the grid of `mask`.
+        One or several files on the grid of `mask`, each as FILE (a label map with the numbers of
+        the generator's findings) or FILE=FINDINGS; see `findings`.
     dry_run
         Return the plan without computing anything.
     keywords
@@ -90,19 +99,13 @@ def generate(
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
-        organs = _open(stack, mask)
-        disease = None if disease_mask is None else _open(stack, disease_mask)
-        for source in filter(None, (organs, disease)):
-            protect_input(output, source.path, source.geometry.files)
-        check_output(
-            output,
-            overwrite=options.overwrite or options.resume,
-            geometry=organs.geometry,
-        )
-        denoiser, codec = _open_networks(stack, options, sampling)
-        request = _request(denoiser, codec, organs, disease, findings, sampling, progress)
+        masks = _open_masks(stack, mask, disease_mask, output)
+        replaced = options.overwrite or options.resume
+        check_output(output, overwrite=replaced, geometry=masks[0].geometry)
+        networks = _open_networks(stack, options, sampling)
+        request = _request(networks, masks, (findings, report), sampling, options, progress)
         request.sampler()  # checks its options before any work; the next line checks the output
-        create_volume(output, request.mask.mask, options.dtype).abort()
+        create_volume(output, request.mask.target, options.dtype).abort()
         if dry_run:
             return dry_run_report(request, mask, output, options)
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
@@ -112,15 +115,33 @@ def generate(
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)
-        report = run_report("generate", Path(mask), output, codec, outcome, baseline)
-        return report | {"generator": _generator_report(request, disease_mask) | facts}
+        source = (Path(mask), output, request.codec, outcome, baseline)
+        result = run_report("generate", *source, request.remarks)
+        return result | {"generator": _generator_report(request, disease_mask) | facts}
 
 
-def _open(stack: contextlib.ExitStack, mask: str | Path) -> Reader:
-    """Open a mask as a volume that the stack closes."""
-    volume = open_volume(mask)
-    stack.callback(volume.close)
-    return volume
+def _open_masks(
+    stack: contextlib.ExitStack,
+    mask: str | Path,
+    disease_mask: str | Path | Sequence[str | Path] | None,
+    output: Path,
+) -> tuple[Reader, list[DiseaseFile]]:
+    """Open the organ mask and the disease masks; the stack closes them."""
+    organs = open_volume(mask)
+    stack.callback(organs.close)
+    disease = [open_disease(entry) for entry in _entries(disease_mask)]
+    protect_input(output, organs.path, organs.geometry.files)
+    for each in disease:
+        stack.callback(each.close)
+        protect_input(output, each.path, each.files)
+    return organs, disease
+
+
+def _entries(disease_mask: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    """Return the disease masks as a list."""
+    if disease_mask is None or isinstance(disease_mask, str | Path):
+        return [] if disease_mask is None else [disease_mask]
+    return list(disease_mask)
 
 
 def _open_networks(
@@ -137,43 +158,90 @@ def _open_networks(
 
 
 def _request(
-    denoiser: Denoiser,
-    codec: Codec,
-    organs: Reader,
-    disease: Reader | None,
-    findings: str | None,
+    networks: tuple[Denoiser, Codec],
+    opened: tuple[Reader, Sequence[DiseaseFile]],
+    given: tuple[str | Sequence[str] | None, str | None],
     sampling: GenerationOptions,
+    options: RunOptions,
     progress: Progress,
 ) -> Request:
-    """Collect networks, conditions and sampling; the generator's defaults replace None."""
+    """Collect networks, conditions and sampling; the generator's defaults replace None.
+
+    `given` are findings and a report.
+    """
+    (denoiser, codec), (organs, disease) = networks, opened
     manifest = denoiser.manifest
-    text = manifest.findings if findings is None else read_findings(findings)
+    chosen = _sampling(sampling, options, manifest)
+    check_parts(chosen, codec)
+    parts = chosen.as_published
+    listed = bool(manifest.masks.findings)
+    text = text_of(*given, manifest.findings, published="text" in parts, listed=listed)
+    masks = [
+        DiseaseMask(
+            file, organs.geometry, manifest.masks.findings, any_affine="any-affine" in parts
+        )
+        for file in disease
+    ]
     painted = PaintedMask(
         organs,
-        disease,
+        masks,
         manifest.masks,
         manifest.plane,
         least=codec.manifest.geometry.slices(manifest.window),
         labels=None if sampling.labels is None else read_labels(Path(sampling.labels)),
+        body=sampling.body_label,
+        parts=parts,
     )
     texts = [text] if sampling.guidance == 1 else [text, ""]
-    return Request(
-        denoiser,
-        codec,
-        painted,
-        text,
-        Sampling(
-            sampling.sampler or manifest.sampler,
-            sampling.steps or manifest.steps,
-            manifest.eta if sampling.eta is None else sampling.eta,
-            sampling.guidance,
-            sampling.stitch,
-            sampling.seed,
-            manifest.centred_noise,
-        ),
-        tuple(denoiser.context(t) for t in texts),
-        progress,
+    contexts = tuple(denoiser.context(t, cut="cut" in parts) for t in texts)
+    request = Request(denoiser, codec, painted, text, chosen, contexts, progress)
+    untold = bool(masks) and given == (None, None)
+    about = (*organs.remarks, *(remark for each in masks for remark in each.remarks))
+    return dataclasses.replace(request, remarks=about + _remarks(request, untold))
+
+
+def _sampling(
+    sampling: GenerationOptions, options: RunOptions, manifest: GeneratorManifest
+) -> Sampling:
+    """Return how is sampled; the generator's defaults replace None."""
+    parts = sampling.parts(manifest.as_published)
+    if options.dtype != "int16":
+        parts = tuple(part for part in parts if part != "truncate")
+    return Sampling(
+        sampling.sampler or manifest.sampler,
+        sampling.steps or manifest.steps,
+        manifest.eta if sampling.eta is None else sampling.eta,
+        sampling.guidance,
+        "reference" if "stitch" in parts else "joint",
+        sampling.seed,
+        manifest.centred_noise,
+        parts,
     )
+
+
+def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
+    """Return what the user should know about conditions that differ from those of training."""
+    manifest, remarks = request.denoiser.manifest, []
+    count, most = request.denoiser.length(request.text), manifest.tokens
+    if count > most:
+        remarks.append(f"The text has {count} tokens: those after the first {most} were cut off.")
+    if untold:
+        remarks.append(
+            "There is a disease mask and no text of findings: the network got the text of a "
+            "normal scan. Describe the findings with --findings."
+        )
+    if request.sampling.guidance != 1 and not manifest.trained_without_text:
+        remarks.append(
+            f"{manifest.name} was never trained without a text, which guidance compares with: "
+            "its result with --guidance is outside training."
+        )
+    if manifest.masks.body and not request.mask.body_named:
+        remarks.append(
+            "In this generator's training, 0 was outside the body, and its parts that are no "
+            "organ had a label of their own, which the published code does not name. Here they "
+            "are 0: name such a label of the mask with --body-label."
+        )
+    return tuple(remarks)
 
 
 def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
@@ -190,7 +258,8 @@ def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOpti
 
 def _jointly(request: Request, journal: Journal, output: Path, options: RunOptions) -> Outcome:
     """Denoise all windows together, then decode as one stream."""
-    manifest, geometry = request.denoiser.manifest, request.mask.mask
+    manifest, slices = request.denoiser.manifest, request.mask.mask.shape[2]
+    parts = request.sampling.as_published
     store = journal.folder / "mask.zarr"
     begin = time.perf_counter()
     own = RunOptions(memory=options.memory, any_range=True, protocol="causal")
@@ -201,7 +270,7 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
     masks = normal(reader.read(0, reader.shape[1]), manifest.mask)
     encoded = time.perf_counter()
     window = manifest.window
-    tick = request.progress("denoise", len(starts(len(masks), window)) * request.sampling.steps)
+    tick = request.progress("denoise", len(starts(len(masks), window)) * request.steps)
     predict = request.predictor(lambda start: masks[start : start + window], tick)
     noise = request.noise(masks.shape, 0)
     x = joint(predict, request.sampler(), noise, masks.shape, window, journal.kept)
@@ -211,7 +280,6 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
     writer = LatentWriter(latents, reader.info, reader.shape)
     writer.write(0, stored(x, manifest.latent))
     writer.commit()
-    slices = geometry.shape[2]
     outcome = pipeline.decode(
         request.codec,
         LatentReader(latents),
@@ -219,19 +287,28 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
         options,
         (0, slices),
         request.progress("decode", slices),
-        Target(geometry, request.mask.fit.volume, request.note, KIND),
+        Target(
+            request.mask.target,
+            request.mask.result,
+            request.note,
+            KIND,
+            clamp_first="clamp" in parts,
+            truncate="truncate" in parts,
+        ),
         journal,
     )
     seconds = outcome.seconds | {"mask": encoded - begin, "denoise": sampled - encoded}
-    return dataclasses.replace(outcome, shape=geometry.shape, seconds=seconds)
+    return dataclasses.replace(outcome, shape=request.mask.target.shape, seconds=seconds)
 
 
-def _generator_report(request: Request, disease_mask: str | Path | None) -> dict[str, Any]:
+def _generator_report(
+    request: Request, disease_mask: str | Path | Sequence[str | Path] | None
+) -> dict[str, Any]:
     """Return the facts of the generator for the report."""
     manifest = request.denoiser.manifest
     return {
         "name": manifest.name,
         "source": dataclasses.asdict(manifest.source),
         "weights_sha256": manifest.files["weights.safetensors"],
-        "disease_mask": None if disease_mask is None else str(disease_mask),
+        "disease_mask": [str(entry) for entry in _entries(disease_mask)] or None,
     }

@@ -18,7 +18,7 @@ from fvae_deploy.generation.request import KIND, Request, normal, stored
 from fvae_deploy.generation.stitch import Journal, Piece, chained, pieces, replaced
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import pad_frames
-from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
+from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_int16, to_model
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.run import Outcome
@@ -66,23 +66,25 @@ def as_published(request: Request, journal: Journal, output: Path, options: RunO
     across, down, total = request.mask.geometry.shape
     chosen = window_plan(request, options)
     orders = passes_of(request)
-    tick = request.progress("denoise", sum(map(len, orders)) * request.sampling.steps)
+    tick = request.progress("denoise", sum(map(len, orders)) * request.steps)
     frames = request.denoiser.manifest.window
     over = replaced(len(orders[0]), total, vae.geometry.temporal, frames, SHIFT)
     passes = [
-        _pass(request, journal, number, order, chosen.grids, tick)
-        for number, order in enumerate(orders)
+        _pass(request, journal, number, orders, chosen.grids, tick) for number in range(len(orders))
     ]
     slices = request.mask.mask.shape[2]
+    parts = request.sampling.as_published
     begin = time.perf_counter()
-    with create_volume(output, request.mask.mask, options.dtype, request.note, KIND) as writer:
+    with create_volume(output, request.mask.target, options.dtype, request.note, KIND) as writer:
         for index in range(slices):
             source = passes[1] if any(index in cut for cut in over) else passes[0]
             _, frame = next(each for each in source if each[0] == index)
-            hu = to_hu(frame[:, None], vae.intensity, across, down)
-            writer.write(request.mask.fit.volume(hu))
+            hu = to_hu(frame[:, None], vae.intensity, across, down, clamp_first="clamp" in parts)
+            hu = request.mask.result(hu)
+            int16 = options.dtype == "int16"
+            writer.write(to_int16(hu, truncate="truncate" in parts) if int16 else hu)
     seconds = {"denoise": time.perf_counter() - begin}
-    shape = request.mask.mask.shape
+    shape = request.mask.target.shape
     return Outcome(chosen, shape, slices, 0, ClippingTally(), seconds)
 
 
@@ -90,19 +92,24 @@ def _pass(
     request: Request,
     journal: Journal,
     number: int,
-    order: list[Piece],
+    orders: list[list[Piece]],
     grids: Mapping[str, Grid],
     tick: Callable[[int], None],
 ) -> Iterator[tuple[int, Array]]:
     """Yield every slice of a pass with its number: [C, H, W] in the model's range."""
-    window = request.window_slices
+    order, window = orders[number], request.window_slices
     manifest, vae = request.denoiser.manifest, request.codec.manifest
     across, down, _ = request.mask.geometry.shape
 
     @lru_cache(maxsize=1)  # every step of a window reads the same mask
     def mask_at(place: int) -> Array:
-        slab = next(request.mask.slabs(window, start=order[place].start))
-        x = pad_frames(to_model(slab, vae.intensity, across, down, ClippingTally()), window)
+        start = order[place].start
+        if request.mask.stretched:
+            painted = request.mask.in_range(vae.intensity, window, start)
+        else:
+            slab = next(request.mask.slabs(window, start=start))
+            painted = to_model(slab, vae.intensity, across, down, ClippingTally())
+        x = pad_frames(painted, window)
         z = request.codec.encode(np.repeat(x, vae.geometry.channels, axis=0), grids=grids)
         return normal(z, manifest.mask)
 
@@ -112,7 +119,7 @@ def _pass(
     def recorded(name: str, compute: Callable[[], Array]) -> Array:
         return journal(f"pass{number}-{name}", compute)
 
-    noise = request.noise(shape, 1 + number)
+    noise = request.noise(shape, 1 + number, len(orders[0]) if number else 0)
     windows = chained(predict, request.sampler, noise, len(order), recorded)
     for piece, x in zip(order, windows, strict=True):
         frames = request.codec.decode(stored(x, manifest.latent), grids=grids)

@@ -15,7 +15,8 @@ from fvae_deploy.errors import BundleError
 from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.generation.conditions import PaintedMask
 from fvae_deploy.generation.denoiser import Denoiser
-from fvae_deploy.generation.sampler import Sampler, unit_noise
+from fvae_deploy.generation.noise import TorchNoise, unit_noise
+from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import Noise, Predict
 from fvae_deploy.stream.codec import Codec
 
@@ -36,6 +37,7 @@ class Sampling:
     stitch: str
     seed: int
     centred_noise: bool
+    as_published: tuple[str, ...] = ()  # names of PARTS
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,34 @@ class Request:
     sampling: Sampling
     contexts: tuple[Array, ...]  # of the text; with guidance, also of the empty text
     progress: Progress
+    remarks: tuple[str, ...] = ()  # about the conditions, in sentences
 
     def sampler(self) -> Sampler:
         """Return a new sampler at the start of the noise schedule."""
         options = self.sampling
         schedule = self.denoiser.manifest.schedule
-        return Sampler(schedule, options.sampler, options.steps, options.eta)
+        strided = "steps" in options.as_published
+        return Sampler(schedule, options.sampler, options.steps, options.eta, strided=strided)
 
-    def noise(self, shape: tuple[int, ...], number: int) -> Noise:
-        """Return the source of noise [T, D, h, w] for pass `number` over the volume."""
+    @property
+    def steps(self) -> int:
+        """Number of steps that a window takes."""
+        return len(self.sampler().timesteps)
+
+    def noise(self, shape: tuple[int, ...], number: int, earlier: int = 0) -> Noise:
+        """Return the source of noise [T, D, h, w] for pass `number` over the volume.
+
+        `earlier` windows were denoised in the pass before.
+        """
         options = self.sampling
+        if "noise" in options.as_published:
+            return TorchNoise(
+                shape,
+                options.seed,
+                skipped=earlier,
+                steps=self.steps,
+                centred=options.centred_noise,
+            )
         return partial(unit_noise, shape, options.seed, number, centred=options.centred_noise)
 
     @property
@@ -82,6 +102,7 @@ class Request:
             "findings": self.text,
             "mask": _fingerprint(self.mask),
             **asdict(self.sampling),
+            "as_published": list(self.sampling.as_published),
         }
 
     def predictor(self, mask_at: Callable[[int], Array], tick: Callable[[int], None]) -> Predict:
@@ -135,9 +156,20 @@ def check_vae(denoiser: Denoiser, codec: Codec) -> None:
         )
 
 
+def check_parts(sampling: Sampling, codec: Codec) -> None:
+    """Raise BundleError if the VAE cannot do what is to be done as published."""
+    if "clamp" in sampling.as_published and codec.manifest.geometry.channels == 1:
+        raise BundleError(
+            f"expected a VAE with three channels to clamp each, found {codec.manifest.name} with "
+            "one: export it with --channels rgb, or name the other parts with --as-published"
+        )
+
+
 def _fingerprint(mask: PaintedMask) -> str:
     """Return a hash of the painted mask. This also checks every slice before any work."""
-    digest = hashlib.sha256(repr((mask.geometry.shape, mask.mask.affine.tolist())).encode())
+    grids = mask.geometry.shape, mask.mask.affine.tolist()
+    digest = hashlib.sha256(repr(grids).encode())
     for slab in mask.slabs(16):
         digest.update(slab.tobytes())
+    mask.check_body_found()
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""The sampler: a solver that goes over a whole latent volume, and noise by seed and step.
+"""The sampler: a solver that goes over a whole latent volume.
 
     ddim        the published one: 20 steps, eta 1
     dpmsolver++ second order, adds no noise
     unipc       predictor and corrector of second order, adds no noise
 
-Noise depends only on the seed, the step and the shape, so a volume does not depend on how often
-its generation was resumed.
+Noise (`noise.unit_noise`) depends only on the seed, the step and the shape, so a volume does not
+depend on how often its generation was resumed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,35 @@ SAMPLERS = ("ddim", "dpmsolver++", "unipc")
 class Sampler:
     """One run through a noise schedule: made anew for every volume or window.
 
-    `schedule` is that of a manifest. Raises UsageError for a name that is not in SAMPLERS and
-    for more steps than the schedule allows, BundleError for a schedule that is not implemented.
+    `schedule` is that of a manifest. With `strided`, ddim takes every time that is a multiple of
+    the stride, as published, which can be more than `steps`. Raises UsageError for a name that is
+    not in SAMPLERS and for more steps than the schedule allows, BundleError for a schedule that is
+    not implemented.
     """
 
-    def __init__(self, schedule: Mapping[str, Any], name: str, steps: int, eta: float) -> None:
+    def __init__(
+        self,
+        schedule: Mapping[str, Any],
+        name: str,
+        steps: int,
+        eta: float,
+        *,
+        strided: bool = False,
+    ) -> None:
         if name not in SAMPLERS:
             raise UsageError(f"expected a sampler among {', '.join(SAMPLERS)}, found {name!r}")
         known = read_schedule(schedule)
         if not 1 <= steps <= known.num_train_timesteps:
             raise UsageError(f"expected 1 to {known.num_train_timesteps} steps, found {steps}")
+        if strided and name != "ddim":
+            raise UsageError(
+                f"expected --scheduler ddim for steps as published, found {name}: leave steps out "
+                "of --as-published"
+            )
         self.eta = eta if name == "ddim" else 0.0
         self._solver: Solver
         if name == "ddim":
-            self._solver = Ddim(known, steps, eta)
+            self._solver = Ddim(known, steps, eta, strided=strided)
         elif name == "dpmsolver++":
             self._solver = DpmSolver(known, steps)
         else:
@@ -61,13 +76,3 @@ class Sampler:
         Steps are taken in order, each once. `noise` of that shape is added where eta is above 0.
         """
         return self._solver.step(index, prediction, x, noise)
-
-
-def unit_noise(shape: tuple[int, ...], seed: int, *use: int, centred: bool = False) -> Array:
-    """Draw normal noise [T, D, h, w] that depends only on the seed, its use and the shape.
-
-    Centred, it has mean 0 in every channel of every frame; see `GeneratorManifest`.
-    """
-    source = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=use))
-    noise = source.standard_normal(shape, dtype=np.float32)
-    return noise - noise.mean((2, 3), keepdims=True) if centred else noise

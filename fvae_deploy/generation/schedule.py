@@ -116,6 +116,24 @@ class Schedule:
             )
         return timesteps
 
+    def strided_timesteps(self, steps: int) -> list[int]:
+        """Return all times that are a multiple of the stride, from noise to image, as published.
+
+        The stride is the schedule's length divided by `steps`, rounded down, so there are more
+        times where that leaves a rest. Raises UsageError for another spacing than leading, and
+        where a time exceeds the schedule, such as with 3 steps of 1000.
+        """
+        last = self.num_train_timesteps - 1
+        timesteps = [n + self.steps_offset for n in range(0, last + 1, (last + 1) // steps)][::-1]
+        spacing = self.timestep_spacing or "leading"
+        if spacing != "leading" or timesteps[0] > last:
+            found = f"{spacing} spacing" if spacing != "leading" else f"time {timesteps[0]}"
+            raise UsageError(
+                f"expected leading times up to {last} for {steps} steps as published, found "
+                f"{found}: use another number of steps, or leave steps out of --as-published"
+            )
+        return timesteps
+
     def _betas(self) -> Array:
         start, end, times = self.beta_start, self.beta_end, self.num_train_timesteps
         if self.beta_schedule == "linear":

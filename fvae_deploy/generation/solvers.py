@@ -69,8 +69,14 @@ class Ddim:
     prediction then does not determine the image.
     """
 
-    def __init__(self, schedule: Schedule, steps: int, eta: float) -> None:
-        self.timesteps = schedule.timesteps(steps, "leading", end_included=False)
+    def __init__(
+        self, schedule: Schedule, steps: int, eta: float, *, strided: bool = False
+    ) -> None:
+        self.timesteps = (
+            schedule.strided_timesteps(steps)
+            if strided
+            else schedule.timesteps(steps, "leading", end_included=False)
+        )
         self.alphas_cumprod = schedule.alphas_cumprod()
         self._kind, self._eta = schedule.prediction_type, np.float32(eta)
         # As in diffusers, a step ends this much earlier, even where rounding put the next time

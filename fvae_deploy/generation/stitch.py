@@ -97,7 +97,11 @@ def chained(
     After every step, the first frame is replaced by the last frame of the window before, with
     noise added. The published code takes the noise level at the step's number, counted from the
     end, instead of the step's time, so this frame is almost free of noise throughout. That quirk
-    is kept.
+    is kept. The last window ends with the volume and may overlap the one before: then the held
+    frame comes from another place than where it is put, as published.
+
+    Noise is drawn in the published order: at the start and after every step that of the window,
+    then that of the held frame, whether it is used or not.
     """
     before: Array | None = None
     for number in range(windows):
@@ -105,21 +109,23 @@ def chained(
         steps = len(run.timesteps)
         levels = [run.signal(-1), *(run.signal(n) for n in reversed(range(steps)))]
         x = run.start(noise(number, 0))
-        x = _replace_first_frame(x, before, levels[0], noise(number, 0, 0))
+        x = _replace_first_frame(x, before, levels[0], partial(noise, number, 0, 0))
         for index, t in enumerate(run.timesteps, start=1):
             name = f"window{number}-step{index - 1}"
             prediction = journal(name, partial(predict, x, number, t))
-            x = run.step(index - 1, prediction, x, noise(number, index) if run.eta else None)
-            x = _replace_first_frame(x, before, levels[index], noise(number, index, 0))
+            x = run.step(index - 1, prediction, x, noise(number, index))
+            x = _replace_first_frame(x, before, levels[index], partial(noise, number, index, 0))
         before = x[-1].copy()
         yield x
 
 
-def _replace_first_frame(x: Array, before: Array | None, level: float, noise: Array) -> Array:
+def _replace_first_frame(
+    x: Array, before: Array | None, level: float, noise: Callable[[], Array]
+) -> Array:
     """Replace the first frame by `before`, noised to this share of signal; no-op for None."""
     if before is None:
         return x
-    first = np.float32(level**0.5) * before + np.float32((1 - level) ** 0.5) * noise[0]
+    first = np.float32(level**0.5) * before + np.float32((1 - level) ** 0.5) * noise()[0]
     return np.concatenate([first[None], x[1:]])
 
 

@@ -60,18 +60,25 @@ def make_generator_bundle(
     name: str | None = None,
     config: Path | None = None,
     text: str | None = None,
+    generator: str | None = None,
     opset: int = 18,
     progress: Progress = lambda message: None,
 ) -> GeneratorManifest:
     """Export a generator to a new bundle and measure one step in every engine of this machine.
 
-    `name`, `config` and `text` are arguments of `export.generators.load_generator`, `opset` is the
-    ONNX operator set. The folder appears when everything is measured. Raises BundleError for files
-    or a folder that do not fit.
+    `name`, `config`, `text` and `generator` are arguments of `export.generators.load_generator`,
+    `opset` is the ONNX operator set. The folder appears when everything is measured. Raises
+    BundleError for files or a folder that do not fit.
     """
     progress("loading weights")
     draft = load_generator(
-        weights, name=name, config=config, text=text, version=__version__, progress=progress
+        weights,
+        name=name,
+        config=config,
+        text=text,
+        generator=generator,
+        version=__version__,
+        progress=progress,
     )
     options = ExportOptions(
         opset, progress, lambda where, manifest: measure_generator(where, manifest, progress)

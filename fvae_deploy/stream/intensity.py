@@ -77,12 +77,26 @@ def to_model(
     return model
 
 
-def to_hu(model: NDArray[Any], intensity: Intensity, x: int, y: int) -> NDArray[np.float32]:
-    """Convert model frames [C, t, H, W] to HU [t, x, y]: channel mean, clamped to the window."""
+def to_hu(
+    model: NDArray[Any], intensity: Intensity, x: int, y: int, *, clamp_first: bool = False
+) -> NDArray[np.float32]:
+    """Convert model frames [C, t, H, W] to HU [t, x, y]: channel mean, clamped to the window.
+
+    With `clamp_first` each channel is clamped before the mean, as some published scripts do.
+    """
     inner = model[:, :, :x, :y]
+    if clamp_first:
+        inner = np.clip(inner, intensity.model_min, intensity.model_max)
     mean = inner[0] if len(inner) == 1 else inner.mean(axis=0)
     gain = (intensity.hu_max - intensity.hu_min) / (intensity.model_max - intensity.model_min)
     hu: NDArray[np.float32] = np.multiply(mean, np.float32(gain))
     hu += np.float32(intensity.hu_min - intensity.model_min * gain)
     np.clip(hu, intensity.hu_min, intensity.hu_max, out=hu)
     return hu
+
+
+def to_int16(hu: NDArray[np.float32], *, truncate: bool = False) -> NDArray[np.int16]:
+    """Round HU to int16; with `truncate` towards zero, as some published scripts do."""
+    limits = np.iinfo(np.int16)
+    whole = np.trunc(hu) if truncate else np.rint(hu)
+    return np.clip(whole, limits.min, limits.max).astype(np.int16)

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fvae_deploy.errors import LatentError, UsageError, VolumeError, of_input
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
@@ -30,7 +28,7 @@ from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.codec import Codec, alone, pad_frames
 from fvae_deploy.stream.decoded import DecodedSlices
-from fvae_deploy.stream.intensity import to_hu
+from fvae_deploy.stream.intensity import to_hu, to_int16
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Outcome, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
@@ -123,13 +121,16 @@ def _encode_steps(
 class Target:
     """The grid that a decoded volume is written on, with the note and kind stored in the file.
 
-    `resample` resamples HU [t, x, y] to that grid.
+    `resample` resamples HU [t, x, y] to that grid. `clamp_first` and `truncate` are arguments of
+    `intensity.to_hu` and `to_int16`.
     """
 
     geometry: Geometry
     resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
     note: str = ""
     kind: str = KIND
+    clamp_first: bool = False
+    truncate: bool = False
 
 
 @alone
@@ -166,7 +167,7 @@ def decode(
             path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
         ) as writer,
     ):
-        convert = _to_hu(run, options.dtype, target.resample)
+        convert = _to_hu(run, options.dtype, target)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
@@ -232,7 +233,9 @@ def reconstruct(
             path, geometry, options.dtype, _note(codec.manifest), KIND, options.pyramid
         ) as writer,
     ):
-        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, options.dtype), journal)
+        out = DecodedSlices(
+            writer, run.steps, (0, slices), _to_hu(run, options.dtype, Target(geometry)), journal
+        )
         progress(out.resumed)
         decode_entry = run.entry(out.begin, "decode")
         encode_entry = run.entry(decode_entry, "encode")
@@ -261,9 +264,7 @@ def reconstruct(
     return run.outcome(out.computed, out.resumed, seconds)
 
 
-def _to_hu(
-    run: Run, dtype: str, resample: Callable[[HuFrames], HuFrames] = lambda hu: hu
-) -> Callable[[ModelFrames], HuFrames]:
+def _to_hu(run: Run, dtype: str, target: Target) -> Callable[[ModelFrames], HuFrames]:
     """Return the function that converts a decoded step to HU of this dtype on the output's grid.
 
     Rounded here and not in the writer, so that the journal holds half the bytes.
@@ -271,11 +272,9 @@ def _to_hu(
     intensity, (x_size, y_size, _) = run.codec.manifest.intensity, run.geometry.shape
 
     def convert(x: ModelFrames) -> HuFrames:
-        hu = resample(to_hu(x, intensity, x_size, y_size))
-        if dtype != "int16":
-            return hu
-        limits = np.iinfo(np.int16)
-        return np.clip(np.rint(hu), limits.min, limits.max).astype(np.int16)
+        hu = to_hu(x, intensity, x_size, y_size, clamp_first=target.clamp_first)
+        hu = target.resample(hu)
+        return to_int16(hu, truncate=target.truncate) if dtype == "int16" else hu
 
     return convert
 

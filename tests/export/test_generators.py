@@ -27,6 +27,7 @@ from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet  # noqa: E402
 from fvae_deploy.export.to_onnx import write_bundle  # noqa: E402
 from fvae_deploy.generation.denoiser import open_denoiser  # noqa: E402
+from fvae_deploy.organs import PUBLISHED_FINDINGS  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 ENGINES = ["openvino", "onnxruntime", "torch"]
@@ -116,6 +117,9 @@ def test_a_checkpoint_without_facts_gets_those_of_the_published_generator(tmp_pa
     assert found.latent.scale == (1.52,) * 16
     assert found.masks.palette["30"] == pytest.approx(30 / 300 * 2000 - 1000)
     assert (found.masks.offset, found.tokens) == (100, 0)
+    assert {f.number: f.name for f in found.masks.findings} == PUBLISHED_FINDINGS
+    assert (found.as_published, found.trained_without_text) == (("stretch", "text"), False)
+    assert found.masks.body
 
 
 def test_the_configuration_may_be_the_reference_s_yaml(tmp_path):
@@ -138,6 +142,61 @@ def test_the_configuration_may_be_the_reference_s_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("model: [1, 2]")
     with pytest.raises(BundleError, match=r"expected model.params.unet_config.params"):
         load(tmp_path / "a.ckpt", config=tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "option", "divisor", "words"),
+    [
+        (
+            "ldm.data.ct_clip_data_inference_eval.CTReportDatasetinfer",
+            None,
+            300,
+            "taken as the mul",
+        ),
+        (
+            "ldm.data.ct_clip_data_evaluation.CTReportDatasetinfer",
+            None,
+            400,
+            "taken as the healthy",
+        ),
+        ("ldm.data.ct_clip_data_inference.CTReportDatasetinfer", None, 300, "--generator healthy"),
+        (
+            "ldm.data.ct_clip_data_inference.CTReportDatasetinfer",
+            "healthy",
+            400,
+            "taken as the hea",
+        ),
+        (None, "healthy", 400, "taken as the healthy"),
+        (None, None, 300, "does not say which"),
+    ],
+)
+def test_the_two_published_generators_are_told_apart(tmp_path, dataset, option, divisor, words):
+    torch.save({"state_dict": state()}, tmp_path / "a.ckpt")
+    params = {"unet_config": {"params": UNET_CONFIG}}
+    content: dict[str, Any] = {"model": {"params": params}}
+    if dataset:
+        content["data"] = {"params": {"validation": {"target": dataset, "params": {}}}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    said: list[str] = []
+    found = load(
+        tmp_path / "a.ckpt", config=tmp_path / "a.yaml", generator=option, progress=said.append
+    ).manifest
+    assert found.masks.palette["117"] == pytest.approx(117 / divisor * 2000 - 1000, abs=1e-3)
+    assert bool(found.masks.findings) == (divisor == 300)
+    assert words in said[0]
+    assert f"label / {divisor}" in found.description
+
+
+def test_a_file_that_describes_itself_is_no_published_generator(tmp_path):
+    path = write_weights(tmp_path / "a.safetensors")
+    found = load(path).manifest
+    assert (found.as_published, found.trained_without_text, found.masks.body) == ((), True, False)
+    assert len(found.masks.findings) == 18
+    with pytest.raises(UsageError, match=r"no --generator with .*found healthy"):
+        load(path, generator="healthy")
+    torch.save({"state_dict": state(), "unet_config": UNET_CONFIG}, tmp_path / "a.ckpt")
+    with pytest.raises(UsageError, match=r"multi-disease, healthy, found 'other'"):
+        load(tmp_path / "a.ckpt", generator="other")
 
 
 def test_the_text_encoder_may_be_a_folder_of_transformers(tmp_path):

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from fvae_deploy.errors import ConditionError, VolumeError
 from fvae_deploy.export.generator import Masks
-from fvae_deploy.generation.conditions import Fit, PaintedMask, read_findings, read_labels
+from fvae_deploy.generation.conditions import PaintedMask, read_labels
+from fvae_deploy.generation.findings import DiseaseMask, open_disease
+from fvae_deploy.generation.fit import Fit
+from fvae_deploy.generation.texts import read_text
 from fvae_deploy.organs import FINDINGS, ORGANS
 from fvae_deploy.volume.open import open_volume
 
@@ -32,10 +35,11 @@ def volume(path: Path, array: Any, spacing: tuple[float, float, float] = (2, 2, 
 
 
 def painted(folder: Path, organs: Any, disease: Any = None, **options: Any) -> PaintedMask:
-    given = volume(folder / "o.nii.gz", organs)
-    ill = None if disease is None else open_volume(volume(folder / "d.nii.gz", disease))
+    given = open_volume(volume(folder / "o.nii.gz", organs))
+    ill = [] if disease is None else [volume(folder / "d.nii.gz", disease)]
+    masks = [DiseaseMask(open_disease(d), given.geometry, MASKS.findings) for d in ill]
     plane = options.pop("plane", organs.shape[:2])
-    return PaintedMask(open_volume(given), ill, MASKS, plane, **options)
+    return PaintedMask(given, masks, MASKS, plane, **options)
 
 
 def shown(mask: PaintedMask, *depths: int, start: int = 0) -> np.ndarray:
@@ -140,7 +144,7 @@ def test_a_mirrored_plane_is_flipped_and_flipped_back(tmp_path, axes, signs):
     nibabel.save(nibabel.Nifti1Image(organs, np.diag([2, 2, 5, 1])), tmp_path / "ras.nii")
     given, ras = (open_volume(tmp_path / name) for name in ("o.nii", "ras.nii"))
     assert given.geometry.orientation == axes
-    mask, same = (PaintedMask(reader, None, masks, (18, 18)) for reader in (given, ras))
+    mask, same = (PaintedMask(reader, [], masks, (18, 18)) for reader in (given, ras))
     np.testing.assert_array_equal(shown(mask), shown(same))  # whatever the file's orientation
     frames = np.random.default_rng(0).standard_normal((2, 18, 18)).astype(np.float32)
     made, of_ras = mask.fit.volume(frames), same.fit.volume(frames)
@@ -153,7 +157,7 @@ def test_a_mask_of_another_orientation_is_refused(tmp_path, diagonal):
     nibabel.save(nibabel.Nifti1Image(labels(4, 4, 3), affine), tmp_path / "o.nii")
     masks = dataclasses.replace(MASKS, orientation="LPS")
     with pytest.raises(ConditionError, match=r"axes LPS.*found (RAI|ASR).*reorient it"):
-        PaintedMask(open_volume(tmp_path / "o.nii"), None, masks, (4, 4))
+        PaintedMask(open_volume(tmp_path / "o.nii"), [], masks, (4, 4))
 
 
 def test_nan_in_a_mask_is_a_volume_error(tmp_path):
@@ -163,12 +167,16 @@ def test_nan_in_a_mask_is_a_volume_error(tmp_path):
 
 def test_a_disease_mask_of_another_grid_or_with_unknown_numbers_is_refused(tmp_path):
     organs = labels(4, 4, 3)
-    with pytest.raises(ConditionError, match="found 4x4x2 instead of 4x4x3"):
+    with pytest.raises(ConditionError, match=r"of 4x4x3 voxels.*found 4x4x2"):
         painted(tmp_path, organs, organs[..., :2])
     volume(tmp_path / "o.nii", organs)
     volume(tmp_path / "d.nii", organs, spacing=(2, 2, 4))
     with pytest.raises(ConditionError, match="found another affine"):
-        PaintedMask(open_volume(tmp_path / "o.nii"), open_volume(tmp_path / "d.nii"), MASKS, (4, 4))
+        DiseaseMask(
+            open_disease(tmp_path / "d.nii"),
+            open_volume(tmp_path / "o.nii").geometry,
+            MASKS.findings,
+        )
     with pytest.raises(ConditionError, match=r"findings 1 to 18.*found 19"):
         shown(painted(tmp_path, organs, np.full_like(organs, 19)))
 
@@ -192,15 +200,15 @@ def test_an_invalid_mapping_file_is_refused(tmp_path, content):
 
 def test_findings_are_text_or_a_file(tmp_path):
     (tmp_path / "f.txt").write_text("Nodule in\nthe right lung.\n")
-    assert read_findings(str(tmp_path / "f.txt")) == "Nodule in the right lung."
-    assert read_findings("  no   finding ") == "no finding"
-    assert read_findings("x" * 5000) == "x" * 5000
+    assert read_text(str(tmp_path / "f.txt")) == "Nodule in the right lung."
+    assert read_text("  no   finding ") == "no finding"
+    assert read_text("x" * 5000) == "x" * 5000
     for text, words in (
         (" \n", "found an empty text"),
         (str(tmp_path / "absent.txt"), "no such file"),
     ):
         with pytest.raises(ConditionError, match=words):
-            read_findings(text)
+            read_text(text)
     (tmp_path / "g.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConditionError, match="UTF-8"):
-        read_findings(str(tmp_path / "g.txt"))
+        read_text(str(tmp_path / "g.txt"))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.generator import GeneratorManifest
-from fvae_deploy.generation.sampler import SAMPLERS, Sampler, unit_noise
+from fvae_deploy.generation.noise import unit_noise
+from fvae_deploy.generation.sampler import SAMPLERS, Sampler
 from fvae_deploy.stream.codec import bundle_path
 
 EPSILON = {

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvae_deploy.generation.sampler import Sampler, unit_noise
+from fvae_deploy.generation.noise import unit_noise
+from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import chained, joint, pieces, replaced, starts, weights
 
 SCHEDULE = {
