@@ -62,14 +62,19 @@ def channels_of(config: Mapping[str, Any], channels: int | None) -> int:
     if channels is None and inside != outside:
         raise BundleError(
             f"expected as many input as output channels, found {inside} and {outside}: export "
-            "with --channels gray"
+            "without --channels rgb"
         )
     return channels or int(inside)
 
 
-def fold_gray(first: nn.Conv2d, last: nn.Conv2d) -> None:
-    """Fold gray into the weights: sum over input channels, mean over output channels."""
-    assert last.bias is not None
+def fold_gray(first: nn.Conv2d, last: nn.Conv2d | None) -> None:
+    """Fold gray into the weights: sum over input channels, mean over output channels.
+
+    `last` is None if the output channels are clamped before they are averaged.
+    """
     first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    if last is None:
+        return
+    assert last.bias is not None
     last.weight = nn.Parameter(last.weight.mean(0, keepdim=True))
     last.bias = nn.Parameter(last.bias.mean(0, keepdim=True))
