@@ -148,7 +148,13 @@ def _diffusers(folder: Path, tiling: bool) -> Coders:
     if tiling:
         model.enable_tiling()
     config = model.config
-    if hasattr(config, "latents_mean") and config.latents_mean is not None:
+    if torch.is_tensor(getattr(model, "latents_mean", None)):  # LTX keeps them with the weights
+        factor = config.scaling_factor
+        shift, scale = (
+            values.view(1, -1, 1, 1, 1)
+            for values in (model.latents_mean, factor / model.latents_std)
+        )
+    elif hasattr(config, "latents_mean") and config.latents_mean is not None:
         shift, scale = (
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, [1 / v for v in config.latents_std])

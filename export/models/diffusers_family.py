@@ -83,6 +83,8 @@ def _as_wan(model: Any) -> Any:
 def _classes() -> dict[str, Any]:
     from diffusers import (
         AutoencoderKL,
+        AutoencoderKLLTX2Video,
+        AutoencoderKLLTXVideo,
         AutoencoderKLQwenImage,
         AutoencoderKLWan,
         AutoencoderTiny,
@@ -91,6 +93,8 @@ def _classes() -> dict[str, Any]:
     return {
         "AutoencoderKLWan": AutoencoderKLWan,
         "AutoencoderKLQwenImage": AutoencoderKLQwenImage,
+        "AutoencoderKLLTXVideo": AutoencoderKLLTXVideo,
+        "AutoencoderKLLTX2Video": AutoencoderKLLTX2Video,
         "AutoencoderKL": AutoencoderKL,
         "AutoencoderTiny": AutoencoderTiny,
     }
@@ -98,11 +102,14 @@ def _classes() -> dict[str, Any]:
 
 def _cutters() -> dict[str, Callable[[Any, int | None, bool], Model]]:
     from fvae_deploy.export.models.kl import kl_model
+    from fvae_deploy.export.models.ltx import ltx_model
     from fvae_deploy.export.models.tiny_autoencoder import tiny_model
     from fvae_deploy.export.models.wan import wan_model
 
     return {
         "AutoencoderKLWan": wan_model,
+        "AutoencoderKLLTXVideo": ltx_model,
+        "AutoencoderKLLTX2Video": ltx_model,
         "AutoencoderKL": kl_model,
         "AutoencoderTiny": tiny_model,
     }

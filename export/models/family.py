@@ -40,6 +40,7 @@ FAMILIES = {
     "kl": "kl",
     "tiny": "tiny_autoencoder",
     "tae": "tae",
+    "ltx": "ltx",
     "any_torch": "any_torch",
     "denoiser": "denoiser_parts",
 }

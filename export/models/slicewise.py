@@ -1,4 +1,4 @@
-"""Code shared by families of 2-D networks: slices as a batch, gray folding, exact upsampling."""
+"""Code shared by families: slices as a batch, gray folding, exact upsampling."""
 
 from __future__ import annotations
 
@@ -78,3 +78,15 @@ def fold_gray(first: nn.Conv2d, last: nn.Conv2d | None) -> None:
     assert last.bias is not None
     last.weight = nn.Parameter(last.weight.mean(0, keepdim=True))
     last.bias = nn.Parameter(last.bias.mean(0, keepdim=True))
+
+
+def fold_pixels(first: Any, last: Any | None, pixels: int) -> None:
+    """Fold gray into 3-D convolutions on patches, whose pixels vary fastest among the channels.
+
+    `last` is None if the output channels are clamped before they are averaged.
+    """
+    first.weight = nn.Parameter(first.weight.unflatten(1, (-1, pixels)).sum(1))
+    if last is None:
+        return
+    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, pixels)).mean(0))
+    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, pixels)).mean(0))

@@ -5,7 +5,7 @@
 Ollin Boer Bohan's files hold the tensors of two plain sequences of layers, named by the layers'
 indices; no configuration comes with them, so the layers are told from names and shapes:
 
-    encoder    0 convolution; blocks; without a bias, a convolution of stride 2; ...
+    encoder    0 convolution; blocks; a convolution of stride 2; ...; the last one a convolution
     decoder    0 convolution, 1 ReLU; blocks; an index without tensors is a doubling; ...
 
 That covers all published ones. TAEF2, for FLUX.2's latents, is the one that diffusers does not
@@ -92,14 +92,14 @@ def layers_of(shapes: Mapping[str, Sequence[int]], decoder: bool) -> list[list[A
 
     Raises ValueError for tensors that are not those of such a sequence.
     """
-    indices = {int(name.partition(".")[0]) for name in shapes}
+    last = max(int(name.partition(".")[0]) for name in shapes)
     layers: list[list[Any]] = []
-    for i in range(max(indices) + 1):
-        weight, bias = shapes.get(f"{i}.weight"), f"{i}.bias" in shapes
-        block = shapes.get(f"{i}.conv.0.weight")
+    for i in range(last + 1):
+        weight, block = shapes.get(f"{i}.weight"), shapes.get(f"{i}.conv.0.weight")
         if weight is not None:
-            # Only the convolutions that halve, and those after a doubling, have no bias.
-            layers.append(["conv", weight[1], weight[0], 1 if bias or decoder else 2, bias])
+            # The convolutions that halve, and those after a doubling, have no bias.
+            end = i in (0, last)
+            layers.append(["conv", weight[1], weight[0], 1 if end or decoder else 2, end])
         elif block is not None:
             pool = shapes.get(f"{i}.pool.0.weight", (0,))
             layers.append(["block", block[1], block[0], pool[0]])

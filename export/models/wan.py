@@ -34,7 +34,7 @@ from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.colours import Clamp, clamp_of
 from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.models.slicewise import Doubling
+from fvae_deploy.export.models.slicewise import Doubling, fold_pixels
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
 UP_BLOCKS = (wan.WanUpBlock, wan.WanResidualUpBlock)
@@ -211,7 +211,7 @@ def _stages(
         patch = model.config.patch_size or 1
         if geometry.channels == 1:
             last = None if averaging.clamped else model.decoder.conv_out
-            _fold_gray(model.encoder.conv_in, last, patch)
+            fold_pixels(model.encoder.conv_in, last, patch**2)
         colours = model.config.out_channels // patch**2
         clamp = clamp_of(averaging, geometry, INTENSITY, colours)
         stages = {f"encode{i}": WanStage(s) for i, s in enumerate(_encoder_stages(model, patch))}
@@ -275,16 +275,3 @@ def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
     last.bias = nn.Parameter((bias - shift) * scale)
     first.bias = nn.Parameter(first.bias + first.weight.flatten(1) @ shift)
     first.weight = nn.Parameter(first.weight / scale.view(1, -1, 1, 1, 1))
-
-
-def _fold_gray(first: Any, last: Any | None, patch: int) -> None:
-    """Fold gray into the weights of channels in which the pixels of a patch vary fastest.
-
-    `last` is None if the output channels are clamped before they are averaged.
-    """
-    inside = first.weight.unflatten(1, (-1, patch * patch))
-    first.weight = nn.Parameter(inside.sum(1))
-    if last is None:
-        return
-    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, patch * patch)).mean(0))
-    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, patch * patch)).mean(0))

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 PAPER = ["wan2.1", "wan2.2", "leanvae4", "leanvae16", "cv-vae", "iv-vae", "videovae+", "wf-vae"]
 FIELD = [
     "qwen-image-vae",
+    "ltx-video-vae",
+    "ltx2-vae",
     "sd-vae",
     "sdxl-vae",
     "sd3-vae",
@@ -25,7 +27,7 @@ FIELD = [
     "taef1",
     "taef2",
 ]
-FAMILIES = {"wan", "lean_vae", "kl", "tiny", "tae", "own code"}
+FAMILIES = {"wan", "ltx", "lean_vae", "kl", "tiny", "tae", "own code"}
 
 every_model = pytest.mark.parametrize("model", KNOWN, ids=lambda model: model.name)
 
@@ -56,9 +58,10 @@ def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
 @every_model
 def test_fields_have_plausible_values(model: KnownModel) -> None:
     assert model.family in FAMILIES
-    assert model.temporal == (4 if model.window or model.family == "wan" else 1)
-    assert model.spatial in (8, 16)
-    assert model.latent_channels in (4, 16, 32, 48)
+    strides = {"wan": 4, "ltx": 8}
+    assert model.temporal == strides.get(model.family, 4 if model.window else 1)
+    assert model.spatial in (8, 16, 32)
+    assert model.latent_channels in (4, 16, 32, 48, 128)
     assert model.model_range == ((-0.5, 0.5) if model.family == "lean_vae" else (-1.0, 1.0))
     assert model.window % model.temporal in (0, 1)
     for text in (model.licence, model.note):
