@@ -142,13 +142,13 @@ def _tiny(files: author_files.AuthorFiles) -> Coders:
 
 def _diffusers(folder: Path, tiling: bool) -> Coders:
     """Load a VAE as a user of diffusers does, and normalise latents as its pipelines do."""
-    from diffusers import AutoModel
+    from diffusers import AutoencoderKLWan, AutoModel
 
     model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     if tiling:
         model.enable_tiling()
     config = model.config
-    if torch.is_tensor(getattr(model, "latents_mean", None)):  # LTX keeps them with the weights
+    if "latents_mean" in model.state_dict():  # LTX keeps them with the weights
         factor = config.scaling_factor
         shift, scale = (
             values.view(1, -1, 1, 1, 1)
@@ -179,8 +179,9 @@ def _diffusers(folder: Path, tiling: bool) -> Coders:
         x: Tensor = model.decode(z[0].transpose(0, 1) if slicewise else z).sample
         return x.transpose(0, 1)[None] if slicewise else x
 
-    inside = getattr(config, "in_channels", None) or config.input_channels
-    channels = inside // (getattr(config, "patch_size", None) or 1) ** 2
+    channels = getattr(config, "in_channels", None) or config.input_channels
+    if isinstance(model, AutoencoderKLWan):  # it counts the pixels of a patch as channels
+        channels //= (config.patch_size or 1) ** 2
     return model, channels, encode, decode
 
 

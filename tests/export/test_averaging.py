@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.averaging import measured, run_stages, saturated  # noqa: E402
 from fvae_deploy.export.manifest import Averaging, Intensity, Manifest  # noqa: E402
+from fvae_deploy.export.models import lean_vae_kernels, wan_kernels  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.models.family import Model  # noqa: E402
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model  # noqa: E402
 from fvae_deploy.export.sources import load, load_lean_vae  # noqa: E402
+from fvae_deploy.kernels.dispatch import Kernels  # noqa: E402
 from fvae_deploy.make import bundle  # noqa: E402
 from fvae_deploy.stream.intensity import to_hu  # noqa: E402
 
@@ -91,6 +93,28 @@ def test_the_order_matters_on_these_networks(name: str) -> None:
     z, limits = loud(first, 0), first.intensity
     gap = decoded(first, z).clip(limits.model_min, limits.model_max) - decoded(then, z)
     assert np.abs(gap).max() > 0.02 * (limits.model_max - limits.model_min)
+
+
+@pytest.mark.parametrize("name", ["lean_vae", "wan2.1", "wan2.2"])
+def test_stages_on_kernels_clamp_too(name: str) -> None:
+    """By the references of the kernels; `family.on_kernels` leaves these to the plain network."""
+    kernels, parts = Kernels("cpu", "reference"), lean_vae_kernels
+    if name != "lean_vae":
+        parts = wan_kernels
+    for channels in (1, None):
+        plain, other = (cut_in_float32(network(name, 0), channels) for _ in range(2))
+        stages = {stage: parts.on_kernels(m, kernels) for stage, m in other.stages.items()}
+        z = torch.from_numpy(loud(plain, 0)).float()
+        expected = run_stages(plain, "decode", z, 1, 1)
+        found = run_stages(replace(other, stages=stages), "decode", z, 1, 1)
+        assert (found - expected).abs().max() < 1e-3
+        assert found.abs().max() <= plain.intensity.model_max + 1e-6
+
+
+def cut_in_float32(model: Any, channels: int | None) -> Model:
+    if hasattr(model, "latent_bottleneck"):
+        return lean_vae_model(model, channels, None, True)
+    return cut(model, channels, True)
 
 
 @pytest.fixture(scope="module")
