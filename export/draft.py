@@ -61,5 +61,6 @@ def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
         geometry=model.geometry,
         intensity=model.intensity,
         latent=model.latent,
+        averaging=model.averaging,
     )
     return BundleDraft(manifest, model.stages, foreign=model.foreign)

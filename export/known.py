@@ -18,7 +18,7 @@ class KnownModel:
 
     name: str
     hub: str  # id for `export.hub.fetch`; "" if the weights are not on a hub
-    family: str  # "wan", "lean_vae", "kl" and "tiny" (diffusers' AutoencoderTiny), or "own code"
+    family: str  # a name of models.family.FAMILIES, or "own code"
     temporal: int
     spatial: int
     latent_channels: int
@@ -50,6 +50,36 @@ KNOWN = (
         window=65,
         licence="Apache-2.0",
         note="2x2 pixels become channels first, hence 16; attention over each whole frame",
+    ),
+    KnownModel(
+        name="qwen-image-vae",
+        hub="hf:Qwen/Qwen-Image/vae",
+        family="wan",
+        temporal=4,
+        spatial=8,
+        latent_channels=16,
+        licence="Apache-2.0",
+        note="the network of wan2.1, its decoder trained on for images of text",
+    ),
+    KnownModel(
+        name="ltx-video-vae",
+        hub="hf:Lightricks/LTX-Video/vae",
+        family="ltx",
+        temporal=8,
+        spatial=32,
+        latent_channels=128,
+        licence="the authors' own: see License.txt on their page",
+        note="its decoder is not causal, so it takes windows of 65 slices; every layer is local",
+    ),
+    KnownModel(
+        name="ltx2-vae",
+        hub="hf:Lightricks/LTX-2/vae",
+        family="ltx",
+        temporal=8,
+        spatial=32,
+        latent_channels=128,
+        licence="LTX-2 Community License",
+        note="a causal stream, or windows if its config.json says so; every layer is local",
     ),
     KnownModel(
         name="leanvae4",
@@ -168,6 +198,46 @@ KNOWN = (
         latent_channels=4,
         licence="MIT",
         note="a few convolutions that imitate sd-vae; slice by slice",
+    ),
+    KnownModel(
+        name="taesdxl",
+        hub="hf:madebyollin/taesdxl",
+        family="tiny",
+        temporal=1,
+        spatial=8,
+        latent_channels=4,
+        licence="MIT",
+        note="the same for sdxl-vae; slice by slice",
+    ),
+    KnownModel(
+        name="taesd3",
+        hub="hf:madebyollin/taesd3",
+        family="tiny",
+        temporal=1,
+        spatial=8,
+        latent_channels=16,
+        licence="MIT",
+        note="the same for sd3-vae; slice by slice",
+    ),
+    KnownModel(
+        name="taef1",
+        hub="hf:madebyollin/taef1",
+        family="tiny",
+        temporal=1,
+        spatial=8,
+        latent_channels=16,
+        licence="MIT",
+        note="the same for flux-vae; slice by slice",
+    ),
+    KnownModel(
+        name="taef2",
+        hub="hf:madebyollin/taef2/taef2.safetensors",
+        family="tae",
+        temporal=1,
+        spatial=8,
+        latent_channels=32,
+        licence="MIT",
+        note="imitates FLUX.2's VAE; slice by slice; as files at github.com/madebyollin/taesd",
     ),
 )
 

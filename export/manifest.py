@@ -57,6 +57,25 @@ class LatentNormalisation:
 
 
 @dataclass(frozen=True)
+class Averaging:
+    """How a network's colour channels become one value per voxel.
+
+    If `clamped`, the decoder's graphs clamp every channel to the model's range before any mean is
+    taken, as the published scripts do. If not, the mean is taken first: in networks of one
+    channel, in foreign code, in gray weights (`--channels gray`), and in all bundles whose
+    manifest does not say. The two numbers tell what gray weights change by that, in HU, on a clip
+    that saturates; they are None if not measured.
+    """
+
+    clamped: bool = False
+    hu_mean: float | None = None
+    hu_max: float | None = None
+
+
+AVERAGED = Averaging()
+
+
+@dataclass(frozen=True)
 class Parity:
     """Error of one engine and precision against float32 torch, measured at export."""
 
@@ -99,6 +118,7 @@ class Manifest(Bundle):
     geometry: Geometry
     intensity: Intensity
     latent: LatentNormalisation
+    averaging: Averaging = AVERAGED
     parity: tuple[Parity, ...] = ()
     memory: tuple[Memory, ...] = ()
 

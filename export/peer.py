@@ -4,6 +4,8 @@
 are channels last in memory, and every 3-D depthwise convolution permutes them to channels first,
 pads explicitly and permutes back; Haar bands come from strided convolutions.
 
+`reference` of a tiny autoencoder: its two sequences of layers in eager torch, slices as a batch.
+
 `diffusers` and `diffusers tiling`: a diffusers VAE through its own `encode` and `decode`, in
 eager torch, without and with its `enable_tiling`.
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
+from fvae_deploy.export import author_files
 from fvae_deploy.export.bundle import sha256
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.diffusers_family import WEIGHTS
@@ -36,23 +39,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def peers(weights: Path) -> tuple[str, ...]:
     """Return the names of the peers that can run these weights."""
-    return (DIFFUSERS, TILING) if weights.is_dir() else (REFERENCE,)
+    tiny = author_files.find(weights) is not None
+    return (DIFFUSERS, TILING) if weights.is_dir() and not tiny else (REFERENCE,)
 
 
 def check_peer(weights: Path, manifest: Manifest) -> None:
     """Raise BundleError unless the bundle was made from these weights, by hash or by geometry."""
+    tiny = author_files.find(weights)
     file = weights / WEIGHTS if weights.is_dir() else weights
-    if not file.is_file():
+    if tiny is None and not file.is_file():
         raise BundleError(f"expected a peer's weights at {file}, found nothing: check --peer")
     source = manifest.source
     if source.sha256:
-        if sha256(file) != source.sha256:
+        if (sha256(file) if tiny is None else tiny.sha256) != source.sha256:
             raise BundleError(
                 f"expected the weights that {manifest.name} was exported from ({source.id}, sha256 "
-                f"{source.sha256[:12]}…) for --peer, found others in {file}: give those weights"
+                f"{source.sha256[:12]}…) for --peer, found others in {weights}: give those weights"
             )
         return
-    geometry = load(str(weights), gray=manifest.geometry.channels == 1).model.geometry
+    channels = "published" if manifest.geometry.channels == 1 else "rgb"
+    geometry = load(str(weights), channels=channels).model.geometry
     if geometry != manifest.geometry:
         raise BundleError(
             f"expected a peer with {manifest.geometry}, found {geometry} in {weights}: give the "
@@ -69,13 +75,15 @@ def peer_window(
     device: str = "cpu",
     *,
     gray: bool = True,
+    limits: tuple[float, float] | None = None,
 ) -> Callable[[], NDArray[np.float32]]:
     """Return a function that passes one clip or latent through a peer.
 
     x is a clip [C, T, H, W] in the model's range, or latents [D, t, h, w] normalised like the
     bundle's. A gray clip is replicated to the network's channels, as the published scripts do. The
     function returns what the bundle returns: latents [D, t, h, w], or frames [C, T, H, W]; with
-    `gray` those are the mean over channels.
+    `limits`, the model's range, they are clamped to it, as the published scripts do; with `gray`
+    they are then averaged over the channels.
     """
     if device != "cpu":
         compute_in_float32()
@@ -92,8 +100,9 @@ def peer_window(
     def run() -> NDArray[np.float32]:
         data = window.to(device, dtype)
         y: Tensor = encode(data) if direction == "encode" else decode(data)
-        if gray and direction == "decode":
-            y = y.mean(1, keepdim=True)
+        if direction == "decode":
+            y = y if limits is None else y.clamp(*limits)
+            y = y.mean(1, keepdim=True) if gray else y
         return y[0].float().cpu().numpy()
 
     return run
@@ -105,6 +114,8 @@ Coders = tuple[nn.Module, int, Callable[[Tensor], Tensor], Callable[[Tensor], Te
 
 def _published(weights: Path) -> Coders:
     """Load a LeanVAE in the published formulation, and scale latents as the bundle does."""
+    if files := author_files.find(weights):
+        return _tiny(files)
     loaded, metadata = load_lean_vae(weights)
     model = Published(loaded).eval()
     scale = torch.tensor(metadata.get("latent_scale", 1.0)).view(-1, 1, 1, 1)
@@ -116,15 +127,34 @@ def _published(weights: Path) -> Coders:
     )
 
 
+def _tiny(files: author_files.AuthorFiles) -> Coders:
+    """Load a tiny autoencoder as its author runs it, for slices in [-1, 1]."""
+    model = author_files.load(files)
+
+    def encode(x: Tensor) -> Tensor:
+        return model.encode((x[0].transpose(0, 1) + 1) / 2).transpose(0, 1)[None]
+
+    def decode(z: Tensor) -> Tensor:
+        return (2 * model.decode(z[0].transpose(0, 1)) - 1).transpose(0, 1)[None]
+
+    return model, model.config["encoder"][0][1], encode, decode
+
+
 def _diffusers(folder: Path, tiling: bool) -> Coders:
     """Load a VAE as a user of diffusers does, and normalise latents as its pipelines do."""
-    from diffusers import AutoModel
+    from diffusers import AutoencoderKLWan, AutoModel
 
     model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     if tiling:
         model.enable_tiling()
     config = model.config
-    if hasattr(config, "latents_mean") and config.latents_mean is not None:
+    if "latents_mean" in model.state_dict():  # LTX keeps them with the weights
+        factor = config.scaling_factor
+        shift, scale = (
+            values.view(1, -1, 1, 1, 1)
+            for values in (model.latents_mean, factor / model.latents_std)
+        )
+    elif hasattr(config, "latents_mean") and config.latents_mean is not None:
         shift, scale = (
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, [1 / v for v in config.latents_std])
@@ -149,7 +179,9 @@ def _diffusers(folder: Path, tiling: bool) -> Coders:
         x: Tensor = model.decode(z[0].transpose(0, 1) if slicewise else z).sample
         return x.transpose(0, 1)[None] if slicewise else x
 
-    channels = config.in_channels // (getattr(config, "patch_size", None) or 1) ** 2
+    channels = getattr(config, "in_channels", None) or config.input_channels
+    if isinstance(model, AutoencoderKLWan):  # it counts the pixels of a patch as channels
+        channels //= (config.patch_size or 1) ** 2
     return model, channels, encode, decode
 
 

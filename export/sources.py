@@ -2,6 +2,7 @@
 
 tools/x.safetensors, LeanVAE-dim16.ckpt     LeanVAE's weights with their configuration
 folder/ with config.json                    diffusers' format
+folder/taef2, taef2_encoder.pth, ...        tiny autoencoders in their author's files
 hf:OWNER/NAME/path@REVISION                 either of them from a hub
 wan2.1, leanvae16, ...                      the same, by a name that `fvae models` lists
 package.module:factory                      any torch VAE
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from fvae_deploy.errors import BundleError, UsageError
+from fvae_deploy.export import author_files
 from fvae_deploy.export.bundle import Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.draft import LoadedModel
@@ -31,6 +33,7 @@ from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
 from fvae_deploy.export.models.lean_vae_parts import lean_vae_model
 
 UNKNOWN = "see the source of the weights"
+CHANNELS = ("published", "gray", "rgb")
 Progress = Callable[[str], None]
 
 
@@ -46,15 +49,24 @@ class Foreign:
 def load(
     text: str,
     *,
-    gray: bool = True,
+    channels: str = "published",
     foreign: Foreign | None = None,
     progress: Progress = lambda message: None,
 ) -> LoadedModel:
     """Load a network from a file, a folder, a hub id, a published model's name or a factory.
 
-    `gray` folds three channels into one; `foreign` is only for a factory. Raises BundleError for
-    networks that cannot be exported, and UsageError if `foreign` is given without a factory.
+    `channels` is one of `CHANNELS`: `published` replicates a slice to all input channels, and
+    clamps each output channel to the model's range before it averages them, as the published
+    scripts do; `gray` averages inside the weights, without a clamp; `rgb` keeps and clamps all.
+    Output channels of foreign code are never clamped. `foreign` is only for a factory. Raises
+    BundleError for networks that cannot be exported, and UsageError if `foreign` is given without
+    a factory.
     """
+    if channels not in CHANNELS:
+        raise BundleError(
+            f"expected channels {', '.join(CHANNELS)}, found {channels!r}: correct --channels"
+        )
+    gray, clamped = channels != "rgb", channels != "gray"
     factory = ":" in text and not is_hub_id(text) and not Path(text).exists()
     if foreign is not None and foreign != Foreign() and not factory:
         raise UsageError(
@@ -81,7 +93,11 @@ def load(
         )
     place = entry.hub if entry is not None else text
     path, pinned = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
-    loaded = _diffusers(path, gray) if path.is_dir() else _lean_vae(path, gray)
+    files = author_files.find(path)
+    if files is not None:
+        loaded = _tiny(files, gray, clamped)
+    else:
+        loaded = (_diffusers if path.is_dir() else _lean_vae)(path, gray, clamped)
     if entry is not None:
         loaded = dataclasses.replace(loaded, name=entry.name, licence=entry.licence)
     return dataclasses.replace(loaded, source=pinned or loaded.source)
@@ -123,7 +139,7 @@ def load_lean_vae(path: Path) -> tuple[LeanVAE, dict[str, Any]]:
     return model, metadata
 
 
-def _lean_vae(path: Path, gray: bool) -> LoadedModel:
+def _lean_vae(path: Path, gray: bool, clamped: bool) -> LoadedModel:
     model, metadata = load_lean_vae(path)
     scale = metadata.get("latent_scale")
     if scale is not None and not _is_scale(scale, model.config.latent_dim):
@@ -132,7 +148,7 @@ def _lean_vae(path: Path, gray: bool) -> LoadedModel:
             f"found {scale!r:.40}: save them with the weights"
         )
     return LoadedModel(
-        lean_vae_model(model.float(), 1 if gray else None, scale),
+        lean_vae_model(model.float(), 1 if gray else None, scale, clamped),
         Source(path.name, "", sha256(path)),
         path.stem,
         str(metadata.get("description", "LeanVAE")),
@@ -140,7 +156,7 @@ def _lean_vae(path: Path, gray: bool) -> LoadedModel:
     )
 
 
-def _diffusers(folder: Path, gray: bool) -> LoadedModel:
+def _diffusers(folder: Path, gray: bool, clamped: bool) -> LoadedModel:
     """Load a folder in diffusers' format as the class that its config.json names."""
     try:
         kind = str(json.loads((folder / "config.json").read_bytes())["_class_name"])
@@ -154,12 +170,28 @@ def _diffusers(folder: Path, gray: bool) -> LoadedModel:
     model, weights = diffusers_family.load(folder, kind)
     name = folder.absolute().name  # "." has none
     return LoadedModel(
-        diffusers_family.cut(model, 1 if gray else None),
+        diffusers_family.cut(model, 1 if gray else None, clamped),
         Source(name, "", sha256(weights)),
         name,
         kind,
         UNKNOWN,
     )
+
+
+def _tiny(files: author_files.AuthorFiles, gray: bool, clamped: bool) -> LoadedModel:
+    """Load a tiny autoencoder from its author's files."""
+    from fvae_deploy.export.models.tae import tae_model
+
+    network = author_files.load(files)
+    try:
+        model = tae_model(network, 1 if gray else None, clamped)
+    except (ValueError, TypeError, IndexError) as error:
+        raise BundleError(
+            f"expected an encoder and a decoder of one network in {files.id}, found {error}; take "
+            "both from one place"
+        ) from None
+    source = Source(files.id, "", files.sha256)
+    return LoadedModel(model, source, files.name, "tiny autoencoder, slice by slice", UNKNOWN)
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -153,6 +153,7 @@ class Remedy:
     words: str
     failing: str
     remedied: str
+    repair: tuple[str, str] | None = None  # a file to copy over another in between
 
 
 def overwrite(command: str) -> Remedy:
@@ -165,7 +166,7 @@ REMEDIES = {
     "a picture that exists": overwrite("compare {f}/ct.nii {f}/ct.nii --png {f}/old.png"),
     "a phantom that exists": overwrite("phantom -o {f}/out.nii --shape 9,9,9"),
     "latents of other options": Remedy(
-        "to come from the same options",
+        "pass --overwrite in place of --resume",
         f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --resume --protocol windows",
         f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --overwrite --protocol windows",
     ),
@@ -254,7 +255,8 @@ REMEDIES = {
     "a scan of a batch that failed": Remedy(
         "correct them and run again with --resume",
         f"encode {{f}}/scans -o {{f}}/outs {F}",
-        f"encode {{f}}/corrected -o {{f}}/outs {F} --resume",
+        f"encode {{f}}/scans -o {{f}}/outs {F} --resume",
+        ("corrected/b.nii", "scans/b.nii"),
     ),
     "two names of a picture": Remedy(
         "write it like First,Second",
@@ -429,7 +431,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "correct --range",
         "give one with --name",
         "correct --channels",
-        "with --channels gray",
+        "without --channels rgb",
         "with --text FOLDER",
         "as --text",
         "check --text",
@@ -557,4 +559,6 @@ def test_a_remedy_helps(name, shelf, tmp_path, capsys):
     capsys.readouterr()
     assert run(arguments(REMEDIES[name].failing)) != 0
     assert REMEDIES[name].words.replace("{}", "") in capsys.readouterr().err
+    if repair := REMEDIES[name].repair:
+        shutil.copy(folder / repair[0], folder / repair[1])
     assert run(arguments(REMEDIES[name].remedied)) == 0, capsys.readouterr().err

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
 from fvae_deploy.export.bundle import Network, Source, sha256
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
 
@@ -137,7 +137,10 @@ def load(
 
 
 def rebuild(
-    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Import the factory again and build the stages, without weights.
 

@@ -43,7 +43,7 @@ def load(folder: Path, kind: str) -> tuple[Any, Path]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         with torch.device("meta"):
-            model = network.from_config(config)
+            model = _as_wan(network.from_config(config))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise BundleError(
             f"expected a configuration of {kind} in {folder}, found: {str(error).strip()[:200]}; "
@@ -53,14 +53,15 @@ def load(folder: Path, kind: str) -> tuple[Any, Path]:
     return model.eval().requires_grad_(False).float(), path
 
 
-def cut(model: Any, channels: int | None) -> Model:
+def cut(model: Any, channels: int | None, clamped: bool = False) -> Model:
     """Cut a network of any of these classes into stages; `channels` is 1 for gray.
 
+    With `clamped`, output channels are clamped to the model's range before they are averaged.
     Raises BundleError for a configuration with values of wrong types.
     """
     kind = type(model).__name__
     try:
-        return _cutters()[kind](model, channels)
+        return _cutters()[kind](model, channels, clamped)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BundleError(
             f"expected a configuration of {kind}, found: {str(error).strip()[:200]}; take the "
@@ -68,23 +69,47 @@ def cut(model: Any, channels: int | None) -> Model:
         ) from error
 
 
+def _as_wan(model: Any) -> Any:
+    """Return Wan's network in place of Qwen-Image's, which has its layers, names and results."""
+    if type(model).__name__ != "AutoencoderKLQwenImage":
+        return model
+    from diffusers import AutoencoderKLWan
+
+    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    channels = config.pop("input_channels")
+    return AutoencoderKLWan(**config, in_channels=channels, out_channels=channels)
+
+
 def _classes() -> dict[str, Any]:
-    from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLLTX2Video,
+        AutoencoderKLLTXVideo,
+        AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+        AutoencoderTiny,
+    )
 
     return {
         "AutoencoderKLWan": AutoencoderKLWan,
+        "AutoencoderKLQwenImage": AutoencoderKLQwenImage,
+        "AutoencoderKLLTXVideo": AutoencoderKLLTXVideo,
+        "AutoencoderKLLTX2Video": AutoencoderKLLTX2Video,
         "AutoencoderKL": AutoencoderKL,
         "AutoencoderTiny": AutoencoderTiny,
     }
 
 
-def _cutters() -> dict[str, Callable[[Any, int | None], Model]]:
+def _cutters() -> dict[str, Callable[[Any, int | None, bool], Model]]:
     from fvae_deploy.export.models.kl import kl_model
+    from fvae_deploy.export.models.ltx import ltx_model
     from fvae_deploy.export.models.tiny_autoencoder import tiny_model
     from fvae_deploy.export.models.wan import wan_model
 
     return {
         "AutoencoderKLWan": wan_model,
+        "AutoencoderKLLTXVideo": ltx_model,
+        "AutoencoderKLLTX2Video": ltx_model,
         "AutoencoderKL": kl_model,
         "AutoencoderTiny": tiny_model,
     }

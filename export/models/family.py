@@ -4,7 +4,7 @@ A family is a module of this folder with a function
 
     rebuild(config, ...) -> dict[str, nn.Module]     the stages, without weights
 
-of the configuration and, for a VAE, of geometry and latent normalisation.
+of the configuration and, for a VAE, of geometry, latent normalisation and averaging.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError, EngineError
 from fvae_deploy.export.bundle import Bundle, Network
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation, Manifest
+from fvae_deploy.export.manifest import (
+    AVERAGED,
+    Averaging,
+    Geometry,
+    Intensity,
+    LatentNormalisation,
+    Manifest,
+)
 
 if TYPE_CHECKING:
     from fvae_deploy.kernels.dispatch import Kernels
@@ -32,6 +39,8 @@ FAMILIES = {
     "wan": "wan",
     "kl": "kl",
     "tiny": "tiny_autoencoder",
+    "tae": "tae",
+    "ltx": "ltx",
     "any_torch": "any_torch",
     "denoiser": "denoiser_parts",
 }
@@ -56,6 +65,7 @@ class Model:
     kinds: tuple[str, ...] = ("first", "step")
     any_step: bool = False
     foreign: bool = False
+    averaging: Averaging = AVERAGED
 
 
 def rebuild(manifest: Bundle) -> dict[str, nn.Module]:
@@ -73,7 +83,9 @@ def rebuild(manifest: Bundle) -> dict[str, nn.Module]:
     module = importlib.import_module(f"fvae_deploy.export.models.{FAMILIES[network.family]}")
     try:
         with torch.device("meta"):
-            facts = (manifest.geometry, manifest.latent) if isinstance(manifest, Manifest) else ()
+            facts: tuple[object, ...] = ()
+            if isinstance(manifest, Manifest):
+                facts = (manifest.geometry, manifest.latent, manifest.averaging)
             stages: dict[str, nn.Module] = module.rebuild(network.config, *facts)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise _misfit(manifest, error) from error

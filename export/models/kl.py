@@ -12,7 +12,8 @@ These operations are folded into weights:
   convolution;
 - the inverse normalisation into `post_quant_conv`. A network without it gets an identity there,
   since the next convolution pads with zeros and therefore cannot absorb a shift;
-- replicated input and averaged output channels into the first and last layer;
+- replicated input channels into the first layer, and averaged output channels into the last one
+  where they are not clamped first;
 - upsampling into smaller convolutions.
 """
 
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Network
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
 
@@ -51,8 +53,10 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias
 
 
-def kl_model(model: AutoencoderKL, channels: int | None = None) -> Model:
+def kl_model(model: AutoencoderKL, channels: int | None = None, clamped: bool = False) -> Model:
     """Take the network as two stages, folding it in place; `channels` is 1 for gray.
+
+    With `clamped`, output channels are clamped to the model's range before they are averaged.
 
     Raises BundleError for blocks that are not of this family, or input and output channels
     that differ and are not folded.
@@ -73,22 +77,27 @@ def kl_model(model: AutoencoderKL, channels: int | None = None) -> Model:
         window=65,
     )
     latent = _normalisation(config)
+    averaging = Averaging(clamped and config["out_channels"] > 1)
     return Model(
         network=Network("kl", json.loads(json.dumps(config))),
         geometry=geometry,
         intensity=INTENSITY,
         latent=latent,
-        stages=_stages(model, geometry, latent),
+        stages=_stages(model, geometry, latent, averaging),
         kinds=("step",),
         any_step=True,
+        averaging=averaging,
     )
 
 
 def rebuild(
-    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Build the stages of an exported bundle, without weights."""
-    return _stages(AutoencoderKL(**config), geometry, latent)
+    return _stages(AutoencoderKL(**config), geometry, latent, averaging)
 
 
 def _normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
@@ -108,16 +117,20 @@ def _normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
 
 
 def _stages(
-    model: AutoencoderKL, geometry: Geometry, latent: LatentNormalisation
+    model: AutoencoderKL,
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Fold the network in place and return the stages `encode` and `decode`."""
     encoder, decoder = model.encoder, model.decoder
+    clamp = clamp_of(averaging, geometry, INTENSITY, decoder.conv_out.out_channels)
     with torch.no_grad():
         shift, scale = (torch.tensor(v, dtype=torch.float64) for v in (latent.shift, latent.scale))
         _fold_posterior(encoder.conv_out, model.quant_conv, shift, scale)
         first = _fold_inverse(model.post_quant_conv, decoder.conv_in.weight.dtype, shift, scale)
         if geometry.channels == 1:
-            fold_gray(encoder.conv_in, decoder.conv_out)
+            fold_gray(encoder.conv_in, None if averaging.clamped else decoder.conv_out)
         for block in decoder.up_blocks:
             if block.upsamplers is not None:
                 block.upsamplers = nn.ModuleList(Doubling(u.conv) for u in block.upsamplers)
@@ -126,7 +139,8 @@ def _stages(
                 for name in ("to_q", "to_k", "to_v"):
                     setattr(module, name, Linear(getattr(module, name)))
                 module.to_out[0] = Linear(module.to_out[0])
-        stages = {"encode": Slices([encoder]), "decode": Slices([first, decoder])}
+        last = [] if clamp is None else [clamp]
+        stages = {"encode": Slices([encoder]), "decode": Slices([first, decoder, *last])}
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 

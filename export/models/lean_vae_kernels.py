@@ -121,6 +121,7 @@ class KernelDecode(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.low_width, self.channels = parts.low_width, parts.channels
+        self.clamp = parts.clamp
         self.unscale = _frozen(parts.unscale[:, 0, 0])
         self.q, self.phi = _point(parts.q), _point(parts.phi)
         self.ascent = nn.ParameterList(_point(-weight) for weight in parts.descent)
@@ -153,6 +154,7 @@ class KernelDecode(nn.Module):
         weight = self.get_parameter(f"{kind}_unembed")
         bias = self.get_parameter(f"{kind}_unembed_bias")
         x = self._product(torch.cat([low, high], dim=-1), weight, bias)
+        x = x if self.clamp is None else self.clamp(x, axis=3)
         x = x.unflatten(3, (self.channels, frames, PATCH, PATCH))  # [k, h, w, C, frames, 8, 8]
         x = x.permute(3, 0, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
         return x[None], *states

@@ -5,7 +5,8 @@ The results equal those of `LeanVAE` up to rounding. Done once at export:
 - Haar transform and patch embedding are linear, so together they are one strided
   convolution from pixels to tokens, and one 1x1 convolution and a pixel shuffle back.
 - Gray (`channels=1` of a three-channel checkpoint): weights of the three replicated input
-  channels are summed, weights of the three output channels are averaged.
+  channels are summed. The three output channels are clamped and averaged by the last operations,
+  or averaged without a clamp in the weights.
 - The layer norm's gain and bias go into the following linear layer. The residual around a
   depthwise convolution is 1 added to its centre tap. The first frame of a stream uses only the
   last time tap, since its past is zero.
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvae_deploy.export.bundle import Network
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.models.colours import Clamp, clamp_of
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.lean_vae import PATCH, STRIDE, Layers, LeanVAE, LeanVAEConfig
 
@@ -158,10 +160,12 @@ class EncodeParts(nn.Module):
 class DecodeParts(nn.Module):
     """`decode_first` and `decode_step` on shared weights."""
 
-    def __init__(self, model: LeanVAE, channels: int, scale: Sequence[float]) -> None:
+    def __init__(
+        self, model: LeanVAE, channels: int, scale: Sequence[float], clamp: Clamp | None
+    ) -> None:
         super().__init__()
         config, bottleneck = model.config, model.latent_bottleneck
-        self.low_width, self.channels = config.l_dim, channels
+        self.low_width, self.channels, self.clamp = config.l_dim, channels, clamp
         self.unscale = _frozen(1 / torch.tensor(scale, dtype=bottleneck.Q.dtype)[:, None, None])
         self.q, self.phi = _matrix(bottleneck.Q), _matrix(bottleneck.phi)
         self.descent = nn.ParameterList(_matrix(w * bottleneck.phi.T) for w in bottleneck.weights)
@@ -171,11 +175,11 @@ class DecodeParts(nn.Module):
         decoder = model.decoder
         self.fusion = FoldedStack(decoder.fusion_layer)
         self.low, self.high = FoldedStack(decoder.low_layer), FoldedStack(decoder.high_layer)
-        for kind, frames in (("image", 1), ("video", STRIDE)):
+        for kind in ("image", "video"):
             weight, bias = _unpatch_weights(model, kind)  # [E, C, frames, 8, 8]
-            if channels < config.in_channels:
+            if channels < config.in_channels and clamp is None:
                 weight, bias = weight.mean(1, keepdim=True), bias.mean(0, keepdim=True)
-            rows = channels * frames * PATCH * PATCH
+            rows = bias.numel()
             weight = weight.reshape(config.embedding_dim, rows).T
             self.register_parameter(f"{kind}_unembed", _matrix(weight))
             self.register_parameter(f"{kind}_unembed_bias", _frozen(bias.reshape(rows)))
@@ -196,14 +200,18 @@ class DecodeParts(nn.Module):
         high = self.high(x[:, self.low_width :], history, states)
         weight = self.get_parameter(f"{kind}_unembed")
         bias = self.get_parameter(f"{kind}_unembed_bias")
-        x = F.pixel_shuffle(F.conv2d(torch.cat([low, high], dim=1), weight, bias), PATCH)
+        x = F.conv2d(torch.cat([low, high], dim=1), weight, bias)
+        x = F.pixel_shuffle(x if self.clamp is None else self.clamp(x), PATCH)
         k, _, height, width = x.shape
         x = x.reshape(k, self.channels, frames, height, width).transpose(0, 1)
         return x.reshape(1, self.channels, k * frames, height, width), *states
 
 
 def lean_vae_model(
-    model: LeanVAE, channels: int | None = None, scale: Sequence[float] | None = None
+    model: LeanVAE,
+    channels: int | None = None,
+    scale: Sequence[float] | None = None,
+    clamped: bool = False,
 ) -> Model:
     """Fold a network into its two stages.
 
@@ -214,31 +222,42 @@ def lean_vae_model(
     scale
         One factor per latent channel that scales it to unit standard deviation; None leaves
         the latents unchanged.
+    clamped
+        Clamp each of several output channels to the model's range, before they are averaged.
     """
     config = model.config
     geometry = Geometry(STRIDE, PATCH, config.latent_dim, channels or config.in_channels, window=65)
     scale = tuple(scale or [1.0] * config.latent_dim)
+    averaging = Averaging(clamped and config.in_channels > 1)
     return Model(
         network=Network("lean_vae", dataclasses.asdict(config)),
         geometry=geometry,
         intensity=INTENSITY,
         latent=LatentNormalisation((0.0,) * config.latent_dim, scale),
-        stages=_stages(model, geometry, scale),
+        stages=_stages(model, geometry, scale, averaging),
         any_step=True,
+        averaging=averaging,
     )
 
 
 def rebuild(
-    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Build the stages of an exported bundle, without weights."""
-    return _stages(LeanVAE(LeanVAEConfig(**config)), geometry, latent.scale)
+    return _stages(LeanVAE(LeanVAEConfig(**config)), geometry, latent.scale, averaging)
 
 
-def _stages(model: LeanVAE, geometry: Geometry, scale: Sequence[float]) -> dict[str, nn.Module]:
+def _stages(
+    model: LeanVAE, geometry: Geometry, scale: Sequence[float], averaging: Averaging
+) -> dict[str, nn.Module]:
     channels = geometry.channels
+    clamp = clamp_of(averaging, geometry, INTENSITY, model.config.in_channels)
     with torch.no_grad():
-        encode, decode = EncodeParts(model, channels, scale), DecodeParts(model, channels, scale)
+        encode = EncodeParts(model, channels, scale)
+        decode = DecodeParts(model, channels, scale, clamp)
     return {"encode": encode.eval(), "decode": decode.eval()}
 
 

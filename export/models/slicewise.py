@@ -1,4 +1,4 @@
-"""Code shared by families of 2-D networks: slices as a batch, gray folding, exact upsampling."""
+"""Code shared by families: slices as a batch, gray folding, exact upsampling."""
 
 from __future__ import annotations
 
@@ -62,14 +62,31 @@ def channels_of(config: Mapping[str, Any], channels: int | None) -> int:
     if channels is None and inside != outside:
         raise BundleError(
             f"expected as many input as output channels, found {inside} and {outside}: export "
-            "with --channels gray"
+            "without --channels rgb"
         )
     return channels or int(inside)
 
 
-def fold_gray(first: nn.Conv2d, last: nn.Conv2d) -> None:
-    """Fold gray into the weights: sum over input channels, mean over output channels."""
-    assert last.bias is not None
+def fold_gray(first: nn.Conv2d, last: nn.Conv2d | None) -> None:
+    """Fold gray into the weights: sum over input channels, mean over output channels.
+
+    `last` is None if the output channels are clamped before they are averaged.
+    """
     first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    if last is None:
+        return
+    assert last.bias is not None
     last.weight = nn.Parameter(last.weight.mean(0, keepdim=True))
     last.bias = nn.Parameter(last.bias.mean(0, keepdim=True))
+
+
+def fold_pixels(first: Any, last: Any | None, pixels: int) -> None:
+    """Fold gray into 3-D convolutions on patches, whose pixels vary fastest among the channels.
+
+    `last` is None if the output channels are clamped before they are averaged.
+    """
+    first.weight = nn.Parameter(first.weight.unflatten(1, (-1, pixels)).sum(1))
+    if last is None:
+        return
+    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, pixels)).mean(0))
+    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, pixels)).mean(0))

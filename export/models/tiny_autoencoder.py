@@ -9,15 +9,15 @@ exact tiles.
 
 These operations are folded into weights: the network's own range [0, 1], except for the shift
 that a convolution with zero padding cannot absorb; the latent normalisation into the encoder's
-last convolution; replicated input and averaged output channels into the first and last layer;
-upsampling into smaller convolutions.
+last convolution; replicated input channels into the first layer, and averaged output channels
+into the last one where they are not clamped first; upsampling into smaller convolutions.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Network
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
 
@@ -54,8 +55,10 @@ class Squash(nn.Module):
         return torch.tanh(z * self.factor + self.offset)
 
 
-def tiny_model(model: AutoencoderTiny, channels: int | None = None) -> Model:
+def tiny_model(model: AutoencoderTiny, channels: int | None = None, clamped: bool = False) -> Model:
     """Cut the network into stages, folding it in place; `channels` is 1 for gray.
+
+    With `clamped`, output channels are clamped to the model's range before they are averaged.
 
     Raises BundleError if encoder and decoder change the resolution by different factors, or if
     the upsampling is not nearest neighbour.
@@ -82,29 +85,44 @@ def tiny_model(model: AutoencoderTiny, channels: int | None = None) -> Model:
         shift=(float(config["shift_factor"] or 0.0),) * count,
         scale=(float(config["scaling_factor"]),) * count,
     )
+    averaging = Averaging(clamped and config["out_channels"] > 1)
     return Model(
         network=Network("tiny", json.loads(json.dumps(config))),
         geometry=geometry,
         intensity=INTENSITY,
         latent=latent,
-        stages=_stages(model, geometry, latent),
+        stages=stages_of(*_halves(model), geometry, latent, averaging),
         kinds=("step",),
         any_step=True,
+        averaging=averaging,
     )
 
 
 def rebuild(
-    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Build the stages of an exported bundle, without weights."""
-    return _stages(AutoencoderTiny(**config), geometry, latent)
+    return stages_of(*_halves(AutoencoderTiny(**config)), geometry, latent, averaging)
 
 
-def _stages(
-    model: AutoencoderTiny, geometry: Geometry, latent: LatentNormalisation
+def _halves(model: AutoencoderTiny) -> tuple[nn.Sequential, nn.Sequential]:
+    return model.encoder.layers, model.decoder.layers
+
+
+def stages_of(
+    encoder: Any,
+    decoder: Any,
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
-    """Fold the network in place and return the stages `encode0`, ... and `decode0`, ..."""
-    encoder, decoder = model.encoder.layers, model.decoder.layers
+    """Fold a network in place and return the stages `encode0`, ... and `decode0`, ...
+
+    Encoder and decoder are sequences of layers (nn.Sequential).
+    """
     shift, scale = latent.shift[0], latent.scale[0]
     with torch.no_grad():
         encoder[0].weight = nn.Parameter(encoder[0].weight / 2)
@@ -112,10 +130,15 @@ def _stages(
         decoder[0].weight = nn.Parameter(decoder[0].weight * LIMIT)
         _fold_affine(decoder[-1], 2.0, -1.0)
         if geometry.channels == 1:
-            fold_gray(encoder[0], decoder[-1])
+            fold_gray(encoder[0], None if averaging.clamped else decoder[-1])
         squash = Squash(shift, scale)
+        clamp = clamp_of(averaging, geometry, INTENSITY, decoder[-1].out_channels)
+        last = [] if clamp is None else [clamp]
         stages = {f"encode{i}": Slices(s) for i, s in enumerate(_encoder_stages(encoder))}
-        stages |= {f"decode{i}": Slices(s) for i, s in enumerate(_decoder_stages(decoder, squash))}
+        stages |= {
+            f"decode{i}": Slices(s)
+            for i, s in enumerate(_decoder_stages([*decoder, *last], squash))
+        }
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
@@ -130,7 +153,7 @@ def _encoder_stages(encoder: nn.Sequential) -> Iterator[list[nn.Module]]:
     yield layers
 
 
-def _decoder_stages(decoder: nn.Sequential, squash: Squash) -> Iterator[list[nn.Module]]:
+def _decoder_stages(decoder: Sequence[nn.Module], squash: Squash) -> Iterator[list[nn.Module]]:
     """Yield the layers of each stage of the decoder."""
     layers: list[nn.Module] = [squash]
     for before, layer in zip([None, *decoder], decoder, strict=False):

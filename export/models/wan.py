@@ -13,8 +13,9 @@ only one frame gets a zero frame in front; the decoder's marker "Rep" is replace
 zeros that it stands for.
 
 Folded into weights: the mean of the posterior and the latent normalisation into the 1x1x1
-convolutions next to the latent; replicated input and averaged output channels into the first and
-last layer. diffusers clamps the result to [-1, 1]; here the conversion to HU does that.
+convolutions next to the latent; replicated input channels into the first layer, and averaged
+output channels into the last one where they are not clamped first. diffusers clamps each channel
+to [-1, 1], and so do exported graphs.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Network
-from fvae_deploy.export.manifest import Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
+from fvae_deploy.export.models.colours import Clamp, clamp_of
 from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.models.slicewise import Doubling
+from fvae_deploy.export.models.slicewise import Doubling, fold_pixels
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
 UP_BLOCKS = (wan.WanUpBlock, wan.WanResidualUpBlock)
@@ -145,8 +147,12 @@ def _padded(value: Tensor, frames: int) -> Tensor:
     return torch.cat([torch.zeros_like(value[:, :, :missing]), value], dim=2)
 
 
-def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model:
+def wan_model(
+    model: wan.AutoencoderKLWan, channels: int | None = None, clamped: bool = False
+) -> Model:
     """Cut the network into stages, folding it in place; `channels` is 1 for gray.
+
+    With `clamped`, output channels are clamped to the model's range before they are averaged.
 
     Raises BundleError if the latent statistics do not fit the latent channels.
     """
@@ -166,25 +172,33 @@ def wan_model(model: wan.AutoencoderKLWan, channels: int | None = None) -> Model
             f"found {len(shift)} and {len(deviation)}: correct config.json"
         )
     latent = LatentNormalisation(tuple(shift), tuple(1 / d for d in deviation))
+    averaging = Averaging(clamped and config["out_channels"] // patch**2 > 1)
     kept = {k: v for k, v in config.items() if not k.startswith("_")}
     return Model(
         network=Network("wan", json.loads(json.dumps(kept))),
         geometry=geometry,
         intensity=INTENSITY,
         latent=latent,
-        stages=_stages(model, geometry, latent),
+        stages=_stages(model, geometry, latent, averaging),
+        averaging=averaging,
     )
 
 
 def rebuild(
-    config: Mapping[str, Any], geometry: Geometry, latent: LatentNormalisation
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Build the stages of an exported bundle, without weights."""
-    return _stages(wan.AutoencoderKLWan(**config), geometry, latent)
+    return _stages(wan.AutoencoderKLWan(**config), geometry, latent, averaging)
 
 
 def _stages(
-    model: wan.AutoencoderKLWan, geometry: Geometry, latent: LatentNormalisation
+    model: wan.AutoencoderKLWan,
+    geometry: Geometry,
+    latent: LatentNormalisation,
+    averaging: Averaging,
 ) -> dict[str, nn.Module]:
     """Fold the network in place and return the stages `encode0`, ... and `decode0`, ..."""
     with torch.no_grad():
@@ -196,9 +210,14 @@ def _stages(
         )
         patch = model.config.patch_size or 1
         if geometry.channels == 1:
-            _fold_gray(model.encoder.conv_in, model.decoder.conv_out, patch)
+            last = None if averaging.clamped else model.decoder.conv_out
+            fold_pixels(model.encoder.conv_in, last, patch**2)
+        colours = model.config.out_channels // patch**2
+        clamp = clamp_of(averaging, geometry, INTENSITY, colours)
         stages = {f"encode{i}": WanStage(s) for i, s in enumerate(_encoder_stages(model, patch))}
-        stages |= {f"decode{i}": WanStage(s) for i, s in enumerate(_decoder_stages(model, patch))}
+        stages |= {
+            f"decode{i}": WanStage(s) for i, s in enumerate(_decoder_stages(model, patch, clamp))
+        }
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 
@@ -221,7 +240,9 @@ def _encoder_stages(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn
     yield layers + head
 
 
-def _decoder_stages(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn.Module]]:
+def _decoder_stages(
+    model: wan.AutoencoderKLWan, patch: int, clamp: Clamp | None
+) -> Iterator[list[nn.Module]]:
     """Yield the layers of each stage of the decoder."""
     decoder = model.decoder
     layers: list[nn.Module] = [
@@ -242,6 +263,7 @@ def _decoder_stages(model: wan.AutoencoderKLWan, patch: int) -> Iterator[list[nn
             yield layers
             layers = [Upsample(block.upsamplers[0])]
     layers += [Plain(decoder.norm_out, decoder.nonlinearity), Causal(decoder.conv_out)]
+    layers += [] if clamp is None else [Plain(clamp)]
     yield [*layers, Plain(Patches(patch, back=True))] if patch > 1 else layers
 
 
@@ -253,11 +275,3 @@ def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
     last.bias = nn.Parameter((bias - shift) * scale)
     first.bias = nn.Parameter(first.bias + first.weight.flatten(1) @ shift)
     first.weight = nn.Parameter(first.weight / scale.view(1, -1, 1, 1, 1))
-
-
-def _fold_gray(first: Any, last: Any, patch: int) -> None:
-    """Fold gray into the weights of channels in which the pixels of a patch vary fastest."""
-    inside = first.weight.unflatten(1, (-1, patch * patch))
-    first.weight = nn.Parameter(inside.sum(1))
-    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, patch * patch)).mean(0))
-    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, patch * patch)).mean(0))

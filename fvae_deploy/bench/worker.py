@@ -176,7 +176,7 @@ def _peer(
     """Return a function that passes x through a peer, and the memory before it was loaded."""
     from fvae_deploy.export.peer import peer_window
 
-    baseline = current_rss()
+    baseline, intensity = current_rss(), manifest.intensity
     run = peer_window(
         Path(job["weights"]),
         job["engine"],
@@ -185,6 +185,7 @@ def _peer(
         job["precision"],
         job["device"],
         gray=manifest.geometry.channels == 1,
+        limits=(intensity.model_min, intensity.model_max) if manifest.averaging.clamped else None,
     )
     return run, baseline
 

@@ -36,8 +36,9 @@ Channels = Annotated[
     str,
     choice(
         "--channels",
-        names=lambda: ("gray", "rgb"),
-        help="gray folds the network's three channels into one; rgb keeps them.",
+        names=lambda: ("published", "gray", "rgb"),
+        help="published clamps the network's decoded channels, then averages them, as its scripts "
+        "do; gray averages them first, which is less exact; rgb keeps them.",
     ),
 ]
 
@@ -72,7 +73,7 @@ def export(
         str | None,
         typer.Option("--name", help="Name of the bundle. [default: the name of the weights]"),
     ] = None,
-    channels: Channels = "gray",
+    channels: Channels = "published",
     opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Weights file.", rich_help_panel=FOREIGN)
@@ -103,7 +104,7 @@ def export(
     from fvae_deploy.storage.folders import new_folder
 
     if is_generator(Path(model)):
-        given = {"--channels": channels != "gray", "--weights": weights is not None}
+        given = {"--channels": channels != "published", "--weights": weights is not None}
         given |= {"--window": window != 65, "--range": value_range != "-1,1"}
         _check_absent(given, f"a generator, {model}")
     else:

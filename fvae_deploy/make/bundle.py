@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 from fvae_deploy.bench.run import DIRECTIONS
 from fvae_deploy.bench.worker import in_process
 from fvae_deploy.engines.base import Engine, missing, open_engine, precisions
-from fvae_deploy.errors import BundleError, EngineError
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.averaging import measured
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.check import noise_parity, parity
+from fvae_deploy.export.draft import LoadedModel
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.generators import load_generator
 from fvae_deploy.export.manifest import Manifest, Memory, Parity
+from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
 from fvae_deploy.version import __version__
@@ -31,21 +34,22 @@ def make_bundle(
     folder: Path,
     *,
     name: str | None = None,
-    channels: str = "gray",
+    channels: str = "published",
     foreign: Foreign | None = None,
     opset: int = 18,
     progress: Progress = lambda message: None,
 ) -> Manifest:
     """Export a VAE to a new bundle and measure it in every engine that runs on this machine.
 
-    `model` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX operator set.
-    The folder appears when everything is measured. Raises BundleError for weights or a folder that
+    `model`, `channels` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX
+    operator set. For `gray`, the export also measures what averaging first costs. The folder
+    appears when everything is measured. Raises BundleError for weights or a folder that
     do not fit.
     """
-    if channels not in ("gray", "rgb"):
-        raise BundleError(f"expected channels gray or rgb, found {channels!r}: correct --channels")
     progress("loading weights")
-    loaded = load(str(model), gray=channels == "gray", foreign=foreign, progress=progress)
+    loaded = load(str(model), channels=channels, foreign=foreign, progress=progress)
+    if channels == "gray" and not loaded.model.foreign:
+        loaded = _with_averaging_error(loaded, str(model), progress)
     options = ExportOptions(
         opset, progress, lambda where, manifest: measure_bundle(where, manifest, progress)
     )
@@ -99,6 +103,23 @@ def measure_generator(
         progress=progress,
     )
     return dataclasses.replace(manifest, parity=tuple(row for _, _, row in rows))
+
+
+def _with_averaging_error(loaded: LoadedModel, text: str, progress: Progress) -> LoadedModel:
+    """Measure and report what gray weights change, unless the network has a single channel."""
+    clamped = load(text).model
+    if not clamped.averaging.clamped:
+        return loaded
+    progress("measuring what it changes to average the channels first")
+    heavy = any(part.heavy for part in parts_of(clamped))
+    model = measured(loaded.model, clamped, *(((5, 6), 1) if heavy else ((9, 12), 2)))
+    mean, most = model.averaging.hu_mean, model.averaging.hu_max
+    progress(
+        f"gray averages the channels before they are clamped: {mean:.2g} HU in the mean and "
+        f"{most:.3g} HU at most from the published order, on a clip of which most voxels are at "
+        "either end of the HU window; --channels published has no such error"
+    )
+    return dataclasses.replace(loaded, model=model)
 
 
 def measure_bundle(

@@ -127,6 +127,8 @@ class Journal:
                 file.write(check.to_bytes(4, "little"))
             path.with_suffix(".new").rename(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.with_suffix(".new").unlink()
             raise OutputError(
                 f"expected to write {path}, found: {error.strerror or error}: check that the disk "
                 "is not full, then continue with --resume"

@@ -73,7 +73,9 @@ def exported(request: Any, weights: Path, tmp_path_factory: pytest.TempPathFacto
     from fvae_deploy.export.sources import load
     from fvae_deploy.export.to_onnx import export_bundle
 
-    loaded = load(str(weights / "small.ckpt"), gray=request.param == "gray")
+    loaded = load(
+        str(weights / "small.ckpt"), channels="published" if request.param == "gray" else "rgb"
+    )
     folder = tmp_path_factory.mktemp("bundles") / str(request.param)
     export_bundle(loaded, folder, version="0.1.0")
     return folder

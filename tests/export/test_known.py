@@ -13,14 +13,27 @@ from fvae_deploy.export.known import KNOWN, KnownModel, known
 
 ROOT = Path(__file__).parents[2]
 PAPER = ["wan2.1", "wan2.2", "leanvae4", "leanvae16", "cv-vae", "iv-vae", "videovae+", "wf-vae"]
-FIELD = ["sd-vae", "sdxl-vae", "sd3-vae", "flux-vae", "taesd"]
-FAMILIES = {"wan", "lean_vae", "kl", "tiny", "own code"}
+FIELD = [
+    "qwen-image-vae",
+    "ltx-video-vae",
+    "ltx2-vae",
+    "sd-vae",
+    "sdxl-vae",
+    "sd3-vae",
+    "flux-vae",
+    "taesd",
+    "taesdxl",
+    "taesd3",
+    "taef1",
+    "taef2",
+]
+FAMILIES = {"wan", "ltx", "lean_vae", "kl", "tiny", "tae", "own code"}
 
 every_model = pytest.mark.parametrize("model", KNOWN, ids=lambda model: model.name)
 
 
 def test_every_model_is_listed_once() -> None:
-    assert [model.name for model in KNOWN] == [*PAPER, *FIELD]
+    assert sorted(model.name for model in KNOWN) == sorted([*PAPER, *FIELD])
     for model in KNOWN:
         assert known(model.name) is model
     assert known("no such model") is None
@@ -36,7 +49,7 @@ def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
     if model.hub:
         assert is_hub_id(model.hub)
         assert parse(model.hub).id == model.hub
-        assert parse(model.hub).is_file == (model.family == "lean_vae")
+        assert parse(model.hub).is_file == (model.family in ("lean_vae", "tae"))
     else:
         assert model.family == "own code"
         assert "weights at " in model.note or "weights linked from " in model.note
@@ -45,9 +58,10 @@ def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
 @every_model
 def test_fields_have_plausible_values(model: KnownModel) -> None:
     assert model.family in FAMILIES
-    assert model.temporal == (4 if model.window else 1)
-    assert model.spatial in (8, 16)
-    assert model.latent_channels in (4, 16, 48)
+    strides = {"wan": 4, "ltx": 8}
+    assert model.temporal == strides.get(model.family, 4 if model.window else 1)
+    assert model.spatial in (8, 16, 32)
+    assert model.latent_channels in (4, 16, 32, 48, 128)
     assert model.model_range == ((-0.5, 0.5) if model.family == "lean_vae" else (-1.0, 1.0))
     assert model.window % model.temporal in (0, 1)
     for text in (model.licence, model.note):

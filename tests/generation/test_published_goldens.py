@@ -152,7 +152,7 @@ def bundles(tmp_path_factory) -> tuple[Path, Path]:
     manifest = GeneratorManifest.load(generator)
     assert manifest.as_published == ("stretch", "text")
     dataclasses.replace(manifest, plane=(64, 64)).save(generator)
-    export_bundle(load(str(GOLDEN / "leanvae_a.ckpt"), gray=False), vae, version="0")
+    export_bundle(load(str(GOLDEN / "leanvae_a.ckpt"), channels="rgb"), vae, version="0")
     return generator, vae
 
 
