@@ -48,15 +48,34 @@ class Scan:
 
 
 def is_batch(source: Path, output: Path) -> bool:
-    """Return whether the input is a list or folder of scans, and the output a folder.
+    """Return whether the input is a list or folder of scans, and the output names a folder.
 
-    An input or output with the file extension of a volume is a single one, and so is a Zarr store.
+    A file is one input, whatever its name, and so is a Zarr store.
     """
     if source.suffix in LISTS:
         return True
-    names = (source.name.lower(), output.name.lower())
-    single = names[0].endswith((*FILES, *VOLUMES)) or names[1].endswith(VOLUMES)
-    return source.is_dir() and not single and not is_zarr(source)
+    named = output.name.lower().endswith(VOLUMES)
+    return source.is_dir() and not is_zarr(source) and not named
+
+
+def only_scan(verb: str, source: Path, output: Path) -> Path:
+    """Return the one input in a folder whose output names a volume; a file is returned as it is.
+
+    DICOM readers find the series of a folder themselves. Raises UsageError if the folder holds
+    several files or stores.
+    """
+    if not source.is_dir() or is_zarr(source):
+        return source
+    outputs = Path(os.path.realpath(output))
+    found = sorted((_latents if verb == "decode" else _volumes)(source, outputs))
+    if not found or any(path.is_dir() and not is_zarr(path) for path in found):
+        return source
+    if len(found) > 1:
+        raise UsageError(
+            f"expected one input for {output.name}, found {len(found)} in {source}, first "
+            f"{found[0]}: choose one of them, or give a folder as --output for all"
+        )
+    return found[0]
 
 
 def find_scans(verb: str, source: Path, output: Path, extension: str) -> list[Scan]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvae_deploy.batch.scans import VOLUMES, is_batch, search
+from fvae_deploy.batch.scans import VOLUMES, is_batch, only_scan, search
 from fvae_deploy.batch.untaken import check_all_taken, shown
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.errors import FvaeError, UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fvae_deploy.batch.run import ScanResult
     from fvae_deploy.batch.scans import Scan
 
-__all__ = ["is_batch", "run_batch"]
+__all__ = ["is_batch", "only_scan", "run_batch"]
 
 
 def run_batch(

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fvae_deploy.cli import data, deploy, kernels, networks, serve
-from fvae_deploy.cli.batch import is_batch, run_batch
+from fvae_deploy.cli.batch import is_batch, only_scan, run_batch
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.cli.options import (
@@ -135,6 +135,7 @@ def decode(
     from fvae_deploy import api
     from fvae_deploy.storage.latents import LatentReader
 
+    latents = only_scan("decode", latents, output)
     if dry_run:
         terminal.finish(api.dry_run("decode", latents, output, options), report)
         return
@@ -202,7 +203,7 @@ def _run_one(
     from fvae_deploy import api
     from fvae_deploy.volume.open import open_volume
 
-    with local_copies(ct, output, push=not dry_run) as (source, target):
+    with local_copies(only_scan(verb, ct, output), output, push=not dry_run) as (source, target):
         if dry_run:
             result = api.dry_run(verb, source, target, options)
         else:

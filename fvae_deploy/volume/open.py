@@ -30,7 +30,7 @@ def open_volume(path: Path | str, options: ReadOptions | None = None, **keywords
     path, options = Path(path), dataclasses.replace(options or ReadOptions(), **keywords)
     if not os.path.exists(path):  # unlike Path.exists, also False for a name that is too long
         raise VolumeError(f"expected a volume at {path}, found nothing: check the path")
-    name = path.name.lower()
+    name = "" if path.is_dir() else path.name.lower()  # of folders, the contents decide
     if name.endswith(NIFTI):
         from fvae_deploy.volume.nifti import NiftiReader
 

@@ -394,3 +394,32 @@ def is_worker(folder):
         return (Path(folder) / "cmdline").read_bytes().startswith(b"ray::Worker.run")
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("name", ["scans", "cohort.dcm", "cohort.nii", "cohort.zarr"])
+def test_what_a_folder_holds_decides_and_not_its_name(fake_bundle, write_ct, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    fake = ["-m", fake_bundle, "-e", "fake"]
+    write_ct(folder / "a.nii.gz", (16, 24, 5))
+    one = command("reconstruct", folder, "-o", tmp_path / "one.nii", *fake)
+    assert one.returncode == (0 if name != "cohort.zarr" else 3), one.stderr
+    if name == "cohort.zarr":  # a name that promises a store; what is there is none
+        assert "expected a Zarr store" in one.stderr
+        return
+    write_ct(folder / "b.nii.gz", (16, 24, 5))
+    two = command("reconstruct", folder, "-o", tmp_path / "two.nii", *fake)
+    assert two.returncode == 2
+    assert "found 2 in" in two.stderr
+    both = command("reconstruct", folder, "-o", tmp_path / "both", *fake)
+    assert both.returncode == 0, both.stderr
+    assert {p.name for p in (tmp_path / "both").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+
+
+def test_a_dicom_folder_of_any_name_and_its_directory_are_one_scan(fake_bundle, tmp_path):
+    series = tmp_path / "study.nii"
+    write_series(series, (16, 24, 5))
+    fake = ["-m", fake_bundle, "-e", "fake"]
+    for number, source in enumerate((series, tmp_path)):
+        found = command("reconstruct", source, "-o", tmp_path / f"r{number}.mha", *fake)
+        assert found.returncode == 0, found.stderr

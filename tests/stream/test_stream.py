@@ -403,7 +403,7 @@ def test_latents_removed_while_encoding_are_missed(fake_codec, write_ct, tmp_pat
             shutil.rmtree(tmp_path / "z.zarr.partial", ignore_errors=True)
 
     # Found at the next write or at the end, whichever comes first.
-    with pytest.raises(LatentError, match=r"frame 0 missing|No such file"):
+    with pytest.raises(VolumeError, match=r"frame 0 missing|No such file"):
         encode(fake_codec, tmp_path / "ct.nii", tmp_path / "z.zarr", progress=progress)
     assert not (tmp_path / "z.zarr").exists()
 
