@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -269,3 +270,14 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
         check=True,
     )
     assert run.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+def test_every_test_that_a_page_names_exists():
+    named = {
+        name
+        for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
+        for name in re.findall(r"`(tests/[\w/*.]+\.py)`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    missing = [name for name in sorted(named) if not list(ROOT.glob(name))]
+    assert missing == []
