@@ -247,6 +247,11 @@ REMEDIES = {
         f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --slices 4:6",
     ),
     "Ray for one scan": Remedy("leave --ray out", f"{CT} --ray local:1", CT),
+    "one output for several files": Remedy(
+        "give a folder as --output for all",
+        f"reconstruct {{f}}/corrected -o {{f}}/new.nii {F}",
+        f"reconstruct {{f}}/corrected -o {{f}}/outs {F}",
+    ),
     "slices of a batch": Remedy(
         "leave --slices out",
         f"decode {{f}}/latents -o {{f}}/outs {F} --slices 1:3",

@@ -125,7 +125,7 @@ def test_a_value_that_is_not_finite_is_refused_by_its_slice(tmp_path, bad):
 
 def test_a_path_that_is_no_volume_is_refused(tmp_path):
     (tmp_path / "folder.nii").mkdir()
-    assert "found no file" in refusal(tmp_path / "folder.nii")
+    assert "expected a folder of DICOM slices" in refusal(tmp_path / "folder.nii")
     assert "found nothing" in refusal(tmp_path / "absent.nii")
     (tmp_path / "a.gipl").write_bytes(b"x")
     with pytest.raises(VolumeError, match=r"found a\.gipl: convert it"):
