@@ -472,3 +472,32 @@ class TestCommands:
             "assert 'SimpleITK' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_a_metaimage_read_by_the_words_of_its_header(tmp_path, dtype):
+    """MetaIO, the library within SimpleITK, has no second implementation: numpy reads it here."""
+    rng = np.random.default_rng(3)
+    axes, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes * (0.7, 1.3, 2.5), (-31.25, 12.5, 400)
+    frames = rng.integers(-1000, 1000, (7, 5, 6)).astype(dtype)  # [t, x, y]
+    with create_volume(tmp_path / "a.mha", Geometry((5, 6, 7), affine), dtype) as writer:
+        writer.write(frames)
+    head, _, voxels = (tmp_path / "a.mha").read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    words = dict(line.split(" = ", 1) for line in head.decode().splitlines())
+
+    def numbers(key):
+        return np.array(words[key].split(), float)
+
+    assert words["ElementType"] == {"int16": "MET_SHORT", "float32": "MET_FLOAT"}[dtype]
+    assert (words["BinaryDataByteOrderMSB"], words.get("CompressedData", "False")) == 2 * ("False",)
+    assert numbers("DimSize").tolist() == [5, 6, 7]
+    stored = np.frombuffer(voxels, np.dtype(dtype).newbyteorder("<")).reshape(7, 6, 5)
+    assert np.array_equal(stored.transpose(0, 2, 1), frames)
+    for corner in np.ndindex(2, 2, 2):
+        index = np.array(corner) * (4, 5, 6)
+        place = numbers("Offset") + (index * numbers("ElementSpacing")) @ numbers(
+            "TransformMatrix"
+        ).reshape(3, 3)
+        np.testing.assert_allclose(place * (-1, -1, 1), (affine @ [*index, 1])[:3], atol=1e-9)
