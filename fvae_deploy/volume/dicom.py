@@ -24,7 +24,7 @@ from fvae_deploy.volume.base import Geometry, HuFrames, slab_ranges
 from fvae_deploy.volume.dicom_archive import is_archive, unpack
 from fvae_deploy.volume.dicom_grid import affine_of, check_consistent, check_numbers, in_order
 from fvae_deploy.volume.dicom_header import DamagedError, Image, one_line, read_images
-from fvae_deploy.volume.dicom_scan import Scan, Unreadable, holds_dicom, scan
+from fvae_deploy.volume.dicom_scan import DAMAGED_DIRECTORY, Scan, Unreadable, holds_dicom, scan
 from fvae_deploy.volume.dicom_series import Series, choose, find_series, numbering_remarks
 from fvae_deploy.volume.dicom_slice import AIR, Slice, check_decoder, check_units
 from fvae_deploy.volume.options import ReadOptions
@@ -237,7 +237,7 @@ def _check_image(image: Image) -> None:
 
 
 def _counted(found: Scan) -> list[str]:
-    plural = {"DICOMDIR": "DICOMDIR files"}
+    plural = {kind: f"{kind} files" for kind in ("DICOMDIR", DAMAGED_DIRECTORY)}
     return [
         f"{count} {kind if count == 1 else _plural(kind, plural)}"
         for kind, count in sorted(found.passed.items())
@@ -254,7 +254,12 @@ def _plural(kind: str, known: dict[str, str]) -> str:
 
 def _passed_over(found: Scan) -> tuple[str, ...]:
     counted = _counted(found)
-    return (f"Passed over: {', '.join(counted)}.",) if counted else ()
+    remarks: tuple[str, ...] = ()
+    if counted:
+        remarks = (f"Passed over: {', '.join(counted)}.",)
+    if found.passed[DAMAGED_DIRECTORY]:
+        remarks += ("A DICOMDIR is damaged: nothing tells whether an image it listed is missing.",)
+    return remarks
 
 
 def _left_out(lost: list[Unreadable], how: str) -> tuple[str, ...]:

@@ -175,8 +175,8 @@ class Listed:
     series: str | None
 
 
-def read_directory(path: Path) -> list[Listed]:
-    """Return the images that a DICOMDIR lists; none if it is damaged."""
+def read_directory(path: Path) -> list[Listed] | None:
+    """Return the images that a DICOMDIR lists; None if it is damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -197,8 +197,8 @@ def read_directory(path: Path) -> list[Listed]:
                 for at, one in records.items()
                 if one.DirectoryRecordType == "IMAGE" and one.get("ReferencedFileID")
             ]
-    except Exception:  # as in read_images; the slices are found without it
-        return []
+    except Exception:  # as in read_images; the caller reports it, the slices are found without it
+        return None
 
 
 def _parts(file_id: Any) -> tuple[str, ...]:

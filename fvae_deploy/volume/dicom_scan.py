@@ -19,6 +19,7 @@ from fvae_deploy.volume.dicom_header import (
     HEAD,
     DamagedError,
     Image,
+    Listed,
     image_type,
     is_dicom,
     read_directory,
@@ -47,6 +48,9 @@ class Unreadable:
     path: Path
     reason: str
     series: str | None = None
+
+
+DAMAGED_DIRECTORY = "damaged DICOMDIR"  # as a kind of what is passed over
 
 
 @dataclass
@@ -133,14 +137,21 @@ def scan(folder: Path, wanted: Callable[[Path], bool] = lambda path: True) -> Sc
         else:
             found.passed["file of another kind"] += 1
     for file in found.directories:
-        found.unreadable += _listed_and_gone(file, found.images)
+        entries = read_directory(file)
+        if entries is None:
+            found.passed["DICOMDIR"] -= 1
+            found.passed[DAMAGED_DIRECTORY] += 1
+        else:
+            found.unreadable += _listed_and_gone(file, entries, found.images)
     return found
 
 
-def _listed_and_gone(directory: Path, images: list[Image]) -> Iterator[Unreadable]:
+def _listed_and_gone(
+    directory: Path, entries: list[Listed], images: list[Image]
+) -> Iterator[Unreadable]:
     """Yield the images that a DICOMDIR lists and that are not there, whatever their names."""
     there = {str(image.values.get("SOPInstanceUID")) for image in images}
-    for listed in read_directory(directory):
+    for listed in entries:
         if listed.instance not in there and not _exists(directory.parent, listed.parts):
             path = directory.parent.joinpath(*listed.parts)
             yield Unreadable(path, "a DICOMDIR lists it, and it is not there", listed.series)
@@ -193,7 +204,7 @@ def _read(file: Path, found: Scan) -> bool:
         images = read_images(file)
     except DamagedError as error:
         if file.name.lower().startswith("dicomdir"):
-            found.passed["DICOMDIR"] += 1
+            found.passed[DAMAGED_DIRECTORY] += 1
             return True
         found.unreadable.append(Unreadable(file, str(error), error.series))
     except OSError:

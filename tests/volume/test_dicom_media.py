@@ -344,3 +344,13 @@ def test_a_single_slice_and_other_files_are_told_apart(tmp_path):
     assert "found a.xyz" in refusal(tmp_path / "a.xyz")
     (folder / "1.dcm").write_bytes((folder / "1.dcm").read_bytes()[:-5])
     assert "1.dcm: could not decode" in refusal(folder / "1.dcm")
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_a_damaged_dicomdir_is_told_since_it_can_tell_no_more(disc, tmp_path, kept):
+    whole = (disc / "DICOMDIR").read_bytes()
+    (disc / "DICOMDIR").write_bytes(whole[: int(kept * len(whole))])
+    assert np.array_equal(values(disc), values(tmp_path / "ct"))
+    remarks = " ".join(open_volume(disc).remarks)
+    assert "1 damaged DICOMDIR," in remarks
+    assert "nothing tells whether an image it listed is missing" in remarks
