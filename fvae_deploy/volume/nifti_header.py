@@ -25,7 +25,37 @@ from fvae_deploy.volume.base import Geometry
 
 Affine = NDArray[np.float64]  # [4, 4]
 
-_HEADERS: dict[int, Any] = {348: Nifti1Header, 540: Nifti2Header}  # by size in bytes
+
+class _Nifti2Header(Nifti2Header):
+    """A header whose quaternion may be as long as the rounding of any writer makes it.
+
+    Half a turn leaves no room for rounding, and nibabel allows NIfTI-2 less than the numbers that
+    it writes need, far less than a quaternion taken over from NIfTI-1 does.
+    """
+
+    def get_qform_quaternion(self) -> Any:
+        """Return the unit quaternion, [4] with the real part first; ValueError if it is none."""
+        header: Any = self
+        read: Any = Nifti2Header.get_qform_quaternion
+        try:
+            return read(header)
+        except ValueError:
+            header = header.copy()
+            _shorten_quaternion(header)
+            return read(header)
+
+
+def _shorten_quaternion(header: Any) -> None:
+    """Give the stored quaternion a length of 1 where rounding has made it a little longer."""
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    vector = np.array([header[name] for name in names], np.longdouble)
+    square = vector @ vector
+    if 1 < square < 1 + Nifti1Header.quaternion_threshold:
+        for name, value in zip(names, vector / np.sqrt(square), strict=True):
+            header[name] = value
+
+
+_HEADERS: dict[int, Any] = {348: Nifti1Header, 540: _Nifti2Header}  # by size in bytes
 _SINGLE = {348: b"n+1\0", 540: b"n+2\0\r\n\x1a\n"}  # magic if header and voxels are in one file
 _PAIR = {348: b"ni1\0", 540: b"ni2\0\r\n\x1a\n"}
 _REAL = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
@@ -166,6 +196,7 @@ def _set_qform(header: Any, affine: Affine, code: int, shape: tuple[int, int, in
     readers follow the sform, instead of placing the volume beside it.
     """
     header.set_qform(affine, code=code)
+    _shorten_quaternion(header)
     held = distance(header.get_qform(), affine, shape) <= _tolerance(header, affine, shape)
     if not held:
         header["qform_code"] = 0

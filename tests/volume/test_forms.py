@@ -88,6 +88,14 @@ def rotations(draw):
     return matrix
 
 
+def half_turn(axis):
+    """Return the affine (RAS) of 1 mm voxels turned by 180 degrees about an axis of any length."""
+    axis = np.asarray(axis) / np.linalg.norm(axis)
+    affine = np.eye(4)
+    affine[:3, :3] = 2 * np.outer(axis, axis) - np.eye(3)
+    return affine
+
+
 @st.composite
 def affines(draw, sheared=None, scale=1.0):
     """Draw an oblique, anisotropic affine, mirrored or not, sheared or not."""
@@ -300,6 +308,29 @@ class TestNewHeaders:
         save_sparse(path, made)
         itk = itk_affine(path)
         assert itk is None or apart(itk, affine, shape) < 1e-1 * shape[0] / 4e4 + 4e-3
+
+    @settings(max_examples=400)
+    @given(st.tuples(*[NUMBERS] * 3), st.sampled_from([SHAPE, (40000, 3, 4)]))
+    def test_half_a_turn_is_a_quaternion_that_nibabel_reads(self, axis, shape):
+        assume(np.linalg.norm(axis) > 0.1)
+        affine = half_turn(axis)
+        block = header_for(Geometry(shape, affine), np.dtype(np.int16), "a.nii").binaryblock
+        made = next(h(block) for h in HEADERS if h.sizeof_hdr == len(block))
+        assert apart(made.get_sform(), affine, shape) < 1e-2
+        assert apart(made.get_qform(), affine, shape) < 1e-2 or not made["qform_code"]
+
+    @given(st.tuples(*[NUMBERS] * 3), st.sampled_from("<>"))
+    def test_half_a_turn_from_nifti_1_is_read_in_nifti_2(self, axis, order):
+        assume(np.linalg.norm(axis) > 0.1)
+        affine = half_turn(axis)
+        header = nibabel.Nifti2Header(endianness=order)
+        header.set_data_dtype(np.int16)
+        header.set_data_shape((5, 6, 7))
+        header.set_qform(affine, code=1)
+        for part in ("quatern_b", "quatern_c", "quatern_d"):
+            header[part] = np.float32(header[part])
+        header["vox_offset"] = header.sizeof_hdr + 4
+        assert apart(geometry_of(header).affine, affine, (5, 6, 7)) < 1e-2
 
     @given(affines(sheared=True))
     def test_a_sheared_grid_has_no_qform(self, affine):
