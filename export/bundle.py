@@ -99,6 +99,7 @@ class Part:
     context: int  # reach back in time, in latent frames
     mac_per_cell: int  # multiply-adds per cell of this part and latent frame
     whole: str = ""  # the reason why it needs the whole plane
+    maps: bool = False  # all inputs and outputs are data of one step: there is no state
 
     @property
     def stage(self) -> str:
@@ -113,12 +114,12 @@ class Part:
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs that carry state."""
-        return self.inputs[1:]
+        return () if self.maps else self.inputs[1:]
 
     @property
     def state_outputs(self) -> tuple[TensorSpec, ...]:
         """Outputs that carry state, in the order of the step part's `state_inputs`."""
-        return self.outputs[1:]
+        return () if self.maps else self.outputs[1:]
 
 
 @dataclass(frozen=True)
