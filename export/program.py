@@ -53,6 +53,7 @@ class Segment:
     cell_bytes: int
     plane_bytes: int
     pair_bytes: int
+    pair_mac: int = 0  # multiply-adds for a pair
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,26 @@ class Program:
     maps: tuple[TensorSpec, ...]  # in latent cells, the axes as they are stored
     segments: tuple[Segment, ...]
     passes: tuple[Pass, ...]
+    weight_bytes: int  # of all segments together
 
     def map(self, name: str) -> TensorSpec | None:
         """Return a map's spec; None if it is none, but only goes through passes, or is small."""
         return next((spec for spec in self.maps if spec.name == name), None)
+
+    def sound(self) -> bool:
+        """Return whether every map and pass exists when it is read, and the result is written."""
+        there = {self.data}
+        for segment in self.segments:
+            there |= {p.name for p in self.passes if {p.source, p.other or p.source} <= there}
+            if not there.issuperset(segment.inputs):
+                return False
+            if (len(segment.inputs), len(segment.outputs)) != (
+                len(segment.part.inputs),
+                len(segment.part.outputs),
+            ):
+                return False
+            there |= set(segment.outputs)
+        return self.result in there and all(p.kind in KINDS for p in self.passes)
 
     @property
     def whole(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
 from fvae_deploy.export.cut import local, passes, views  # noqa: F401  (they register their rules)
 from fvae_deploy.export.cut.axes import layout
 from fvae_deploy.export.cut.emit import Emitter, costs_of, part_of, scale_of, spec
@@ -24,6 +24,21 @@ class Cut:
 
     program: Program
     modules: Mapping[str, nn.Module]
+
+
+def cut_part(network: nn.Module, part: Part) -> Cut:
+    """Cut the stage that a part runs without state, for one slice or one window at a time."""
+    data = part.inputs[0]
+    shape: list[Dimension] = []
+    for dimension in data.shape:
+        factor, _, symbol = str(dimension).rpartition("*")
+        size = int(factor or 1) * (part.scale if symbol in ("h", "w") else 1)
+        if symbol == "k":
+            dimension = size
+        elif symbol in ("h", "w"):
+            dimension = f"{size}*{symbol}" if size > 1 else symbol
+        shape.append(dimension)
+    return cut_stage(network, part.stage, TensorSpec(data.name, tuple(shape)))
 
 
 def cut_stage(network: nn.Module, stage: str, data: TensorSpec) -> Cut:
@@ -51,13 +66,23 @@ def _program(stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str
     last = {_stored(op): i for i, phase in enumerate(phases) for op in phase.inputs}
     segments = []
     for i, phase in enumerate(phases):
-        scale = scale_of(phase)
         done = (op.name for op in maps if last.get(op.name) == i and op.name != result)
-        _, cell, plane, pair = costs_of(phase, scale)
+        costs = costs_of(phase, scale_of(phase))
         names = tuple(_input_name(op) for op in phase.inputs)
         outputs = tuple(op.name for op in phase.outputs)
         part = part_of(phase, f"{stage}-{i}")
-        segments.append(Segment(part, names, outputs, tuple(done), cell, plane, pair))
+        segments.append(
+            Segment(
+                part,
+                names,
+                outputs,
+                tuple(done),
+                cell_bytes=costs.cell_bytes,
+                plane_bytes=costs.plane_bytes,
+                pair_bytes=costs.pair_bytes,
+                pair_mac=costs.pair_mac,
+            )
+        )
     return Program(
         stage=stage,
         data=source.name,
@@ -65,6 +90,9 @@ def _program(stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str
         maps=tuple(spec(op.name, layout(op.axes[0])) for op in maps),
         segments=tuple(segments),
         passes=tuple(_pass(op) for op in used.values() if op.target == "reduce"),
+        weight_bytes=sum(
+            op.value.nbytes for phase in phases for op in phase.ops if op.value is not None
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -202,22 +203,41 @@ def halo_of(phase: Phase, scale: int) -> int:
     return max(math.ceil(reach[op.name] * scale) for op in phase.outputs)
 
 
-def costs_of(phase: Phase, scale: int) -> tuple[int, int, int, int]:
-    """Return multiply-adds and bytes per cell, bytes per cell of the plane, and per pair."""
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-adds and bytes for a cell of a tile, for one of the whole plane, and for a pair."""
+
+    cell_mac: int
+    pair_mac: int
+    cell_bytes: int
+    plane_bytes: int
+    pair_bytes: int
+
+
+def costs_of(phase: Phase, scale: int) -> Costs:
+    """Return what a phase costs, from its shapes at the first of the sizes."""
     h, w = SIZES[0]
     cells, plane = h * w * scale**2, h * w
-    work = live = most = pairs = wholes = 0
+    work = pair_work = live = most = pairs = wholes = 0
+    seeing: set[str] = set()
     last = {n: i for i, op in enumerate(phase.ops) for n in op.inputs}
     last |= {op.name: len(phase.ops) for op in phase.outputs}
     ending: dict[int, int] = {}
     for i, op in enumerate([*phase.inputs, *phase.ops]):
         place = i - len(phase.inputs)
-        work += _work(op, phase) if place >= 0 else 0
         elements = math.prod(n for n, _, _ in op.shapes[0]) if op.shapes else 0
         seen = any(atom.kind == "n" for axis in op.axes[0] for atom in axis)
+        if seen:
+            seeing.add(op.name)
+        if place >= 0 and seeing.intersection(op.inputs):
+            pair_work += _work(op, phase)
+        elif place >= 0:
+            work += _work(op, phase)
+        if packet_name(op.target) == "scaled_dot_product_attention" and place >= 0:
+            pairs = max(pairs, 2 * 4 * _scores(op, phase))
         if is_spatial(op) and seen:
             pairs = max(pairs, 2 * elements * 4)
-        elif seen:
+        elif op.target == "gather":
             wholes += 4 * elements
         elif is_spatial(op) and packet_name(op.target) not in VIEWED:
             live += 4 * elements
@@ -225,7 +245,22 @@ def costs_of(phase: Phase, scale: int) -> tuple[int, int, int, int]:
             ending[end] = ending.get(end, 0) + 4 * elements
         most = max(most, live)
         live -= ending.pop(place, 0)
-    return work // cells, -(-most // cells), -(-wholes // plane), -(-pairs // (cells * plane))
+    return Costs(
+        work // cells,
+        pair_work // (cells * plane),
+        -(-most // cells),
+        -(-wholes // plane),
+        -(-pairs // (cells * plane)),
+    )
+
+
+def _scores(op: Op, phase: Phase) -> int:
+    """Return the pairs of tokens that an attention over the plane compares; 0 for another one."""
+    made = {o.name: o for o in (*phase.inputs, *phase.ops)}
+    query, key = (made[ref.name] for ref in op.args[:2])
+    if not any(atom.kind == "n" for axis in key.axes[0] for atom in axis):
+        return 0
+    return math.prod(n for n, _, _ in query.shapes[0][:-1]) * key.shapes[0][-2][0]
 
 
 def _work(op: Op, phase: Phase) -> int:
@@ -259,7 +294,7 @@ def part_of(phase: Phase, name: str) -> Part:
         scale=scale,
         halo=None if phase.whole else halo_of(phase, scale),
         context=0,
-        mac_per_cell=costs_of(phase, scale)[0],
+        mac_per_cell=costs_of(phase, scale).cell_mac,
         whole=phase.whole,
         maps=True,
     )
