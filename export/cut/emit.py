@@ -274,7 +274,7 @@ def _work(op: Op, phase: Phase) -> int:
         if op.args[6]:  # transposed: every element of the input is spread
             return math.prod(shapes[op.args[0].name]) * math.prod(kernel[1:])
         return result * math.prod(kernel[1:])
-    if name in ("mm", "bmm", "addmm", "baddbmm"):
+    if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):
         return result * shapes[op.args[1 if "add" in name else 0].name][-1]
     if name == "scaled_dot_product_attention":
         return 2 * result * shapes[op.args[1].name][-2]

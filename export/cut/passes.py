@@ -298,8 +298,20 @@ def product(state: Lowering, node: Node) -> Op:
     axes = (*left[:-1], right[-1])
     if first and broadcast([state.axes(node.args[0]), axes]) != axes:
         raise NotLocal("it adds a map of other places")
+    matrix = _weight(state, b)
+    if not first and matrix is not None:  # the weight itself, not a copy of another shape
+        return state.make(node.name, aten.matmul.default, (a, matrix), axes)
     args = (*node.args[:first], a, b, *node.args[first + 2 :])
     return state.make(node.name, node.target, args, axes, kwargs=node.kwargs)
+
+
+def _weight(state: Lowering, ref: Ref) -> Ref | None:
+    """Return the matrix of weights that an operand repeats for every item of a batch."""
+    op = state.ops[ref.name]
+    rows = op.axes[0][-2:]
+    while packet_name(op.target) in ("expand", "view", "_unsafe_view"):
+        op = state.ops[op.args[0].name]
+    return Ref(op.name) if op.target == "weight" and op.axes[0] == rows else None
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu")

@@ -269,3 +269,99 @@ def test_a_program_that_reads_what_is_not_there_is_refused(bundle: Path, tmp_pat
         dataclasses.replace(manifest, programs=(broken,)).save(copied)
         with pytest.raises(BundleError, match="segments and passes of maps that are there"):
             Manifest.load(copied, verify=False)
+
+
+WINDOW_VAE = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Causal(nn.Conv3d):
+    def __init__(self, inside, outside, stride=1):
+        super().__init__(inside, outside, 3, (1, stride, stride))
+
+    def forward(self, x):
+        x = F.pad(x, (1, 1, 1, 1, 0, 0))
+        return super().forward(torch.cat([x[:, :, :1], x[:, :, :1], x], 2))
+
+
+class Block(nn.Module):
+    """Norms over the window, attention in every frame."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, c), Causal(c, c)
+        self.frame = nn.GroupNorm(2, c)
+        self.qkv, self.out = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        x = x + self.conv(F.silu(self.norm(x)))
+        b, c, t, h, w = x.shape
+        y = self.frame(x.transpose(1, 2).reshape(b * t, c, h, w))
+        q, k, v = (p.flatten(2).transpose(1, 2)[:, None] for p in self.qkv(y).chunk(3, 1))
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        y = self.out(y.reshape(b * t, c, h, w)).reshape(b, t, c, h, w).transpose(1, 2)
+        return x + y
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(Causal(1, 4, 2), Block(4), nn.Conv3d(4, 2, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv3d(2, 4, 1), Block(4), nn.Upsample(scale_factor=(1, 2, 2)), Causal(4, 1)
+        )
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+
+def load():
+    torch.manual_seed(0)
+    return VAE()
+'''
+
+
+@pytest.fixture(scope="module")
+def window_bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from fvae_deploy.export.models.any_torch import load
+
+    folder = tmp_path_factory.mktemp("window")
+    (folder / "window_vae.py").write_text(WINDOW_VAE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        model, source = load("window_vae:load", window=3)
+        export_bundle(LoadedModel(model, source, "n", "d", "l"), folder / "bundle", version="0")
+        yield folder / "bundle"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_windows_of_foreign_code_run_in_segments(
+    window_bundle: Path, engine: str, direction: str
+) -> None:
+    pytest.importorskip(engine)
+    part, whole, cut = streams(window_bundle, engine, direction, (9, 6))
+    x = np.random.default_rng(0).normal(size=part.inputs[0].sized(1, 9, 6)[1:]).astype(np.float32)
+    expected = whole.run(x, True).copy()
+    for stream in cut:
+        found = stream.run(x, True)
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_export_drops_segments_that_give_another_result(bundle: Path) -> None:
+    from fvae_deploy.make.segments import segments_agree
+
+    manifest = Manifest.load(bundle)
+    program = manifest.programs[1]
+    engine = open_engine(bundle, manifest, "onnxruntime")
+    assert segments_agree(engine, manifest, program)
+    # Means and variances of other groups.
+    passes = tuple(dataclasses.replace(p, kind="max") for p in program.passes)
+    other = dataclasses.replace(program, passes=passes)
+    spoiled = dataclasses.replace(manifest, programs=(manifest.programs[0], other))
+    assert not segments_agree(engine, spoiled, other)
