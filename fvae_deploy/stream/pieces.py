@@ -34,11 +34,13 @@ class Pieces:
     mac: int  # multiply-adds of a run
     moved: int  # bytes written to the file and read from it
     compiling: float  # seconds of every run
+    whole: tuple[str, ...] = ()  # why segments need the whole plane
 
     def describe(self) -> str:
         """Return the way in a few words."""
         waiting = f", {len(self.filed)} maps in a file" * bool(self.filed)
-        return f"in {len(self.rows)} segments of up to {self.strips} strips{waiting}"
+        whole = f", {len(self.whole)} of them whole" * bool(self.whole)
+        return f"in {len(self.rows)} segments{whole} of up to {self.strips} strips{waiting}"
 
 
 def ways(program: Program, plane: tuple[int, int]) -> Iterator[Pieces]:
@@ -90,7 +92,9 @@ def _way(
     else:
         most += program.weight_bytes // len(program.segments) * 2  # of the largest, about
     compiling = 0.0 if keep else COMPILING * len(program.segments)
-    return Pieces(plane, rows, strips, filed, most, keep, kept, mac, moved, compiling)
+    return Pieces(
+        plane, rows, strips, filed, most, keep, kept, mac, moved, compiling, program.whole
+    )
 
 
 def _needed(segment: Segment, rows: int, plane: tuple[int, int]) -> int:

@@ -95,6 +95,7 @@ def plan_report(plan: Plan) -> dict[str, Any]:
                 "strips": pieces.strips,
                 "rows": list(pieces.rows),
                 "maps_in_a_file": sorted(pieces.filed),
+                "whole": list(pieces.whole),
             }
             for stage, pieces in plan.pieces.items()
         },
