@@ -28,7 +28,7 @@ from fvae_deploy.stream.tiles import Grid, fit, smallest
 
 SLABS = 4  # one being produced, two waiting, one in use
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
-SEGMENTED = 1.1  # relative time of a run in segments: passes, copies of strips
+SEGMENTED = 1.7  # relative time of a run in segments: copies of strips, layouts, passes
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
