@@ -18,7 +18,9 @@ from safetensors import safe_open
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.bundle import Bundle
+from fvae_deploy.export.bundle import Bundle, Part
+from fvae_deploy.export.cut.cutter import cut_part
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import ON_KERNELS, fill, on_kernels, rebuild
 from fvae_deploy.kernels.dispatch import Kernels
 from fvae_deploy.kernels.optional import FAILURES
@@ -73,7 +75,8 @@ class EagerEngine:
             # Triton launches on the current GPU, even if the tensors are on another one.
             with torch.cuda.device(self._device) if self._on_gpu else nullcontext():
                 tensors = [self._tensor(inputs[each.name], each.type) for each in spec.inputs]
-                outputs = self._stage(spec.stage)(*tensors)
+                network = self._segment(spec) if spec.maps else self._stage(spec.stage)
+                outputs = network(*tensors)
                 result = outputs[0].to("cpu", torch.float32).contiguous().numpy()
         except FAILURES as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -97,14 +100,35 @@ class EagerEngine:
         if self._on_gpu:
             torch.cuda.empty_cache()
 
+    def _segment(self, part: Part) -> torch.nn.Module:
+        """Return a segment of a stage, which is cut again as at export."""
+        if part.name not in self._stages:
+            name = part.name.rpartition("-")[0]
+            assert isinstance(self._manifest, Manifest)
+            whole = self._manifest.stage_part(name, first=False)
+            cut = cut_part(self._filled(name), whole)
+            if cut.program != self._manifest.program(name):
+                raise EngineError(
+                    f"expected stage {name} to be cut as at export, found other segments with "
+                    f"torch {torch.__version__}: export the bundle again, or use another engine"
+                )
+            for key, module in cut.modules.items():
+                self._stages[key] = module.to(self._device, self._dtype)
+        return self._stages[part.name]
+
+    def _filled(self, name: str) -> torch.nn.Module:
+        """Return a stage with its weights."""
+        stage, prefix = self._empty[name], f"{name}."
+        with safe_open(self._weights, "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            weights = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+        fill(stage, weights, self._manifest)
+        return stage
+
     def _stage(self, name: str) -> torch.nn.Module:
         """Return a stage; load its weights on first use, since a decoder needs no encoder."""
         if name not in self._stages:
-            stage, prefix = self._empty[name], f"{name}."
-            with safe_open(self._weights, "pt") as file:
-                keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-                weights = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
-            fill(stage, weights, self._manifest)
+            stage = self._filled(name)
             stage.to(self._device, self._dtype)
             for weight in stage.parameters():
                 if weight.ndim == 4:

@@ -44,10 +44,12 @@ class _Compiled:
         self.spare: list[list[ov.Tensor]] = []  # consumed states, reused as outputs
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        data, *past = (inputs[spec.name] for spec in self.part.inputs)
+        states = self.part.state_inputs
         tensors = [
-            _data(data, self.part.inputs[0].type),
-            *(_state(value, self.element) for value in past),
+            _state(inputs[spec.name], self.element)
+            if spec in states
+            else _data(inputs[spec.name], spec.type)
+            for spec in self.part.inputs
         ]
         request = self.request = self.request or self.compiled.create_infer_request()
         for spec, tensor in zip(self.part.inputs, tensors, strict=True):
@@ -58,9 +60,9 @@ class _Compiled:
         request.infer()
         if self.part.state_outputs and self.part.state_inputs:
             self.spare.append(tensors[1:])
-        name = self.part.outputs[0].name
+        data = self.part.outputs[: len(self.part.outputs) - len(self.part.state_outputs)]
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
-        return {name: request.get_tensor(name).data, **dict(named)}
+        return {**{o.name: request.get_tensor(o.name).data for o in data}, **dict(named)}
 
     def release(self) -> None:
         """Free intermediate buffers and spare states, and the request, which refers to both."""

@@ -99,6 +99,7 @@ class Part:
     context: int  # reach back in time, in latent frames
     mac_per_cell: int  # multiply-adds per cell of this part and latent frame
     whole: str = ""  # the reason why it needs the whole plane
+    maps: bool = False  # all inputs and outputs are data of one step: there is no state
 
     @property
     def stage(self) -> str:
@@ -108,17 +109,17 @@ class Part:
     @property
     def heavy(self) -> bool:
         """Whether a run costs so much that keeping the part ready between runs saves little."""
-        return self.mac_per_cell * self.scale**2 > HEAVY
+        return self.maps or self.mac_per_cell * self.scale**2 > HEAVY
 
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs that carry state."""
-        return self.inputs[1:]
+        return () if self.maps else self.inputs[1:]
 
     @property
     def state_outputs(self) -> tuple[TensorSpec, ...]:
         """Outputs that carry state, in the order of the step part's `state_inputs`."""
-        return self.outputs[1:]
+        return () if self.maps else self.outputs[1:]
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Bundle:
 
     def part(self, name: str) -> Part:
         """Return the part of that name; raises BundleError when there is none."""
-        for part in self.parts:
+        for part in self.graphs:
             if part.name == name:
                 return part
         names = ", ".join(part.name for part in self.parts)
@@ -168,14 +169,19 @@ class Bundle:
         )
 
     @property
+    def graphs(self) -> tuple[Part, ...]:
+        """All parts that have a graph, those of segments included."""
+        return self.parts
+
+    @property
     def identity(self) -> str:
         """Short hash of the weights file; latents decode only with the identity they came from."""
         return self.files["weights.safetensors"][:16]
 
     def rules(self) -> dict[str, bool]:
         """Return what the fields must satisfy besides their types, and whether they do."""
-        names = {part.file for part in self.parts if part.file}
-        tensors = [t for part in self.parts for t in (*part.inputs, *part.outputs)]
+        names = {part.file for part in self.graphs if part.file}
+        tensors = [t for part in self.graphs for t in (*part.inputs, *part.outputs)]
         return {
             "a plain name": is_plain(self.name),
             "a sha256 of weights.safetensors": "weights.safetensors" in self.files,
@@ -185,9 +191,11 @@ class Bundle:
                 re.fullmatch(SIZE, str(size)) for tensor in tensors for size in tensor.shape
             ),
             f"types among {', '.join(TYPES)}": all(tensor.type in TYPES for tensor in tensors),
-            "an input and an output of every part": all(p.inputs and p.outputs for p in self.parts),
+            "an input and an output of every part": all(
+                p.inputs and p.outputs for p in self.graphs
+            ),
             "halos and contexts of at least 0, scales of at least 1": all(
-                min(p.halo or 0, p.context) >= 0 and p.scale >= 1 for p in self.parts
+                min(p.halo or 0, p.context) >= 0 and p.scale >= 1 for p in self.graphs
             ),
         }
 

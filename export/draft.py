@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from fvae_deploy.export.bundle import SCHEMA, Bundle, Source
+from fvae_deploy.export.cut.stages import cut_whole_stages
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.probe import parts_of
@@ -31,13 +32,15 @@ class LoadedModel:
 class BundleDraft(Generic[Kind]):
     """Everything that a bundle is written from; the manifest still lacks the files' hashes.
 
-    `texts` are further text files by name. `foreign` is `Model.foreign`.
+    `texts` are further text files by name. `foreign` is `Model.foreign`. `segments` are the modules
+    of a VAE's programs by the names of their parts.
     """
 
     manifest: Kind
     stages: Mapping[str, nn.Module]
     texts: Mapping[str, str] = field(default_factory=dict)
     foreign: bool = False
+    segments: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
@@ -46,6 +49,7 @@ def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
     `version` is that of fvae. Raises BundleError if the network cannot be cut into parts.
     """
     model = loaded.model
+    parts, programs, segments = cut_whole_stages(model.stages, parts_of(model))
     manifest = Manifest(
         schema=SCHEMA,
         kind=Manifest.KIND,
@@ -56,11 +60,12 @@ def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
         source=loaded.source,
         network=model.network,
         precision="fp32",
-        parts=parts_of(model),
+        parts=parts,
         files={},
         geometry=model.geometry,
         intensity=model.intensity,
         latent=model.latent,
         averaging=model.averaging,
+        programs=programs,
     )
-    return BundleDraft(manifest, model.stages, foreign=model.foreign)
+    return BundleDraft(manifest, model.stages, foreign=model.foreign, segments=segments)

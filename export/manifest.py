@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.bundle import Bundle, Part
+from fvae_deploy.export.program import Program
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,17 @@ class Manifest(Bundle):
     averaging: Averaging = AVERAGED
     parity: tuple[Parity, ...] = ()
     memory: tuple[Memory, ...] = ()
+    programs: tuple[Program, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[Part, ...]:
+        """All parts that have a graph: those of whole stages, then those of segments."""
+        segments = (segment for program in self.programs for segment in program.segments)
+        return (*self.parts, *(segment.part for segment in segments))
+
+    def program(self, stage: str) -> Program | None:
+        """Return how a stage runs in segments; None if it was not cut."""
+        return next((program for program in self.programs if program.stage == stage), None)
 
     def stages(self, direction: str) -> tuple[str, ...]:
         """Return the stages' names of "encode" or "decode", in the order in which they run."""
@@ -161,6 +173,7 @@ class Manifest(Bundle):
         channels = {len(self.latent.shift), len(self.latent.scale), g.latent_channels}
         window, model = (i.hu_min, i.hu_max), (i.model_min, i.model_max)
         return super().rules() | {
+            "segments and passes of maps that are there": all(p.sound() for p in self.programs),
             "a geometry of at least 1": min(dataclasses.astuple(g)) >= 1,
             "a shift and a scale for every latent channel": len(channels) == 1,
             "finite shifts, and finite scales other than 0": all(self.latent.scale)

@@ -8,16 +8,12 @@ the network.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
-import logging
 import shutil
 import struct
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +21,16 @@ from typing import Any
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
-from onnxscript.rewriter.rules.common import slice_split_rule
 from safetensors.torch import save_file
 from torch import nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import Bundle, Part, TensorSpec, is_plain, sha256
+from fvae_deploy.export.bundle import Bundle, Part, is_plain, sha256
+from fvae_deploy.export.cut.graphs import trace_segments
 from fvae_deploy.export.draft import BundleDraft, Kind, LoadedModel, draft_vae
+from fvae_deploy.export.exporter import dynamic, plain_proto, run_exporter
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.program import Program
 
 WEIGHTS = "weights.safetensors"
 EXAMPLE = {"k": 2, "h": 3, "w": 4, "n": 5}  # sizes for tracing; all of them stay symbolic
@@ -88,9 +86,16 @@ def write_bundle(draft: BundleDraft[Kind], folder: Path, options: ExportOptions 
             proto = trace(draft.stages[part.stage], part, options.opset, draft.foreign)
             _point_into(proto, offsets, f"{part.stage}.")
             onnx.save(proto, str(temporary / part.file))
+        for program in manifest.programs if isinstance(manifest, Manifest) else ():
+            options.progress(f"exporting {len(program.segments)} segments of {program.stage}")
+            try:
+                _write_segments(draft, program, offsets, temporary, options.opset)
+            except BundleError as error:  # the stage still runs whole
+                options.progress(f"{program.stage} only runs whole: {error}")
+                manifest = _without(manifest, program)
         for file, text in draft.texts.items():
             (temporary / file).write_text(text, encoding="utf-8")
-        names = [WEIGHTS, *(part.file for part in manifest.parts), *draft.texts]
+        names = [WEIGHTS, *(part.file for part in manifest.graphs), *draft.texts]
         files = {name: sha256(temporary / name) for name in names}
         manifest = dataclasses.replace(manifest, files=files)
         manifest.save(temporary)
@@ -104,6 +109,27 @@ def write_bundle(draft: BundleDraft[Kind], folder: Path, options: ExportOptions 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
+
+
+def _write_segments(
+    draft: BundleDraft[Kind],
+    program: Program,
+    offsets: Mapping[str, tuple[int, int]],
+    folder: Path,
+    opset: int,
+) -> None:
+    """Write the graphs of a program; raises BundleError, having written none, if one fails."""
+    protos = trace_segments(program, draft.segments, opset)
+    for proto in protos.values():
+        _point_into(proto, offsets, f"{program.stage}.")
+    for file, proto in protos.items():
+        onnx.save(proto, str(folder / file))
+
+
+def _without(manifest: Any, program: Program) -> Any:
+    """Return the manifest of a VAE of which one stage runs whole only."""
+    others = tuple(each for each in manifest.programs if each != program)
+    return dataclasses.replace(manifest, programs=others)
 
 
 def _check_new(folder: Path, name: str) -> None:
@@ -153,43 +179,21 @@ def trace(network: nn.Module, part: Part, opset: int, foreign: bool = False) -> 
     used = {s for s in EXAMPLE if any(spec.factor(s) for spec in part.inputs)}
     least = {"k": 2} if part.name == "denoise" else {}  # its window is reflected at both ends
     symbols = {name: torch.export.Dim(name, min=least.get(name, 1), max=1 << 16) for name in used}
-    dynamic = [_dynamic(spec, symbols) for spec in part.inputs]
-    try:
-        with _quiet(), _without_slice_split_rule():
-            program = torch.onnx.export(
-                network,
-                tuple(example),
-                dynamo=True,
-                opset_version=opset,
-                input_names=[spec.name for spec in part.inputs],
-                output_names=[spec.name for spec in part.outputs],
-                # The signature is (data, *state), so the states' shapes are one tuple.
-                dynamic_shapes=(dynamic[0], tuple(dynamic[1:])) if dynamic[1:] else (dynamic[0],),
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise BundleError(
-            f"expected {part.name} to export to ONNX, found {_reason(error)}; "
-            "change that code, or print the full traceback with --debug"
-        ) from error
-    assert program is not None
+    shapes = [dynamic(spec, symbols) for spec in part.inputs]
+    program = run_exporter(
+        network,
+        tuple(example),
+        part.name,
+        opset=opset,
+        input_names=[spec.name for spec in part.inputs],
+        output_names=[spec.name for spec in part.outputs],
+        # The signature is (data, *state), so the states' shapes are one tuple.
+        dynamic_shapes=(shapes[0], tuple(shapes[1:])) if shapes[1:] else (shapes[0],),
+    )
     if foreign:
         assert program.exported_program is not None
         _check_trace(network, program.exported_program.module(), part)
-    proto: onnx.ModelProto = program.model_proto
-    for element in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        del element.metadata_props[:]  # source paths of the exporting machine
-        element.doc_string = ""
-    return proto
-
-
-def _reason(error: BaseException) -> str:
-    """Return the exporter's message without its advice: the first line, and the code location."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    locations = [line for line in lines[1:] if line.startswith("Caused by")]
-    return f"{type(error).__name__}: {'; '.join([*lines[:1], *locations[:1]])[:300]}"
+    return plain_proto(program)
 
 
 def _check_trace(network: nn.Module, traced: nn.Module, part: Part) -> None:
@@ -213,47 +217,6 @@ def _check_trace(network: nn.Module, traced: nn.Module, part: Part) -> None:
             "only at the traced size: its code branches or loops over height or width; if that "
             "is tiling of its own, switch it off in the factory"
         )
-
-
-def _dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
-    """Return a spec's symbolic sizes, like "8*h", as torch.export's derived dimensions by axis."""
-    dynamic = {}
-    for axis, dimension in enumerate(spec.shape):
-        factor, _, symbol = str(dimension).rpartition("*")
-        if symbol in symbols:
-            dynamic[axis] = int(factor) * symbols[symbol] if factor else symbols[symbol]
-    return dynamic
-
-
-@contextlib.contextmanager
-def _without_slice_split_rule() -> Iterator[None]:
-    """Switch off the optimizer's rule that searches all pairs of nodes for two slices to merge.
-
-    No network here has such a pair. The search took up to half of the export's time, and hours
-    for foreign code that is unrolled over a window.
-    """
-    slice_split_rule.try_rewrite = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del slice_split_rule.try_rewrite
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's output (progress lines, graphs, notes) from the terminal."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _offsets(weights: Path) -> dict[str, tuple[int, int]]:

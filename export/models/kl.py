@@ -3,8 +3,8 @@
     x [1, C, k, H, W]  -- encode -->  z [1, D, k, h, w]  -- decode -->  x
 
 The slices are a batch and do not influence each other. Encoder and decoder are one stage each:
-every group normalisation takes its statistics over the whole slice, so none of their layers can
-run in exact tiles (docs/adr/0009-group-norm.md).
+every group normalisation takes its statistics over the whole slice. Where a slice does not fit,
+they run in segments (docs/adr/0027-graphs-cut-by-themselves.md).
 
 These operations are folded into weights:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
+from fvae_deploy.make.segments import segments_agree
 from fvae_deploy.version import __version__
 
 MEASURED = ("openvino", "onnxruntime", "torch")
@@ -134,7 +136,12 @@ def measure_bundle(
     sides = (8, 16) if heavy else (32, 64)
     reference = open_engine(folder, manifest, "torch")
 
+    wrong: set[str] = set()  # stages whose segments do not give what the whole stage gives
+
     def compare(engine: Engine) -> Parity:
+        if engine.precision == "fp32":
+            agree = functools.partial(segments_agree, engine, manifest)
+            wrong.update(p.stage for p in manifest.programs if not agree(p))
         return parity(reference, engine, manifest, **clip)
 
     for engine, precision, row in _compare_engines(
@@ -146,7 +153,12 @@ def measure_bundle(
         progress(f"memory of {engine} {precision}")
         for direction in DIRECTIONS:
             lines += memory_lines(folder, manifest, engine, precision, direction, sides)
-    return dataclasses.replace(manifest, parity=tuple(errors), memory=tuple(lines))
+    for stage in sorted(wrong):
+        progress(f"{stage} only runs whole: its segments gave another result")
+    programs = tuple(p for p in manifest.programs if p.stage not in wrong)
+    return dataclasses.replace(
+        manifest, parity=tuple(errors), memory=tuple(lines), programs=programs
+    )
 
 
 def _compare_engines(

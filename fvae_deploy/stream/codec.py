@@ -19,6 +19,7 @@ from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream import schedule
+from fvae_deploy.stream.pieces import Pieces
 from fvae_deploy.stream.stages import CausalStream, whole_grids
 from fvae_deploy.stream.tiles import Grid
 
@@ -116,7 +117,7 @@ class Codec(Opened[Manifest]):
     may use it one after the other; two at the same time raise EngineError.
     """
 
-    _settled: tuple[dict[str, Grid], int] | None = None
+    _settled: tuple[dict[str, Grid | Pieces], int] | None = None
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -131,14 +132,14 @@ class Codec(Opened[Manifest]):
         finally:
             self._used.release()
 
-    def settle(self, grids: Mapping[str, Grid], k: int) -> None:
+    def settle(self, grids: Mapping[str, Grid | Pieces], k: int) -> None:
         """Prepare for a volume with these tiles; release what was compiled for other tiles.
 
         A codec that stays open thus takes no more memory than its last volume needs.
         """
         settings = dict(grids), k
         if self._settled not in (None, settings):
-            for part in self.manifest.parts:
+            for part in self.manifest.graphs:
                 self.engine.release(part.name, compiled=True)
         self._settled = settings
 

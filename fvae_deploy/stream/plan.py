@@ -13,18 +13,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from fvae_deploy.errors import PlanError
 from fvae_deploy.export.bundle import Part
 from fvae_deploy.export.manifest import Manifest, Memory
+from fvae_deploy.export.program import Program
 from fvae_deploy.parse import show_bytes
+from fvae_deploy.stream import pieces
 from fvae_deploy.stream.limits import available_bytes
+from fvae_deploy.stream.pieces import Pieces
 from fvae_deploy.stream.tiles import Grid, fit, smallest
 
 SLABS = 4  # one being produced, two waiting, one in use
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
+SEGMENTED = 1.7  # relative time of a run in segments: copies of strips, layouts, passes
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
@@ -41,11 +45,14 @@ class Plan:
     predicted_bytes: int
     budget_bytes: int
     step_seconds: float = 0.0  # of one step, on a nominal machine of 100 GFLOP/s
+    pieces: dict[str, Pieces] = field(default_factory=dict)  # of the stages in segments
 
     def describe(self) -> str:
         """Return the plan in one line of text."""
         parts = [
-            f"{stage} {'whole' if grid.count == 1 else f'{grid.count} tiles'}"
+            f"{stage} {self.pieces[stage].describe()}"
+            if stage in self.pieces
+            else f"{stage} {'whole' if grid.count == 1 else f'{grid.count} tiles'}"
             for stage, grid in self.grids.items()
         ]
         spilled = ", states in a file" * bool(self.spilled)
@@ -63,32 +70,46 @@ def plan(
     memory: int | None = None,
     k: int = 1,
     extents: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({}),
+    segments: bool = False,
 ) -> Plan:
     """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
 
     Without `memory`, the budget is 60 % of the available memory. Stages in `extents` take only
-    tiles of those sizes. Raises PlanError with the least budget that is enough, or if no tile of
-    a stage fits the plane.
+    tiles of those sizes. With `segments`, a stage that was cut may run in segments. Raises
+    PlanError with the least budget that is enough, or if no tile of a stage fits the plane.
     """
     budget = int(0.6 * available_bytes()) if memory is None else memory
     stages = [
-        Stage.of(manifest, stage, plane, k, engine, precision, tuple(extents.get(stage, ())))
+        Stage.of(
+            manifest,
+            stage,
+            plane,
+            k,
+            engine,
+            precision,
+            tuple(extents.get(stage, ())),
+            manifest.program(stage) if segments else None,
+        )
         for direction in directions
         for stage in manifest.stages(direction)
     ]
     needed = LIBRARIES + _slabs(manifest, len(directions), plane, k)
     needed += max(stage.map_bytes * stage.whole.cells for stage in stages)
-    lean, chosen, taken = _choose_options(stages, budget / HEADROOM - needed)
+    lean, chosen, taken = _choose_options(stages, budget / HEADROOM - needed, False)
+    if int((needed + taken) * HEADROOM) > budget:  # the whole is faster, where it fits
+        lean, chosen, taken = _choose_options(stages, budget / HEADROOM - needed, True)
     predicted = int((needed + taken) * HEADROOM)
     if predicted <= budget:
         grids = {stage.name: option.grid for stage, option in zip(stages, chosen, strict=True)}
         spilled = (s.name for s, option in zip(stages, chosen, strict=True) if option.spill)
         seconds = sum(option.seconds for option in chosen)
-        return Plan(k, grids, frozenset(spilled), lean, predicted, budget, seconds)
+        cut = {s.name: o.pieces for s, o in zip(stages, chosen, strict=True) if o.pieces}
+        return Plan(k, grids, frozenset(spilled), lean, predicted, budget, seconds, cut)
     height, width = (n * manifest.geometry.spatial for n in plane)
     totals = [option.kept + option.working for option in chosen]
     worst = stages[totals.index(max(totals))]
-    reason = f" ({worst.name} cannot be tiled: {worst.part.whole})" if worst.part.whole else ""
+    whole = worst.part.whole if worst.program is None else "; ".join(worst.program.whole)
+    reason = f" ({worst.name} cannot be tiled: {whole})" if whole else ""
     raise PlanError(
         f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
         f"{height}x{width} with {engine} {precision}{reason}, found {show_bytes(budget)}: "
@@ -105,11 +126,18 @@ class Option:
     kept: int  # bytes between runs
     working: int  # bytes during a run, which other stages may use afterwards
     seconds: float
+    pieces: Pieces | None = None  # the stage runs in segments
 
 
-def _choose_options(stages: list[Stage], budget: float) -> tuple[bool, list[Option], int]:
+def _choose_options(
+    stages: list[Stage], budget: float, segments: bool
+) -> tuple[bool, list[Option], int]:
     """Choose options; lean mode only if it saves more time than reallocating costs."""
-    lean, ample = (_cheapest([s.options(lean) for s in stages], budget) for lean in (True, False))
+    cut = [stage.in_segments() if segments else [] for stage in stages]
+    lean, ample = (
+        _cheapest([s.options(lean) + ways for s, ways in zip(stages, cut, strict=True)], budget)
+        for lean in (True, False)
+    )
     times = [sum(option.seconds for option in chosen) for chosen, _ in (ample, lean)]
     if ample[1] <= budget and (lean[1] > budget or times[0] <= LEAN * times[1]):
         return False, *ample
@@ -160,6 +188,7 @@ class Stage:
     state_bytes: int  # of one cell, in the precision that it is stored in
     map_bytes: int  # of one cell, input and output
     extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may use; empty: any
+    program: Program | None = None  # how it may run in segments
 
     @classmethod
     def of(
@@ -171,6 +200,7 @@ class Stage:
         engine: str,
         precision: str,
         extents: tuple[tuple[int, int], ...] = (),
+        program: Program | None = None,
     ) -> Stage:
         """Collect the facts from a manifest, for a plane of latent cells."""
         part = manifest.stage_part(name, first=False)
@@ -184,6 +214,7 @@ class Stage:
             // (2 if precision in ("bf16", "fp16") else 1),
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
             extents,
+            None if extents else program,
         )
 
     @property
@@ -253,6 +284,23 @@ class Stage:
                     kept += self.memory.bytes(grid.cells)
             ways.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
         return ways
+
+    def in_segments(self) -> list[Option]:
+        """Return the ways to run the stage in segments, those that others surpass left out."""
+        if self.program is None:
+            return []
+        slices = self.k if self.part.inputs[0].factor("k") else 1
+        plane = (self.plane[0] // self.part.scale, self.plane[1] // self.part.scale)
+        found = []
+        for way in pieces.ways(self.program, plane):
+            seconds = slices * (SEGMENTED * way.mac / MAC_SECOND + way.moved / FILE_SECOND)
+            seconds += slices * way.compiling
+            found.append(Option(self.whole, False, way.kept, way.working, seconds, way))
+        best: list[Option] = []
+        for option in sorted(found, key=lambda o: (o.working, o.seconds)):
+            if not best or option.seconds < best[-1].seconds:
+                best.append(option)
+        return best
 
 
 def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:

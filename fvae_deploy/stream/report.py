@@ -90,6 +90,15 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
         "states_in_a_file": sorted(plan.spilled),
         "lean": plan.lean,
+        "segments": {
+            stage: {
+                "strips": pieces.strips,
+                "rows": list(pieces.rows),
+                "maps_in_a_file": sorted(pieces.filed),
+                "whole": list(pieces.whole),
+            }
+            for stage, pieces in plan.pieces.items()
+        },
         "predicted_bytes": plan.predicted_bytes,
         "budget_bytes": plan.budget_bytes,
     }

@@ -116,6 +116,7 @@ class Run:
             memory=options.memory_bytes,
             k=k,
             extents=_extents(codec, directions),
+            segments=not isinstance(codec.engine, BuiltAhead),
         )
         logger.info("plan: %s", chosen.describe())
         steps = schedule.steps(z, protocol, k, network)
@@ -123,7 +124,7 @@ class Run:
 
     def stream(self, direction: str) -> CausalStream:
         """Open one direction of the codec as a causal stream."""
-        self.codec.settle(self.plan.grids, self.plan.k)
+        self.codec.settle({**self.plan.grids, **self.plan.pieces}, self.plan.k)
         return CausalStream(
             self.codec.engine,
             self.codec.manifest,
@@ -132,12 +133,15 @@ class Run:
             self.plan.spilled,
             self.folder,
             lean=self.plan.lean,
+            pieces=self.plan.pieces,
         )
 
     @property
     def tile(self) -> tuple[int, ...]:
         """Tile extents, stage by stage; other tiles give other rounding errors."""
-        return tuple(n for grid in self.plan.grids.values() for n in grid.extent)
+        tiles = (n for grid in self.plan.grids.values() for n in grid.extent)
+        rows = (n for pieces in self.plan.pieces.values() for n in pieces.rows)
+        return (*tiles, *rows)
 
     def facts(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Return the facts that identify this run, from those of its output (`facts_of`).

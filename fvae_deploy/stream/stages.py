@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream.arrays import FeatureMap
+from fvae_deploy.stream.pieces import Pieces
+from fvae_deploy.stream.segments import SegmentStream
 from fvae_deploy.stream.tiles import Grid
 
 
@@ -154,7 +157,8 @@ class CausalStream:
     """All stages of one direction, fed step by step.
 
     States of the stages in `spilled` are stored in a file in `folder`, not in memory. With `lean`,
-    heavy stages release their working memory after every run, for the next stage to use.
+    heavy stages release their working memory after every run, for the next stage to use. Stages in
+    `pieces` run in segments.
     """
 
     def __init__(
@@ -167,10 +171,13 @@ class CausalStream:
         folder: Path | None = None,
         *,
         lean: bool = False,
+        pieces: Mapping[str, Pieces] = MappingProxyType({}),
     ) -> None:
         self._engine = engine
-        self.stages = {
-            stage: StageStream(
+        self.stages: dict[str, StageStream | SegmentStream] = {
+            stage: SegmentStream(engine, manifest, stage, pieces[stage], folder)
+            if stage in pieces
+            else StageStream(
                 engine,
                 manifest,
                 stage,

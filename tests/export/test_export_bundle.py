@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import SMALL_SCALE  # noqa: E402
 
 from fvae_deploy.errors import BundleError  # noqa: E402
-from fvae_deploy.export import to_onnx  # noqa: E402
+from fvae_deploy.export import exporter, to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import LatentNormalisation, Manifest, Parity  # noqa: E402
@@ -104,7 +104,7 @@ def test_a_part_traced_again_has_the_same_bytes_and_the_requested_opset(
     small_model: LeanVAE, small_bundle: Path, opset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The optimizer rule that is switched off to save time would not change anything.
-    monkeypatch.setattr(to_onnx, "_without_slice_split_rule", contextlib.nullcontext)
+    monkeypatch.setattr(exporter, "_without_slice_split_rule", contextlib.nullcontext)
     model = lean_vae_model(small_model, 1, SMALL_SCALE)
     encode, spec = model.stages["encode"], parts_of(model)[0]
     proto = trace(encode, spec, opset)

@@ -247,7 +247,7 @@ def test_every_engine_equals_diffusers(
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
 def test_a_graph_holds_no_weights_of_its_own(bundles: dict[str, Path], kind: str) -> None:
     paths = list(bundles[kind].glob("*.onnx"))
-    assert {path.name for path in paths} == {p.file for p in Manifest.load(bundles[kind]).parts}
+    assert {path.name for path in paths} == {p.file for p in Manifest.load(bundles[kind]).graphs}
     for path in paths:
         graph = onnx.load(path, load_external_data=False).graph
         own = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]

@@ -1,0 +1,98 @@
+"""Run torch's ONNX exporter: without its output, and with its errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+import torch
+from onnxscript.rewriter.rules.common import slice_split_rule
+from torch import Tensor, nn
+
+from fvae_deploy.errors import BundleError
+from fvae_deploy.export.bundle import TensorSpec
+
+
+def run_exporter(
+    network: nn.Module, example: tuple[Tensor, ...], name: str, *, opset: int, **options: Any
+) -> torch.onnx.ONNXProgram:
+    """Export a network on an example; raises BundleError, with the reason, if that fails.
+
+    `name` is what errors call it; `options` are those of `torch.onnx.export`.
+    """
+    try:
+        with _quiet(), _without_slice_split_rule():
+            program = torch.onnx.export(
+                network, example, dynamo=True, opset_version=opset, verbose=False, **options
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise BundleError(
+            f"expected {name} to export to ONNX, found {_reason(error)}; "
+            "change that code, or print the full traceback with --debug"
+        ) from error
+    assert program is not None
+    return program
+
+
+def plain_proto(program: torch.onnx.ONNXProgram) -> onnx.ModelProto:
+    """Return the graph without source paths of the exporting machine."""
+    proto: onnx.ModelProto = program.model_proto
+    for element in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        del element.metadata_props[:]
+        element.doc_string = ""
+    return proto
+
+
+def dynamic(spec: TensorSpec, symbols: Mapping[str, Any]) -> dict[int, Any]:
+    """Return a spec's symbolic sizes, like "8*h", as torch.export's derived dimensions by axis."""
+    found = {}
+    for axis, dimension in enumerate(spec.shape):
+        factor, _, symbol = str(dimension).rpartition("*")
+        if symbol in symbols:
+            found[axis] = int(factor) * symbols[symbol] if factor else symbols[symbol]
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """Return the exporter's message without its advice: the first line, and the code location."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    locations = [line for line in lines[1:] if line.startswith("Caused by")]
+    return f"{type(error).__name__}: {'; '.join([*lines[:1], *locations[:1]])[:300]}"
+
+
+@contextlib.contextmanager
+def _without_slice_split_rule() -> Iterator[None]:
+    """Switch off the optimizer's rule that searches all pairs of nodes for two slices to merge.
+
+    No network here has such a pair. The search took up to half of the export's time, and hours
+    for foreign code that is unrolled over a window.
+    """
+    slice_split_rule.try_rewrite = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's output (progress lines, graphs, notes) from the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

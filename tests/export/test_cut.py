@@ -1,0 +1,110 @@
+"""A cut stage equals the whole one: random networks of every operation, in tiles of every size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+from cut_layers import FINE, MOVING, PLAIN, WHOLE, Network, Window, apart, cut_of, seeded  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from fvae_deploy.export.cut.cutter import Cut  # noqa: E402
+from fvae_deploy.export.cut.plain import run_plain  # noqa: E402
+
+
+def compare(
+    network: Any, cut: Cut, front: tuple[int, ...], plane: tuple[int, int], tile: int
+) -> None:
+    x = torch.randn(1, *front, *(FINE * n for n in plane), dtype=torch.float64)
+    (expected,) = network(x)
+    found = run_plain(cut, x, tuple(expected.shape), plane, tile)
+    assert apart(found, expected) < 1e-10
+
+
+@given(
+    layers=st.lists(st.sampled_from(list(PLAIN)), min_size=1, max_size=5),
+    residual=st.lists(st.booleans(), min_size=5, max_size=5),
+    down=st.booleans(),
+    plane=st.tuples(*[st.integers(2, 6)] * 2),
+    tile=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_a_cut_stage_equals_the_whole(
+    layers: list[str],
+    residual: list[bool],
+    down: bool,
+    plane: tuple[int, int],
+    tile: int,
+    seed: int,
+) -> None:
+    network = seeded(
+        lambda: Network([PLAIN[name](4) for name in layers], residual[: len(layers)], down), seed
+    )
+    cut = cut_of(network, 1)
+    assert cut.program.whole == ()
+    compare(network, cut, (1,), plane, tile)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_each_layer_is_cut(name: str) -> None:
+    network = seeded(lambda: Network([PLAIN[name](4)], [True], False))
+    cut = cut_of(network, 1)
+    assert cut.program.whole == ()
+    for plane, tile in (((3, 4), 1), ((2, 5), 3), ((1, 1), 1)):
+        compare(network, cut, (1,), plane, tile)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_not_local_keeps_the_plane_and_says_why(name: str) -> None:
+    layers = [PLAIN["convolution"], WHOLE[name], PLAIN["convolution"]]
+    network = seeded(lambda: Network([layer(4) for layer in layers], [False] * 3, False))
+    cut = cut_of(network, 1)
+    assert len(cut.program.whole) == 1
+    assert len(cut.program.segments) == 3
+    compare(network, cut, (1,), (3, 4), 3)
+
+
+@pytest.mark.parametrize("name", ["convolution", "down and up", "pooled, interpolated", "wide"])
+def test_a_halo_that_is_too_narrow_changes_results(name: str) -> None:
+    network = seeded(lambda: Network([PLAIN[name](4)], [False], False))
+    cut = cut_of(network, 1)
+    (segment,) = cut.program.segments
+    assert segment.part.halo
+    narrow = dataclasses.replace(segment.part, halo=segment.part.halo - 1)
+    narrow = dataclasses.replace(segment, part=narrow)
+    program = dataclasses.replace(cut.program, segments=(narrow,))
+    with pytest.raises(AssertionError):
+        compare(network, Cut(program, cut.modules), (1,), (4, 4), 4)
+
+
+@given(
+    layers=st.lists(st.sampled_from(list(MOVING)), min_size=1, max_size=4),
+    residual=st.lists(st.booleans(), min_size=4, max_size=4),
+    plane=st.tuples(*[st.integers(1, 4)] * 2),
+    tile=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_a_cut_window_equals_the_whole(
+    layers: list[str], residual: list[bool], plane: tuple[int, int], tile: int, seed: int
+) -> None:
+    network = seeded(
+        lambda: Window([MOVING[name](4) for name in layers], residual[: len(layers)]), seed
+    )
+    cut = cut_of(network, 1, 4)
+    assert cut.program.whole == ()
+    compare(network, cut, (1, 4), plane, tile)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_each_layer_of_a_window_is_cut(name: str) -> None:
+    network = seeded(lambda: Window([MOVING[name](4)], [True]))
+    cut = cut_of(network, 1, 4)
+    assert cut.program.whole == ()
+    for plane, tile in (((3, 2), 1), ((2, 4), 3), ((1, 1), 1)):
+        compare(network, cut, (1, 4), plane, tile)
