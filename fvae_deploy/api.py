@@ -45,7 +45,7 @@ def encode(
     with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("encode", "dtype", "pyramid")
+    options.check_unused("encode", "dtype", "pyramid", "no_residual")
     if output.suffix != ".zarr":
         raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
     return _run_on_ct("encode", pipeline.encode, ct, output, options, codec, progress)
@@ -67,7 +67,7 @@ def decode(
     the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("decode", "protocol", "step", *INPUT)
+    options.check_unused("decode", "protocol", "step", "max_error", *INPUT)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
     check_output(
@@ -97,6 +97,7 @@ def reconstruct(
     Parameters are those of `encode`.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
+    options.check_unused("reconstruct", "max_error", "no_residual")
     return _run_on_ct("reconstruct", pipeline.reconstruct, ct, output, options, codec, progress)
 
 
@@ -148,7 +149,9 @@ def dry_run(
             check_geometry(output, run.geometry)
         else:
             reader = stack.enter_context(contextlib.closing(_open(source, options)))
-            directions = ("encode",) if verb == "encode" else ("encode", "decode")
+            directions: tuple[str, ...] = ("encode", "decode")
+            if verb == "encode":
+                directions = pipeline.encode_directions(options)
             if verb == "reconstruct":
                 check_geometry(output, reader.geometry)
             run = Run.of(opened, reader.geometry, directions, options, output.parent)

@@ -60,7 +60,7 @@ def _root(
     ctx.ensure_object(Terminal).set_up(quiet, verbose, debug)
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, *OUTPUTS))
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "max_error", *OUTPUTS))
 def encode(
     ct: CT,
     options: RunOptions,
@@ -93,7 +93,11 @@ def encode(
     _run_one("encode", ct, output, options, terminal, ray, report, dry_run)
 
 
-@command(app, "Run", ("model of the store", *ENGINE_OPTIONS, "dtype", "pyramid", *OUTPUTS))
+@command(
+    app,
+    "Run",
+    ("model of the store", *ENGINE_OPTIONS, "dtype", "pyramid", "no_residual", *OUTPUTS),
+)
 def decode(
     latents: Annotated[
         Path,

@@ -258,6 +258,32 @@ COMMON = {
         ],
         False,
     ),
+    "max_error": Common(
+        "max_error",
+        Annotated[
+            float | None,
+            typer.Option(
+                "--max-error",
+                min=0,
+                help="Store residuals too, so that no decoded voxel is further off, in HU; 0 is "
+                "lossless.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        None,
+    ),
+    "no_residual": Common(
+        "no_residual",
+        Annotated[
+            bool,
+            typer.Option(
+                "--no-residual",
+                help="Decode the latents alone, without the bound of --max-error.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        False,
+    ),
     "any_range": Common(
         "any_range",
         Annotated[

@@ -95,7 +95,7 @@ def generate(
     """
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
-    options.check_unused("generate", "protocol", "step", "any_range")
+    options.check_unused("generate", "protocol", "step", "any_range", "max_error", "no_residual")
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.

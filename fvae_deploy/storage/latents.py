@@ -1,5 +1,7 @@
 """The latent store: a Zarr v3 array (D, T, h, w), one checksummed chunk per latent frame.
 
+With a bound on the error of voxels, the residuals are in its folder `residual`.
+
 A store is written as `NAME.partial`, with the attribute `complete` set to false. It is renamed to
 its final name after the last frame, so a store under its final name is always complete, and the
 partial output of an interrupted run can be resumed. The attributes contain everything that
@@ -9,12 +11,10 @@ store do not depend on when or where it was written.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from zarr.errors import NodeTypeValidationError
 
 from fvae_deploy.errors import LatentError, OutputError
 from fvae_deploy.storage.fingerprint import difference
+from fvae_deploy.storage.latent_info import LatentInfo
 from fvae_deploy.storage.lock import Lock, empty
-from fvae_deploy.volume.base import Geometry
+from fvae_deploy.storage.residual import ResidualFiles, SliceResidual, size_of
 from fvae_deploy.volume.publish import (
     LONGEST,
     check_name,
@@ -37,80 +38,7 @@ from fvae_deploy.volume.publish import (
     shortened,
 )
 
-FORMAT = 1
-_OWN = r"zarr\.json|c/0/\d+/0/0"  # files of a store
-
-
-@dataclass(frozen=True)
-class LatentInfo:
-    """The metadata of a store: model, settings of the encoding and geometry of the volume."""
-
-    model: str
-    identity: str
-    engine: str
-    precision: str
-    protocol: str
-    k: int
-    slices: int
-    geometry: Geometry
-    hu_window: tuple[float, float]
-    fvae_version: str
-    tile: tuple[int, ...] = ()  # extents, stage by stage; other tiles round differently
-
-    def to_attributes(self) -> dict[str, Any]:
-        """Convert to JSON values: arrays as lists, the NIfTI header in base64."""
-        attributes = {k: v for k, v in asdict(self).items() if k != "geometry"}
-        header = self.geometry.nifti_header
-        return {
-            "fvae_latents": FORMAT,
-            **attributes,
-            "hu_window": list(self.hu_window),
-            "tile": list(self.tile),
-            "shape": list(self.geometry.shape),
-            "affine": self.geometry.affine.tolist(),
-            "spacing": list(self.geometry.spacing),
-            "orientation": self.geometry.orientation,
-            "nifti_header": base64.b64encode(header).decode() if header else None,
-        }
-
-    @classmethod
-    def from_attributes(cls, attributes: dict[str, Any], path: Path) -> LatentInfo:
-        """Invert `to_attributes`; raises LatentError for another format or damaged values."""
-        if attributes.get("fvae_latents") != FORMAT:
-            raise LatentError(
-                f"expected an fvae latent store (format {FORMAT}) at {path}, found "
-                f"format {attributes.get('fvae_latents')}: create one with fvae encode"
-            )
-        try:
-            text = attributes["nifti_header"]
-            header = None if text is None else base64.b64decode(text, validate=True)
-            if header is not None and len(header) not in (348, 540):
-                raise ValueError(f"NIfTI header of {len(header)} bytes")
-            x, y, z = (int(n) for n in attributes["shape"])
-            if min(x, y, z) < 1 or int(attributes["slices"]) != z:
-                raise ValueError(f"{attributes['slices']} slices for a volume {x}x{y}x{z}")
-            low, high = (float(n) for n in attributes["hu_window"])
-            tile = tuple(int(n) for n in attributes["tile"])
-            affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
-            geometry = Geometry((x, y, z), affine, header)
-            return cls(
-                model=str(attributes["model"]),
-                identity=str(attributes["identity"]),
-                engine=str(attributes["engine"]),
-                precision=str(attributes["precision"]),
-                protocol=str(attributes["protocol"]),
-                k=int(attributes["k"]),
-                slices=int(attributes["slices"]),
-                geometry=geometry,
-                hu_window=(low, high),
-                fvae_version=str(attributes["fvae_version"]),
-                tile=tile,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise LatentError(
-                f"expected complete and valid attributes in {path}, found "
-                f"{type(error).__name__}: {error}: encode the CT again"
-            ) from None
+_OWN = r"zarr\.json|c/0/\d+/0/0|residual/\d+"  # files of a store
 
 
 def partial_path(path: Path) -> Path:
@@ -130,12 +58,13 @@ class LatentReader:
         self.path = path
         self._array, attributes = _open(path)
         self.info = LatentInfo.from_attributes(attributes, path)
+        self._residuals = _residual_files(path, self.info)
         if not attributes.get("complete"):
             raise LatentError(
                 f"expected a complete store, found {path} marked incomplete: finish it with "
                 "fvae encode … --resume"
             )
-        _check_complete(path, self.shape[1])
+        _check_complete(path, self.shape[1], self._residuals)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -147,6 +76,18 @@ class LatentReader:
         """Return latent frames [D, stop - start, h, w]; raises LatentError for a damaged chunk."""
         with _reading(self.path, start, stop):
             return np.asarray(self._array[:, start:stop], dtype=np.float32)
+
+    def residuals(self, start: int, stop: int) -> list[SliceResidual]:
+        """Return the residuals of the slices of latent frames; raises LatentError for damage.
+
+        Only for a store with a bound.
+        """
+        assert self._residuals is not None
+        found = []
+        with _reading(self.path, start, stop, "residuals of latent frames"):
+            for frame in range(start, stop):
+                found += self._residuals.read(frame)
+        return found
 
 
 class LatentWriter:
@@ -174,6 +115,7 @@ class LatentWriter:
                 "none: create it first"
             )
         self._attributes = info.to_attributes()
+        self._residuals = _residual_files(self.partial, info)
         attributes = {**self._attributes, "complete": False, "input": source}
         with _writing(self.partial):
             check_name(self.path)
@@ -238,13 +180,29 @@ class LatentWriter:
         with _writing(self.partial):
             self._array[:, start : start + z.shape[1]] = z
 
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return latent frames [D, stop - start, h, w] that were written, by an earlier run too."""
+        with _reading(self.partial, start, stop):
+            return np.asarray(self._array[:, start:stop], dtype=np.float32)
+
+    def write_residuals(self, frame: int, slices: Sequence[SliceResidual]) -> None:
+        """Store the residuals of the slices of a latent frame."""
+        assert self._residuals is not None
+        with _writing(self.partial):
+            self._residuals.write(frame, slices)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of all latents and of all residuals, on disk so far."""
+        return size_of(self.partial / "c"), size_of(self.partial / "residual")
+
     def commit(self, record: Callable[[], None] = lambda: None) -> None:
         """Mark the store complete and rename it to its final name, replacing an older store.
 
         `record` is called just before the store gets its name. Raises LatentError if a frame was
         never written or has been removed since.
         """
-        _check_complete(self.partial, self._array.shape[1])
+        _check_complete(self.partial, self._array.shape[1], self._residuals)
         self._check_replaceable()
         if not self._lock.held:
             raise LatentError(
@@ -274,6 +232,8 @@ class LatentWriter:
                 return t
             try:
                 self._array[:, t : t + 1]
+                if self._residuals is not None:
+                    self._residuals.read(t)
             except (ValueError, OSError):
                 return t
         return int(self._array.shape[1])
@@ -283,12 +243,23 @@ def _chunk(path: Path, t: int) -> Path:
     return path / "c" / "0" / str(t) / "0" / "0"
 
 
-def _check_complete(path: Path, frames: int) -> None:
+def _residual_files(path: Path, info: LatentInfo) -> ResidualFiles | None:
+    if info.max_error is None:
+        return None
+    return ResidualFiles(path, info.geometry.shape[:2], info.max_error)
+
+
+def _check_complete(path: Path, frames: int, residuals: ResidualFiles | None) -> None:
     for t in range(frames):
         if not _chunk(path, t).exists():
             raise LatentError(
                 f"expected {frames} latent frames in {path}, found frame {t} missing: "
                 "encode the CT again"
+            )
+        if residuals is not None and not residuals.exists(t):
+            raise LatentError(
+                f"expected residuals of {frames} latent frames in {path}, found those of frame {t} "
+                "missing: encode the CT again"
             )
 
 
@@ -303,7 +274,9 @@ def is_latents(path: Path) -> bool:
 def _is_partial(path: Path) -> bool:
     """Return True for a folder that contains only files of an unfinished store."""
     names = (entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
-    return all(name in ("c", "zarr.json") or name.endswith(".partial") for name in names)
+    return all(
+        name in ("c", "residual", "zarr.json") or name.endswith(".partial") for name in names
+    )
 
 
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -338,12 +311,12 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
 
 
 @contextlib.contextmanager
-def _reading(path: Path, start: int, stop: int) -> Iterator[None]:
+def _reading(path: Path, start: int, stop: int, what: str = "latent frames") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # from the checksum, a codec or the file system
         raise LatentError(
-            f"expected undamaged latent frames {start} to {stop - 1} in {path}, found "
+            f"expected undamaged {what} {start} to {stop - 1} in {path}, found "
             f"{str(error).splitlines()[0]}: encode the CT again"
         ) from None
 

@@ -19,8 +19,8 @@ from fvae_deploy.volume.base import HuFrames, Writer
 class DecodedSlices:
     """Receives the steps `begin` to `stop` in order and writes their slices within [a, b).
 
-    `to_hu` converts a decoded step [C, t, H, W] to HU [t, x, y]. The journal already contains the
-    slabs of the steps before `first`.
+    `to_hu` converts a step's decoded frames [C, t, H, W] to HU [t, x, y], padding left out. The
+    journal already contains the slabs of the steps before `first`.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class DecodedSlices:
         writer: Writer,
         steps: Sequence[Step],
         wanted: tuple[int, int],
-        to_hu: Callable[[ModelFrames], HuFrames],
+        to_hu: Callable[[Step, ModelFrames], HuFrames],
         journal: Journal,
     ) -> None:
         self._writer, self._steps, self._wanted = writer, steps, wanted
@@ -60,7 +60,7 @@ class DecodedSlices:
         index, x = item
         step, (a, b) = self._steps[index], self._wanted
         start, stop = max(step.slices[0], a), min(step.slices[1], b)
-        hu = self._to_hu(x[:, start - step.slices[0] : stop - step.slices[0]])
+        hu = self._to_hu(step, x)[start - step.slices[0] : stop - step.slices[0]]
         self._journal.keep(_name(index), hu)
         self._writer.write(hu)
 

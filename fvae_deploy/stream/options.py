@@ -12,6 +12,7 @@ from fvae_deploy.parse import parse_bytes
 from fvae_deploy.volume.options import ReadOptions
 
 DTYPES = ("int16", "float32")
+MOST_ERROR = 32767  # HU, beyond any difference in a CT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,10 @@ class RunOptions:
     """Latent frames per step; None: 1."""
     dtype: str = "int16"
     """Stored type of a written volume, int16 (rounded) or float32."""
+    max_error: float | None = None
+    """Store residuals with the latents, so that no decoded voxel is further off, in HU."""
+    no_residual: bool = False
+    """Decode the latents alone, without a bound."""
     any_range: bool = False
     """Accept volumes with no value below 0 HU."""
     series: str | None = None
@@ -61,6 +66,11 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"expected {name} of at least 1, found {value}")
+        if self.max_error is not None and not 0 <= self.max_error <= MOST_ERROR:
+            raise UsageError(
+                f"expected a bound from 0 to {MOST_ERROR} HU, found {self.max_error:g}: choose one "
+                "in this range"
+            )
         if self.resume and self.overwrite:
             raise UsageError(
                 "expected either --resume or --overwrite, found both: --resume keeps outputs that "

@@ -22,13 +22,16 @@ from fvae_deploy.errors import LatentError, UsageError, VolumeError, of_input
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
 from fvae_deploy.storage.journal import Journal, journal_of
-from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter
+from fvae_deploy.storage.latent_info import LatentInfo
+from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
+from fvae_deploy.stream.bound import Bound
+from fvae_deploy.stream.checked import Checker, base_of, bound_of, checked
 from fvae_deploy.stream.codec import Codec, alone, pad_frames
 from fvae_deploy.stream.decoded import DecodedSlices
-from fvae_deploy.stream.intensity import to_hu, to_int16
+from fvae_deploy.stream.intensity import to_int16
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Outcome, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
@@ -57,26 +60,30 @@ def encode(
     leaves only what an earlier run stored.
     """
     clock = Stopwatch()
-    run = Run.of(codec, reader.geometry, ("encode",), options, path.parent)
+    run = Run.of(codec, reader.geometry, encode_directions(options), options, path.parent)
+    bound = None
+    if options.max_error is not None:
+        bound = Bound.of(options.max_error, codec.manifest)
     shape = (
         codec.manifest.geometry.latent_channels,
         schedule.latent_frames(run.steps),
         *run.plane,
     )
     facts, slices = run.facts(facts_on(codec, reader, "encode", options)), reader.geometry.shape[2]
-    writer = LatentWriter(path, _latent_info(run), shape, options.resume, facts["input"])
+    writer = LatentWriter(path, _latent_info(run, bound), shape, options.resume, facts["input"])
     ends = [step.latents[1] for step in run.steps]
     target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
     resumed = run.steps[target].slices[0] if target < len(ends) else slices
     try:
         _check_no_output(path, options)
         progress(resumed)
-        measured = _encode_steps(run, reader, writer, target, clock, progress, options)
+        measured = _encode_steps(run, reader, writer, target, clock, progress, options, bound)
         if not options.any_range:
             run.clipping.check_is_ct()
         if changed := _change(reader, facts["input"]):
             writer.discard()
             raise changed
+        sizes = writer.sizes
         writer.commit(lambda: record(path, facts, writer.partial))
     except VolumeError as error:
         # After a faulty input there is nothing to resume, unless an earlier run stored frames.
@@ -85,7 +92,13 @@ def encode(
         raise
     finally:
         writer.close()
-    return run.outcome(slices - resumed, resumed, clock.seconds(**measured))
+    outcome = run.outcome(slices - resumed, resumed, clock.seconds(**measured))
+    return dataclasses.replace(outcome, bound=bound, sizes=sizes)
+
+
+def encode_directions(options: RunOptions) -> tuple[str, ...]:
+    """Return the halves of the network that an encode needs: with a bound, the decoder too."""
+    return ("encode",) if options.max_error is None else ("encode", "decode")
 
 
 def _encode_steps(
@@ -96,25 +109,31 @@ def _encode_steps(
     clock: Stopwatch,
     tick: Progress,
     options: RunOptions,
+    bound: Bound | None,
 ) -> dict[str, float]:
     """Compute and store the steps from `target` on; return the seconds spent."""
     entry = run.entry(target, "encode") if target < len(run.steps) else target
+    checker = Checker(run, writer, bound, target) if bound else None
 
-    def store(item: tuple[Step, LatentFrames]) -> None:
-        step, z = item
+    def store(item: tuple[Step, HuFrames, LatentFrames, ModelFrames | None]) -> None:
+        step, slab, z, decoded = item
         writer.write(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
+        if checker and decoded is not None:
+            checker.store(step, slab, decoded)
 
     with (
         contextlib.closing(run.stream("encode")) as stream,
+        contextlib.closing(checker) if checker else contextlib.nullcontext(),
         contextlib.closing(ahead(run.read(reader, entry, any_range=options.any_range))) as slabs,
         Behind(store) as sink,
     ):
-        for i, (step, x) in enumerate(clock.timed("read", slabs), start=entry):
+        for i, (step, slab, x) in enumerate(clock.timed("read", slabs), start=entry):
             z = stream.run(x, step.first)
             if i >= target:
-                sink.put((step, z))
+                sink.put((step, slab, z, checker.decode(step, z) if checker else None))
                 tick(step.slices[1] - step.slices[0])
-    return {"engine": stream.seconds, "write": sink.waited}
+    decoding = {"decode": checker.seconds} if checker else {}
+    return {"engine": stream.seconds, **decoding, "write": sink.waited}
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,8 @@ def decode(
             path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
         ) as writer,
     ):
-        convert = _to_hu(run, options.dtype, target)
+        bounded = store if store.info.max_error is not None and not options.no_residual else None
+        convert = _to_hu(run, options.dtype, target, bounded)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
@@ -187,7 +207,8 @@ def decode(
                     sink.put((i, x))
                     progress(out.slices(i))
     seconds = clock.seconds(engine=stream.seconds, write=sink.waited)
-    return run.outcome(out.computed, out.resumed, seconds)
+    outcome = run.outcome(out.computed, out.resumed, seconds)
+    return dataclasses.replace(outcome, bound=bound_of(bounded) if bounded else None)
 
 
 def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptions) -> Run:
@@ -247,7 +268,7 @@ def reconstruct(
             ) as slabs,
             Behind(out) as sink,
         ):
-            for i, (step, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
+            for i, (step, _, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
                 z = encoder.run(x, step.first)
                 if i < decode_entry:
                     continue
@@ -264,22 +285,26 @@ def reconstruct(
     return run.outcome(out.computed, out.resumed, seconds)
 
 
-def _to_hu(run: Run, dtype: str, target: Target) -> Callable[[ModelFrames], HuFrames]:
+def _to_hu(
+    run: Run, dtype: str, target: Target, bounded: LatentReader | None = None
+) -> Callable[[Step, ModelFrames], HuFrames]:
     """Return the function that converts a decoded step to HU of this dtype on the output's grid.
 
-    Rounded here and not in the writer, so that the journal holds half the bytes.
+    Rounded here and not in the writer, so that the journal holds half the bytes. With the store of
+    the residuals, every voxel is within its bound.
     """
-    intensity, (x_size, y_size, _) = run.codec.manifest.intensity, run.geometry.shape
 
-    def convert(x: ModelFrames) -> HuFrames:
-        hu = to_hu(x, intensity, x_size, y_size, clamp_first=target.clamp_first)
+    def convert(step: Step, x: ModelFrames) -> HuFrames:
+        hu = base_of(run, step, x, clamp_first=target.clamp_first)
+        if bounded is not None:
+            return checked(run, bounded, step, hu).astype(dtype, copy=False)
         hu = target.resample(hu)
         return to_int16(hu, truncate=target.truncate) if dtype == "int16" else hu
 
     return convert
 
 
-def _latent_info(run: Run) -> LatentInfo:
+def _latent_info(run: Run, bound: Bound | None) -> LatentInfo:
     """Return the metadata of this run's latent store."""
     manifest = run.codec.manifest
     return LatentInfo(
@@ -294,6 +319,8 @@ def _latent_info(run: Run) -> LatentInfo:
         hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
         fvae_version=__version__,
         tile=run.tile,
+        max_error=bound.max_error if bound else None,
+        margin=bound.margin if bound else None,
     )
 
 

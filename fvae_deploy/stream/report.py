@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -69,6 +70,7 @@ def run_report(
             "maximum_hu": tally.maximum if tally.voxels else None,
             "window_hu": [manifest.intensity.hu_min, manifest.intensity.hu_max],
         },
+        **_bound_report(outcome),
         "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
         "slices_per_second": outcome.slices / total,
         "memory": {
@@ -79,6 +81,22 @@ def run_report(
         "remarks": list(remarks),
         "machine": machine(),
     }
+
+
+def _bound_report(outcome: Outcome) -> dict[str, Any]:
+    """Return the facts of a bound on the error of voxels, and of the bytes of a latent store."""
+    facts: dict[str, Any] = {}
+    if outcome.sizes is not None:
+        latents, residual = (8 * size / math.prod(outcome.shape) for size in outcome.sizes)
+        bits = {"latents": latents, "residual": residual, "total": latents + residual}
+        facts["bits_per_voxel"] = {name: round(value, 4) for name, value in bits.items()}
+    if outcome.bound is not None:
+        facts["bound"] = {
+            "max_error_hu": outcome.bound.max_error,
+            "margin_hu": outcome.bound.margin,
+            "checked": True,
+        }
+    return facts
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:
@@ -135,7 +153,16 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['precision']}; peak {show_bytes(memory['beyond_baseline_bytes'])} beyond "
         f"{show_bytes(memory['baseline_bytes'])} of libraries"
     ]
-    if clipped["voxels"]:
+    bound, bits = report.get("bound"), report.get("bits_per_voxel")
+    if bits:
+        parts = f": latents {bits['latents']:.2f}, residual {bits['residual']:.2f}" if bound else ""
+        lines.append(f"{bits['total']:.2f} bits a voxel{parts}")
+    if bound:
+        lines.append(
+            f"every voxel within {bound['max_error_hu']:g} HU, checked; other engines may differ "
+            f"by {bound['margin_hu']:.2g} HU before rounding"
+        )
+    elif clipped["voxels"]:
         low, high = clipped["window_hu"]
         lines.append(
             f"clipped to [{low:g}, {high:g}] HU: {100 * clipped['share']:.2f} % of voxels, "

@@ -21,6 +21,7 @@ from fvae_deploy.engines.base import BuiltAhead
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import ModelFrames
+from fvae_deploy.stream.bound import Bound
 from fvae_deploy.stream.codec import Codec, pad_frames
 from fvae_deploy.stream.intensity import ClippingTally, to_model
 from fvae_deploy.stream.options import RunOptions
@@ -28,7 +29,7 @@ from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import Geometry, Reader
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 
 T = TypeVar("T")
 logger = logging.getLogger("fvae")
@@ -44,6 +45,8 @@ class Outcome:
     resumed: int  # slices taken over from an interrupted run
     clipping: ClippingTally
     seconds: dict[str, float]  # by activity, with "total"
+    bound: Bound | None = None  # on the error of every voxel
+    sizes: tuple[int, int] | None = None  # bytes of latents and residuals, if stored
 
 
 class Stopwatch:
@@ -159,8 +162,8 @@ class Run:
 
     def read(
         self, reader: Reader, entry: int, stop: int | None = None, *, any_range: bool
-    ) -> Iterator[tuple[Step, ModelFrames]]:
-        """Yield the steps from `entry` to `stop` with their frames in the model's range.
+    ) -> Iterator[tuple[Step, HuFrames, ModelFrames]]:
+        """Yield the steps from `entry` to `stop`, their frames in HU and in the model's range.
 
         The steps before `entry` are read too, so that `clipping` covers the volume of a resumed
         run. Unless `any_range`, raises VolumeError before the first step if the volume is no CT.
@@ -170,6 +173,7 @@ class Run:
         steps = self.steps[:stop]
         depths = [s.slices[1] - s.slices[0] for s in steps if s.slices[1] > s.slices[0]]
         last: ModelFrames | None = None
+        slab: HuFrames
         with contextlib.closing(reader.slabs(*depths)) as slabs:  # type: ignore[type-var]
             for index, step in enumerate(steps):
                 if step.slices[1] > step.slices[0]:
@@ -181,11 +185,13 @@ class Run:
                     last = x[:, -1:]
                 else:  # beyond the end of the volume
                     assert last is not None
-                    x = last
+                    slab, x = slab[:0], last
                 if index < entry:
                     continue
                 x = pad_frames(x, step.depth)
-                yield step, np.repeat(x, network.channels, axis=0) if network.channels > 1 else x
+                if network.channels > 1:
+                    x = np.repeat(x, network.channels, axis=0)
+                yield step, slab, x
 
     def _check_is_ct(self, reader: Reader, depth: int) -> None:
         """Raise VolumeError if a volume is no CT, of which the first `depth` slices are tallied.
@@ -237,6 +243,8 @@ def facts_of(
         "dtype": options.dtype,
         "level": options.level,
         "any_range": options.any_range,
+        "max_error": options.max_error,
+        "no_residual": options.no_residual or None,
         "pyramid": options.pyramid,
     }
 

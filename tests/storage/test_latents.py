@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvae_deploy.errors import LatentError
-from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter, partial_path
+from fvae_deploy.storage.latent_info import LatentInfo
+from fvae_deploy.storage.latents import LatentReader, LatentWriter, partial_path
 from fvae_deploy.volume.base import Geometry
 
 SHAPE = (3, 6, 2, 4)

@@ -1,0 +1,95 @@
+"""The metadata of a latent store, as attributes of its Zarr array."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fvae_deploy.errors import LatentError
+from fvae_deploy.volume.base import Geometry
+
+FORMATS = (1, 2)  # 2: with residuals, which older versions would ignore in silence
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """The metadata of a store: model, settings of the encoding and geometry of the volume."""
+
+    model: str
+    identity: str
+    engine: str
+    precision: str
+    protocol: str
+    k: int
+    slices: int
+    geometry: Geometry
+    hu_window: tuple[float, float]
+    fvae_version: str
+    tile: tuple[int, ...] = ()  # extents, stage by stage; other tiles round differently
+    max_error: float | None = None  # HU, of any voxel, thanks to residuals; None: without them
+    margin: float | None = None  # HU, how far apart the bases of two engines may be
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Convert to JSON values: arrays as lists, the NIfTI header in base64."""
+        attributes = {k: v for k, v in asdict(self).items() if k != "geometry"}
+        if self.max_error is None:
+            del attributes["max_error"], attributes["margin"]
+        header = self.geometry.nifti_header
+        return {
+            "fvae_latents": 1 if self.max_error is None else 2,
+            **attributes,
+            "hu_window": list(self.hu_window),
+            "tile": list(self.tile),
+            "shape": list(self.geometry.shape),
+            "affine": self.geometry.affine.tolist(),
+            "spacing": list(self.geometry.spacing),
+            "orientation": self.geometry.orientation,
+            "nifti_header": base64.b64encode(header).decode() if header else None,
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any], path: Path) -> LatentInfo:
+        """Invert `to_attributes`; raises LatentError for another format or damaged values."""
+        if (found := attributes.get("fvae_latents")) not in FORMATS:
+            raise LatentError(
+                f"expected an fvae latent store (format 1 or 2) at {path}, found "
+                f"format {found}: create one with fvae encode"
+            )
+        try:
+            text = attributes["nifti_header"]
+            header = None if text is None else base64.b64decode(text, validate=True)
+            if header is not None and len(header) not in (348, 540):
+                raise ValueError(f"NIfTI header of {len(header)} bytes")
+            x, y, z = (int(n) for n in attributes["shape"])
+            if min(x, y, z) < 1 or int(attributes["slices"]) != z:
+                raise ValueError(f"{attributes['slices']} slices for a volume {x}x{y}x{z}")
+            low, high = (float(n) for n in attributes["hu_window"])
+            tile = tuple(int(n) for n in attributes["tile"])
+            affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
+            geometry = Geometry((x, y, z), affine, header)
+            bound = {}
+            if found == 2:
+                bound = {name: float(attributes[name]) for name in ("max_error", "margin")}
+            return cls(
+                model=str(attributes["model"]),
+                identity=str(attributes["identity"]),
+                engine=str(attributes["engine"]),
+                precision=str(attributes["precision"]),
+                protocol=str(attributes["protocol"]),
+                k=int(attributes["k"]),
+                slices=int(attributes["slices"]),
+                geometry=geometry,
+                hu_window=(low, high),
+                fvae_version=str(attributes["fvae_version"]),
+                tile=tile,
+                **bound,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise LatentError(
+                f"expected complete and valid attributes in {path}, found "
+                f"{type(error).__name__}: {error}: encode the CT again"
+            ) from None
