@@ -61,6 +61,29 @@ def test_ten_times_the_slices_take_no_more_memory(suffix, side, tmp_path):
     assert 32 << 20 < peaks[1] <= 1.05 * peaks[0]
 
 
+def test_ten_times_the_slices_take_no_more_memory_with_a_bound(tmp_path):
+    peaks = []
+    for slices in (65, 650):
+        source, store = scan(tmp_path / "ct.nii", (96, 96, slices)), tmp_path / "z.zarr"
+        options = ("-o", store, "--overwrite", "--max-error", "20")
+        done, encoded = fvae("encode", source, *options)
+        assert done.returncode == 0, done.stderr
+        done, decoded = fvae("decode", store, "-o", tmp_path / "out.nii", "--overwrite")
+        assert done.returncode == 0, done.stderr
+        peaks.append([r["memory"]["peak_rss_bytes"] for r in (encoded, decoded)])
+    for before, after in zip(*peaks, strict=True):
+        assert 32 << 20 < after <= 1.05 * before
+
+
+@pytest.mark.parametrize("budget", ["700MiB", "450MiB"])
+def test_an_encode_with_a_bound_stays_within_its_budget(budget, tmp_path):
+    source = scan(tmp_path / "ct.nii.gz", (512, 512, 14))
+    options = ("-o", tmp_path / "z.zarr", "--max-error", "20", "--memory", budget)
+    done, report = fvae("encode", source, *options)
+    assert done.returncode == 0, done.stderr
+    assert beyond(report) <= parse_bytes(budget)
+
+
 @pytest.mark.parametrize("budget", ["700MiB", "450MiB"])
 def test_a_run_stays_within_its_budget(budget, tmp_path):
     done, report = reconstruct(scan(tmp_path / "ct.nii.gz", (512, 512, 14)), "--memory", budget)

@@ -213,6 +213,21 @@ REMEDIES = {
         "encode {f}/ct.nii -o {f}/new.zarr -m {f}/p.zarr",
         "models",
     ),
+    "voxels that are not those that were checked": Remedy(
+        "or pass --no-residual to decode",
+        f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F}",
+        f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F} --no-residual",
+    ),
+    "fractions of HU and a small bound": Remedy(
+        "pass --max-error 0.5 or more",
+        f"encode {{f}}/fractions.nii -o {{f}}/new.zarr {F} --max-error 0",
+        f"encode {{f}}/fractions.nii -o {{f}}/new.zarr {F} --max-error 0.5",
+    ),
+    "values beyond int16 and a bound": Remedy(
+        "encode without --max-error",
+        f"encode {{f}}/huge.nii -o {{f}}/new.zarr {F} --max-error 9",
+        f"encode {{f}}/huge.nii -o {{f}}/new.zarr {F}",
+    ),
     "values that may not be HU": Remedy(
         "pass --any-range",
         f"reconstruct {{f}}/positive.nii -o {{f}}/new.nii {F}",
@@ -499,6 +514,8 @@ def shelf(tmp_path_factory, fake_bundle, small_bundle, small_generator):
 
     image("ct.nii", values)
     image("positive.nii", values + 1000)
+    image("fractions.nii", values.astype(np.float32) + np.float32(0.25))
+    image("huge.nii", np.where(values > 800, 40000, values).astype(np.float32))
     image("organs.nii", np.full((32, 32, 4), 5, np.uint8))
     moved = nibabel.Nifti1Image(np.ones((32, 32, 4), np.uint8), np.diag([1.0, -1, 2, 1]))
     nibabel.save(moved, folder / "moved.nii")
@@ -527,6 +544,9 @@ def shelf(tmp_path_factory, fake_bundle, small_bundle, small_generator):
     for name in ("z.zarr", "latents/a.zarr"):
         (folder / name).parent.mkdir(exist_ok=True)
         run(["encode", str(folder / "ct.nii"), "-o", str(folder / name), *fake])
+    exchanged = folder / "exchanged.zarr"
+    run(["encode", str(folder / "ct.nii"), "-o", str(exchanged), *fake, "--max-error", "9"])
+    shutil.copy(exchanged / "c/0/2/0/0", exchanged / "c/0/1/0/0")
     run(["phantom", "-o", str(folder / "p.zarr"), "--shape", "16,16,8", "-q"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NiftiWriter, "write", interrupt)

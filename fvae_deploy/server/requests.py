@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from fvae_deploy.errors import UsageError
 from fvae_deploy.parse import parse_bytes, slice_range
 from fvae_deploy.server.store import Job
-from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.options import MOST_ERROR, RunOptions
 
 
 def _memory(text: str) -> str:
@@ -66,13 +66,15 @@ class Options(BaseModel):
             step=getattr(self, "k", None),
             dtype=getattr(self, "dtype", "int16"),
             any_range=getattr(self, "any_range", False),
+            max_error=getattr(self, "max_error", None),
+            no_residual=getattr(self, "no_residual", False),
             series=getattr(self, "series", None),
             resume=True,
         )
 
 
-class EncodeOptions(Options):
-    """Options of encode; `fvae encode --help` explains them."""
+class CtOptions(Options):
+    """Options of the verbs that read a CT."""
 
     protocol: Annotated[
         Literal["causal", "windows"] | None,
@@ -95,7 +97,21 @@ class EncodeOptions(Options):
     )
 
 
-class ReconstructOptions(EncodeOptions):
+class EncodeOptions(CtOptions):
+    """Options of encode; `fvae encode --help` explains them."""
+
+    max_error: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=MOST_ERROR,
+            description="Store residuals too, so that no decoded voxel is further off, in HU; 0 "
+            "is lossless.",
+        ),
+    ] = None
+
+
+class ReconstructOptions(CtOptions):
     """Options of reconstruct; `fvae reconstruct --help` explains them."""
 
     format: Annotated[
@@ -113,6 +129,9 @@ class DecodeOptions(Options):
         AfterValidator(lambda text: text and _slices(text)),
         Field(max_length=32, description="Decode only slices START:STOP, for example 100:140."),
     ] = None
+    no_residual: Annotated[
+        bool, Field(description="Decode the latents alone, without the bound of max_error.")
+    ] = False
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
 

@@ -193,7 +193,7 @@ def _perform(
         tick = begin("decode", None)
         report = api.decode(source, output, options, slices=slices, codec=codec, progress=tick)
     else:
-        assert isinstance(request, requests.EncodeOptions)
+        assert isinstance(request, requests.CtOptions)
         run = api.encode if job.verb == "encode" else api.reconstruct
         reader = open_volume(source, options.reading)
         tick = begin(job.verb, reader.geometry.shape[2])

@@ -66,11 +66,13 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"expected {name} of at least 1, found {value}")
-        if self.max_error is not None and not 0 <= self.max_error <= MOST_ERROR:
-            raise UsageError(
-                f"expected a bound from 0 to {MOST_ERROR} HU, found {self.max_error:g}: choose one "
-                "in this range"
-            )
+        if self.max_error is not None:
+            if not 0 <= self.max_error <= MOST_ERROR:
+                raise UsageError(
+                    f"expected a bound from 0 to {MOST_ERROR} HU, found {self.max_error:g}: choose "
+                    "one in this range"
+                )
+            object.__setattr__(self, "max_error", float(self.max_error))
         if self.resume and self.overwrite:
             raise UsageError(
                 "expected either --resume or --overwrite, found both: --resume keeps outputs that "

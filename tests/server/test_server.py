@@ -76,6 +76,19 @@ def test_latents_are_downloaded_as_a_zip_and_decoded_from_it(server, ct, fake_bu
     assert server.get(f"{job['id']}/result").content == (tmp_path / "d.nii").read_bytes()
 
 
+def test_a_bound_holds_over_http(server, ct, tmp_path):
+    job = finished_job(server, server.post("encode", ct.read_bytes(), max_error="7"))
+    assert job["report"]["bound"]["max_error_hu"] == 7
+    latents = server.get(f"{job['id']}/result").content
+    job = finished_job(server, server.post("decode", latents, format="nii"))
+    assert job["report"]["bound"]["checked"]
+    (tmp_path / "d.nii").write_bytes(server.get(f"{job['id']}/result").content)
+    volumes = [np.concatenate([*open_volume(p).slabs(8)]) for p in (ct, tmp_path / "d.nii")]
+    assert np.abs(volumes[0].astype(int) - volumes[1]).max() <= 7
+    job = finished_job(server, server.post("decode", latents, no_residual="true", format="nii"))
+    assert "bound" not in job["report"]
+
+
 def test_a_zip_of_dicom_slices_is_accepted_as_a_ct(server, fake_bundle, tmp_path):
     write_series(tmp_path / "series", (16, 24, 5))
     body = io.BytesIO()

@@ -251,7 +251,7 @@ def rewrite(text):
         pytest.param(rewrite(""), "latent store", id="empty metadata"),
         pytest.param(rewrite("[]"), "latent store", id="metadata is a list"),
         pytest.param(lambda s: (s / "zarr.json").unlink(), "latent store", id="no metadata"),
-        pytest.param(change("fvae_latents", 2), "format 2", id="another format"),
+        pytest.param(change("fvae_latents", 3), "format 3", id="another format"),
         pytest.param(change("shape", [1, 2]), "valid attributes", id="a shape of two numbers"),
         pytest.param(change("shape", [0, 0, 21]), "valid attributes", id="a shape with zeros"),
         pytest.param(change("slices", 90), "90 slices for a volume", id="too many slices"),

@@ -14,7 +14,8 @@ import pytest
 from fvae_deploy import api
 from fvae_deploy.errors import EngineError, FvaeError, OutputError, VolumeError
 from fvae_deploy.storage.journal import Journal, journal_of
-from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter, partial_path
+from fvae_deploy.storage.latent_info import LatentInfo
+from fvae_deploy.storage.latents import LatentReader, LatentWriter, partial_path
 from fvae_deploy.storage.lock import Lock
 from fvae_deploy.volume.base import FrameWriter, Geometry
 from fvae_deploy.volume.nifti import NiftiReader
