@@ -17,11 +17,12 @@ from fvae_deploy.storage.latents import LatentReader, partial_path
 from fvae_deploy.storage.records import check_record
 from fvae_deploy.stream import pipeline
 from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.encoding import encode_directions
 from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.stream.pipeline import Progress, silent
+from fvae_deploy.stream.pipeline import silent
 from fvae_deploy.stream.report import plan_report, run_report
 from fvae_deploy.stream.rss import begin_measuring
-from fvae_deploy.stream.run import Outcome, Run
+from fvae_deploy.stream.run import Outcome, Progress, Run
 from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_geometry, check_output, open_volume, protect_input
 from fvae_deploy.volume.publish import recover
@@ -67,7 +68,7 @@ def decode(
     the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("decode", "protocol", "step", "max_error", *INPUT)
+    options.check_unused("decode", "protocol", "step", "max_error", "latent_dtype", *INPUT)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
     check_output(
@@ -97,7 +98,7 @@ def reconstruct(
     Parameters are those of `encode`.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("reconstruct", "max_error", "no_residual")
+    options.check_unused("reconstruct", "max_error", "no_residual", "latent_dtype")
     return _run_on_ct("reconstruct", pipeline.reconstruct, ct, output, options, codec, progress)
 
 
@@ -151,7 +152,7 @@ def dry_run(
             reader = stack.enter_context(contextlib.closing(_open(source, options)))
             directions: tuple[str, ...] = ("encode", "decode")
             if verb == "encode":
-                directions = pipeline.encode_directions(options)
+                directions = encode_directions(options)
             if verb == "reconstruct":
                 check_geometry(output, reader.geometry)
             run = Run.of(opened, reader.geometry, directions, options, output.parent)

@@ -60,7 +60,11 @@ def _root(
     ctx.ensure_object(Terminal).set_up(quiet, verbose, debug)
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "max_error", *OUTPUTS))
+@command(
+    app,
+    "Run",
+    ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "latent_dtype", "max_error", *OUTPUTS),
+)
 def encode(
     ct: CT,
     options: RunOptions,

@@ -12,6 +12,7 @@ import typer
 from fvae_deploy.cli.console import STDOUT
 from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED
 from fvae_deploy.errors import UsageError
+from fvae_deploy.stream.options import LATENT_DTYPE, LATENT_DTYPES
 from fvae_deploy.version import __version__
 
 COMPUTE = "Model and engine"
@@ -257,6 +258,20 @@ COMMON = {
             ),
         ],
         False,
+    ),
+    "latent_dtype": Common(
+        "latent_dtype",
+        Annotated[
+            str | None,
+            choice(
+                "--latent-dtype",
+                names=lambda: LATENT_DTYPES,
+                help="How latents are stored; the error that it adds is measured. "
+                f"[default: {LATENT_DTYPE}, not measured]",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        None,
     ),
     "max_error": Common(
         "max_error",

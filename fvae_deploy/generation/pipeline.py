@@ -52,6 +52,7 @@ from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
 
 MODEL = "tiny-ldm"  # the default
+ENCODING = ("protocol", "step", "any_range", "max_error", "no_residual", "latent_dtype")
 
 
 def silent(stage: str, length: int) -> Callable[[int], None]:
@@ -95,7 +96,7 @@ def generate(
     """
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
-    options.check_unused("generate", "protocol", "step", "any_range", "max_error", "no_residual")
+    options.check_unused("generate", *ENCODING)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
@@ -262,7 +263,9 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
     parts = request.sampling.as_published
     store = journal.folder / "mask.zarr"
     begin = time.perf_counter()
-    own = RunOptions(memory=options.memory, any_range=True, protocol="causal")
+    own = RunOptions(
+        memory=options.memory, any_range=True, protocol="causal", latent_dtype="float32"
+    )
     if not store.exists():
         tick = request.progress("mask", request.mask.geometry.shape[2])
         pipeline.encode(request.codec, request.mask, store, own, tick)

@@ -36,7 +36,9 @@ NAMES = {  # how messages name the kinds
 }
 _DIRECTORY = 8 << 20  # maximum bytes of a zip's directory: enough for 100,000 slices
 _ZIP64 = 56 + 20  # bytes of the ZIP64 end record and its locator
-_CHUNK = re.compile(r"zarr\.json|c(/\d{1,9}){4}|residual/\d{1,9}")
+_CHUNK = re.compile(
+    r"zarr\.json|c(/\d{1,9}){4}|scales/(zarr\.json|c(/\d{1,9}){2})|residual/\d{1,9}"
+)
 _CONDITION = re.compile(r"(mask|disease)\.nii(\.gz)?|findings\.txt")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # Deflated Explicit VR: could unpack to any size
 

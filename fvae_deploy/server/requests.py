@@ -66,6 +66,7 @@ class Options(BaseModel):
             step=getattr(self, "k", None),
             dtype=getattr(self, "dtype", "int16"),
             any_range=getattr(self, "any_range", False),
+            latent_dtype=getattr(self, "latent_dtype", None),
             max_error=getattr(self, "max_error", None),
             no_residual=getattr(self, "no_residual", False),
             series=getattr(self, "series", None),
@@ -100,6 +101,13 @@ class CtOptions(Options):
 class EncodeOptions(CtOptions):
     """Options of encode; `fvae encode --help` explains them."""
 
+    latent_dtype: Annotated[
+        Literal["float32", "float16", "int16", "int8"] | None,
+        Field(
+            description="How latents are stored; the error that it adds is measured. Default: "
+            "float16, not measured."
+        ),
+    ] = None
     max_error: Annotated[
         float | None,
         Field(

@@ -12,7 +12,7 @@ import numpy as np
 from fvae_deploy.errors import LatentError
 from fvae_deploy.volume.base import Geometry
 
-FORMATS = (1, 2)  # 2: with residuals, which older versions would ignore in silence
+FORMATS = (1, 2)  # 2: with residuals or scales, which older versions would ignore in silence
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,16 @@ class LatentInfo:
     geometry: Geometry
     hu_window: tuple[float, float]
     fvae_version: str
-    tile: tuple[int, ...] = ()  # extents, stage by stage; other tiles round differently
     max_error: float | None = None  # HU, of any voxel, thanks to residuals; None: without them
     margin: float | None = None  # HU, how far apart the bases of two engines may be
+    latent_dtype: str = "float32"  # as stored; whole numbers have scales
+    tile: tuple[int, ...] = ()  # extents, stage by stage; other tiles round differently
 
     def to_attributes(self) -> dict[str, Any]:
         """Convert to JSON values: arrays as lists, the NIfTI header in base64."""
         attributes = {k: v for k, v in asdict(self).items() if k != "geometry"}
-        if self.max_error is None:
-            del attributes["max_error"], attributes["margin"]
         header = self.geometry.nifti_header
         return {
-            "fvae_latents": 1 if self.max_error is None else 2,
             **attributes,
             "hu_window": list(self.hu_window),
             "tile": list(self.tile),
@@ -49,7 +47,13 @@ class LatentInfo:
             "spacing": list(self.geometry.spacing),
             "orientation": self.geometry.orientation,
             "nifti_header": base64.b64encode(header).decode() if header else None,
+            "fvae_latents": 1 if self.max_error is None and not self.is_scaled else 2,
         }
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the stored latents are whole numbers, with a scale by channel and frame."""
+        return self.latent_dtype.startswith("int")
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any], path: Path) -> LatentInfo:
@@ -71,9 +75,12 @@ class LatentInfo:
             tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
             geometry = Geometry((x, y, z), affine, header)
-            bound = {}
-            if found == 2:
-                bound = {name: float(attributes[name]) for name in ("max_error", "margin")}
+            if found == 1:  # also from before these attributes
+                attributes = {**attributes, "max_error": None, "margin": None}
+                attributes.setdefault("latent_dtype", "float32")
+            bound = {name: attributes[name] for name in ("max_error", "margin")}
+            if any(value is not None for value in bound.values()):
+                bound = {name: float(value) for name, value in bound.items()}
             return cls(
                 model=str(attributes["model"]),
                 identity=str(attributes["identity"]),
@@ -86,6 +93,7 @@ class LatentInfo:
                 hu_window=(low, high),
                 fvae_version=str(attributes["fvae_version"]),
                 tile=tile,
+                latent_dtype=str(attributes["latent_dtype"]),
                 **bound,
             )
         except (KeyError, TypeError, ValueError) as error:

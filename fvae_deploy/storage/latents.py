@@ -1,6 +1,7 @@
 """The latent store: a Zarr v3 array (D, T, h, w), one checksummed chunk per latent frame.
 
-With a bound on the error of voxels, the residuals are in its folder `residual`.
+Latents in whole numbers have their scales in a second array, (D, T), in its folder `scales`. With a
+bound on the error of voxels, the residuals are in its folder `residual`.
 
 A store is written as `NAME.partial`, with the attribute `complete` set to false. It is renamed to
 its final name after the last frame, so a store under its final name is always complete, and the
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
 from zarr.errors import NodeTypeValidationError
 
 from fvae_deploy.errors import LatentError, OutputError
 from fvae_deploy.storage.fingerprint import difference
 from fvae_deploy.storage.latent_info import LatentInfo
 from fvae_deploy.storage.lock import Lock, empty
+from fvae_deploy.storage.packing import compressors, pack, unpack
 from fvae_deploy.storage.residual import ResidualFiles, SliceResidual, size_of
 from fvae_deploy.volume.publish import (
     LONGEST,
@@ -38,7 +39,7 @@ from fvae_deploy.volume.publish import (
     shortened,
 )
 
-_OWN = r"zarr\.json|c/0/\d+/0/0|residual/\d+"  # files of a store
+_OWN = r"zarr\.json|c/0/\d+/0/0|scales/(zarr\.json|c/0/\d+)|residual/\d+"  # files of a store
 
 
 def partial_path(path: Path) -> Path:
@@ -64,7 +65,13 @@ class LatentReader:
                 f"expected a complete store, found {path} marked incomplete: finish it with "
                 "fvae encode … --resume"
             )
-        _check_complete(path, self.shape[1], self._residuals)
+        _check_complete(path, self.shape[1], self.info)
+        if self._array.dtype != self.info.latent_dtype:
+            raise LatentError(
+                f"expected latents in {self.info.latent_dtype} in {path}, found them in "
+                f"{self._array.dtype}: encode the CT again"
+            )
+        self._scales = _open_scales(path) if self.info.is_scaled else None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -75,7 +82,7 @@ class LatentReader:
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return latent frames [D, stop - start, h, w]; raises LatentError for a damaged chunk."""
         with _reading(self.path, start, stop):
-            return np.asarray(self._array[:, start:stop], dtype=np.float32)
+            return _read(self._array, self._scales, start, stop)
 
     def residuals(self, start: int, stop: int) -> list[SliceResidual]:
         """Return the residuals of the slices of latent frames; raises LatentError for damage.
@@ -114,7 +121,7 @@ class LatentWriter:
                 f"expected a folder {path.absolute().parent} to write {path.name} into, found "
                 "none: create it first"
             )
-        self._attributes = info.to_attributes()
+        self._info, self._attributes = info, info.to_attributes()
         self._residuals = _residual_files(self.partial, info)
         attributes = {**self._attributes, "complete": False, "input": source}
         with _writing(self.partial):
@@ -156,34 +163,45 @@ class LatentWriter:
             for temporary in self.partial.rglob("*.partial"):  # zarr was killed while writing
                 temporary.unlink()
             self._array, stored = _open(self.partial)
+            self._scales = None
             # A store killed just before its last rename is complete, but no longer names its input.
             if not stored.get("complete"):
                 _check_same(stored, attributes, self.partial)
+                self._scales = _open_scales(self.partial) if self._info.is_scaled else None
                 self.done = self._undamaged()
                 return
-        d, _, h, w = shape
+        (d, frames, h, w), dtype, scales = shape, self._info.latent_dtype, self.partial / "scales"
         with _writing(self.partial):
             empty(self.partial)
-            self._array = zarr.create_array(
-                store=str(self.partial),
-                shape=shape,
-                chunks=(d, 1, h, w),
-                dtype="float32",
-                compressors=Crc32cCodec(),  # compression would save a tenth at best
-                fill_value=0.0,
-                attributes=attributes,
-                config={"write_empty_chunks": True},
-            )
+            self._scales = None
+            if self._info.is_scaled:  # first: a store whose array exists has all it needs
+                self._scales = _create(scales, (d, frames), (d, 1), "float32", {})
+            self._array = _create(self.partial, shape, (d, 1, h, w), dtype, attributes)
 
     def write(self, start: int, z: NDArray[np.float32]) -> None:
-        """Store latent frames z [D, k, h, w] from frame `start` on."""
+        """Store latent frames z [D, k, h, w] from frame `start` on.
+
+        Raises VolumeError for values that their type cannot hold.
+        """
+        values, scales = pack(z, self._info.latent_dtype)
+        frames = slice(start, start + z.shape[1])
         with _writing(self.partial):
-            self._array[:, start : start + z.shape[1]] = z
+            if self._scales is not None:
+                self._scales[:, frames] = scales
+            self._array[:, frames] = values
+
+    def as_stored(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return latent frames [D, k, h, w] as they will be read again."""
+        return unpack(*pack(z, self._info.latent_dtype))
+
+    def note(self, **attributes: Any) -> None:
+        """Add attributes to the complete store."""
+        self._attributes |= attributes
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return latent frames [D, stop - start, h, w] that were written, by an earlier run too."""
         with _reading(self.partial, start, stop):
-            return np.asarray(self._array[:, start:stop], dtype=np.float32)
+            return _read(self._array, self._scales, start, stop)
 
     def write_residuals(self, frame: int, slices: Sequence[SliceResidual]) -> None:
         """Store the residuals of the slices of a latent frame."""
@@ -194,7 +212,8 @@ class LatentWriter:
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of all latents and of all residuals, on disk so far."""
-        return size_of(self.partial / "c"), size_of(self.partial / "residual")
+        latents = size_of(self.partial / "c") + size_of(self.partial / "scales")
+        return latents, size_of(self.partial / "residual")
 
     def commit(self, record: Callable[[], None] = lambda: None) -> None:
         """Mark the store complete and rename it to its final name, replacing an older store.
@@ -202,7 +221,7 @@ class LatentWriter:
         `record` is called just before the store gets its name. Raises LatentError if a frame was
         never written or has been removed since.
         """
-        _check_complete(self.partial, self._array.shape[1], self._residuals)
+        _check_complete(self.partial, self._array.shape[1], self._info)
         self._check_replaceable()
         if not self._lock.held:
             raise LatentError(
@@ -228,19 +247,15 @@ class LatentWriter:
     def _undamaged(self) -> int:
         """Count the leading latent frames whose chunks exist and pass their checksum."""
         for t in range(self._array.shape[1]):
-            if not _chunk(self.partial, t).exists():
+            if not all(path.exists() for path, _ in _files(self.partial, t, self._info)):
                 return t
             try:
-                self._array[:, t : t + 1]
+                _read(self._array, self._scales, t, t + 1)
                 if self._residuals is not None:
                     self._residuals.read(t)
             except (ValueError, OSError):
                 return t
         return int(self._array.shape[1])
-
-
-def _chunk(path: Path, t: int) -> Path:
-    return path / "c" / "0" / str(t) / "0" / "0"
 
 
 def _residual_files(path: Path, info: LatentInfo) -> ResidualFiles | None:
@@ -249,18 +264,58 @@ def _residual_files(path: Path, info: LatentInfo) -> ResidualFiles | None:
     return ResidualFiles(path, info.geometry.shape[:2], info.max_error)
 
 
-def _check_complete(path: Path, frames: int, residuals: ResidualFiles | None) -> None:
+def _files(path: Path, t: int, info: LatentInfo) -> list[tuple[Path, str]]:
+    """Return the files of a latent frame, and what they hold."""
+    files = [(path / "c" / "0" / str(t) / "0" / "0", "latent frames")]
+    if info.is_scaled:
+        files.append((path / "scales" / "c" / "0" / str(t), "scales of latent frames"))
+    if info.max_error is not None:
+        files.append((path / "residual" / str(t), "residuals of latent frames"))
+    return files
+
+
+def _check_complete(path: Path, frames: int, info: LatentInfo) -> None:
     for t in range(frames):
-        if not _chunk(path, t).exists():
-            raise LatentError(
-                f"expected {frames} latent frames in {path}, found frame {t} missing: "
-                "encode the CT again"
-            )
-        if residuals is not None and not residuals.exists(t):
-            raise LatentError(
-                f"expected residuals of {frames} latent frames in {path}, found those of frame {t} "
-                "missing: encode the CT again"
-            )
+        for file, what in _files(path, t, info):
+            if not file.exists():
+                raise LatentError(
+                    f"expected {what} 0 to {frames - 1} in {path}, found frame {t} missing: "
+                    "encode the CT again"
+                )
+
+
+def _create(
+    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Any
+) -> Any:
+    """Create a Zarr array, of which chunks of zeros are written too."""
+    return zarr.create_array(
+        store=str(path),
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        compressors=compressors(dtype),
+        fill_value=0,
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _open_scales(path: Path) -> Any:
+    """Open the scales of a store; raises LatentError if they are damaged."""
+    try:
+        return zarr.open_array(
+            store=str(path / "scales"), mode="r+" if path.suffix == ".partial" else "r"
+        )
+    except Exception as error:  # zarr raises many exception types for a damaged array
+        raise LatentError(
+            f"expected the scales of the latents in {path}, found {type(error).__name__}: encode "
+            "the CT again"
+        ) from None
+
+
+def _read(array: Any, scales: Any, start: int, stop: int) -> NDArray[np.float32]:
+    found = None if scales is None else np.asarray(scales[:, start:stop])
+    return unpack(np.asarray(array[:, start:stop]), found)
 
 
 def is_latents(path: Path) -> bool:
@@ -275,7 +330,8 @@ def _is_partial(path: Path) -> bool:
     """Return True for a folder that contains only files of an unfinished store."""
     names = (entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
     return all(
-        name in ("c", "residual", "zarr.json") or name.endswith(".partial") for name in names
+        name in ("c", "residual", "scales", "zarr.json") or name.endswith(".partial")
+        for name in names
     )
 
 

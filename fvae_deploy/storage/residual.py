@@ -75,10 +75,6 @@ class ResidualFiles:
             body = body[ends[1] :]
         return found
 
-    def exists(self, frame: int) -> bool:
-        """Whether the file of a latent frame exists."""
-        return self._path(frame).exists()
-
     def _check(self, frame: int, body: bytes) -> int:
         seed = f"{frame} {self._max_error!r}".encode()
         return zlib.crc32(body, zlib.crc32(seed))

@@ -27,12 +27,12 @@ class Checker:
         self._stream = run.stream("decode")
         entry = run.entry(target, "decode") if target < len(run.steps) else target
         for step in run.steps[entry:target]:
-            self.decode(step, writer.read(*step.latents))
+            self._stream.run(pad_frames(writer.read(*step.latents), step.frames), step.first)
 
     def decode(self, step: Step, z: LatentFrames) -> ModelFrames:
         """Return the frames [C, t, H, W] that the latents of a step [D, k, h, w] decode to."""
-        z = pad_frames(z[:, : step.latents[1] - step.latents[0]], step.frames)
-        return self._stream.run(z, step.first)
+        z = z[:, : step.latents[1] - step.latents[0]]
+        return self._stream.run(pad_frames(self._writer.as_stored(z), step.frames), step.first)
 
     def store(self, step: Step, original: HuFrames, decoded: ModelFrames) -> None:
         """Store the residuals of a step, its slices shared among its latent frames."""

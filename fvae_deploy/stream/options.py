@@ -12,6 +12,8 @@ from fvae_deploy.parse import parse_bytes
 from fvae_deploy.volume.options import ReadOptions
 
 DTYPES = ("int16", "float32")
+LATENT_DTYPES = ("float32", "float16", "int16", "int8")
+LATENT_DTYPE = "float16"  # adds less than 0.1 HU: docs/adr/0030-a-bound-that-holds.md
 MOST_ERROR = 32767  # HU, beyond any difference in a CT
 
 
@@ -40,6 +42,9 @@ class RunOptions:
     """Latent frames per step; None: 1."""
     dtype: str = "int16"
     """Stored type of a written volume, int16 (rounded) or float32."""
+    latent_dtype: str | None = None
+    """How latents are stored, a name in LATENT_DTYPES; None: LATENT_DTYPE. The error that a named
+    one adds is measured."""
     max_error: float | None = None
     """Store residuals with the latents, so that no decoded voxel is further off, in HU."""
     no_residual: bool = False
@@ -62,6 +67,11 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"expected dtype {' or '.join(DTYPES)}, found {self.dtype!r}")
+        if self.latent_dtype not in (None, *LATENT_DTYPES):
+            raise UsageError(
+                f"expected latents as {', '.join(LATENT_DTYPES)}, found {self.latent_dtype!r}: "
+                "choose one of these"
+            )
         for name in ("step", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -26,14 +26,16 @@ from fvae_deploy.storage.latent_info import LatentInfo
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
 from fvae_deploy.stream import schedule
+from fvae_deploy.stream.added_error import Sample
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.bound import Bound
-from fvae_deploy.stream.checked import Checker, base_of, bound_of, checked
+from fvae_deploy.stream.checked import base_of, bound_of, checked
 from fvae_deploy.stream.codec import Codec, alone, pad_frames
 from fvae_deploy.stream.decoded import DecodedSlices
+from fvae_deploy.stream.encoding import encode_directions, encode_steps
 from fvae_deploy.stream.intensity import to_int16
-from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.stream.run import Outcome, Run, Stopwatch, facts_of
+from fvae_deploy.stream.options import LATENT_DTYPE, RunOptions
+from fvae_deploy.stream.run import Outcome, Progress, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.version import __version__
@@ -41,7 +43,6 @@ from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import check_output, create_volume
 
 KIND = "reconstruction"
-Progress = Callable[[int], None]  # called with the number of slices just finished
 
 
 def silent(slices: int) -> None:
@@ -61,28 +62,36 @@ def encode(
     """
     clock = Stopwatch()
     run = Run.of(codec, reader.geometry, encode_directions(options), options, path.parent)
-    bound = None
+    bound, decoding = None, None
     if options.max_error is not None:
         bound = Bound.of(options.max_error, codec.manifest)
+    if options.latent_dtype not in (None, "float32"):  # what it adds is measured at the end
+        decoding = Run.of(codec, reader.geometry, ("decode",), options, path.parent)
     shape = (
         codec.manifest.geometry.latent_channels,
         schedule.latent_frames(run.steps),
         *run.plane,
     )
     facts, slices = run.facts(facts_on(codec, reader, "encode", options)), reader.geometry.shape[2]
-    writer = LatentWriter(path, _latent_info(run, bound), shape, options.resume, facts["input"])
+    writer = LatentWriter(
+        path, _latent_info(run, bound, options), shape, options.resume, facts["input"]
+    )
     ends = [step.latents[1] for step in run.steps]
     target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
     resumed = run.steps[target].slices[0] if target < len(ends) else slices
+    sample = Sample(decoding, target) if decoding else None
     try:
         _check_no_output(path, options)
         progress(resumed)
-        measured = _encode_steps(run, reader, writer, target, clock, progress, options, bound)
+        seconds = encode_steps(run, reader, writer, target, clock, progress, options, bound, sample)
         if not options.any_range:
             run.clipping.check_is_ct()
         if changed := _change(reader, facts["input"]):
             writer.discard()
             raise changed
+        added = sample.measure(writer) if sample else None
+        if added is not None:
+            writer.note(added_error=added.to_dict())
         sizes = writer.sizes
         writer.commit(lambda: record(path, facts, writer.partial))
     except VolumeError as error:
@@ -92,48 +101,14 @@ def encode(
         raise
     finally:
         writer.close()
-    outcome = run.outcome(slices - resumed, resumed, clock.seconds(**measured))
-    return dataclasses.replace(outcome, bound=bound, sizes=sizes)
-
-
-def encode_directions(options: RunOptions) -> tuple[str, ...]:
-    """Return the halves of the network that an encode needs: with a bound, the decoder too."""
-    return ("encode",) if options.max_error is None else ("encode", "decode")
-
-
-def _encode_steps(
-    run: Run,
-    reader: Reader,
-    writer: LatentWriter,
-    target: int,
-    clock: Stopwatch,
-    tick: Progress,
-    options: RunOptions,
-    bound: Bound | None,
-) -> dict[str, float]:
-    """Compute and store the steps from `target` on; return the seconds spent."""
-    entry = run.entry(target, "encode") if target < len(run.steps) else target
-    checker = Checker(run, writer, bound, target) if bound else None
-
-    def store(item: tuple[Step, HuFrames, LatentFrames, ModelFrames | None]) -> None:
-        step, slab, z, decoded = item
-        writer.write(step.latents[0], z[:, : step.latents[1] - step.latents[0]])
-        if checker and decoded is not None:
-            checker.store(step, slab, decoded)
-
-    with (
-        contextlib.closing(run.stream("encode")) as stream,
-        contextlib.closing(checker) if checker else contextlib.nullcontext(),
-        contextlib.closing(ahead(run.read(reader, entry, any_range=options.any_range))) as slabs,
-        Behind(store) as sink,
-    ):
-        for i, (step, slab, x) in enumerate(clock.timed("read", slabs), start=entry):
-            z = stream.run(x, step.first)
-            if i >= target:
-                sink.put((step, slab, z, checker.decode(step, z) if checker else None))
-                tick(step.slices[1] - step.slices[0])
-    decoding = {"decode": checker.seconds} if checker else {}
-    return {"engine": stream.seconds, **decoding, "write": sink.waited}
+    outcome = run.outcome(slices - resumed, resumed, clock.seconds(**seconds))
+    return dataclasses.replace(
+        outcome,
+        bound=bound,
+        sizes=sizes,
+        latent_dtype=options.latent_dtype or LATENT_DTYPE,
+        added_error=added.to_dict() if added else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -304,7 +279,7 @@ def _to_hu(
     return convert
 
 
-def _latent_info(run: Run, bound: Bound | None) -> LatentInfo:
+def _latent_info(run: Run, bound: Bound | None, options: RunOptions) -> LatentInfo:
     """Return the metadata of this run's latent store."""
     manifest = run.codec.manifest
     return LatentInfo(
@@ -321,6 +296,7 @@ def _latent_info(run: Run, bound: Bound | None) -> LatentInfo:
         tile=run.tile,
         max_error=bound.max_error if bound else None,
         margin=bound.margin if bound else None,
+        latent_dtype=options.latent_dtype or LATENT_DTYPE,
     )
 
 

@@ -89,7 +89,10 @@ def _bound_report(outcome: Outcome) -> dict[str, Any]:
     if outcome.sizes is not None:
         latents, residual = (8 * size / math.prod(outcome.shape) for size in outcome.sizes)
         bits = {"latents": latents, "residual": residual, "total": latents + residual}
+        facts["latent_dtype"] = outcome.latent_dtype
         facts["bits_per_voxel"] = {name: round(value, 4) for name, value in bits.items()}
+    if outcome.added_error is not None:
+        facts["added_error"] = outcome.added_error
     if outcome.bound is not None:
         facts["bound"] = {
             "max_error_hu": outcome.bound.max_error,
@@ -157,6 +160,11 @@ def summary(report: dict[str, Any]) -> str:
     if bits:
         parts = f": latents {bits['latents']:.2f}, residual {bits['residual']:.2f}" if bound else ""
         lines.append(f"{bits['total']:.2f} bits a voxel{parts}")
+    if added := report.get("added_error"):
+        lines.append(
+            f"latents in {report['latent_dtype']} add {added['mean_hu']:.2g} HU on average, "
+            f"{added['max_hu']:.2g} HU at most, measured on {added['slices']} slices"
+        )
     if bound:
         lines.append(
             f"every voxel within {bound['max_error_hu']:g} HU, checked; other engines may differ "

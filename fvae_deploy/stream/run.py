@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -24,7 +24,7 @@ from fvae_deploy.stream.arrays import ModelFrames
 from fvae_deploy.stream.bound import Bound
 from fvae_deploy.stream.codec import Codec, pad_frames
 from fvae_deploy.stream.intensity import ClippingTally, to_model
-from fvae_deploy.stream.options import RunOptions
+from fvae_deploy.stream.options import LATENT_DTYPE, RunOptions
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
@@ -32,6 +32,7 @@ from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 
 T = TypeVar("T")
+Progress = Callable[[int], None]  # called with the number of slices just finished
 logger = logging.getLogger("fvae")
 
 
@@ -47,6 +48,8 @@ class Outcome:
     seconds: dict[str, float]  # by activity, with "total"
     bound: Bound | None = None  # on the error of every voxel
     sizes: tuple[int, int] | None = None  # bytes of latents and residuals, if stored
+    latent_dtype: str | None = None  # as which they are stored
+    added_error: dict[str, Any] | None = None  # what that adds in HU, if measured
 
 
 class Stopwatch:
@@ -245,6 +248,7 @@ def facts_of(
         "any_range": options.any_range,
         "max_error": options.max_error,
         "no_residual": options.no_residual or None,
+        "latent_dtype": options.latent_dtype or LATENT_DTYPE if command == "encode" else None,
         "pyramid": options.pyramid,
     }
 
