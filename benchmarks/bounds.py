@@ -1,6 +1,6 @@
 """Bits a voxel that a bound on the error costs, beside JPEG-LS with the same bound.
 
-    python benchmarks/bounds.py ct.nii.gz --model tiny --bounds 0,5,10,20,50 -o bounds.json
+    python benchmarks/bounds.py ct.nii.gz --model tiny --latent-dtypes int8 -o bounds.json
 
 Encodes the CT with each bound, decodes it again, and measures the largest and the mean error.
 JPEG-LS (imagecodecs, CharLS) codes each slice by itself. Prints a Markdown table.
@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ct", type=Path)
     parser.add_argument("--model", action="append", help="built-in model or folder of a bundle")
+    parser.add_argument("--latent-dtypes", default="float16,int8", help="separated by commas")
     parser.add_argument("--bounds", default="0,5,10,20,50", help="HU, separated by commas")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -72,8 +73,9 @@ def main() -> None:
     for bound in (int(text) for text in options.bounds.split(",")):
         rows = {"JPEG-LS": of_jpeg_ls(original, bound)}
         for model in options.model or ["tiny"]:
-            settings = {"model": model, "max_error": bound}
-            rows[Path(model).name] = of_fvae(options.ct, original, settings)
+            for dtype in options.latent_dtypes.split(","):
+                settings = {"model": model, "max_error": bound, "latent_dtype": dtype}
+                rows[f"{Path(model).name}, {dtype}"] = of_fvae(options.ct, original, settings)
         for name, row in rows.items():
             bits = row["bits"]
             parts = [

@@ -440,6 +440,7 @@ def test_a_full_disk_leaves_latents_that_can_be_resumed(
     write_ct(tmp_path / "ct.nii", (256, 256, 20))
     arguments = (
         "encode", tmp_path / "ct.nii", "-o", tmp_path / "z.zarr", "-m", fake_bundle, "-e", "fake",
+        "--latent-dtype", "float32",
     )  # fmt: skip
     found = on_a_full_disk(8_000, *arguments)
     assert found.returncode == 3, found.stderr
@@ -447,7 +448,7 @@ def test_a_full_disk_leaves_latents_that_can_be_resumed(
     assert not (tmp_path / "z.zarr").exists()
     found = on_a_full_disk(2**30, *arguments, "--resume")
     assert found.returncode == 0, found.stderr
-    encode(fake_codec, tmp_path / "ct.nii", tmp_path / "y.zarr")
+    encode(fake_codec, tmp_path / "ct.nii", tmp_path / "y.zarr", latent_dtype="float32")
     np.testing.assert_array_equal(
         LatentReader(tmp_path / "z.zarr").read(0, 6), LatentReader(tmp_path / "y.zarr").read(0, 6)
     )
