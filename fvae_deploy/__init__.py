@@ -31,6 +31,9 @@ _MODULES = {
     "open_volume": "volume.open",
     "create_volume": "volume.open",
     "write_phantom": "phantom.torso",
+    "LatentDataset": "training.dataset",
+    "EncodeLatentd": "training.transforms",
+    "DecodeLatentd": "training.transforms",
     "FvaeError": "errors",
 }
 __all__ = ["__version__", *_MODULES]
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
     from fvae_deploy.quality.fidelity import compare as compare
     from fvae_deploy.stream.codec import Codec as Codec
     from fvae_deploy.stream.codec import open_codec as open_codec
+    from fvae_deploy.training.dataset import LatentDataset as LatentDataset
+    from fvae_deploy.training.transforms import DecodeLatentd as DecodeLatentd
+    from fvae_deploy.training.transforms import EncodeLatentd as EncodeLatentd
     from fvae_deploy.volume.open import create_volume as create_volume
     from fvae_deploy.volume.open import open_volume as open_volume
 

@@ -36,13 +36,14 @@ MAY: dict[str, set[str]] = {
 }
 MAY["stream"] = {*LAYERS, "volume", "storage"}
 MAY["api"] = {*MAY["stream"], "stream"}
+MAY["training"] = {*MAY["stream"], "stream"}
 MAY["generation"] = MAY["bench"] = {*MAY["api"], "api"}
 MAY["make"] = {*MAY["api"], "api", "bench"}
 MAY["batch"] = {*MAY["api"], "api", "generation"}
 MAY["selftest"] = {*MAY["make"], "make"}
 MAY["server"] = {*MAY["batch"], "batch"}
 MAY["cli"] = {*MAY, "__init__"}
-MAY["__init__"] = {"api", "stream", "volume", "quality", "generation", "phantom"}
+MAY["__init__"] = {"api", "stream", "volume", "quality", "generation", "phantom", "training"}
 MAY["__main__"] = {"cli"}
 
 TERMINAL = {"typer", "rich"}  # imported by the command line alone
