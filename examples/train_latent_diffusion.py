@@ -1,7 +1,7 @@
 r"""Train a small diffusion model on a folder of latents, and decode what it draws to CTs.
 
     fvae encode scans/ -o latents/
-    python examples/train_latent_diffusion.py latents/ -o drawn.nii.gz --steps 2000
+    python examples/train_latent_diffusion.py latents/ -o drawn.nii.gz
 
 Windows of latent frames are cut to a square at random places. A network of 3-D convolutions learns
 to tell the noise that was added to them (DDPM, cosine schedule); DDIM draws a new window from pure
@@ -125,11 +125,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("latents", type=Path, help="a folder of fvae encode")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the CT to write, .nii.gz")
     parser.add_argument("--model", default="tiny", help="the model that encoded the latents")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=int, default=5, help="latent frames")
     parser.add_argument("--side", type=int, default=16, help="latent cells")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--draws", type=int, default=50, help="steps of DDIM")
     parser.add_argument("--workers", type=int, default=0)
