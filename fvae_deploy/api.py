@@ -45,7 +45,7 @@ def encode(
     with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("encode", "dtype", "pyramid")
+    options.check_unused("encode", "dtype", "rounding", "pyramid")
     if output.suffix != ".zarr":
         raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
     return _run_on_ct("encode", pipeline.encode, ct, output, options, codec, progress)
@@ -67,7 +67,7 @@ def decode(
     the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("decode", "protocol", "step", *INPUT)
+    options.check_unused("decode", "protocol", "step", "hu_window", *INPUT)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
     check_output(

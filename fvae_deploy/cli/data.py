@@ -304,7 +304,7 @@ def phantom(
         terminal.print(who.report())
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol"))
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "hu_window", "published", "protocol"))
 def augment(
     nnunet: Annotated[
         Path, typer.Option("--nnunet", help="nnU-Net dataset to read, named DatasetXXX_NAME.")

@@ -63,6 +63,7 @@ def _version(requested: bool) -> None:
 
 DEVICES = ("cpu", "cuda", "gpu", "tensorrt")
 PROTOCOLS = ("causal", "windows")
+ROUNDINGS = ("nearest", "truncate")
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 STITCHES = ("joint", "reference")
 
@@ -168,6 +169,34 @@ COMMON = {
         ],
         None,
     ),
+    "hu_window": Common(
+        "hu_window",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--hu-window",
+                metavar="LOW:HIGH",
+                help="HU that become the model's range: two numbers, ct (-1000:1000), soft "
+                "(-175:250), lung, bone or wide (-1024:3071); others are clipped. [default: the "
+                "model's]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "published": Common(
+        "published",
+        Annotated[
+            bool,
+            typer.Option(
+                "--published",
+                help="Work as the published scripts do: --protocol windows and --rounding "
+                "truncate.",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        False,
+    ),
     "protocol": Common(
         "protocol",
         Annotated[
@@ -202,11 +231,25 @@ COMMON = {
             choice(
                 "--dtype",
                 names=lambda: ("int16", "float32"),
-                help="Voxel type of the output; int16 values are rounded.",
+                help="Voxel type of the output.",
                 rich_help_panel=OUTPUT,
             ),
         ],
         "int16",
+    ),
+    "rounding": Common(
+        "rounding",
+        Annotated[
+            str,
+            choice(
+                "--rounding",
+                names=lambda: ROUNDINGS,
+                help="How int16 values are made; truncate goes towards zero, as published scripts "
+                "do.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        "nearest",
     ),
     "series": Common(
         "series",

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.errors import LatentError, UsageError, VolumeError, of_input
-from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
 from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latents import LatentInfo, LatentReader, LatentWriter
@@ -121,8 +120,7 @@ def _encode_steps(
 class Target:
     """The grid that a decoded volume is written on, with the note and kind stored in the file.
 
-    `resample` resamples HU [t, x, y] to that grid. `clamp_first` and `truncate` are arguments of
-    `intensity.to_hu` and `to_int16`.
+    `resample` resamples HU [t, x, y] to that grid. `clamp_first` is that of `intensity.to_hu`.
     """
 
     geometry: Geometry
@@ -130,7 +128,6 @@ class Target:
     note: str = ""
     kind: str = KIND
     clamp_first: bool = False
-    truncate: bool = False
 
 
 @alone
@@ -157,7 +154,7 @@ def decode(
     a, b = slices or (0, store.info.slices)
     if not 0 <= a < b <= store.info.slices:
         raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
-    target = target or Target(run.geometry.cropped(a, b), note=_note(codec.manifest))
+    target = target or Target(run.geometry.cropped(a, b), note=_note(run))
     facts = run.facts(decode_facts(codec, store, options, (a, b)))
     with (
         contextlib.nullcontext(journal)
@@ -167,7 +164,7 @@ def decode(
             path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
         ) as writer,
     ):
-        convert = _to_hu(run, options.dtype, target)
+        convert = _to_hu(run, target)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
@@ -211,8 +208,19 @@ def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptio
 
 
 def decode_options(store: LatentReader, options: RunOptions) -> RunOptions:
-    """Return the options with the protocol and step of the store."""
-    return dataclasses.replace(options, protocol=store.info.protocol, step=store.info.k)
+    """Return the options with the protocol, step and HU window of the store.
+
+    Raises UsageError if the scan was not encoded as published, but is to be decoded so.
+    """
+    info = store.info
+    if options.published and info.protocol != "windows":
+        raise UsageError(
+            f"expected latents in windows with --published, found {info.protocol} latents in "
+            f"{store.path}: encode the CT with --published too"
+        )
+    return dataclasses.replace(
+        options, protocol=info.protocol, step=info.k, hu_window=info.hu_window
+    )
 
 
 @alone
@@ -229,13 +237,9 @@ def reconstruct(
     facts = run.facts(facts_on(codec, reader, "reconstruct", options))
     with (
         _journal(path, facts, options) as journal,
-        create_volume(
-            path, geometry, options.dtype, _note(codec.manifest), KIND, options.pyramid
-        ) as writer,
+        create_volume(path, geometry, options.dtype, _note(run), KIND, options.pyramid) as writer,
     ):
-        out = DecodedSlices(
-            writer, run.steps, (0, slices), _to_hu(run, options.dtype, Target(geometry)), journal
-        )
+        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, Target(geometry)), journal)
         progress(out.resumed)
         decode_entry = run.entry(out.begin, "decode")
         encode_entry = run.entry(decode_entry, "encode")
@@ -264,17 +268,18 @@ def reconstruct(
     return run.outcome(out.computed, out.resumed, seconds)
 
 
-def _to_hu(run: Run, dtype: str, target: Target) -> Callable[[ModelFrames], HuFrames]:
-    """Return the function that converts a decoded step to HU of this dtype on the output's grid.
+def _to_hu(run: Run, target: Target) -> Callable[[ModelFrames], HuFrames]:
+    """Return the function that converts a decoded step to HU of its dtype on the output's grid.
 
     Rounded here and not in the writer, so that the journal holds half the bytes.
     """
-    intensity, (x_size, y_size, _) = run.codec.manifest.intensity, run.geometry.shape
+    intensity, (x_size, y_size, _) = run.intensity, run.geometry.shape
+    whole, truncate = run.options.dtype == "int16", run.options.truncates
 
     def convert(x: ModelFrames) -> HuFrames:
         hu = to_hu(x, intensity, x_size, y_size, clamp_first=target.clamp_first)
         hu = target.resample(hu)
-        return to_int16(hu, truncate=target.truncate) if dtype == "int16" else hu
+        return to_int16(hu, truncate=truncate) if whole else hu
 
     return convert
 
@@ -291,14 +296,18 @@ def _latent_info(run: Run) -> LatentInfo:
         k=run.plan.k,
         slices=run.geometry.shape[2],
         geometry=run.geometry,
-        hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
+        hu_window=(run.intensity.hu_min, run.intensity.hu_max),
         fvae_version=__version__,
         tile=run.tile,
     )
 
 
-def _note(manifest: Manifest) -> str:
-    return f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
+def _note(run: Run) -> str:
+    manifest, window = run.codec.manifest, run.intensity
+    text = f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
+    if window != manifest.intensity:
+        text += f", clipped to {window.hu_min:g} to {window.hu_max:g} HU"
+    return text
 
 
 def facts_on(codec: Codec, reader: Reader, verb: str, options: RunOptions) -> dict[str, Any]:

@@ -154,6 +154,8 @@ REPORT = {  # field -> fields in it
     "device": None,
     "engine_chosen_because": None,
     "kernels": None,
+    "protocol": None,
+    "as_published": None,
     "plan": {
         "latent_frames_per_step",
         "tiles",
@@ -161,6 +163,7 @@ REPORT = {  # field -> fields in it
         "tile_overhead",
         "states_in_a_file",
         "lean",
+        "segments",
         "predicted_bytes",
         "budget_bytes",
     },
