@@ -317,11 +317,11 @@ def compare(
 
 
 def _tell_window(reconstruction: Path, window: tuple[float, float], terminal: Terminal) -> None:
-    """Say so if a reconstruction was made with another HU window."""
+    """Say so if a reconstruction lacks some of the HU that it is compared in."""
     from fvae_deploy.storage.records import recorded
 
     low, high = recorded(reconstruction).get("hu_window", window)
-    if (low, high) != window:
+    if low > window[0] or high < window[1]:
         terminal.print(
             f"{reconstruction} was made with the HU window {low:g}:{high:g}; voxels outside it "
             f"were clipped. Compare with --hu-window {low:g}:{high:g}"
