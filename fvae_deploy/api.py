@@ -28,6 +28,7 @@ from fvae_deploy.volume.open import check_geometry, check_output, open_volume, p
 from fvae_deploy.volume.publish import recover
 
 MODEL = "tiny"  # the default
+ENCODED = ("max_error", "latent_dtype")  # options of latents that are stored
 INPUT = ("any_range", "series", "level", "skip_unreadable")  # options of a CT that is read
 
 
@@ -46,7 +47,7 @@ def encode(
     with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("encode", "dtype", "pyramid", "no_residual")
+    options.check_unused("encode", "dtype", "rounding", "pyramid", "no_residual")
     if output.suffix != ".zarr":
         raise UsageError(f"expected an output ending in .zarr, found {output.name}: rename it")
     return _run_on_ct("encode", pipeline.encode, ct, output, options, codec, progress)
@@ -68,7 +69,7 @@ def decode(
     the store. Raises FvaeError with the remedy.
     """
     options, output = RunOptions.of(options, keywords), Path(output)
-    options.check_unused("decode", "protocol", "step", "max_error", "latent_dtype", *INPUT)
+    options.check_unused("decode", "protocol", "step", "hu_window", *ENCODED, *INPUT)
     protect_input(output, latents)
     store = LatentReader(Path(latents))
     check_output(

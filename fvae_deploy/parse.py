@@ -1,12 +1,22 @@
-"""Parse memory sizes, slice ranges and volume shapes from command-line text."""
+"""Parse memory sizes, slice ranges, volume shapes and HU windows from command-line text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from fvae_deploy.errors import UsageError
 
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+HU_WINDOWS = {
+    "ct": (-1000.0, 1000.0),
+    "soft": (-175.0, 250.0),
+    "lung": (-1350.0, 150.0),
+    "bone": (-500.0, 1300.0),
+    "wide": (-1024.0, 3071.0),
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -46,3 +56,22 @@ def voxels(text: str) -> tuple[int, int, int]:
             f"expected --shape as x,y,z, found {text!r}: write it like 512,512,300"
         ) from None
     return x, y, z
+
+
+def hu_window(given: str | Sequence[float]) -> tuple[float, float]:
+    """Return the HU window of a name in HU_WINDOWS, of "LOW:HIGH", or of two numbers.
+
+    Raises UsageError unless -32768 <= low < high <= 32767, the range of stored CTs.
+    """
+    try:
+        if isinstance(given, str):
+            given = HU_WINDOWS.get(given.strip().lower()) or [float(n) for n in given.split(":")]
+        low, high = map(float, given)
+        if -32768 <= low < high <= 32767:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise UsageError(
+        f"expected --hu-window as LOW:HIGH or one of {', '.join(HU_WINDOWS)}, found {given!r}: "
+        "write it like -175:250"
+    )

@@ -170,6 +170,26 @@ REMEDIES = {
         f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --resume --protocol windows",
         f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --overwrite --protocol windows",
     ),
+    "published, and not": Remedy(
+        "expected --protocol windows with --published",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F} --overwrite --published --protocol causal",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F} --overwrite --published",
+    ),
+    "truncated and not whole": Remedy(
+        "with --rounding truncate",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/new.nii {F} --rounding truncate --dtype float32",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/new.nii {F} --rounding truncate",
+    ),
+    "latents that are not as published": Remedy(
+        "encode the CT with --published too",
+        f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --published",
+        f"encode {{f}}/ct.nii -o {{f}}/z.zarr {F} --published --overwrite",
+    ),
+    "no HU window": Remedy(
+        "write it like -175:250",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/new.nii {F} --hu-window 250",
+        f"reconstruct {{f}}/ct.nii -o {{f}}/new.nii {F} --hu-window -175:250",
+    ),
     "both ways to treat an output": Remedy(
         "expected either --resume or --overwrite",
         f"reconstruct {{f}}/ct.nii -o {{f}}/out.nii {F} --resume --overwrite",
@@ -217,6 +237,11 @@ REMEDIES = {
         "or pass --no-residual to decode",
         f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F}",
         f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F} --no-residual",
+    ),
+    "values that are truncated and a bound": Remedy(
+        "leave it out, or pass --no-residual",
+        f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F} --rounding truncate",
+        f"decode {{f}}/exchanged.zarr -o {{f}}/new.nii {F} --rounding truncate --no-residual",
     ),
     "fractions of HU and a small bound": Remedy(
         "pass --max-error 0.5 or more",
@@ -455,6 +480,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "give one with --name",
         "correct --channels",
         "without --channels rgb",
+        "without --channels gray",
         "with --text FOLDER",
         "as --text",
         "check --text",
@@ -476,6 +502,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "leave noise out of --as-published",
         "trained with as --vae",
         "use --scheduler unipc",
+        "without --hu-window",
         "with --stitch reference",
     ),
 }

@@ -16,8 +16,8 @@ from fvae_deploy.cli.options import (
     DryRun,
     Overwrite,
     Report,
-    choice,
 )
+from fvae_deploy.cli.output_options import choice
 from fvae_deploy.errors import UsageError
 from fvae_deploy.parse import voxels
 from fvae_deploy.stream.options import RunOptions
@@ -304,7 +304,7 @@ def phantom(
         terminal.print(who.report())
 
 
-@command(app, "Run", ("model", *ENGINE_OPTIONS, "protocol"))
+@command(app, "Run", ("model", *ENGINE_OPTIONS, "hu_window", "published", "protocol"))
 def augment(
     nnunet: Annotated[
         Path, typer.Option("--nnunet", help="nnU-Net dataset to read, named DatasetXXX_NAME.")

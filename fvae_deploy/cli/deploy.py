@@ -9,7 +9,8 @@ import typer
 
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
-from fvae_deploy.cli.options import Report, choice
+from fvae_deploy.cli.options import Report
+from fvae_deploy.cli.output_options import choice
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
 

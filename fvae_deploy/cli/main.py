@@ -32,6 +32,7 @@ from fvae_deploy.cli.options import (
 )
 from fvae_deploy.cli.streams import failure, make_lasting
 from fvae_deploy.errors import FvaeError, UsageError
+from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.parse import slice_range
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.dicomweb import is_remote, local_copies
@@ -46,6 +47,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INPUT = ("series", "level", "skip_unreadable", "any_range")
+MODE = ("hu_window", "published", "protocol", "step")
+STORED = ("dtype", "rounding", "pyramid")
 OUTPUTS = ("resume", "overwrite")
 
 
@@ -63,7 +66,7 @@ def _root(
 @command(
     app,
     "Run",
-    ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "latent_dtype", "max_error", *OUTPUTS),
+    ("model", *ENGINE_OPTIONS, *MODE, *INPUT, "latent_dtype", "max_error", *OUTPUTS),
 )
 def encode(
     ct: CT,
@@ -100,7 +103,7 @@ def encode(
 @command(
     app,
     "Run",
-    ("model of the store", *ENGINE_OPTIONS, "dtype", "pyramid", "no_residual", *OUTPUTS),
+    ("model of the store", *ENGINE_OPTIONS, "published", *STORED, "no_residual", *OUTPUTS),
 )
 def decode(
     latents: Annotated[
@@ -156,7 +159,7 @@ def decode(
 @command(
     app,
     "Run",
-    ("model", *ENGINE_OPTIONS, "protocol", "step", *INPUT, "dtype", "pyramid", *OUTPUTS),
+    ("model", *ENGINE_OPTIONS, *MODE, *INPUT, *STORED, *OUTPUTS),
 )
 def reconstruct(
     ct: CT,
@@ -245,6 +248,17 @@ def _check_no_ray(ray: str | None) -> None:
         raise UsageError("expected a batch with --ray, found one scan: leave --ray out")
 
 
+Clipped = Annotated[
+    str,
+    typer.Option(
+        "--hu-window",
+        metavar="LOW:HIGH",
+        help="Clip both volumes to these HU, whose width is the data range of PSNR and SSIM. Two "
+        "numbers, or ct, soft, lung, bone or wide.",
+    ),
+]
+
+
 @command(app, "Inspect")
 def compare(
     original: Annotated[Path, typer.Argument(help="The original volume.")],
@@ -258,6 +272,7 @@ def compare(
         Path | None,
         typer.Option("--png", help="Draw original, reconstruction and error to this file."),
     ] = None,
+    hu_window: Clipped = "ct",
     ssim: Annotated[bool, typer.Option(help="Compute SSIM (slow).")] = True,
     names: Annotated[
         str, typer.Option("--names", help="Names of the two volumes in the picture.")
@@ -273,6 +288,7 @@ def compare(
     from fvae_deploy.quality.fidelity import compare as run
     from fvae_deploy.volume.open import check_output, open_volume
 
+    window = parse_window(hu_window)
     first, comma, second = names.partition(",")
     if not comma:
         raise UsageError(
@@ -291,11 +307,25 @@ def compare(
             progress=advance,
             ssim=ssim,
             names=(first.strip(), second.strip()),
+            hu_window=window,
         )
     terminal.report(found.to_dict(), report)
     terminal.show(comparison_table(found))
+    _tell_window(reconstruction, window, terminal)
     if png:
         terminal.print(f"picture: {png}")
+
+
+def _tell_window(reconstruction: Path, window: tuple[float, float], terminal: Terminal) -> None:
+    """Say so if a reconstruction lacks some of the HU that it is compared in."""
+    from fvae_deploy.storage.records import recorded
+
+    low, high = recorded(reconstruction).get("hu_window", window)
+    if low > window[0] or high < window[1]:
+        terminal.print(
+            f"{reconstruction} was made with the HU window {low:g}:{high:g}; voxels outside it "
+            f"were clipped. Compare with --hu-window {low:g}:{high:g}"
+        )
 
 
 app.add_typer(data.app)

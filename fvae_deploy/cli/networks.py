@@ -10,7 +10,8 @@ import typer
 
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
-from fvae_deploy.cli.options import Overwrite, Report, choice
+from fvae_deploy.cli.options import Overwrite, Report
+from fvae_deploy.cli.output_options import choice
 from fvae_deploy.cli.tables import bench_table, models_table, noise_table, parity_table
 from fvae_deploy.errors import EngineError, UsageError
 from fvae_deploy.optional import require
@@ -30,6 +31,15 @@ Weights = Annotated[
         "-m",
         help="A name listed by fvae models, a .ckpt or .safetensors file, a diffusers folder, "
         "hf:OWNER/NAME/PATH@REVISION, or package.module:factory.",
+    ),
+]
+HuWindow = Annotated[
+    str | None,
+    typer.Option(
+        "--hu-window",
+        metavar="LOW:HIGH",
+        help="HU that become the model's range: two numbers, ct, soft, lung, bone or wide. "
+        "[default: ct, -1000:1000]",
     ),
 ]
 Channels = Annotated[
@@ -74,6 +84,7 @@ def export(
         typer.Option("--name", help="Name of the bundle. [default: the name of the weights]"),
     ] = None,
     channels: Channels = "published",
+    hu_window: HuWindow = None,
     opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="ONNX opset.")] = 18,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Weights file.", rich_help_panel=FOREIGN)
@@ -101,11 +112,13 @@ def export(
     """
     require("torch", "onnx", "onnxscript", "safetensors", "diffusers", "transformers")
     from fvae_deploy.export.generators import is_generator
+    from fvae_deploy.export.sources import Foreign
     from fvae_deploy.storage.folders import new_folder
 
     if is_generator(Path(model)):
         given = {"--channels": channels != "published", "--weights": weights is not None}
         given |= {"--window": window != 65, "--range": value_range != "-1,1"}
+        given["--hu-window"] = hu_window is not None
         _check_absent(given, f"a generator, {model}")
     else:
         given = {"--config": bool(config), "--text": bool(text), "--generator": bool(generator)}
@@ -116,7 +129,12 @@ def export(
             more = {"config": config, "text": text, "generator": generator}
             _export_generator(Path(model), folder, name, opset, terminal, **more)
         else:
-            _export_vae(model, folder, name, channels, foreign, opset, terminal)
+            facts: dict[str, Any] = {
+                "channels": channels,
+                "hu_window": hu_window,
+                "foreign": Foreign(*foreign),
+            }
+            _export_vae(model, folder, name, opset, terminal, **facts)
 
 
 def _check_absent(given: dict[str, bool], what: str) -> None:
@@ -156,23 +174,13 @@ def _export_vae(
     model: str,
     output: Path,
     name: str | None,
-    channels: str,
-    foreign: tuple[Path | None, int, tuple[float, float]],
     opset: int,
     terminal: Terminal,
+    **facts: Any,
 ) -> None:
-    from fvae_deploy.export.sources import Foreign
     from fvae_deploy.make.bundle import make_bundle
 
-    manifest = make_bundle(
-        model,
-        output,
-        name=name,
-        channels=channels,
-        foreign=Foreign(*foreign),
-        opset=opset,
-        progress=terminal.say,
-    )
+    manifest = make_bundle(model, output, name=name, opset=opset, progress=terminal.say, **facts)
     terminal.show(parity_table(manifest))
 
 

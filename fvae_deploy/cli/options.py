@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fvae_deploy.cli.console import STDOUT
+from fvae_deploy.cli.output_options import OUTPUT, OUTPUT_OPTIONS, Common, choice
 from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED
 from fvae_deploy.errors import UsageError
-from fvae_deploy.stream.options import LATENT_DTYPE, LATENT_DTYPES
 from fvae_deploy.version import __version__
 
 COMPUTE = "Model and engine"
-OUTPUT = "Output"
 INPUT = "Input"
-
-
-def choice(*flags: str, names: Callable[[], Sequence[str]], **rest: Any) -> Any:
-    """Return an option that accepts one of some names, with completion."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in names():
-            raise UsageError(f"expected {flags[0]} as one of {', '.join(names())}, found {value!r}")
-        return value
-
-    return typer.Option(
-        *flags,
-        metavar="|".join(names()),
-        autocompletion=lambda: list(names()),
-        callback=check,
-        **rest,
-    )
 
 
 def _report(path: Path | None) -> Path | None:
@@ -66,15 +46,6 @@ DEVICES = ("cpu", "cuda", "gpu", "tensorrt")
 PROTOCOLS = ("causal", "windows")
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 STITCHES = ("joint", "reference")
-
-
-@dataclass(frozen=True)
-class Common:
-    """An option that many commands share: the field of RunOptions it sets, type and default."""
-
-    field: str
-    kind: Any
-    default: Any
 
 
 def _model(default: str, environment: str | None) -> Any:
@@ -169,6 +140,34 @@ COMMON = {
         ],
         None,
     ),
+    "hu_window": Common(
+        "hu_window",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--hu-window",
+                metavar="LOW:HIGH",
+                help="HU that become the model's range: two numbers, ct (-1000:1000), soft "
+                "(-175:250), lung, bone or wide (-1024:3071); others are clipped. [default: the "
+                "model's]",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        None,
+    ),
+    "published": Common(
+        "published",
+        Annotated[
+            bool,
+            typer.Option(
+                "--published",
+                help="Work as the published scripts do: --protocol windows and --rounding "
+                "truncate.",
+                rich_help_panel=COMPUTE,
+            ),
+        ],
+        False,
+    ),
     "protocol": Common(
         "protocol",
         Annotated[
@@ -195,19 +194,6 @@ COMMON = {
             ),
         ],
         None,
-    ),
-    "dtype": Common(
-        "dtype",
-        Annotated[
-            str,
-            choice(
-                "--dtype",
-                names=lambda: ("int16", "float32"),
-                help="Voxel type of the output; int16 values are rounded.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        "int16",
     ),
     "series": Common(
         "series",
@@ -247,58 +233,6 @@ COMMON = {
         ],
         False,
     ),
-    "pyramid": Common(
-        "pyramid",
-        Annotated[
-            bool,
-            typer.Option(
-                "--pyramid",
-                help="Write a .zarr output with coarser levels for viewers.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        False,
-    ),
-    "latent_dtype": Common(
-        "latent_dtype",
-        Annotated[
-            str | None,
-            choice(
-                "--latent-dtype",
-                names=lambda: LATENT_DTYPES,
-                help="How latents are stored; the error that it adds is measured. "
-                f"[default: {LATENT_DTYPE}, not measured]",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        None,
-    ),
-    "max_error": Common(
-        "max_error",
-        Annotated[
-            float | None,
-            typer.Option(
-                "--max-error",
-                min=0,
-                help="Store residuals too, so that no decoded voxel is further off, in HU; 0 is "
-                "lossless.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        None,
-    ),
-    "no_residual": Common(
-        "no_residual",
-        Annotated[
-            bool,
-            typer.Option(
-                "--no-residual",
-                help="Decode the latents alone, without the bound of --max-error.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        False,
-    ),
     "any_range": Common(
         "any_range",
         Annotated[
@@ -311,30 +245,7 @@ COMMON = {
         ],
         False,
     ),
-    "resume": Common(
-        "resume",
-        Annotated[
-            bool,
-            typer.Option(
-                "--resume",
-                help="Continue an interrupted run, and skip outputs that exist.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        False,
-    ),
-    "overwrite": Common(
-        "overwrite",
-        Annotated[
-            bool,
-            typer.Option(
-                "--overwrite",
-                help="Replace outputs that exist.",
-                rich_help_panel=OUTPUT,
-            ),
-        ],
-        False,
-    ),
+    **OUTPUT_OPTIONS,
 }
 ENGINE_OPTIONS = ("engine", "precision", "device", "threads", "memory")
 

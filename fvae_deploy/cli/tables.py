@@ -148,7 +148,8 @@ def comparison_table(comparison: Comparison) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    title = "Reconstruction - original, clipped to [-1000, 1000] HU"
+    low, high = comparison.hu_window
+    title = f"Reconstruction - original, clipped to [{low:g}, {high:g}] HU"
     whole = Table(title=title, box=SIMPLE, show_header=False)
     whole.add_column(style="bold")
     whole.add_column()

@@ -52,7 +52,10 @@ from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
 
 MODEL = "tiny-ldm"  # the default
-ENCODING = ("protocol", "step", "any_range", "max_error", "no_residual", "latent_dtype")
+UNUSED = (
+    *("protocol", "step", "any_range", "hu_window", "published", "rounding"),
+    *("max_error", "no_residual", "latent_dtype"),
+)
 
 
 def silent(stage: str, length: int) -> Callable[[int], None]:
@@ -96,7 +99,7 @@ def generate(
     """
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
-    options.check_unused("generate", *ENCODING)
+    options.check_unused("generate", *UNUSED)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
@@ -118,6 +121,7 @@ def generate(
         outcome = dataclasses.replace(outcome, seconds=seconds)
         source = (Path(mask), output, request.codec, outcome, baseline)
         result = run_report("generate", *source, request.remarks)
+        result["as_published"] = facts["as_published"]
         return result | {"generator": _generator_report(request, disease_mask) | facts}
 
 
@@ -287,7 +291,7 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
         request.codec,
         LatentReader(latents),
         output,
-        options,
+        dataclasses.replace(options, rounding="truncate") if "truncate" in parts else options,
         (0, slices),
         request.progress("decode", slices),
         Target(
@@ -296,7 +300,6 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
             request.note,
             KIND,
             clamp_first="clamp" in parts,
-            truncate="truncate" in parts,
         ),
         journal,
     )

@@ -85,7 +85,7 @@ def as_published(request: Request, journal: Journal, output: Path, options: RunO
             writer.write(to_int16(hu, truncate="truncate" in parts) if int16 else hu)
     seconds = {"denoise": time.perf_counter() - begin}
     shape = request.mask.target.shape
-    return Outcome(chosen, shape, slices, 0, ClippingTally(), seconds)
+    return Outcome(chosen, options, shape, slices, 0, ClippingTally(), seconds)
 
 
 def _pass(

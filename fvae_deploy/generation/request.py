@@ -18,6 +18,7 @@ from fvae_deploy.generation.denoiser import Denoiser
 from fvae_deploy.generation.noise import TorchNoise, unit_noise
 from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import Noise, Predict
+from fvae_deploy.parse import HU_WINDOWS
 from fvae_deploy.stream.codec import Codec
 
 KIND = "synthetic CT"
@@ -142,6 +143,13 @@ def check_vae(denoiser: Denoiser, codec: Codec) -> None:
     """Raise BundleError unless the VAE fits the latents that the generator makes."""
     m, vae = denoiser.manifest, codec.manifest.geometry
     side = vae.spatial * m.multiple
+    window = codec.manifest.intensity.hu_min, codec.manifest.intensity.hu_max
+    if window != HU_WINDOWS["ct"]:
+        raise BundleError(
+            "expected a VAE with the HU window -1000 to 1000 that generators are trained with, "
+            f"found {window[0]:g} to {window[1]:g} in {codec.manifest.name}: export it without "
+            "--hu-window"
+        )
     if m.channels != vae.latent_channels or any(n % side for n in m.plane):
         raise BundleError(
             f"expected a VAE with {m.channels} latent channels that encodes "

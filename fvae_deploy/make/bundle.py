@@ -23,6 +23,7 @@ from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
 from fvae_deploy.make.segments import segments_agree
+from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.version import __version__
 
 MEASURED = ("openvino", "onnxruntime", "torch")
@@ -38,18 +39,22 @@ def make_bundle(
     name: str | None = None,
     channels: str = "published",
     foreign: Foreign | None = None,
+    hu_window: str | tuple[float, float] | None = None,
     opset: int = 18,
     progress: Progress = lambda message: None,
 ) -> Manifest:
     """Export a VAE to a new bundle and measure it in every engine that runs on this machine.
 
     `model`, `channels` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX
-    operator set. For `gray`, the export also measures what averaging first costs. The folder
-    appears when everything is measured. Raises BundleError for weights or a folder that
-    do not fit.
+    operator set. `hu_window` are the HU that become the model's range unless a run says otherwise
+    (see `parse.hu_window`); None: -1000 to 1000. For `gray`, the export also measures what
+    averaging first costs. The folder appears when everything is measured. Raises BundleError for
+    weights or a folder that do not fit.
     """
     progress("loading weights")
     loaded = load(str(model), channels=channels, foreign=foreign, progress=progress)
+    if hu_window is not None:
+        loaded = _with_window(loaded, *parse_window(hu_window))
     if channels == "gray" and not loaded.model.foreign:
         loaded = _with_averaging_error(loaded, str(model), progress)
     options = ExportOptions(
@@ -105,6 +110,12 @@ def measure_generator(
         progress=progress,
     )
     return dataclasses.replace(manifest, parity=tuple(row for _, _, row in rows))
+
+
+def _with_window(loaded: LoadedModel, low: float, high: float) -> LoadedModel:
+    """Replace the HU window of a network."""
+    intensity = dataclasses.replace(loaded.model.intensity, hu_min=low, hu_max=high)
+    return dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, intensity=intensity))
 
 
 def _with_averaging_error(loaded: LoadedModel, text: str, progress: Progress) -> LoadedModel:

@@ -1,13 +1,14 @@
 """Compare a reconstruction with its original in Hounsfield units, slab by slab.
 
-All metrics are computed on values clipped to [-1000, 1000] HU, the window that models see. Values
-outside cannot be reconstructed; the share of such voxels is reported as `clipped`.
+All metrics are computed on values clipped to a window, by default [-1000, 1000] HU, which is what
+most models see. Values outside cannot be reconstructed; the share of such voxels is reported as
+`clipped`. The data range R is the width of the window.
 
     e    = reconstruction - original              bias = mean e, MAE = mean |e|
-    PSNR = 10 log10(2000² / mean e²) in dB        infinite if every e is 0
+    PSNR = 10 log10(R² / mean e²)    in dB        infinite if every e is 0
     p99  = the smallest whole number of HU that 99 % of all |e| do not exceed: exact for int16
            volumes; for float32 volumes the percentile rounded up
-    SSIM = mean over axial slices of scikit-image's structural_similarity, data range 2000
+    SSIM = mean over axial slices of scikit-image's structural_similarity, data range R
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.organs import organ_name
+from fvae_deploy.parse import HU_WINDOWS
+from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.quality.picture import NAMES, Names, ThreePlanes
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import open_volume
 
-WINDOW = (-1000, 1000)  # HU
-PEAK = WINDOW[1] - WINDOW[0]  # HU
+Window = tuple[float, float]  # HU
+WINDOW: Window = HU_WINDOWS["ct"]
 SSIM_SIDE = 7  # voxels: the window size of structural_similarity
 AFFINE_TOLERANCE = 1e-3  # mm
 SLAB_VOXELS = 1 << 21  # voxels of each volume in memory at once
 LABEL_LIMIT = 1 << 15  # labels are below this
-MAX_ORGANS = 1024  # 16 MB of histograms
+HISTOGRAMS = 1024 * 2001  # counts of all labels together: 16 MB
 
 Index = NDArray[np.intp]  # [t, x, y]: the row of a tally for each voxel
 
@@ -66,7 +69,7 @@ class Comparison(Errors):
     """Errors over a whole volume, and for each organ if labels were given.
 
     `shape` is (x, y, z), `spacing` is in mm. `clipped` is the share of the original's voxels
-    outside [-1000, 1000] HU. `ssim` is None if it was not requested or slices are smaller than
+    outside `hu_window`. `ssim` is None if it was not requested or slices are smaller than
     7 x 7.
     """
 
@@ -76,6 +79,7 @@ class Comparison(Errors):
     spacing: tuple[float, float, float]
     ssim: float | None
     clipped: float
+    hu_window: Window
     organs: tuple[OrganErrors, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,16 +95,18 @@ class ErrorTally:
     """Running sums of errors, one row per group of voxels; rows are appended as labels appear.
 
     Integer errors are counted in a histogram, so their sums are exact. Other errors are summed in
-    float64; only their percentile comes from a histogram, of |e| rounded up.
+    float64; only their percentile comes from a histogram, of |e| rounded up. `peak` is the data
+    range, in HU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak: float) -> None:
+        self.peak, self.bins = peak, math.ceil(peak)
         self.sums = np.zeros((0, 4))  # sums of 1, e, |e|, e²; exact below 2^53
         self.largest = np.zeros(0)  # maximum of |e|
-        self.counts = np.zeros((0, PEAK + 1), np.int64)  # histogram of |e| rounded up
+        self.counts = np.zeros((0, self.bins + 1), np.int64)  # histogram of |e| rounded up
 
     def add(self, error: NDArray[Any], row: Index | None = None, rows: int = 1) -> None:
-        """Add errors (HU, within ±2000, any shape) to `row` of `rows`, by default the first row."""
+        """Add errors (HU, within ±peak, any shape) to `row` of `rows`, by default the first row."""
         more = rows - len(self.sums)
         if more > 0:
             self.sums = np.pad(self.sums, ((0, more), (0, 0)))
@@ -112,18 +118,18 @@ class ErrorTally:
             self._add_fractions(error, row, len(self.sums))
 
     def _add_whole(self, error: NDArray[Any], row: Index | None, rows: int) -> None:
-        values = np.arange(-PEAK, PEAK + 1)
+        values = np.arange(-self.bins, self.bins + 1)
         key = error.astype(np.intp)
-        key += PEAK
+        key += self.bins
         if row is not None:
             key += row * values.size
         histogram = np.bincount(key.ravel("K"), minlength=rows * values.size)
         histogram = histogram.reshape(rows, values.size)
         self.sums += histogram @ np.stack((values**0, values, abs(values), values**2), axis=1)
-        absolute = histogram[:, PEAK:].copy()
-        absolute[:, 1:] += histogram[:, PEAK - 1 :: -1]
+        absolute = histogram[:, self.bins :].copy()
+        absolute[:, 1:] += histogram[:, self.bins - 1 :: -1]
         self.counts += absolute
-        self.largest = np.maximum(self.largest, ((absolute > 0) * values[PEAK:]).max(axis=1))
+        self.largest = np.maximum(self.largest, ((absolute > 0) * values[self.bins :]).max(axis=1))
 
     def _add_fractions(self, error: NDArray[Any], row: Index | None, rows: int) -> None:
         e = error.astype(np.float64).ravel()
@@ -131,13 +137,13 @@ class ErrorTally:
         weights = (np.ones_like(e), e, absolute, e * e)
         self.sums += np.stack([np.bincount(index, w, minlength=rows) for w in weights], axis=1)
         np.maximum.at(self.largest, index, absolute)
-        key = index * (PEAK + 1) + np.ceil(absolute).astype(np.intp)
-        histogram = np.bincount(key, minlength=rows * (PEAK + 1))
-        self.counts += histogram.reshape(rows, PEAK + 1)
+        key = index * (self.bins + 1) + np.ceil(absolute).astype(np.intp)
+        histogram = np.bincount(key, minlength=rows * (self.bins + 1))
+        self.counts += histogram.reshape(rows, self.bins + 1)
 
     def total(self) -> ErrorTally:
         """Return a tally with all rows added up in one row."""
-        whole = ErrorTally()
+        whole = ErrorTally(self.peak)
         whole.sums = self.sums.sum(axis=0, keepdims=True)
         whole.largest = self.largest.max(keepdims=True)
         whole.counts = self.counts.sum(axis=0, keepdims=True)
@@ -150,7 +156,7 @@ class ErrorTally:
         cumulative = np.cumsum(self.counts[row])
         return {
             "voxels": int(voxels),
-            "psnr": 10 * math.log10(PEAK**2 / mean_square) if mean_square else math.inf,
+            "psnr": 10 * math.log10(self.peak**2 / mean_square) if mean_square else math.inf,
             "mae": absolute / voxels,
             "rmse": math.sqrt(mean_square),
             "p99": int(np.argmax(cumulative * 100 >= cumulative[-1] * 99)),
@@ -162,8 +168,8 @@ class ErrorTally:
 class OrganRows:
     """Assigns a row of a tally to each label of a segmentation, in order of appearance."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, most: int) -> None:
+        self.path, self.most = path, most
         self.labels: list[int] = []
         self._row = np.full(LABEL_LIMIT, -1, np.intp)
 
@@ -178,8 +184,8 @@ class OrganRows:
             if self._row[label] < 0:
                 self._row[label] = len(self.labels)
                 self.labels.append(label)
-        if len(self.labels) > MAX_ORGANS:
-            raise self._label_error(f"more than {MAX_ORGANS} different labels")
+        if len(self.labels) > self.most:
+            raise self._label_error(f"more than {self.most} different labels")
         return self._row[labels]
 
     def _label_error(self, found: str) -> VolumeError:
@@ -197,16 +203,19 @@ def compare(
     progress: Callable[[int], None] | None = None,
     ssim: bool = True,
     names: Names = NAMES,
+    hu_window: str | Window = WINDOW,
 ) -> Comparison:
     """Compare a reconstruction with its original, slab by slab.
 
     `labels` is a segmentation with the same geometry; each label except 0 also gets its own
     errors. `picture` is the path of a PNG to draw, in which `names` label the two volumes.
     `progress` is called with the number of slices done since the last call. `ssim=False` skips
-    SSIM, which takes most of the time. Memory does not depend on z, except that the picture stores
-    two lines per slice. Raises VolumeError if a volume cannot be read or the shapes or affines
-    differ, UsageError if `picture` is not a .png.
+    SSIM, which takes most of the time. All metrics are of values clipped to `hu_window`, two
+    numbers, "low:high" or a name in `parse.HU_WINDOWS`. Memory does not depend on z, except that
+    the picture stores two lines per slice. Raises VolumeError if a volume cannot be read or the
+    shapes or affines differ, UsageError if `picture` is not a .png or `hu_window` no window.
     """
+    window = parse_window(hu_window)
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(closing(open_volume(path))) for path in (original, reconstruction)
@@ -219,7 +228,7 @@ def compare(
         planes = (
             ThreePlanes(Path(picture), first.geometry, names=names) if picture is not None else None
         )
-        running = _Running(first.geometry, OrganRows(Path(labels or "")), ssim)
+        running = _Running(first.geometry, Path(labels or ""), window, ssim)
         for a, b, organs in _slabs(first, second, segmentation):
             z = running.slices
             a, b = running.add(a, b, organs)
@@ -236,22 +245,27 @@ def compare(
 class _Running:
     """The running metrics of `compare`."""
 
-    def __init__(self, geometry: Geometry, rows: OrganRows, ssim: bool) -> None:
-        self.geometry, self.rows, self.tally = geometry, rows, ErrorTally()
+    def __init__(self, geometry: Geometry, labels: Path, window: Window, ssim: bool) -> None:
+        self.geometry, self.window = geometry, window
+        # Whole numbers, so that integers stay integers when they are clipped.
+        low, high = (int(n) if n.is_integer() else n for n in window)
+        self.bounds, self.peak = (low, high), high - low
+        self.tally = ErrorTally(self.peak)
+        self.rows = OrganRows(labels, HISTOGRAMS // (self.tally.bins + 1))
         self.ssim = ssim and min(geometry.shape[:2]) >= SSIM_SIDE
         self.slices, self.clipped, self.similarity = 0, 0, 0.0
 
     def add(self, a: HuFrames, b: HuFrames, organs: HuFrames | None) -> tuple[HuFrames, HuFrames]:
         """Add a slab [t, x, y] of the original, `a`, and of `b`; return both clipped."""
-        self.clipped += int(np.count_nonzero((a < WINDOW[0]) | (a > WINDOW[1])))
-        a, b = np.clip(a, *WINDOW), np.clip(b, *WINDOW)
+        self.clipped += int(np.count_nonzero((a < self.bounds[0]) | (a > self.bounds[1])))
+        a, b = np.clip(a, *self.bounds), np.clip(b, *self.bounds)
         if organs is None:
             self.tally.add(_difference(a, b))
         else:
             row = self.rows.look_up(organs)
             self.tally.add(_difference(a, b), row, len(self.rows.labels))
         if self.ssim:
-            self.similarity += sum(map(_similarity, a, b))
+            self.similarity += sum(_similarity(*pair, self.peak) for pair in zip(a, b, strict=True))
         self.slices += len(a)
         return a, b
 
@@ -265,6 +279,7 @@ class _Running:
             spacing=self.geometry.spacing,
             ssim=self.similarity / self.slices if self.ssim else None,
             clipped=self.clipped / whole["voxels"],
+            hu_window=self.window,
             organs=tuple(
                 OrganErrors(label=label, name=organ_name(label), **self.tally.errors(row))
                 for label, row in rows
@@ -284,20 +299,20 @@ def _slabs(
 
 
 def _difference(a: HuFrames, b: HuFrames) -> NDArray[Any]:
-    """Return b - a without rounding: ±2000 fits into int16, and float64 is exact for float32."""
+    """Return b - a without rounding: int32 is exact for int16, and float64 for float32."""
     if a.dtype == b.dtype == np.int16:
-        return b - a
+        return np.subtract(b, a, dtype=np.int32)
     return b.astype(np.float64) - a
 
 
-def _similarity(a: HuFrames, b: HuFrames) -> float:
+def _similarity(a: HuFrames, b: HuFrames, peak: float) -> float:
     """Return the SSIM of one slice [x, y]; float32 halves the time and differs by 1e-9."""
     from skimage import metrics
 
     measure: Any = metrics.structural_similarity  # has no type annotations
     # Transposed because x varies fastest in memory; SSIM does not change.
     x, y = a.T.astype(np.float32, copy=False), b.T.astype(np.float32, copy=False)
-    return float(measure(x, y, data_range=PEAK))
+    return float(measure(x, y, data_range=peak))
 
 
 def check_same_place(original: Reader, other: Reader, role: str) -> None:

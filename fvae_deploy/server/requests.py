@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fvae_deploy.errors import UsageError
 from fvae_deploy.parse import parse_bytes, slice_range
 from fvae_deploy.server.store import Job
 from fvae_deploy.stream.options import MOST_ERROR, RunOptions
-
-
-def _memory(text: str) -> str:
-    try:
-        parse_bytes(text)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    return text
 
 
 def _slices(text: str) -> str:
@@ -31,7 +23,6 @@ def _slices(text: str) -> str:
 
 Memory = Annotated[
     str | None,
-    AfterValidator(lambda text: text and _memory(text)),
     Field(
         max_length=32,
         description="Memory budget of the job without libraries, for example 700MiB. Values "
@@ -43,12 +34,29 @@ Dtype = Annotated[
     Literal["int16", "float32"], Field(description="Data type of the result's voxels.")
 ]
 
+Rounding = Annotated[
+    Literal["nearest", "truncate"],
+    Field(description="How int16 values are made; truncate goes towards zero."),
+]
+Published = Annotated[
+    bool,
+    Field(description="Work as the published scripts do: protocol windows, rounding truncate."),
+]
+
 
 class Options(BaseModel):
     """Options of every verb."""
 
     model_config = ConfigDict(extra="forbid")
     memory: Memory = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            self.run_options(RunOptions())
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @property
     def extension(self) -> str:
@@ -65,6 +73,9 @@ class Options(BaseModel):
             protocol=getattr(self, "protocol", None),
             step=getattr(self, "k", None),
             dtype=getattr(self, "dtype", "int16"),
+            rounding=getattr(self, "rounding", "nearest"),
+            hu_window=getattr(self, "hu_window", None),
+            published=getattr(self, "published", False),
             any_range=getattr(self, "any_range", False),
             latent_dtype=getattr(self, "latent_dtype", None),
             max_error=getattr(self, "max_error", None),
@@ -92,6 +103,15 @@ class CtOptions(Options):
             description="DICOM SeriesInstanceUID, or a unique ending of it.",
         ),
     ] = None
+    hu_window: Annotated[
+        str | None,
+        Field(
+            max_length=32,
+            description="HU that become the model's range, for example -175:250, or ct, soft, "
+            "lung, bone or wide; others are clipped. Default: the model's.",
+        ),
+    ] = None
+    published: Published = False
     k: Annotated[int | None, Field(ge=1, le=16, description="Latent frames per step.")] = None
     any_range: Annotated[bool, Field(description="Accept volumes without values below 0 HU.")] = (
         False
@@ -127,6 +147,7 @@ class ReconstructOptions(CtOptions):
         Field(description="File format of the result; dcm is a zip of slices."),
     ] = "nii.gz"
     dtype: Dtype = "int16"
+    rounding: Rounding = "nearest"
 
 
 class DecodeOptions(Options):
@@ -140,8 +161,10 @@ class DecodeOptions(Options):
     no_residual: Annotated[
         bool, Field(description="Decode the latents alone, without the bound of max_error.")
     ] = False
+    published: Published = False
     format: Format = "nii.gz"
     dtype: Dtype = "int16"
+    rounding: Rounding = "nearest"
 
 
 class GenerateOptions(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class LatentInfo:
             if min(x, y, z) < 1 or int(attributes["slices"]) != z:
                 raise ValueError(f"{attributes['slices']} slices for a volume {x}x{y}x{z}")
             low, high = (float(n) for n in attributes["hu_window"])
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"HU window {low} to {high}")
             tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
             geometry = Geometry((x, y, z), affine, header)

@@ -44,13 +44,24 @@ def record(output: Path, facts: dict[str, Any], written: Path | None = None) -> 
         ) from error
 
 
-def check_record(output: Path, facts: dict[str, Any]) -> None:
-    """Raise VolumeError unless an existing output was made from the same input and options."""
+def recorded(output: Path) -> dict[str, Any]:
+    """Return the facts of an output; empty if there is no record, or if the output has changed."""
+    facts, fingerprint = _read(output)
+    return facts if fingerprint is not None and fingerprint == fingerprint_of(output) else {}
+
+
+def _read(output: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the facts of an output, and the fingerprint that it had; None without a record."""
     try:
         content = json.loads(_attached(output) or _beside(output).read_bytes())
-        before, fingerprint = dict(content["facts"]), content["output"]
+        return dict(content["facts"]), content["output"]
     except (OSError, ValueError, TypeError, KeyError):
-        before, fingerprint = {}, None
+        return {}, None
+
+
+def check_record(output: Path, facts: dict[str, Any]) -> None:
+    """Raise VolumeError unless an existing output was made from the same input and options."""
+    before, fingerprint = _read(output)
     found = ""
     if fingerprint is None:
         found = "no record of how it was made"

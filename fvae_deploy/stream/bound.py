@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import VolumeError
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.manifest import Intensity, Manifest
 from fvae_deploy.storage.residual import SliceResidual
 from fvae_deploy.volume.base import HuFrames
 
@@ -42,11 +42,17 @@ class Bound:
     margin: float
 
     @classmethod
-    def of(cls, max_error: float, manifest: Manifest) -> Bound:
-        """Return the bound, with a margin by what was measured between engines at export."""
+    def of(cls, max_error: float, manifest: Manifest, intensity: Intensity) -> Bound:
+        """Return the bound, with a margin by what was measured between engines at export.
+
+        That was with the model's HU window; differences grow with the width of the window.
+        """
+        own = manifest.intensity
+        wider = (intensity.hu_max - intensity.hu_min) / (own.hu_max - own.hu_min)
         measured = [row.hu_max for row in manifest.parity if row.precision == "fp32"]
-        margin = min(max(PARITY * max(measured, default=0.0), LEAST), MOST)
-        return cls(max_error, margin)
+        margin = max(PARITY * max(measured, default=0.0), LEAST) * wider
+        step = np.spacing(np.float32(max(abs(intensity.hu_min), abs(intensity.hu_max))))
+        return cls(max_error, min(max(margin, 8 * float(step)), MOST))
 
     def residuals(self, original: HuFrames, base: HuFrames, first: int) -> list[SliceResidual]:
         """Return what corrects the base [t, x, y] of an original [t, x, y], slice by slice.

@@ -58,8 +58,7 @@ def base_of(
 ) -> NDArray[np.float32]:
     """Return the slices of a decoded step [C, t, H, W] in HU [t, x, y]."""
     (x, y, _), (start, stop) = run.geometry.shape, step.slices
-    intensity = run.codec.manifest.intensity
-    return to_hu(decoded[:, : stop - start], intensity, x, y, clamp_first=clamp_first)
+    return to_hu(decoded[:, : stop - start], run.intensity, x, y, clamp_first=clamp_first)
 
 
 def bound_of(store: LatentReader) -> Bound:

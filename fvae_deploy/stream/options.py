@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from fvae_deploy.errors import UsageError
-from fvae_deploy.parse import parse_bytes
+from fvae_deploy.export.manifest import Geometry as ModelGeometry
+from fvae_deploy.export.manifest import Intensity, Manifest
+from fvae_deploy.parse import hu_window, parse_bytes
 from fvae_deploy.volume.options import ReadOptions
 
 DTYPES = ("int16", "float32")
 LATENT_DTYPES = ("float32", "float16", "int16", "int8")
 LATENT_DTYPE = "float16"  # adds less than 0.1 HU: docs/adr/0030-a-bound-that-holds.md
 MOST_ERROR = 32767  # HU, beyond any difference in a CT
+ROUNDINGS = ("nearest", "truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,19 @@ class RunOptions:
     """CPU threads that the engine uses; None: all cores."""
     protocol: str | None = None
     """causal or windows; None: the model's default."""
+    hu_window: str | tuple[float, float] | None = None
+    """HU that become the model's range: (low, high), "low:high", or a name in
+    `parse.HU_WINDOWS`; None: the model's. Values outside are clipped."""
+    published: bool = False
+    """Work as the published scripts do: windows along z, and int16 by truncation."""
     memory: str | int | None = None
     """Budget beyond the libraries, as "700MiB" or in bytes; None: 60 % of the free memory."""
     step: int | None = None
     """Latent frames per step; None: 1."""
     dtype: str = "int16"
-    """Stored type of a written volume, int16 (rounded) or float32."""
+    """Stored type of a written volume, int16 or float32."""
+    rounding: str = "nearest"
+    """How int16 values are made: nearest, or truncate (towards zero)."""
     latent_dtype: str | None = None
     """How latents are stored, a name in LATENT_DTYPES; None: LATENT_DTYPE. The error that a named
     one adds is measured."""
@@ -72,6 +82,18 @@ class RunOptions:
                 f"expected latents as {', '.join(LATENT_DTYPES)}, found {self.latent_dtype!r}: "
                 "choose one of these"
             )
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(f"expected rounding {' or '.join(ROUNDINGS)}, found {self.rounding!r}")
+        if self.rounding == "truncate" and self.dtype != "int16":
+            raise UsageError(
+                f"expected --dtype int16 with --rounding truncate, found {self.dtype}: leave one "
+                "of them out"
+            )
+        if self.published and self.protocol not in (None, "windows"):
+            raise UsageError(
+                f"expected --protocol windows with --published, found {self.protocol}: leave one "
+                "of them out"
+            )
         for name in ("step", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -90,11 +112,48 @@ class RunOptions:
             )
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if self.hu_window is not None:
+            object.__setattr__(self, "hu_window", hu_window(self.hu_window))
 
     @property
     def memory_bytes(self) -> int | None:
         """The budget in bytes."""
         return self.memory if isinstance(self.memory, int) else None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether int16 values are truncated towards zero."""
+        return self.dtype == "int16" and (self.published or self.rounding == "truncate")
+
+    def intensity(self, model: Intensity) -> Intensity:
+        """Return how HU become the model's range: with the window of this run, or its own."""
+        if self.hu_window is None:
+            return model
+        low, high = hu_window(self.hu_window)
+        return dataclasses.replace(model, hu_min=low, hu_max=high)
+
+    def protocol_of(self, geometry: ModelGeometry) -> str:
+        """Return the protocol of this run; raises UsageError if the network lacks it."""
+        protocols = geometry.protocols
+        protocol = self.protocol or ("windows" if self.published else protocols[0])
+        if protocol not in protocols:
+            raise UsageError(
+                f"expected protocol {' or '.join(protocols)}, found {protocol!r}: the network "
+                "supports no other"
+            )
+        return protocol
+
+    def as_published(self, manifest: Manifest) -> list[str]:
+        """Return what of this run is as in the published scripts, where fvae may differ.
+
+        `windows` along z; int16 values that `truncate`; channels that `clamp` before their mean.
+        """
+        done = {
+            "windows": self.protocol_of(manifest.geometry) == "windows",
+            "truncate": self.truncates,
+            "clamp": manifest.averaging.clamped,
+        }
+        return [name for name, as_published in done.items() if as_published]
 
     @property
     def reading(self) -> ReadOptions:

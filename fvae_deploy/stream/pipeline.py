@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.errors import LatentError, UsageError, VolumeError, of_input
-from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.fingerprint import fingerprint_of
 from fvae_deploy.storage.journal import Journal, journal_of
 from fvae_deploy.storage.latent_info import LatentInfo
@@ -64,7 +63,7 @@ def encode(
     run = Run.of(codec, reader.geometry, encode_directions(options), options, path.parent)
     bound, decoding = None, None
     if options.max_error is not None:
-        bound = Bound.of(options.max_error, codec.manifest)
+        bound = Bound.of(options.max_error, codec.manifest, run.intensity)
     if options.latent_dtype not in (None, "float32"):  # what it adds is measured at the end
         decoding = Run.of(codec, reader.geometry, ("decode",), options, path.parent)
     shape = (
@@ -73,9 +72,7 @@ def encode(
         *run.plane,
     )
     facts, slices = run.facts(facts_on(codec, reader, "encode", options)), reader.geometry.shape[2]
-    writer = LatentWriter(
-        path, _latent_info(run, bound, options), shape, options.resume, facts["input"]
-    )
+    writer = LatentWriter(path, _latent_info(run, bound), shape, options.resume, facts["input"])
     ends = [step.latents[1] for step in run.steps]
     target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
     resumed = run.steps[target].slices[0] if target < len(ends) else slices
@@ -115,8 +112,7 @@ def encode(
 class Target:
     """The grid that a decoded volume is written on, with the note and kind stored in the file.
 
-    `resample` resamples HU [t, x, y] to that grid. `clamp_first` and `truncate` are arguments of
-    `intensity.to_hu` and `to_int16`.
+    `resample` resamples HU [t, x, y] to that grid. `clamp_first` is that of `intensity.to_hu`.
     """
 
     geometry: Geometry
@@ -124,7 +120,6 @@ class Target:
     note: str = ""
     kind: str = KIND
     clamp_first: bool = False
-    truncate: bool = False
 
 
 @alone
@@ -151,7 +146,7 @@ def decode(
     a, b = slices or (0, store.info.slices)
     if not 0 <= a < b <= store.info.slices:
         raise UsageError(f"expected slices within 0:{store.info.slices}, found {a}:{b}")
-    target = target or Target(run.geometry.cropped(a, b), note=_note(codec.manifest))
+    target = target or Target(run.geometry.cropped(a, b), note=_note(run))
     facts = run.facts(decode_facts(codec, store, options, (a, b)))
     with (
         contextlib.nullcontext(journal)
@@ -161,8 +156,8 @@ def decode(
             path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
         ) as writer,
     ):
-        bounded = store if store.info.max_error is not None and not options.no_residual else None
-        convert = _to_hu(run, options.dtype, target, bounded)
+        bounded = _bounded(store, options)
+        convert = _to_hu(run, target, bounded)
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
@@ -207,8 +202,19 @@ def plan_decode(codec: Codec, store: LatentReader, path: Path, options: RunOptio
 
 
 def decode_options(store: LatentReader, options: RunOptions) -> RunOptions:
-    """Return the options with the protocol and step of the store."""
-    return dataclasses.replace(options, protocol=store.info.protocol, step=store.info.k)
+    """Return the options with the protocol, step and HU window of the store.
+
+    Raises UsageError if the scan was not encoded as published, but is to be decoded so.
+    """
+    info = store.info
+    if options.published and info.protocol != "windows":
+        raise UsageError(
+            f"expected latents in windows with --published, found {info.protocol} latents in "
+            f"{store.path}: encode the CT with --published too"
+        )
+    return dataclasses.replace(
+        options, protocol=info.protocol, step=info.k, hu_window=info.hu_window
+    )
 
 
 @alone
@@ -225,13 +231,9 @@ def reconstruct(
     facts = run.facts(facts_on(codec, reader, "reconstruct", options))
     with (
         _journal(path, facts, options) as journal,
-        create_volume(
-            path, geometry, options.dtype, _note(codec.manifest), KIND, options.pyramid
-        ) as writer,
+        create_volume(path, geometry, options.dtype, _note(run), KIND, options.pyramid) as writer,
     ):
-        out = DecodedSlices(
-            writer, run.steps, (0, slices), _to_hu(run, options.dtype, Target(geometry)), journal
-        )
+        out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, Target(geometry)), journal)
         progress(out.resumed)
         decode_entry = run.entry(out.begin, "decode")
         encode_entry = run.entry(decode_entry, "encode")
@@ -260,26 +262,39 @@ def reconstruct(
     return run.outcome(out.computed, out.resumed, seconds)
 
 
+def _bounded(store: LatentReader, options: RunOptions) -> LatentReader | None:
+    """Return the store if its bound is to hold; raises UsageError if values are truncated then."""
+    if store.info.max_error is None or options.no_residual:
+        return None
+    if options.truncates:
+        raise UsageError(
+            f"expected whole HU within {store.info.max_error:g} HU as {store.path} has them, found "
+            "--rounding truncate or --published: leave it out, or pass --no-residual"
+        )
+    return store
+
+
 def _to_hu(
-    run: Run, dtype: str, target: Target, bounded: LatentReader | None = None
+    run: Run, target: Target, bounded: LatentReader | None = None
 ) -> Callable[[Step, ModelFrames], HuFrames]:
-    """Return the function that converts a decoded step to HU of this dtype on the output's grid.
+    """Return the function that converts a decoded step to HU of its dtype on the output's grid.
 
     Rounded here and not in the writer, so that the journal holds half the bytes. With the store of
     the residuals, every voxel is within its bound.
     """
+    whole, truncate = run.options.dtype == "int16", run.options.truncates
 
     def convert(step: Step, x: ModelFrames) -> HuFrames:
         hu = base_of(run, step, x, clamp_first=target.clamp_first)
         if bounded is not None:
-            return checked(run, bounded, step, hu).astype(dtype, copy=False)
+            return checked(run, bounded, step, hu).astype(run.options.dtype, copy=False)
         hu = target.resample(hu)
-        return to_int16(hu, truncate=target.truncate) if dtype == "int16" else hu
+        return to_int16(hu, truncate=truncate) if whole else hu
 
     return convert
 
 
-def _latent_info(run: Run, bound: Bound | None, options: RunOptions) -> LatentInfo:
+def _latent_info(run: Run, bound: Bound | None) -> LatentInfo:
     """Return the metadata of this run's latent store."""
     manifest = run.codec.manifest
     return LatentInfo(
@@ -291,17 +306,21 @@ def _latent_info(run: Run, bound: Bound | None, options: RunOptions) -> LatentIn
         k=run.plan.k,
         slices=run.geometry.shape[2],
         geometry=run.geometry,
-        hu_window=(manifest.intensity.hu_min, manifest.intensity.hu_max),
+        hu_window=(run.intensity.hu_min, run.intensity.hu_max),
         fvae_version=__version__,
         tile=run.tile,
         max_error=bound.max_error if bound else None,
         margin=bound.margin if bound else None,
-        latent_dtype=options.latent_dtype or LATENT_DTYPE,
+        latent_dtype=run.options.latent_dtype or LATENT_DTYPE,
     )
 
 
-def _note(manifest: Manifest) -> str:
-    return f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
+def _note(run: Run) -> str:
+    manifest, window = run.codec.manifest, run.intensity
+    text = f"encoded and decoded by a frozen VAE, {manifest.name} {manifest.identity}"
+    if window != manifest.intensity:
+        text += f", clipped to {window.hu_min:g} to {window.hu_max:g} HU"
+    return text
 
 
 def facts_on(codec: Codec, reader: Reader, verb: str, options: RunOptions) -> dict[str, Any]:

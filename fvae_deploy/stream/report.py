@@ -38,6 +38,7 @@ def run_report(
     Peak memory is given in total and beyond that baseline. `remarks` are those of the reader.
     """
     manifest, plan, tally = codec.manifest, outcome.plan, outcome.clipping
+    intensity = outcome.options.intensity(manifest.intensity)
     peak, total = peak_rss(), outcome.seconds["total"]
     clipped = tally.below + tally.above
     return {
@@ -56,6 +57,8 @@ def run_report(
         "engine_chosen_because": codec.why,
         "kernels": getattr(codec.engine, "kernels", None),
         "plan": plan_report(plan),
+        "protocol": outcome.options.protocol_of(manifest.geometry),
+        "as_published": outcome.options.as_published(manifest),
         "volume": {
             "shape": list(outcome.shape),
             "slices": outcome.slices,
@@ -68,7 +71,7 @@ def run_report(
             "above": tally.above,
             "minimum_hu": tally.minimum if tally.voxels else None,
             "maximum_hu": tally.maximum if tally.voxels else None,
-            "window_hu": [manifest.intensity.hu_min, manifest.intensity.hu_max],
+            "window_hu": [intensity.hu_min, intensity.hu_max],
         },
         **_bound_report(outcome),
         "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},

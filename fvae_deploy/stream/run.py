@@ -18,7 +18,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from fvae_deploy.engines.base import BuiltAhead
-from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.errors import BundleError, VolumeError
+from fvae_deploy.export.manifest import Intensity, Manifest
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import ModelFrames
 from fvae_deploy.stream.bound import Bound
@@ -41,6 +42,7 @@ class Outcome:
     """Results of a run, for the report."""
 
     plan: Plan
+    options: RunOptions
     shape: tuple[int, int, int]  # of the volume
     slices: int  # computed by this run
     resumed: int  # slices taken over from an interrupted run
@@ -87,7 +89,7 @@ class Run:
     plan: Plan
     steps: list[Step]
     plane: tuple[int, int]  # latent cells
-    protocol: str
+    options: RunOptions
     folder: Path  # for the file of states that do not fit in memory
     clipping: ClippingTally = field(
         default_factory=ClippingTally
@@ -102,14 +104,15 @@ class Run:
         options: RunOptions,
         folder: Path,
     ) -> Self:
-        """Plan the run; raises UsageError for a protocol or step that the network lacks."""
+        """Plan the run.
+
+        Raises UsageError for a protocol or step that the network lacks, and BundleError if it
+        cannot do as published.
+        """
         manifest, network = codec.manifest, codec.manifest.geometry
-        protocol = options.protocol or network.protocols[0]
-        if protocol not in network.protocols:
-            raise UsageError(
-                f"expected protocol {' or '.join(network.protocols)}, found {protocol!r}: "
-                f"{manifest.name} supports no other"
-            )
+        protocol = options.protocol_of(network)
+        if options.published:
+            _check_channels(manifest)
         k = manifest.check_step(options.step)
         x, y, z = geometry.shape
         plane = (-(-x // network.spatial), -(-y // network.spatial))
@@ -126,7 +129,7 @@ class Run:
         )
         logger.info("plan: %s", chosen.describe())
         steps = schedule.steps(z, protocol, k, network)
-        return cls(codec, geometry, chosen, steps, plane, protocol, folder)
+        return cls(codec, geometry, chosen, steps, plane, options, folder)
 
     def stream(self, direction: str) -> CausalStream:
         """Open one direction of the codec as a causal stream."""
@@ -141,6 +144,16 @@ class Run:
             lean=self.plan.lean,
             pieces=self.plan.pieces,
         )
+
+    @property
+    def protocol(self) -> str:
+        """The protocol, causal or windows."""
+        return self.options.protocol_of(self.codec.manifest.geometry)
+
+    @property
+    def intensity(self) -> Intensity:
+        """How HU become the model's range."""
+        return self.options.intensity(self.codec.manifest.intensity)
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -171,7 +184,7 @@ class Run:
         The steps before `entry` are read too, so that `clipping` covers the volume of a resumed
         run. Unless `any_range`, raises VolumeError before the first step if the volume is no CT.
         """
-        network, intensity = self.codec.manifest.geometry, self.codec.manifest.intensity
+        network, intensity = self.codec.manifest.geometry, self.intensity
         height, width = (network.spatial * n for n in self.plane)
         steps = self.steps[:stop]
         depths = [s.slices[1] - s.slices[0] for s in steps if s.slices[1] > s.slices[0]]
@@ -202,7 +215,7 @@ class Run:
         Those of a CT nearly always contain air. If not, slices are read ahead until some do: only
         a volume without any is read whole, once, before hours of computing.
         """
-        tally, intensity = copy.deepcopy(self.clipping), self.codec.manifest.intensity
+        tally, intensity = copy.deepcopy(self.clipping), self.intensity
         x, y, _ = reader.geometry.shape
         with contextlib.closing(reader.slabs(depth, start=depth)) as slabs:  # type: ignore[type-var]
             while not tally.shows_air:
@@ -215,7 +228,8 @@ class Run:
 
     def outcome(self, slices: int, resumed: int, seconds: dict[str, float]) -> Outcome:
         """Return the results of the finished run."""
-        return Outcome(self.plan, self.geometry.shape, slices, resumed, self.clipping, seconds)
+        shape, tally = self.geometry.shape, self.clipping
+        return Outcome(self.plan, self.options, shape, slices, resumed, tally, seconds)
 
 
 def facts_of(
@@ -232,18 +246,21 @@ def facts_of(
     tiles.
     """
     manifest = codec.manifest
+    intensity = options.intensity(manifest.intensity)
     return {
         "command": command,
         "input": source,
         "model": manifest.identity,
         "engine": codec.engine.name,
         "precision": codec.engine.precision,
-        "protocol": options.protocol or manifest.geometry.protocols[0],
+        "protocol": options.protocol_of(manifest.geometry),
         "k": manifest.check_step(options.step),
         "shape": list(geometry.shape),
         "affine": geometry.affine.tolist(),
         "slices": list(slices),
         "dtype": options.dtype,
+        "truncated": options.truncates,
+        "hu_window": [intensity.hu_min, intensity.hu_max],
         "level": options.level,
         "any_range": options.any_range,
         "max_error": options.max_error,
@@ -251,6 +268,15 @@ def facts_of(
         "latent_dtype": options.latent_dtype or LATENT_DTYPE if command == "encode" else None,
         "pyramid": options.pyramid,
     }
+
+
+def _check_channels(manifest: Manifest) -> None:
+    """Raise BundleError for gray weights, which average before they clamp, unlike the scripts."""
+    if manifest.averaging.hu_max is not None and not manifest.averaging.clamped:
+        raise BundleError(
+            f"expected a bundle whose channels are clamped as published, found {manifest.name} "
+            "with gray weights: export it without --channels gray"
+        )
 
 
 def _check_there(reader: Reader) -> None:

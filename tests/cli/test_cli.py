@@ -154,6 +154,8 @@ REPORT = {  # field -> fields in it
     "device": None,
     "engine_chosen_because": None,
     "kernels": None,
+    "protocol": None,
+    "as_published": None,
     "plan": {
         "latent_frames_per_step",
         "tiles",
@@ -291,3 +293,17 @@ def test_list_prints_the_series_and_needs_no_output(fvae, tmp_path, verb, monkey
     ]
     assert fvae(verb, tmp_path / "none", "--list")[0] == 2
     assert fvae(verb, tmp_path / "scans" / "notes.txt", "--list")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "compared", "told"),
+    [("soft", "ct", True), ("soft", "soft", False), ("ct", "soft", False), ("wide", "ct", False)],
+)
+def test_compare_says_if_hu_are_missing_that_it_compares(
+    fvae, fake, ct, tmp_path, made, compared, told
+):
+    recon = tmp_path / "r.nii"
+    assert fvae("reconstruct", ct, "-o", recon, "--hu-window", made, *fake)[0] == 0
+    code, out, _ = fvae("compare", ct, recon, "--no-ssim", "--hu-window", compared)
+    assert code == 0
+    assert ("was made with the HU window -175:250" in out.replace("\n", " ")) == told

@@ -169,6 +169,20 @@ def published(source: Path, x: np.ndarray) -> np.ndarray:
     return 1000 * y.mean(1)[0].clamp(-1, 1).numpy()
 
 
+def test_an_export_with_another_hu_window_has_its_errors_in_that_window(
+    made: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "measure_bundle", lambda folder, manifest, progress: manifest)
+    source = sources["lean_vae"]
+    soft = bundle.make_bundle(source, tmp_path / "b", channels="gray", hu_window="soft")
+    usual = Manifest.load(made("lean_vae", "gray")[0])
+    assert (soft.intensity.hu_min, soft.intensity.hu_max) == (-175, 250)
+    assert soft.intensity.model_max == usual.intensity.model_max
+    assert soft.identity == usual.identity
+    share = np.divide(soft.averaging.hu_max, usual.averaging.hu_max)
+    assert share == pytest.approx(425 / 2000, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["lean_vae", "wan"])
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime", "torch"])
 def test_saturated_slices_equal_the_published_formulation(

@@ -26,9 +26,11 @@ from fvae_deploy.errors import (  # noqa: E402
     VolumeError,
 )
 from fvae_deploy.export.generator import GeneratorManifest  # noqa: E402
+from fvae_deploy.export.manifest import Manifest  # noqa: E402
 from fvae_deploy.generation import pipeline as generation  # noqa: E402
 from fvae_deploy.generation.denoiser import Denoiser  # noqa: E402
 from fvae_deploy.generation.options import GenerationOptions  # noqa: E402
+from fvae_deploy.stream.codec import BUILT_IN  # noqa: E402
 from fvae_deploy.stream.options import RunOptions  # noqa: E402
 
 TILTED = np.array([[-3, 0, 0.2, 5], [0, -2.5, 0, 7], [0.1, 0, 4, -9], [0, 0, 0, 1.0]])
@@ -122,6 +124,23 @@ def test_noise_is_centred_where_the_bundle_says_so(mask, options, tmp_path, stit
         made.append((report["generator"]["centred_noise"], voxels(tmp_path / "g.nii")))
     assert [said for said, _ in made] == [False, True]
     assert (made[0][1] != made[1][1]).mean() > 0.2
+
+
+def test_a_vae_with_another_hu_window_is_refused(mask, options, tmp_path):
+    shutil.copytree(BUILT_IN / "tiny", tmp_path / "soft")
+    manifest = Manifest.load(tmp_path / "soft")
+    window = dataclasses.replace(manifest.intensity, hu_min=-175.0, hu_max=250.0)
+    dataclasses.replace(manifest, intensity=window).save(tmp_path / "soft")
+    with pytest.raises(BundleError, match="export it without --hu-window"):
+        fvae.generate(mask, tmp_path / "g.nii", **{**options, "vae": tmp_path / "soft"})
+    assert not (tmp_path / "g.nii").exists()
+
+
+@pytest.mark.parametrize("name", ["hu_window", "published", "rounding"])
+def test_options_of_reconstructions_are_refused(mask, options, tmp_path, name):
+    given = {"hu_window": "soft", "rounding": "truncate", "published": True}
+    with pytest.raises(UsageError, match=f"no {name} for generate"):
+        fvae.generate(mask, tmp_path / "g.nii", RunOptions(**{name: given[name]}), **options)
 
 
 @pytest.mark.parametrize("stitch", ["joint", "reference"])

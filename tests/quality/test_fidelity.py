@@ -35,12 +35,12 @@ def scan(seed: int, shape: tuple[int, int, int] = (5, 12, 9), dtype: str = "int1
     return np.random.default_rng(seed).uniform(-1300, 1300, shape).astype(dtype)
 
 
-def expected(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+def expected(a: np.ndarray, b: np.ndarray, low=-1000.0, high=1000.0) -> dict[str, float]:
     """Return the metrics of whole arrays by the formulas in the module's docstring."""
-    e = np.clip(b, -1000, 1000).astype(np.float64) - np.clip(a, -1000, 1000).astype(np.float64)
+    e = np.clip(b, low, high).astype(np.float64) - np.clip(a, low, high).astype(np.float64)
     p99 = np.quantile(np.ceil(np.abs(e)), 0.99, method="inverted_cdf")
     return {
-        "psnr": 10 * math.log10(2000**2 / np.mean(e**2)),
+        "psnr": 10 * math.log10((high - low) ** 2 / np.mean(e**2)),
         "mae": np.mean(np.abs(e)),
         "rmse": math.sqrt(np.mean(e**2)),
         "p99": p99,
@@ -64,6 +64,24 @@ def test_streamed_metrics_equal_the_formulas_for_any_slab_size(
     assert result.clipped == pytest.approx((np.abs(a) > 1000).mean())
 
 
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+@pytest.mark.parametrize("window", [(-175, 250), (-1024, 3071), (-0.5, 99.25), (-32768, 32767)])
+def test_metrics_are_of_values_clipped_to_the_window(tmp_path: Path, dtype: str, window):
+    from skimage.metrics import structural_similarity
+
+    low, high = window
+    a, b = ((scan(n, dtype=dtype) * 4).astype(dtype) for n in (0, 1))
+    paths = store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b)
+    result = compare(*paths, hu_window=f"{low}:{high}")
+    for name, value in expected(a, b, low, high).items():
+        assert getattr(result, name) == pytest.approx(value, rel=1e-12), name
+    assert result.hu_window == window
+    assert result.clipped == ((a < low) | (a > high)).mean()
+    x, y = np.clip(a, low, high).astype(float), np.clip(b, low, high).astype(float)
+    ssim = [structural_similarity(*pair, data_range=high - low) for pair in zip(x, y, strict=True)]
+    assert result.ssim == pytest.approx(np.mean(ssim), abs=1e-5)
+
+
 def test_comparing_int16_with_float32_does_not_round(tmp_path: Path):
     a, b = scan(0), scan(1, dtype="float32")
     result = compare(store(tmp_path / "a.nii", a), store(tmp_path / "b.nii", b))
@@ -80,7 +98,7 @@ def test_a_tally_does_not_depend_on_how_the_errors_are_split(
     errors: list[int], cuts: list[int], whole: bool
 ):
     e = np.array(errors, np.int16 if whole else np.float64)
-    tally = ErrorTally()
+    tally = ErrorTally(2000)
     for piece in np.split(e, sorted(min(cut, e.size) for cut in cuts)):
         tally.add(piece)
     result = tally.errors()

@@ -66,6 +66,19 @@ def test_a_reconstruction_equals_that_of_the_api(server, ct, fake_bundle, tmp_pa
     assert str(server.folder) not in json.dumps(job)
 
 
+def test_windows_and_published_ways_are_those_of_the_api(server, ct, fake_bundle, tmp_path):
+    given = {"hu_window": "soft", "published": True}
+    query = {"hu_window": "soft", "published": "true", "format": "nii"}
+    job = finished_job(server, server.post("reconstruct", ct.read_bytes(), **query))
+    fvae.reconstruct(ct, tmp_path / "r.nii", model=fake_bundle, engine="fake", **given)
+    assert server.get(f"{job['id']}/result").content == (tmp_path / "r.nii").read_bytes()
+    assert job["report"]["clipped"]["window_hu"] == [-175, 250]
+    for wrong in ({"hu_window": "9:1"}, {"published": "true", "protocol": "causal"}):
+        assert server.post("reconstruct", ct.read_bytes(), **wrong).status_code == 422
+    wrong = {"rounding": "truncate", "dtype": "float32"}
+    assert server.post("decode", b"", **wrong).status_code == 422
+
+
 def test_latents_are_downloaded_as_a_zip_and_decoded_from_it(server, ct, fake_bundle, tmp_path):
     job = finished_job(server, server.post("encode", ct.read_bytes()))
     latents = server.get(f"{job['id']}/result").content

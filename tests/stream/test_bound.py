@@ -377,3 +377,22 @@ def test_a_batch_keeps_the_bound_from_dicom_to_dicom(fake_bundle, tmp_path):
         decoded = np.concatenate([*reader.slabs(3)]).transpose(1, 2, 0)
         error = decoded.astype(int) - original[result.scan.source.stem]
         assert np.abs(error).max() <= 4
+
+
+@pytest.mark.parametrize("window", ["lung", "wide", "-175:250", "-1:1", "2999:3000"])
+def test_the_bound_holds_beyond_any_hu_window(tmp_path, window):
+    pytest.importorskip("openvino")
+    values = np.random.default_rng(6).integers(-1100, 3000, (64, 72, 9)).astype(np.int16)
+    original = write(tmp_path / "ct.nii", values)
+    options = {"hu_window": window, "max_error": 3}
+    api.encode(tmp_path / "ct.nii", tmp_path / "z.zarr", engine="openvino", **options)
+    for engine in ("openvino", "torch"):
+        api.decode(tmp_path / "z.zarr", tmp_path / "out.nii", engine=engine, overwrite=True)
+        assert np.abs(voxels(tmp_path / "out.nii") - original).max() <= 3
+
+
+def test_values_within_a_bound_are_not_truncated(fake_codec, bounded, tmp_path):
+    _, store = bounded
+    with pytest.raises(UsageError, match=r"--rounding truncate.*--no-residual"):
+        api.decode(store, tmp_path / "out.nii", codec=fake_codec, rounding="truncate")
+    assert not (tmp_path / "out.nii").exists()
