@@ -47,7 +47,7 @@ def test_a_codec_encodes_and_decodes_arrays():
 
 
 def test_a_ct_goes_through_latents_to_the_same_voxels_as_in_one_stream(ct, fake, tmp_path):
-    fvae.encode(ct, tmp_path / "z.zarr", **fake)
+    fvae.encode(ct, tmp_path / "z.zarr", latent_dtype="float32", **fake)
     fvae.decode(tmp_path / "z.zarr", tmp_path / "a.nii", **fake)
     fvae.reconstruct(ct, tmp_path / "b.nii", **fake)
     np.testing.assert_array_equal(voxels(tmp_path / "a.nii"), voxels(tmp_path / "b.nii"))

@@ -69,7 +69,10 @@ class ScanResult:
         if self.report is None or self.skipped:
             return f"{self.scan.output} exists: skipped"
         seconds, speed = self.report["seconds"]["total"], self.report["slices_per_second"]
-        return f"{self.scan.output} in {seconds:.1f} s, {speed:.1f} slices/s"
+        text = f"{self.scan.output} in {seconds:.1f} s, {speed:.1f} slices/s"
+        if bound := self.report.get("bound"):
+            text += f", every voxel within {bound['max_error_hu']:g} HU, checked"
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result, JSON-ready."""

@@ -53,8 +53,8 @@ class RunOptions:
     rounding: str = "nearest"
     """How int16 values are made: nearest, or truncate (towards zero)."""
     latent_dtype: str | None = None
-    """How latents are stored, a name in LATENT_DTYPES; None: LATENT_DTYPE. The error that a named
-    one adds is measured."""
+    """How latents are stored, a name in LATENT_DTYPES, and the error that it adds is measured; None:
+    `stored_as` says which."""
     max_error: float | None = None
     """Store residuals with the latents, so that no decoded voxel is further off, in HU."""
     no_residual: bool = False
@@ -119,6 +119,11 @@ class RunOptions:
     def memory_bytes(self) -> int | None:
         """The budget in bytes."""
         return self.memory if isinstance(self.memory, int) else None
+
+    @property
+    def stored_as(self) -> str:
+        """How latents are stored; those of the published scripts are never rounded unasked."""
+        return self.latent_dtype or ("float32" if self.published else LATENT_DTYPE)
 
     @property
     def truncates(self) -> bool:

@@ -33,7 +33,7 @@ from fvae_deploy.stream.codec import Codec, alone, pad_frames
 from fvae_deploy.stream.decoded import DecodedSlices
 from fvae_deploy.stream.encoding import encode_directions, encode_steps
 from fvae_deploy.stream.intensity import to_int16
-from fvae_deploy.stream.options import LATENT_DTYPE, RunOptions
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Outcome, Progress, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
@@ -103,7 +103,7 @@ def encode(
         outcome,
         bound=bound,
         sizes=sizes,
-        latent_dtype=options.latent_dtype or LATENT_DTYPE,
+        latent_dtype=options.stored_as,
         added_error=added.to_dict() if added else None,
     )
 
@@ -311,7 +311,7 @@ def _latent_info(run: Run, bound: Bound | None) -> LatentInfo:
         tile=run.tile,
         max_error=bound.max_error if bound else None,
         margin=bound.margin if bound else None,
-        latent_dtype=run.options.latent_dtype or LATENT_DTYPE,
+        latent_dtype=run.options.stored_as,
     )
 
 

@@ -25,7 +25,7 @@ from fvae_deploy.stream.arrays import ModelFrames
 from fvae_deploy.stream.bound import Bound
 from fvae_deploy.stream.codec import Codec, pad_frames
 from fvae_deploy.stream.intensity import ClippingTally, to_model
-from fvae_deploy.stream.options import LATENT_DTYPE, RunOptions
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
@@ -265,7 +265,7 @@ def facts_of(
         "any_range": options.any_range,
         "max_error": options.max_error,
         "no_residual": options.no_residual or None,
-        "latent_dtype": options.latent_dtype or LATENT_DTYPE if command == "encode" else None,
+        "latent_dtype": options.stored_as if command == "encode" else None,
         "pyramid": options.pyramid,
     }
 

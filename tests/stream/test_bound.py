@@ -373,6 +373,7 @@ def test_a_batch_keeps_the_bound_from_dicom_to_dicom(fake_bundle, tmp_path):
     results = run_scans("decode", found, options)
     for result in results:
         assert result.report["bound"]["max_error_hu"] == 4
+        assert "every voxel within 4 HU, checked" in result.describe()
         reader = open_volume(result.scan.output)
         decoded = np.concatenate([*reader.slabs(3)]).transpose(1, 2, 0)
         error = decoded.astype(int) - original[result.scan.source.stem]

@@ -48,7 +48,9 @@ def voxels(path):
 
 
 def encode(codec, source, store, progress=stream.silent, **options):
-    return stream.encode(codec, open_volume(source), store, RunOptions(**options), progress)
+    """Encode to latents as they are computed, so that decode continues as reconstruct does."""
+    options = RunOptions(latent_dtype="float32", **options)
+    return stream.encode(codec, open_volume(source), store, options, progress)
 
 
 def decode(codec, store, output, slices=None, progress=stream.silent, **options):
@@ -448,7 +450,7 @@ def test_a_full_disk_leaves_latents_that_can_be_resumed(
     assert not (tmp_path / "z.zarr").exists()
     found = on_a_full_disk(2**30, *arguments, "--resume")
     assert found.returncode == 0, found.stderr
-    encode(fake_codec, tmp_path / "ct.nii", tmp_path / "y.zarr", latent_dtype="float32")
+    encode(fake_codec, tmp_path / "ct.nii", tmp_path / "y.zarr")
     np.testing.assert_array_equal(
         LatentReader(tmp_path / "z.zarr").read(0, 6), LatentReader(tmp_path / "y.zarr").read(0, 6)
     )
