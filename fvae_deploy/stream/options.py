@@ -53,8 +53,8 @@ class RunOptions:
     rounding: str = "nearest"
     """How int16 values are made: nearest, or truncate (towards zero)."""
     latent_dtype: str | None = None
-    """How latents are stored, a name in LATENT_DTYPES, and the error that it adds is measured; None:
-    `stored_as` says which."""
+    """How latents are stored, a name in LATENT_DTYPES; the error that it adds is measured. None:
+    as `stored_as` says."""
     max_error: float | None = None
     """Store residuals with the latents, so that no decoded voxel is further off, in HU."""
     no_residual: bool = False
