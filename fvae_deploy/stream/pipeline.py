@@ -103,7 +103,6 @@ def encode(
         outcome,
         bound=bound,
         sizes=sizes,
-        latent_dtype=options.stored_as,
         added_error=added.to_dict() if added else None,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.errors import OutputError
+from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.stream.plan import Plan
@@ -37,10 +38,8 @@ def run_report(
     `baseline` is the resident memory of interpreter and libraries before the first step.
     Peak memory is given in total and beyond that baseline. `remarks` are those of the reader.
     """
-    manifest, plan, tally = codec.manifest, outcome.plan, outcome.clipping
-    intensity = outcome.options.intensity(manifest.intensity)
+    manifest, plan = codec.manifest, outcome.plan
     peak, total = peak_rss(), outcome.seconds["total"]
-    clipped = tally.below + tally.above
     return {
         "fvae": __version__,
         "command": command,
@@ -64,15 +63,7 @@ def run_report(
             "slices": outcome.slices,
             "resumed": outcome.resumed,
         },
-        "clipped": {
-            "voxels": clipped,
-            "share": clipped / tally.voxels if tally.voxels else 0.0,
-            "below": tally.below,
-            "above": tally.above,
-            "minimum_hu": tally.minimum if tally.voxels else None,
-            "maximum_hu": tally.maximum if tally.voxels else None,
-            "window_hu": [intensity.hu_min, intensity.hu_max],
-        },
+        "clipped": _clipped(outcome, manifest),
         **_bound_report(outcome),
         "seconds": {name: round(value, 4) for name, value in outcome.seconds.items()},
         "slices_per_second": outcome.slices / total,
@@ -86,13 +77,28 @@ def run_report(
     }
 
 
+def _clipped(outcome: Outcome, manifest: Manifest) -> dict[str, Any]:
+    """Return how many voxels were outside the HU window."""
+    tally, intensity = outcome.clipping, outcome.options.intensity(manifest.intensity)
+    clipped = tally.below + tally.above
+    return {
+        "voxels": clipped,
+        "share": clipped / tally.voxels if tally.voxels else 0.0,
+        "below": tally.below,
+        "above": tally.above,
+        "minimum_hu": tally.minimum if tally.voxels else None,
+        "maximum_hu": tally.maximum if tally.voxels else None,
+        "window_hu": [intensity.hu_min, intensity.hu_max],
+    }
+
+
 def _bound_report(outcome: Outcome) -> dict[str, Any]:
     """Return the facts of a bound on the error of voxels, and of the bytes of a latent store."""
     facts: dict[str, Any] = {}
     if outcome.sizes is not None:
         latents, residual = (8 * size / math.prod(outcome.shape) for size in outcome.sizes)
         bits = {"latents": latents, "residual": residual, "total": latents + residual}
-        facts["latent_dtype"] = outcome.latent_dtype
+        facts["latent_dtype"] = outcome.options.stored_as
         facts["bits_per_voxel"] = {name: round(value, 4) for name, value in bits.items()}
     if outcome.added_error is not None:
         facts["added_error"] = outcome.added_error

@@ -50,8 +50,7 @@ class Outcome:
     seconds: dict[str, float]  # by activity, with "total"
     bound: Bound | None = None  # on the error of every voxel
     sizes: tuple[int, int] | None = None  # bytes of latents and residuals, if stored
-    latent_dtype: str | None = None  # as which they are stored
-    added_error: dict[str, Any] | None = None  # what that adds in HU, if measured
+    added_error: dict[str, Any] | None = None  # of small latents in HU, if measured
 
 
 class Stopwatch:
