@@ -115,6 +115,8 @@ def test_steps_and_tiles_equal_plain_formulas_on_the_whole_clip(name: str) -> No
         assert apart(run(engine, direction, data), expected) < 1e-10
         grids = tiles(manifest, direction, 2, 3)
         assert len(grids) == len(shape.down)
+        if name not in STREAMS:  # tiny tiles of a window of full-resolution slices take minutes
+            grids = {stage: grids[stage] for stage in ("encode2", "decode1") if stage in grids}
         assert apart(run(engine, direction, data, grids), expected) < 1e-10
 
 
