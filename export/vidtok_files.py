@@ -73,7 +73,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> VidTok:
         raise BundleError(
             "expected VidTok's weights under their published name, which tells the version, like "
             f"vidtok_kl_causal_488_4chn or vidtok_kl_causal_488_16chn_v1_1, found {path.name}: "
-            "rename the file"
+            "rename it after its configuration"
         )
     try:
         config = config_of(shapes(state), "1.1" if match[2] else "1.0")

@@ -221,8 +221,8 @@ KL, FSQ = "vidtok_kl_causal_488_4chn", "vidtok_fsq_causal_488_4096"
 @pytest.mark.parametrize(
     ("name", "shape", "change", "message"),
     [
-        ("model", Shape(), {}, "found model.ckpt: rename the file"),
-        ("vidtok_kl_causal_488_4chn_v1_2", Shape(), {}, "v1_2.ckpt: rename the file"),
+        ("model", Shape(), {}, "found model.ckpt: rename it"),
+        ("vidtok_kl_causal_488_4chn_v1_2", Shape(), {}, "v1_2.ckpt: rename it"),
         (KL, Shape(quantised=True), {}, "4096 codes, where the file's name says none"),
         (FSQ, Shape(), {}, "no codes, where the file's name says 4096"),
         ("vidtok_fsq_causal_488_625", Shape(quantised=True), {}, "4096 codes, where .* says 625"),
