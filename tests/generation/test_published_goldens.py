@@ -152,6 +152,7 @@ def bundles(tmp_path_factory) -> tuple[Path, Path]:
     manifest = GeneratorManifest.load(generator)
     assert manifest.as_published == ("stretch", "text")
     dataclasses.replace(manifest, plane=(64, 64)).save(generator)
+    vae.mkdir()
     for channels in ("published", "rgb"):  # both clamp each channel first
         loaded = load(str(GOLDEN / "leanvae_a.ckpt"), channels=channels)
         export_bundle(loaded, vae / channels, version="0")
