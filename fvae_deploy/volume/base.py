@@ -90,6 +90,7 @@ class Reader(Protocol):
         """Yield the frames from `start` on, in slabs of the given depths.
 
         The last depth repeats to the end of the volume; the last slab may be shorter.
+        Each slab is an array of its own, which later ones leave alone.
         Raises VolumeError for truncated or damaged data and for values that are not finite.
         """
         ...
