@@ -12,7 +12,6 @@ from fvae_deploy.errors import UsageError
 from fvae_deploy.volume.suffixes import FILES
 from fvae_deploy.volume.zarr_paths import is_zarr
 
-BESIDE = ("reconstruction", "labels", "reconstruction_labels")
 GIVEN = "given"  # the method of a reconstruction that is given
 COLUMNS = {"ct", "series", "reconstruction", "labels", "reconstruction_labels", "method"}
 
@@ -57,14 +56,15 @@ def find_cases(
     damaged: list[tuple[Path, str]] = []
     for number, source in enumerate(sources):
         found, bad = _found(source)
-        beside = [paths[number] if paths else None for paths in given.values()]
-        if any(beside) and len(found) != 1:
+        one, map_, map_after = (paths[number] if paths else None for paths in given.values())
+        beside = one or map_ or map_after
+        if beside and len(found) != 1:
             raise UsageError(
                 f"expected one CT beside each reconstruction or label map, found {len(found)} in "
                 f"{source}: write a list with the columns ct, reconstruction and labels"
             )
-        if any(beside):
-            found = [replace(found[0], **dict(zip(BESIDE, beside, strict=True)))]
+        if beside:
+            found = [Case(found[0].name, found[0].ct, found[0].series, one, map_, map_after)]
         cases += found
         damaged += bad
     return _told_apart(cases), damaged

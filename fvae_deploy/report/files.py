@@ -10,7 +10,7 @@ from typing import Any
 from fvae_deploy.errors import OutputError, UsageError
 from fvae_deploy.report.cohort import MEASURES
 from fvae_deploy.report.page import page
-from fvae_deploy.report.pictures import Blobs
+from fvae_deploy.report.pictures import Pictures
 from fvae_deploy.stream.report import write_json
 from fvae_deploy.volume.open import check_output
 from fvae_deploy.volume.publish import new_file
@@ -39,11 +39,11 @@ class Files:
         for path in self.all:
             check_output(path, overwrite=overwrite)
 
-    def write(self, content: dict[str, Any], pictures: list[dict[str, Any]], blobs: Blobs) -> None:
+    def write(self, content: dict[str, Any], pictures: Pictures) -> None:
         """Write all three; raises OutputError."""
         write_json(content, self.json)
         _write(self.csv, table(content))
-        _write(self.page, page(content, pictures, blobs))
+        _write(self.page, page(content, pictures))
 
 
 def table(content: dict[str, Any]) -> str:

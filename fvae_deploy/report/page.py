@@ -6,9 +6,9 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from fvae_deploy.report import chapters
+from fvae_deploy.report import chapters, found
 from fvae_deploy.report.markup import Markup, esc, join, method_name, section, tag
-from fvae_deploy.report.pictures import Blobs
+from fvae_deploy.report.pictures import Pictures
 
 WINDOWS = (
     ("soft tissue", 40, 400),
@@ -19,7 +19,7 @@ WINDOWS = (
 )
 
 
-def page(content: dict[str, Any], pictures: list[dict[str, Any]], blobs: Blobs) -> str:
+def page(content: dict[str, Any], pictures: Pictures) -> str:
     """Return the HTML of a report."""
     inner = [
         _header(content),
@@ -27,7 +27,7 @@ def page(content: dict[str, Any], pictures: list[dict[str, Any]], blobs: Blobs) 
         tag("footer", f"Made by fvae {content['fvae']}. Every number is also in the JSON file of "
             "the same name."),
     ]  # fmt: skip
-    data = {"pictures": pictures, "blobs": blobs, "windows": WINDOWS}
+    data = {"pictures": pictures.planes, "blobs": pictures.blobs}
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     own = files("fvae_deploy.report").joinpath("page")
     style, code = (own.joinpath(n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
@@ -41,14 +41,15 @@ def page(content: dict[str, Any], pictures: list[dict[str, Any]], blobs: Blobs) 
     )
 
 
-def _chapters(content: dict[str, Any], pictures: list[dict[str, Any]]) -> list[Markup]:
+def _chapters(content: dict[str, Any], pictures: Pictures) -> list[Markup]:
     if not content["methods"]:
         return [chapters.scans(content)]
     return [
         chapters.summary(content),
-        _viewer(pictures, content["methods"]),
+        _viewer(pictures.planes),
         chapters.errors(content),
         chapters.organs(content),
+        found.structure(content, pictures.gallery),
         chapters.scans(content),
     ]
 
@@ -71,7 +72,7 @@ def _header(content: dict[str, Any]) -> Markup:
     )
 
 
-def _viewer(pictures: list[dict[str, Any]], methods: list[str]) -> Markup:
+def _viewer(pictures: list[dict[str, Any]]) -> Markup:
     """Return the frame of the pictures; the script fills it."""
     buttons = [
         tag("button", name, data_level=level, data_width=width, type="button")

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from fvae_deploy.volume.base import Geometry
 POSITIONS = 5
 LONGEST = 512  # pixels of a plane along each axis: longer volumes are shown in every second slice
 Blobs = dict[str, str]  # name -> base64 of compressed rows; shared planes are stored once
+Gallery = dict[str, list[dict[str, Any]]]  # by method: scan, facts and picture of findings
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures of a page: planes of the worst scans, their pixels, and findings."""
+
+    planes: list[dict[str, Any]]
+    blobs: Blobs
+    gallery: Gallery
 
 
 class Planes:
@@ -99,11 +110,11 @@ def _store(values: NDArray[Any], blobs: Blobs) -> str:
 
 
 def thumbnail(
-    original: NDArray[Any], reconstruction: NDArray[Any], level: float, width: float, mm: float
+    original: NDArray[Any], reconstruction: NDArray[Any], level: float, width: float
 ) -> str:
     """Return original, reconstruction and error side by side as a data URI of a PNG.
 
-    Arrays are [x, y] in HU, with pixels of `mm`, and shown with x to the right.
+    Arrays are squares [x, y] in HU, and shown with x to the right and y down.
     """
     from PIL import Image
 

@@ -20,8 +20,10 @@ from fvae_deploy.report.cases import Case
 from fvae_deploy.report.cohort import summarise
 from fvae_deploy.report.files import Files
 from fvae_deploy.report.judge import Judged, judge
-from fvae_deploy.report.pictures import Blobs
+from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
+from fvae_deploy.report.structure import badness
 from fvae_deploy.report.survey import Survey, survey
+from fvae_deploy.report.thumbnails import SHOWN
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import machine
@@ -68,6 +70,7 @@ def report(
     scans: dict[str, dict[str, Any]] = {}
     blobs: Blobs = {}
     pictures: dict[str, dict[str, Any]] = {}
+    gallery: Gallery = {}
     with contextlib.ExitStack() as stack:
         codecs = _open_models(cases, request, stack)
         folder = tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".fvae-report-")
@@ -85,6 +88,7 @@ def report(
             scans[name] = facts
             for one in judged:
                 _keep_worst(pictures, one)
+                _keep_findings(gallery, one)
             say(f"{number}: {name} judged")
     content: dict[str, Any] = {
         "fvae": __version__,
@@ -97,7 +101,7 @@ def report(
     content["cohort"] = summarise(content["scans"], content["methods"])
     for picture in pictures.values():
         picture["positions"] = picture.pop("planes").result(blobs)
-    files.write(content, list(pictures.values()), blobs)
+    files.write(content, Pictures(list(pictures.values()), blobs, gallery))
     return content
 
 
@@ -243,6 +247,18 @@ def _keep_worst(pictures: dict[str, dict[str, Any]], one: Judged) -> None:
     method, mae = one.numbers["method"], one.numbers["errors"]["mae"]
     if method not in pictures or mae > pictures[method]["mae"]:
         pictures[method] = {"method": method, "scan": one.scan, "mae": mae, "planes": one.planes}
+
+
+def _keep_findings(gallery: Gallery, one: Judged) -> None:
+    """Keep the pictures of the worst findings of each method over all scans."""
+    found = gallery.setdefault(one.numbers["method"], [])
+    worst = one.numbers["structure"]["worst"]
+    found += [
+        {"scan": one.scan, "facts": facts, "picture": picture}
+        for facts, picture in zip(worst, one.thumbnails, strict=False)
+    ]
+    found.sort(key=lambda entry: badness(entry["facts"]), reverse=True)
+    del found[SHOWN:]
 
 
 def _empty(work: Path) -> None:

@@ -1,7 +1,7 @@
 """Body, air, fat, soft tissue and bone by thresholds: the segmenter that always runs.
 
 A slice is smoothed (Gaussian, 1 mm), so that its noise does not decide. The body is what exceeds
--300 HU in pieces of at least 20 cm², with its holes filled. Inside the body, smoothed HU decide:
+-300 HU in pieces of at least 5 cm², with its holes filled. Inside the body, smoothed HU decide:
 air below -500, fat from -200 to -20, bone above 200, soft tissue from -20 to 200. What lies
 between air and fat, such as the borders of the lungs, counts as soft tissue.
 """
@@ -23,7 +23,7 @@ NAMES = {
 OUTSIDE_NAME = "outside the body"
 SURFACES = {"body": (AIR, FAT, SOFT, BONE), "lung and air": (AIR,), "bone": (BONE,)}
 SMOOTH = 1.0  # mm
-SMALLEST_BODY = 2000.0  # mm²
+SMALLEST_BODY = 500.0  # mm²
 
 Spacing = tuple[float, float, float]  # mm along x, y, z
 
