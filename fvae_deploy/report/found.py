@@ -32,9 +32,9 @@ def structure(content: dict[str, Any], gallery: Gallery) -> Markup:
         "(±100 HU), 44 mm wide.",
         *parts,
         note(
-            f"Errors are smoothed by 1.5 mm. What exceeds {LEAST:g} HU and {SIGMAS:g} sigmas of the "
-            "errors 5 to 12 mm around it, at least the noise of the scan, is listed, unless an edge "
-            "that moves by 0.4 voxels explains it. Findings outside the body come last."
+            f"Errors are smoothed by 1.5 mm. What exceeds {LEAST:g} HU and {SIGMAS:g} sigmas of "
+            "the errors 5 to 12 mm around it, at least the noise of the scan, is listed, unless "
+            "an edge that moves by 0.4 voxels explains it. Findings outside the body come last."
         ),
     )
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy import api
 from fvae_deploy.batch.run import SCAN_ERRORS
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.quality.fidelity import WINDOW, check_same_place
 from fvae_deploy.report.cases import Case
 from fvae_deploy.report.cohort import summarise
+from fvae_deploy.report.detectability import detectability
 from fvae_deploy.report.files import Files
 from fvae_deploy.report.judge import Judged, judge
+from fvae_deploy.report.lesions import choose_part
 from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
 from fvae_deploy.report.structure import badness
 from fvae_deploy.report.survey import Survey, survey
+from fvae_deploy.report.through import reconstruct, reconstruct_part
 from fvae_deploy.report.thumbnails import SHOWN
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
@@ -158,10 +161,8 @@ def _judge_scan(
     progress: Begin,
 ) -> tuple[dict[str, Any], list[Judged]]:
     """Judge all reconstructions of one scan; return its facts and what the pictures need."""
-    import dataclasses
-
     first = group[0]
-    options = dataclasses.replace(request.options, series=first.series or request.options.series)
+    options = replace(request.options, series=first.series or request.options.series)
     with contextlib.closing(open_volume(first.ct, options.reading)) as reader:
         for case in group:
             for path, role in (
@@ -176,41 +177,20 @@ def _judge_scan(
         found = survey(reader, work / "original.nii", progress(f"{first.name}: read", slices))
         remarks = list(reader.remarks)
     judged: list[Judged] = []
+    part = choose_part(found)
     for case in group:
         if case.reconstruction is not None:
             tick = progress(f"{first.name}: {case.method}", slices)
             judged.append(judge(case, case.method, found, case.reconstruction, None, tick))
             continue
         for name, codec in codecs.items():
-            cost, made = _reconstruct(case, codec, options, work, progress(f"{name}: run", slices))
+            cost, made = reconstruct(case, codec, options, work, progress(f"{name}: run", slices))
             tick = progress(f"{first.name}: {name}", slices)
-            judged.append(judge(case, name, found, made, cost, tick))
+            one = judge(case, name, found, made, cost, tick)
+            through = partial(reconstruct_part, codec, options, found, work)
+            one.numbers["low_contrast"] = detectability(part, through)
+            judged.append(one)
     return _facts(first, found, remarks, judged), judged
-
-
-def _reconstruct(
-    case: Case, codec: Codec, options: RunOptions, work: Path, tick: Callable[[int], None]
-) -> tuple[dict[str, Any], Path]:
-    """Encode and decode a scan; return what it took, and the path of the reconstruction."""
-    import dataclasses
-
-    latents, made = work / "latents.zarr", work / "reconstruction.nii"
-    given = dataclasses.replace(options, model=None, resume=False, overwrite=True)
-    encoded = api.encode(case.ct, latents, given, codec=codec)
-    reading = dataclasses.replace(
-        given, protocol=None, step=None, series=None, level=0, skip_unreadable=False,
-        any_range=False,
-    )  # fmt: skip
-    decoded = api.decode(latents, made, reading, codec=codec, progress=tick)
-    size = sum(path.stat().st_size for path in latents.rglob("*") if path.is_file())
-    runs = {"encode": encoded, "decode": decoded}
-    return {
-        "bytes": size,
-        "seconds": {verb: run["seconds"]["total"] for verb, run in runs.items()},
-        "peak_bytes": max(run["memory"]["beyond_baseline_bytes"] for run in runs.values()),
-        "engine": f"{decoded['engine']} {decoded['precision']}",
-        "plan": {verb: run["plan"] for verb, run in runs.items()},
-    }, made
 
 
 def _facts(
