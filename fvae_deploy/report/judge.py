@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.report.cases import Case
+from fvae_deploy.report.edges import Edges
 from fvae_deploy.report.hounsfield import Hounsfield, bland_altman
-from fvae_deploy.report.pair import run_sections
+from fvae_deploy.report.pair import Section, halo_of, run_sections
 from fvae_deploy.report.pictures import Planes
+from fvae_deploy.report.jpegls import JpegLs
+from fvae_deploy.report.seams import Seams
 from fvae_deploy.report.structure import Structure
+from fvae_deploy.report.surfaces import Surfaces
 from fvae_deploy.report.survey import Survey
+from fvae_deploy.report.texture import Texture
 from fvae_deploy.report.thumbnails import add_thumbnails
 
 
@@ -32,13 +37,18 @@ def judge(
     found: Survey,
     reconstruction: Path,
     cost: dict[str, Any] | None,
+    jpegls: JpegLs,
     progress: Callable[[int], None],
 ) -> Judged:
-    """Judge a reconstruction; `cost` is what making it took, if fvae made it."""
+    """Judge a reconstruction; `cost` is what making it took, if a model made it."""
     errors = Hounsfield(found.geometry, case.labels)
     planes = Planes(found.geometry, ("Original", method))
-    structure = Structure(found, case.labels is not None)
-    run_sections(found, reconstruction, case.labels, [errors, planes, structure], progress)
+    labelled = case.labels is not None
+    surfaces = Surfaces(found, halo_of(found.geometry) * found.geometry.spacing[2])
+    structure, texture = Structure(found, labelled), Texture(found, labelled)
+    edges, seams = Edges(found), Seams(found.geometry)
+    sections: list[Section] = [errors, planes, structure, texture, edges, surfaces, seams]
+    run_sections(found, reconstruction, maps_of(case), sections, progress)
     numbers: dict[str, Any] = {"method": method, "errors": errors.result()}
     organs = numbers["errors"].pop("organs")
     numbers["organs"] = organs
@@ -48,8 +58,17 @@ def judge(
     )
     worst = structure.result()
     numbers["structure"] = {"found": structure.total, "worst": worst}
+    numbers["surfaces"] = surfaces.result()
+    numbers["texture"], numbers["edges"] = texture.result(), edges.result()
+    numbers["seams"] = seams.result(cost)
     if cost is not None:
-        voxels = numbers["errors"]["voxels"]
-        numbers["cost"] = cost | {"bits_per_voxel": 8 * cost["bytes"] / voxels}
+        bits = 8 * cost["bytes"] / numbers["errors"]["voxels"]
+        numbers["cost"] = cost | {"bits_per_voxel": bits, "jpeg_ls": jpegls.beside(bits)}
     pictures = add_thumbnails(worst, found, reconstruction)
     return Judged(case.name, numbers, planes, pictures)
+
+
+def maps_of(case: Case) -> dict[str, Path]:
+    """Return the label maps of a scan by their names in blocks."""
+    given = {"organs": case.labels, "organs_after": case.reconstruction_labels}
+    return {name: path for name, path in given.items() if path is not None}

@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from fvae_deploy.report import chapters, found, seen
+from fvae_deploy.report import chapters, found, outlines, price, seen, spectra
 from fvae_deploy.report.markup import Markup, esc, join, method_name, section, tag
 from fvae_deploy.report.pictures import Pictures
 
@@ -50,7 +50,11 @@ def _chapters(content: dict[str, Any], pictures: Pictures) -> list[Markup]:
         chapters.errors(content),
         chapters.organs(content),
         found.structure(content, pictures.gallery),
+        outlines.surfaces(content),
         seen.low_contrast(content),
+        spectra.texture(content),
+        price.seams(content),
+        price.cost(content),
         chapters.scans(content),
     ]
 

@@ -37,7 +37,7 @@ def halo_of(geometry: Geometry) -> int:
 def run_sections(
     found: Survey,
     reconstruction: Path,
-    labels: Path | None,
+    maps: dict[str, Path],
     sections: list[Section],
     progress: Callable[[int], None],
 ) -> None:
@@ -45,7 +45,8 @@ def run_sections(
 
     Blocks hold `original` and `reconstruction` in HU, clipped to the window; `tissue` and
     `tissue_after`, the thresholds' tissues of both; `tissue_again`, those of the original with
-    fresh noise; `organs`, the label map, or the tissues without one.
+    fresh noise; `organs`, the label map in `maps`, or the tissues without one; and other label
+    maps by their names in `maps`.
     """
     geometry = found.geometry
     nx, ny, nz = geometry.shape
@@ -54,16 +55,20 @@ def run_sections(
     with contextlib.ExitStack() as stack:
         readers = [
             stack.enter_context(contextlib.closing(open_volume(path, any_range=True)))
-            for path in (found.copy, reconstruction, *([labels] if labels else []))
+            for path in (found.copy, reconstruction, *maps.values())
         ]
-        for block in blocks(stream(readers, found, depth), max(depth, 2 * halo), halo, nz):
+        for block in blocks(
+            stream(readers, found, depth, tuple(maps)), max(depth, 2 * halo), halo, nz
+        ):
             for section in sections:
                 section.add(block)
             progress(block.stop - block.start)
 
 
-def stream(readers: list[Reader], found: Survey, depth: int) -> Iterator[Arrays]:
-    """Yield slabs of a pair with their tissues."""
+def stream(
+    readers: list[Reader], found: Survey, depth: int, maps: tuple[str, ...]
+) -> Iterator[Arrays]:
+    """Yield slabs of a pair with their tissues, and of label maps."""
     spacing = found.geometry.spacing
     z = 0
     for slabs in zip(*(reader.slabs(depth) for reader in readers), strict=True):
@@ -75,7 +80,8 @@ def stream(readers: list[Reader], found: Survey, depth: int) -> Iterator[Arrays]
             "tissue": tissue,
             "tissue_after": tissues(b, spacing),
             "tissue_again": tissues(with_noise(a, z, found.noise or 0.0), spacing),
-            "organs": slabs[2] if len(slabs) > 2 else tissue,
+            "organs": tissue,
+            **dict(zip(maps, slabs[2:], strict=True)),
         }
         z += len(a)
 

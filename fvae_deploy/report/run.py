@@ -21,6 +21,7 @@ from fvae_deploy.report.cohort import summarise
 from fvae_deploy.report.detectability import detectability
 from fvae_deploy.report.files import Files
 from fvae_deploy.report.judge import Judged, judge
+from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.lesions import choose_part
 from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
 from fvae_deploy.report.structure import badness
@@ -177,16 +178,16 @@ def _judge_scan(
         found = survey(reader, work / "original.nii", progress(f"{first.name}: read", slices))
         remarks = list(reader.remarks)
     judged: list[Judged] = []
-    part = choose_part(found)
+    part, jpegls = choose_part(found), JpegLs(found)
     for case in group:
         if case.reconstruction is not None:
             tick = progress(f"{first.name}: {case.method}", slices)
-            judged.append(judge(case, case.method, found, case.reconstruction, None, tick))
+            judged.append(judge(case, case.method, found, case.reconstruction, None, jpegls, tick))
             continue
         for name, codec in codecs.items():
             cost, made = reconstruct(case, codec, options, work, progress(f"{name}: run", slices))
             tick = progress(f"{first.name}: {name}", slices)
-            one = judge(case, name, found, made, cost, tick)
+            one = judge(case, name, found, made, cost, jpegls, tick)
             through = partial(reconstruct_part, codec, options, found, work)
             one.numbers["low_contrast"] = detectability(part, through)
             judged.append(one)

@@ -13,6 +13,7 @@ import numpy as np
 from fvae_deploy import api
 from fvae_deploy.report.cases import Case
 from fvae_deploy.report.lesions import Volume
+from fvae_deploy.report.seams import tile_borders
 from fvae_deploy.report.survey import Survey
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.stream.options import RunOptions
@@ -34,12 +35,17 @@ def reconstruct(
     decoded = api.decode(latents, made, reading, codec=codec, progress=tick)
     size = sum(path.stat().st_size for path in latents.rglob("*") if path.is_file())
     runs = {"encode": encoded, "decode": decoded}
+    geometry = codec.manifest.geometry
+    plane = encoded["volume"]["shape"][0], encoded["volume"]["shape"][1]
+    borders = [tile_borders(run["plan"], plane, geometry.spatial) for run in runs.values()]
     return {
         "bytes": size,
         "seconds": {verb: run["seconds"]["total"] for verb, run in runs.items()},
         "peak_bytes": max(run["memory"]["beyond_baseline_bytes"] for run in runs.values()),
         "engine": f"{decoded['engine']} {decoded['precision']}",
-        "plan": {verb: run["plan"] for verb, run in runs.items()},
+        "cell": geometry.spatial,
+        "frame": geometry.temporal,
+        "tile_borders": [sorted({*x, *y}) for x, y in zip(*borders, strict=True)],
     }, made
 
 

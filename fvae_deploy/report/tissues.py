@@ -18,7 +18,7 @@ NAMES = {
     AIR: "lung and air",
     FAT: "fat",
     SOFT: "soft tissue",
-    BONE: "bone and contrast over 200 HU",
+    BONE: "bone",
 }
 OUTSIDE_NAME = "outside the body"
 SURFACES = {"body": (AIR, FAT, SOFT, BONE), "lung and air": (AIR,), "bone": (BONE,)}
