@@ -66,6 +66,40 @@ def _statistic(found: Content | None, several: bool, digits: int) -> str:
     return number(found["mean"], digits) + spread + worst
 
 
+def verdicts(content: Content) -> Markup:
+    """Return the verdict on each organ with the numbers behind it."""
+    methods, parts = content["methods"], []
+    for method in methods:
+        parts.append(tag("h3", method_name(method, methods)))
+        parts += [_verdict(one) for one in content["verdicts"][method]]
+    return section(
+        "verdicts",
+        "Verdicts",
+        "By fixed rules, from the numbers below each line. Good: a bias of at most 2 HU, errors no "
+        "larger than the noise of the scan, no structure invented or lost. Poor: a bias above "
+        "10 HU, or errors above 3 times the noise. Care: between the two.",
+        *parts,
+    )
+
+
+def _verdict(one: Content) -> Markup:
+    noise = "unknown" if one["noise_hu"] is None else f"{one['noise_hu']:.1f} HU"
+    spread = f", at worst {one['worst_bias_hu']:+.2f}" if one["scans"] > 1 else ""
+    colours = {"good": "good", "care": "care", "poor": "bad"}
+    return tag(
+        "div",
+        tag("span", one["level"], class_=f"mark {colours[one['level']]}"),
+        tag("span", tag("b", one["organ"]), f": {one['words']}"),
+        tag(
+            "span",
+            f"bias {one['bias_hu']:+.2f} HU{spread}; RMSE {one['rmse_hu']:.1f} HU beside a noise "
+            f"of {noise}; 99 % within {one['p99_hu']} HU; {one['found']} places found",
+            class_="numbers",
+        ),
+        class_="verdict",
+    )
+
+
 def errors(content: Content) -> Markup:
     """Return the percentiles of errors over whole scans, scan by scan."""
     methods = content["methods"]

@@ -78,7 +78,7 @@ def edge_points(a: NDArray[Any], body: NDArray[np.bool_]) -> tuple[Floats, Float
     """Return points [n, 2] of the skin in pixels, and the unit vectors that point inside there."""
     from scipy import ndimage
 
-    border = body & ~ndimage.binary_erosion(body, border_value=1)
+    border: NDArray[np.bool_] = body & ~ndimage.binary_erosion(body, border_value=1)
     margin = round(REACH) + 5  # a point may move by 2.5 pixels
     border[:margin] = border[-margin:] = False
     border[:, :margin] = border[:, -margin:] = False
@@ -119,9 +119,9 @@ def near(points: Floats, normals: Floats) -> tuple[NDArray[np.intp], NDArray[np.
 def clean(hu: NDArray[Any], distance: Floats) -> NDArray[np.bool_]:
     """Return which pixels count: near the normal of a point with air outside and none inside."""
     outside, inside = distance < -4, distance > 2
-    good = (np.where(outside, hu, -1000) < -800).all(axis=1)
-    good &= (np.where(inside, hu, 0) > -300).all(axis=1)
-    kept: NDArray[np.bool_] = good[:, None] & np.isfinite(distance)
+    air: NDArray[np.bool_] = np.all(np.where(outside, hu, -1000) < -800, axis=1, keepdims=True)
+    flesh: NDArray[np.bool_] = np.all(np.where(inside, hu, 0) > -300, axis=1, keepdims=True)
+    kept: NDArray[np.bool_] = air & flesh & np.isfinite(distance)
     return kept
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from fvae_deploy.report.cases import Case
 from fvae_deploy.report.edges import Edges
 from fvae_deploy.report.hounsfield import Hounsfield, bland_altman
+from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.pair import Section, halo_of, run_sections
 from fvae_deploy.report.pictures import Planes
-from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.seams import Seams
 from fvae_deploy.report.structure import Structure
 from fvae_deploy.report.surfaces import Surfaces

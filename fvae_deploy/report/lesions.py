@@ -35,9 +35,10 @@ Place = tuple[int, int, int]  # t, x, y in a part
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a scan, [t, x, y] in HU, and the places in it."""
+    """A part of a scan, [t, x, y] in HU from voxel `origin` (t, x, y) on, and the places in it."""
 
     hu: Volume
+    origin: Place
     spacing: Spacing
     places: tuple[Place, ...]
 
@@ -59,7 +60,8 @@ def choose_part(found: Survey) -> Part:
         ranges.append(slice(start, start + side))
     part = hu[:, ranges[0], ranges[1]], soft[:, ranges[0], ranges[1]]
     places = even_places(*part, found.geometry.spacing, found.smooth_noise or 0.0)
-    return Part(part[0], found.geometry.spacing, places)
+    origin = first, ranges[0].start, ranges[1].start
+    return Part(part[0], origin, found.geometry.spacing, places)
 
 
 def even_places(

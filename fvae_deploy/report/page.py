@@ -46,6 +46,7 @@ def _chapters(content: dict[str, Any], pictures: Pictures) -> list[Markup]:
         return [chapters.scans(content)]
     return [
         chapters.summary(content),
+        chapters.verdicts(content),
         _viewer(pictures.planes),
         chapters.errors(content),
         chapters.organs(content),
@@ -53,6 +54,7 @@ def _chapters(content: dict[str, Any], pictures: Pictures) -> list[Markup]:
         outlines.surfaces(content),
         seen.low_contrast(content),
         spectra.texture(content),
+        spectra.radiomics(content),
         price.seams(content),
         price.cost(content),
         chapters.scans(content),

@@ -20,14 +20,16 @@ from fvae_deploy.report.cases import Case
 from fvae_deploy.report.cohort import summarise
 from fvae_deploy.report.detectability import detectability
 from fvae_deploy.report.files import Files
-from fvae_deploy.report.judge import Judged, judge
 from fvae_deploy.report.jpegls import JpegLs
+from fvae_deploy.report.judge import Judged, judge
 from fvae_deploy.report.lesions import choose_part
 from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
+from fvae_deploy.report.radiomics import Radiomics
 from fvae_deploy.report.structure import badness
 from fvae_deploy.report.survey import Survey, survey
 from fvae_deploy.report.through import reconstruct, reconstruct_part
 from fvae_deploy.report.thumbnails import SHOWN
+from fvae_deploy.report.verdict import verdicts
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import machine
@@ -103,6 +105,7 @@ def report(
         "machine": machine(),
     }
     content["cohort"] = summarise(content["scans"], content["methods"])
+    content["verdicts"] = verdicts(content["scans"], content["methods"])
     for picture in pictures.values():
         picture["positions"] = picture.pop("planes").result(blobs)
     files.write(content, Pictures(list(pictures.values()), blobs, gallery))
@@ -179,16 +182,20 @@ def _judge_scan(
         remarks = list(reader.remarks)
     judged: list[Judged] = []
     part, jpegls = choose_part(found), JpegLs(found)
+    stability = Radiomics(part)
     for case in group:
         if case.reconstruction is not None:
             tick = progress(f"{first.name}: {case.method}", slices)
-            judged.append(judge(case, case.method, found, case.reconstruction, None, jpegls, tick))
+            one = judge(case, case.method, found, case.reconstruction, None, jpegls, tick)
+            one.numbers["radiomics"] = stability.compare(case.reconstruction)
+            judged.append(one)
             continue
         for name, codec in codecs.items():
             cost, made = reconstruct(case, codec, options, work, progress(f"{name}: run", slices))
             tick = progress(f"{first.name}: {name}", slices)
             one = judge(case, name, found, made, cost, jpegls, tick)
             through = partial(reconstruct_part, codec, options, found, work)
+            one.numbers["radiomics"] = stability.compare(made)
             one.numbers["low_contrast"] = detectability(part, through)
             judged.append(one)
     return _facts(first, found, remarks, judged), judged

@@ -48,6 +48,37 @@ def texture(content: Numbers) -> Markup:
     )
 
 
+def radiomics(content: Numbers) -> Markup:
+    """Return how stable the features of each class are."""
+    methods, rows, reasons = content["methods"], [], set()
+    for method in methods:
+        for scan, one in judged(content, method):
+            found = one["radiomics"]
+            if "reason" in found:
+                reasons.add(found["reason"])
+            for kind in found.get("classes", []):
+                rows.append([
+                    scan["name"], method_name(method, methods), kind["class"], kind["features"],
+                    number(kind["ccc"], 3), number(kind["icc"], 3), f"{kind['stable_share']:.0%}",
+                ])  # fmt: skip
+    head = ["scan", "method", "class", "features", "CCC", "ICC", "CCC of at least 0.85"]
+    body = [table(head, rows)] if rows else []
+    return section(
+        "radiomics",
+        "Radiomics",
+        "Features of the same balls of tissue before and after, over several places of a scan. 1 "
+        "means that a feature is the same; a feature with a low value must not be compared between "
+        "originals and reconstructions.",
+        *body,
+        *(note(f"Not measured: {reason}.") for reason in sorted(reasons)),
+        note(
+            "Medians over the features of a class: Lin's concordance (CCC) and intraclass "
+            "correlation for absolute agreement, ICC(A,1). Features by MIRP, which follows IBSI, "
+            "of balls 16 mm across in even soft tissue, with grey levels of 10 HU."
+        ),
+    )
+
+
 def _first(content: Numbers, method: str, key: str, inner: str) -> Numbers | None:
     """Return the first scan's curves of a method."""
     for _, one in judged(content, method):

@@ -81,7 +81,7 @@
       box.className = "plane";
       const canvas = document.createElement("canvas");
       const [high, wide] = plane.size.map((n, axis) => n * plane.mm[axis]);
-      const scale = Math.min(370 / wide, 440 / high);
+      const scale = Math.min((plane.name === "Axial" ? 560 : 440) / wide, 440 / high);
       canvas.style.width = Math.round(wide * scale) + "px";
       canvas.style.height = Math.max(24, Math.round(high * scale)) + "px";
       const drag = (event) => {
@@ -94,7 +94,7 @@
       canvas.addEventListener("pointermove", drag);
       const name = document.createElement("span");
       name.textContent = `${plane.name}, slice ${plane.slice} of ${plane.count}`;
-      const letters = [[OPPOSITE[plane.right], "left:5px;top:45%"], [plane.right, "right:5px;top:45%"]]
+      const letters = [[OPPOSITE[plane.right], "left:5px;top:2px"], [plane.right, "right:5px;top:2px"]]
         .map(([letter, place]) => {
           const mark = document.createElement("b");
           mark.textContent = letter;
