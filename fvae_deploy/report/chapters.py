@@ -93,7 +93,7 @@ def _verdict(one: Content) -> Markup:
         tag(
             "span",
             f"bias {one['bias_hu']:+.2f} HU{spread}; RMSE {one['rmse_hu']:.1f} HU beside a noise "
-            f"of {noise}; 99 % within {one['p99_hu']} HU; {one['found']} places found",
+            f"of {noise}; 99 % within {one['p99_hu']} HU; {one['found']} found",
             class_="numbers",
         ),
         class_="verdict",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.report.survey import Survey
-from fvae_deploy.report.tissues import SOFT, Spacing, tissues
+from fvae_deploy.report.tissues import OUTSIDE, SOFT, Spacing, tissues
 from fvae_deploy.volume.open import open_volume
 
 SIZES = (3.0, 5.0, 7.0, 10.0)  # mm, diameters
@@ -24,6 +24,7 @@ DISC = 6.0  # mm, the height of a disc
 SLICES, SIDE = 17, 320  # of the part of the scan, in voxels
 APART = 24.0  # mm
 CLEAR = 9.0  # mm of soft tissue around the middle of a place, in the slice
+SPREAD = 16.0  # mm, between the places of radiomics
 MARGIN = 16.0  # mm to the edge of the part
 MOST = 64  # places
 UNEVEN = 2.5  # times the smoothed scan's noise: the largest deviation around a place
@@ -40,7 +41,8 @@ class Part:
     hu: Volume
     origin: Place
     spacing: Spacing
-    places: tuple[Place, ...]
+    places: tuple[Place, ...]  # in even soft tissue
+    spread: tuple[Place, ...]  # anywhere in the body, for radiomics
 
 
 def choose_part(found: Survey) -> Part:
@@ -51,17 +53,20 @@ def choose_part(found: Survey) -> Part:
     first = int(np.argmax(amount))
     with contextlib.closing(open_volume(found.copy)) as reader:
         hu = next(reader.slabs(depth, start=first)).astype(np.float32)
-    soft = tissues(hu, found.geometry.spacing) == SOFT
+    kind = tissues(hu, found.geometry.spacing)
+    soft = kind == SOFT
     ranges = []
     for axis, size in ((1, nx), (2, ny)):
         profile = soft.sum(axis=tuple({0, 1, 2} - {axis}))
         side = min(SIDE, size)
         start = int(np.argmax(np.convolve(profile, np.ones(side), mode="valid")))
         ranges.append(slice(start, start + side))
-    part = hu[:, ranges[0], ranges[1]], soft[:, ranges[0], ranges[1]]
-    places = even_places(*part, found.geometry.spacing, found.smooth_noise or 0.0)
+    where = slice(None), *ranges
+    hu, soft, kind = hu[where], soft[where], kind[where]
+    places = even_places(hu, soft, found.geometry.spacing, found.smooth_noise or 0.0)
+    spread = spread_places(kind != OUTSIDE, found.geometry.spacing)
     origin = first, ranges[0].start, ranges[1].start
-    return Part(part[0], origin, found.geometry.spacing, places)
+    return Part(hu, origin, found.geometry.spacing, places, spread)
 
 
 def even_places(
@@ -89,6 +94,23 @@ def even_places(
         t, x, y = (int(n) for n in left[0])
         chosen.append((t, x, y))
         left = left[np.linalg.norm((left - left[0]) * step, axis=1) >= APART]
+    return tuple(chosen)
+
+
+def spread_places(body: NDArray[np.bool_], spacing: Spacing) -> tuple[Place, ...]:
+    """Return random places in the body, always the same: 16 mm apart, 8 mm below the skin."""
+    from scipy import ndimage
+
+    depth = ndimage.distance_transform_edt(body, sampling=(spacing[2], *spacing[:2]))
+    candidates = np.argwhere(depth >= SPREAD / 2)
+    np.random.default_rng(0).shuffle(candidates)
+    step = np.array([spacing[2], *spacing[:2]])
+    chosen: list[Place] = []
+    while len(candidates) and len(chosen) < MOST:
+        t, x, y = (int(n) for n in candidates[0])
+        chosen.append((t, x, y))
+        far = np.linalg.norm((candidates - candidates[0]) * step, axis=1) >= SPREAD
+        candidates = candidates[far]
     return tuple(chosen)
 
 

@@ -1,7 +1,7 @@
 """Stability of radiomics: IBSI features of the same tissue before and after, by feature class.
 
 Features are MIRP's, which follows the Image Biomarker Standardisation Initiative, of balls 16 mm
-across at up to 12 even places of soft tissue; grey levels are bins of 10 HU from -1000 HU on.
+across at up to 12 places all over the body; grey levels are bins of 10 HU from -1000 HU on.
 For each feature, over the places:
 
     CCC = 2 s_xy / (s_x² + s_y² + (mean x - mean y)²), Lin's concordance, with variances over n
@@ -52,11 +52,13 @@ class Radiomics:
 
     def compare(self, reconstruction: Path) -> dict[str, Any]:
         """Return CCC and ICC of each class of features, or why they are not measured."""
-        places = len(self.part.places)
+        places = len(self.part.spread)
         if not find_spec("mirp"):
             return {"reason": MISSING}
         if places < FEWEST:
-            return {"reason": f"only {places} even places of soft tissue, {FEWEST} needed"}
+            return {
+                "reason": f"only {places} places in the body for a ball of 16 mm, {FEWEST} needed"
+            }
         if self.before is None:
             self.before = features(self.part.hu, self.part)
         after = features(same_part(reconstruction, self.part), self.part)
@@ -122,7 +124,7 @@ def balls(hu: Volume, part: Part) -> list[tuple[Volume, NDArray[np.uint8]]]:
     padded = np.pad(hu, [(r, r) for r in reach], mode="edge")
     return [
         (padded[tuple(slice(p, p + 2 * r + 1) for p, r in zip(place, reach, strict=True))], mask)
-        for place in part.places[:PLACES]
+        for place in part.spread[:PLACES]
     ]
 
 

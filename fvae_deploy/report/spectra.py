@@ -74,7 +74,7 @@ def radiomics(content: Numbers) -> Markup:
         note(
             "Medians over the features of a class: Lin's concordance (CCC) and intraclass "
             "correlation for absolute agreement, ICC(A,1). Features by MIRP, which follows IBSI, "
-            "of balls 16 mm across in even soft tissue, with grey levels of 10 HU."
+            "of balls 16 mm across all over the body, with grey levels of 10 HU."
         ),
     )
 
