@@ -67,6 +67,12 @@ def find_cases(
             found = [Case(found[0].name, found[0].ct, found[0].series, one, map_, map_after)]
         cases += found
         damaged += bad
+    for case in cases:
+        if case.reconstruction_labels is not None and case.labels is None:
+            raise UsageError(
+                f"expected labels of the original beside those of its reconstruction, found none "
+                f"for {case.ct}: give both label maps"
+            )
     return _told_apart(cases), damaged
 
 

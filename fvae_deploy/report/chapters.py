@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fvae_deploy.report import charts
@@ -150,7 +151,7 @@ def organs(content: Content) -> Markup:
         title = tag("summary", method_name(method, methods), f" – {len(rows)} organs")
         parts.append(tag("details", title, inner, open="open" if len(rows) < 30 else None))
     parts.append(charts.side_by_side(*(_agreement(content, method) for method in methods)))
-    labels = any(scan.get("labels") for scan in content["scans"])
+    labels = any(scan.get("labels", "thresholds") != "thresholds" for scan in content["scans"])
     lead = "Inside each organ of the label map. " if labels else (
         "No label map was given, so tissues told apart by thresholds stand for organs: pass "
         "--labels for a label map, or --segment to have TotalSegmentator make one. "
@@ -202,7 +203,7 @@ def scans(content: Content) -> Markup:
                 f"{shape} voxels of {spacing} mm. {remarks}",
                 number(scan["noise_hu"], 1),
                 f"{scan['clipped']:.2%}",
-                "label map" if scan["labels"] else "thresholds",
+                Path(scan["labels"]).name,
             ]
         )
     failed = sum("error" in scan for scan in content["scans"])

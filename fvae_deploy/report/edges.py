@@ -19,7 +19,7 @@ from fvae_deploy.report.survey import Survey
 from fvae_deploy.report.tissues import OUTSIDE
 
 LEVEL = -500.0  # HU
-REACH = 6.0  # pixels on either side
+REACH = 8.0  # pixels on either side
 FINE = 0.1  # pixels between samples of the edge
 POINTS = 400  # of a slice
 FEWEST = 500  # points in all
@@ -127,7 +127,10 @@ def clean(hu: NDArray[Any], distance: Floats) -> NDArray[np.bool_]:
 
 def transfer(edge: Floats, mm: float) -> tuple[Floats, Floats]:
     """Return frequencies per mm and the transfer function of an edge sampled every `mm`."""
-    line = np.gradient(edge) * np.hanning(len(edge))
+    from scipy.signal import windows
+
+    # Flat over the middle half: a Hann window over 14 mm would make a blur of 1.5 mm seem 6 % less.
+    line = np.gradient(edge) * windows.tukey(len(edge), 0.5)
     size = max(SAMPLES, 2 ** int(np.ceil(np.log2(len(edge)))))
     power = np.abs(np.fft.fft(line, size))[: size // 2]
     frequency = np.fft.fftfreq(size, mm)[: size // 2]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.report.cases import Case
 from fvae_deploy.report.edges import Edges
 from fvae_deploy.report.hounsfield import Hounsfield, bland_altman
 from fvae_deploy.report.jpegls import JpegLs
@@ -32,23 +31,28 @@ class Judged:
 
 
 def judge(
-    case: Case,
+    scan: str,
     method: str,
+    maps: dict[str, Path],
     found: Survey,
     reconstruction: Path,
     cost: dict[str, Any] | None,
     jpegls: JpegLs,
     progress: Callable[[int], None],
 ) -> Judged:
-    """Judge a reconstruction; `cost` is what making it took, if a model made it."""
-    errors = Hounsfield(found.geometry, case.labels)
+    """Judge a reconstruction; `maps` are label maps: `organs`, `organs_after`, `organs_again`.
+
+    `cost` is what making it took, if a model made it.
+    """
+    labels = maps.get("organs")
+    labelled = labels is not None
+    errors = Hounsfield(found.geometry, labels)
     planes = Planes(found.geometry, ("Original", method))
-    labelled = case.labels is not None
     surfaces = Surfaces(found, halo_of(found.geometry) * found.geometry.spacing[2])
     structure, texture = Structure(found, labelled), Texture(found, labelled)
     edges, seams = Edges(found), Seams(found.geometry)
     sections: list[Section] = [errors, planes, structure, texture, edges, surfaces, seams]
-    run_sections(found, reconstruction, maps_of(case), sections, progress)
+    run_sections(found, reconstruction, maps, sections, progress)
     numbers: dict[str, Any] = {"method": method, "errors": errors.result()}
     organs = numbers["errors"].pop("organs")
     numbers["organs"] = organs
@@ -65,10 +69,4 @@ def judge(
         bits = 8 * cost["bytes"] / numbers["errors"]["voxels"]
         numbers["cost"] = cost | {"bits_per_voxel": bits, "jpeg_ls": jpegls.beside(bits)}
     pictures = add_thumbnails(worst, found, reconstruction)
-    return Judged(case.name, numbers, planes, pictures)
-
-
-def maps_of(case: Case) -> dict[str, Path]:
-    """Return the label maps of a scan by their names in blocks."""
-    given = {"organs": case.labels, "organs_after": case.reconstruction_labels}
-    return {name: path for name, path in given.items() if path is not None}
+    return Judged(scan, numbers, planes, pictures)

@@ -48,7 +48,7 @@ class Planes:
         coarse = Geometry((small[0], small[1], small[2]), affine)
         self.views = [
             ThreePlanes(Path("report.png"), coarse, _at(coarse.shape, position), names)
-            for position in range(min(POSITIONS, *small) if min(small) < POSITIONS else POSITIONS)
+            for position in range(min(POSITIONS, *small))
         ]
 
     def add(self, block: Block) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from fvae_deploy.report.files import Files
 from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.judge import Judged, judge
 from fvae_deploy.report.lesions import choose_part
+from fvae_deploy.report.organs import Organs
 from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
 from fvae_deploy.report.radiomics import Radiomics
+from fvae_deploy.report.segment import check_installed
 from fvae_deploy.report.structure import badness
 from fvae_deploy.report.survey import Survey, survey
 from fvae_deploy.report.through import reconstruct, reconstruct_part
@@ -34,6 +36,7 @@ from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.report import machine
 from fvae_deploy.version import __version__
+from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import open_volume, protect_input
 
 Begin = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
@@ -73,6 +76,8 @@ def report(
     for case in cases:
         for path in files.all:
             protect_input(path, case.ct)
+    if request.segment:
+        check_installed()
     scans: dict[str, dict[str, Any]] = {}
     blobs: Blobs = {}
     pictures: dict[str, dict[str, Any]] = {}
@@ -168,41 +173,62 @@ def _judge_scan(
     first = group[0]
     options = replace(request.options, series=first.series or request.options.series)
     with contextlib.closing(open_volume(first.ct, options.reading)) as reader:
-        for case in group:
-            for path, role in (
-                (case.reconstruction, "reconstruction"),
-                (case.labels, "labels"),
-                (case.reconstruction_labels, "labels of the reconstruction"),
-            ):
-                if path is not None:
-                    with contextlib.closing(open_volume(path, any_range=True)) as other:
-                        check_same_place(reader, other, role)
+        _check_places(reader, group)
         slices = reader.geometry.shape[2]
         found = survey(reader, work / "original.nii", progress(f"{first.name}: read", slices))
         remarks = list(reader.remarks)
-    judged: list[Judged] = []
     part, jpegls = choose_part(found), JpegLs(found)
-    stability = Radiomics(part)
+    stability, organs = Radiomics(part), Organs(found, request.segment, work)
+    judged: list[Judged] = []
+
+    def begin(stage: str) -> Callable[[int], None]:
+        return progress(stage, slices)
+
     for case in group:
-        if case.reconstruction is not None:
-            tick = progress(f"{first.name}: {case.method}", slices)
-            one = judge(case, case.method, found, case.reconstruction, None, jpegls, tick)
-            one.numbers["radiomics"] = stability.compare(case.reconstruction)
-            judged.append(one)
-            continue
-        for name, codec in codecs.items():
-            cost, made = reconstruct(case, codec, options, work, progress(f"{name}: run", slices))
-            tick = progress(f"{first.name}: {name}", slices)
-            one = judge(case, name, found, made, cost, jpegls, tick)
-            through = partial(reconstruct_part, codec, options, found, work)
+        for method, cost, made, codec in _made(case, codecs, options, work, begin):
+            tick = progress(f"{first.name}: {method}", slices)
+            one = judge(
+                first.name, method, organs.maps(case, made), found, made, cost, jpegls, tick
+            )
             one.numbers["radiomics"] = stability.compare(made)
-            one.numbers["low_contrast"] = detectability(part, through)
+            if codec is not None:
+                through = partial(reconstruct_part, codec, options, found, work)
+                one.numbers["low_contrast"] = detectability(part, through)
             judged.append(one)
-    return _facts(first, found, remarks, judged), judged
+    return _facts(first, found, remarks, judged, organs.source(first)), judged
+
+
+def _check_places(reader: Reader, group: list[Case]) -> None:
+    """Raise VolumeError if something given lies on another grid than the original."""
+    for case in group:
+        for path, role in (
+            (case.reconstruction, "reconstruction"),
+            (case.labels, "labels"),
+            (case.reconstruction_labels, "labels of the reconstruction"),
+        ):
+            if path is not None:
+                with contextlib.closing(open_volume(path, any_range=True)) as other:
+                    check_same_place(reader, other, role)
+
+
+def _made(
+    case: Case,
+    codecs: dict[str, Codec],
+    options: RunOptions,
+    work: Path,
+    begin: Callable[[str], Callable[[int], None]],
+) -> Iterator[tuple[str, dict[str, Any] | None, Path, Codec | None]]:
+    """Yield each reconstruction of a scan: method, what it took, its path, and its model."""
+    if case.reconstruction is not None:
+        yield case.method, None, case.reconstruction, None
+        return
+    for name, codec in codecs.items():
+        cost, made = reconstruct(case, codec, options, work, begin(f"{name}: run"))
+        yield name, cost, made, codec
 
 
 def _facts(
-    case: Case, found: Survey, remarks: list[str], judged: Sequence[Judged]
+    case: Case, found: Survey, remarks: list[str], judged: Sequence[Judged], organs: str
 ) -> dict[str, Any]:
     return {
         "name": case.name,
@@ -212,7 +238,7 @@ def _facts(
         "noise_hu": found.noise,
         "clipped": found.clipped,
         "remarks": remarks,
-        "labels": str(case.labels) if case.labels else None,
+        "labels": organs,
         "methods": [one.numbers for one in judged],
     }
 
