@@ -6,7 +6,7 @@ from typing import Any
 
 from fvae_deploy.report.markup import Markup, join, method_name, note, number, section, tag
 from fvae_deploy.report.pictures import Gallery
-from fvae_deploy.report.structure import LEAST, SIGMAS
+from fvae_deploy.report.structure import EDGE, LEAST, SIGMAS
 
 
 def structure(content: dict[str, Any], gallery: Gallery) -> Markup:
@@ -34,7 +34,8 @@ def structure(content: dict[str, Any], gallery: Gallery) -> Markup:
         note(
             f"Errors are smoothed by 1.5 mm. What exceeds {LEAST:g} HU and {SIGMAS:g} sigmas of "
             "the errors 5 to 12 mm around it, at least the noise of the scan, is listed, unless "
-            "an edge that moves by 0.4 voxels explains it. Findings outside the body come last."
+            f"an edge that moves by {EDGE:g} voxels explains it. Findings outside the body come "
+            "last."
         ),
     )
 

@@ -1,17 +1,17 @@
 """Structure that a reconstruction invents or loses: errors that stand out from those around them.
 
-Errors are smoothed (Gaussian, 1.5 mm) to the size of the smallest lesions. Each voxel's smoothed
-error is compared with those of a frame around it in the slice, from 5 to 12 mm away: its mean is
-subtracted, and its standard deviation is the local noise, at least that of the smoothed scan. An
-edge that moves by 0.4 voxels explains an error of 0.4 of its gradient; that counts as noise too,
-where both volumes have an edge. What exceeds 5 of these sigmas and 10 HU is structure, in
-connected components that are followed through all slabs.
+Errors are smoothed (Gaussian, 1.5 mm) to the size of the smallest lesions. Where both volumes have
+an edge, one that moves by 0.2 voxels explains an error of 0.2 of its gradient g (per voxel, the
+largest within 1.5 mm). Each voxel is compared with a frame around it in the slice, from 5 to 12 mm
+away, in which voxels count by n² / (n² + (0.2 g)²): n is the noise of the smoothed scan, so edges
+count little. The frame's mean is subtracted, and its deviation is the local noise, at least n.
 
-    z = (e - mean of the frame) / sqrt(max(deviation of the frame, noise)² + (0.4 gradient)²)
+    z = (e - mean of the frame) / sqrt(max(deviation of the frame, n)² + (0.2 g)²)
 
-The worst have the largest product of z and diameter; those outside the body come last. A component
-is lost where the original stands out from its surroundings more than the reconstruction does, and
-invented otherwise.
+What exceeds 5 sigmas and 10 HU is structure, in connected components that are followed through all
+slabs. The worst have the largest product of z and diameter; those outside the body come last. A
+component is lost where the original stands out from its surroundings more than the reconstruction
+does, by the deviations of a square of ±5 mm around it, and invented otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEAST = 10.0  # HU
 SMALLEST = 8.0  # mm³
 INNER, OUTER = 5.0, 12.0  # mm from the voxel to the frame around it
 KEPT = 40  # components
-EDGE = 0.4  # voxels that an edge may move
+EDGE = 0.2  # voxels that an edge may move
 
 Badness = tuple[bool, float, int]  # inside the body; z by diameter; minus the order of discovery
 Volume = NDArray[np.float32]  # [t, x, y]
@@ -75,7 +75,7 @@ class Structure:
         from scipy import ndimage
 
         a, b = (block.arrays[n].astype(np.float32) for n in ("original", "reconstruction"))
-        z, e, contrast = stand_out(a, b, self.geometry.spacing, self.noise, block.inner)
+        z, e, contrast, fuller = stand_out(a, b, self.geometry.spacing, self.noise, block.inner)
         labels = np.zeros(z.shape, np.int32)
         total = 0
         for sign in (1, -1):
@@ -83,7 +83,7 @@ class Structure:
             found, some = ndimage.label(marked, np.ones((3, 3, 3)))
             labels[found > 0] = found[found > 0] + total
             total += some
-        here = self._components(block, labels, total, z, e, contrast)
+        here = self._components(block, labels, total, (z, e, *contrast, fuller))
         self._join(labels, here)
 
     def _components(
@@ -91,10 +91,9 @@ class Structure:
         block: Block,
         labels: NDArray[np.int32],
         total: int,
-        z: Volume,
-        e: Volume,
-        contrast: tuple[Volume, Volume],
+        maps: tuple[Volume, ...],
     ) -> dict[int, Component]:
+        z, e, before, after, fuller = maps
         place = np.flatnonzero(labels)
         which = labels.ravel()[place]
         sizes = np.bincount(which, minlength=total + 1)
@@ -112,8 +111,9 @@ class Structure:
                 "original_hu": float(pair[0][voxel]),
                 "reconstruction_hu": float(pair[1][voxel]),
                 "error_hu": float(e[voxel]),
-                "contrast_before_hu": float(contrast[0][voxel]),
-                "contrast_after_hu": float(contrast[1][voxel]),
+                "contrast_before_hu": float(before[voxel]),
+                "contrast_after_hu": float(after[voxel]),
+                "fuller": bool(fuller[voxel] > 0),
                 "organ": int(organs[voxel]),
                 "tissue": int(tissue[voxel]),
             }
@@ -195,10 +195,9 @@ class Structure:
         name = NAMES.get(tissue, OUTSIDE_NAME)
         if self.labelled and organ:
             name = organ_name(organ).replace("_", " ")
-        before, after = facts["contrast_before_hu"], facts["contrast_after_hu"]
         position = self.geometry.affine @ [*facts["voxel"], 1]
         return {
-            "kind": "lost" if abs(before) > abs(after) else "invented",
+            "kind": "invented" if facts.pop("fuller") else "lost",
             "organ": name,
             "inside": tissue != OUTSIDE,
             "sigmas": one.peak,
@@ -239,8 +238,10 @@ def _left_along_z(mm: float) -> float:
 
 def stand_out(
     a: Volume, b: Volume, spacing: tuple[float, float, float], noise: float, inner: slice
-) -> tuple[Volume, Volume, tuple[Volume, Volume]]:
+) -> tuple[Volume, Volume, tuple[Volume, Volume], Volume]:
     """Return z, the smoothed error, and how much original and reconstruction stand out, in HU.
+
+    The last volume is positive where the reconstruction has more structure than the original.
 
     `a` and `b` have a halo along z; results are of the slices `inner`.
     """
@@ -248,13 +249,28 @@ def stand_out(
 
     sigma = [STRUCTURE / mm for mm in (spacing[2], *spacing[:2])]
     smooth = [ndimage.gaussian_filter(v, sigma, truncate=3.0) for v in (a, b)]
+    # The widest reach of an edge: at the ridge of a thin wall the gradient itself is 0.
     edge = np.minimum(*(_gradient(v)[inner] for v in smooth)) * EDGE**2
+    edge = ndimage.maximum_filter(edge, [1, *(2 * round(STRUCTURE / mm) + 1 for mm in spacing[:2])])
     before, after = (v[inner] for v in smooth)
     e = after - before
-    mean, square = (_frame(v, spacing) for v in (e, e * e))
-    deviation = np.maximum(square - mean * mean, noise**2)
+    weight = noise**2 / (noise**2 + edge)
+    share, mean, square = (_frame(v, spacing) for v in (weight, weight * e, weight * e * e))
+    mean /= share
+    deviation = np.maximum(square / share - mean * mean, noise**2)
     z = (e - mean) / np.sqrt(deviation + edge)
-    return z, e - mean, (before - _frame(before, spacing), after - _frame(after, spacing))
+    contrast = before - _frame(before, spacing), after - _frame(after, spacing)
+    return z, e - mean, contrast, _variance(after, spacing) - _variance(before, spacing)
+
+
+def _variance(values: Volume, spacing: tuple[float, float, float]) -> Volume:
+    """Return the variance of a square around each voxel, slice by slice."""
+    from scipy import ndimage
+
+    size = [1, *(2 * max(1, round(INNER / mm)) + 1 for mm in spacing[:2])]
+    mean = ndimage.uniform_filter(values, size)
+    variance: Volume = ndimage.uniform_filter(np.square(values - mean), size)
+    return variance
 
 
 def _gradient(values: Volume) -> Volume:
