@@ -105,16 +105,18 @@ def errors(content: Content) -> Markup:
     """Return the percentiles of errors over whole scans, scan by scan."""
     methods = content["methods"]
     head = ["scan", "method", "bias", "MAE", "RMSE", "50 %", "90 %", "95 %", "99 %", "99.9 %",
-            "largest", "PSNR, dB", "SSIM"]  # fmt: skip
-    rows = []
+            "largest", "PSNR, dB", "SSIM", "LPIPS"]  # fmt: skip
+    rows, reasons = [], set[str]()
     for method in methods:
         for scan, one in judged(content, method):
             e = one["errors"]
+            reasons |= {e["lpips"]["reason"]} if "reason" in e["lpips"] else set()
             shares = [number(value, 0) for value in e["percentiles"].values()]
             rows.append([
                 scan["name"], method_name(method, methods), number(e["bias"], 2, True),
                 number(e["mae"]), number(e["rmse"]), *shares, number(e["max"], 0),
                 "no error" if e["psnr"] is None else number(e["psnr"]), number(e["ssim"], 4),
+                number(e["lpips"].get("lpips"), 4),
             ])  # fmt: skip
     return section(
         "errors",
@@ -123,6 +125,7 @@ def errors(content: Content) -> Markup:
         "mean of its size, RMSE the root of its mean square. 99 % of all voxels are off by no more "
         "than the number below 99 %.",
         table(head, rows),
+        *(note(f"LPIPS was not measured: {reason}.") for reason in sorted(reasons)),
         note(
             "Both volumes are clipped to [-1000, 1000] HU, the window that the networks see. PSNR "
             "and SSIM have a data range of 2000 HU; SSIM is the mean over axial slices of "

@@ -16,6 +16,11 @@ MEASURES: dict[str, tuple[tuple[str, ...], str, bool]] = {
     "largest": (("errors", "max"), "HU", True),
     "PSNR": (("errors", "psnr"), "dB", False),
     "SSIM": (("errors", "ssim"), "", False),
+    "LPIPS": (("errors", "lpips", "lpips"), "", True),
+    "invented or lost": (("structure", "found"), "places", True),
+    "limits of agreement, lower": (("agreement", "lower"), "HU", True),
+    "limits of agreement, upper": (("agreement", "upper"), "HU", True),
+    "bits": (("cost", "bits_per_voxel"), "a voxel", True),
 }
 
 

@@ -11,6 +11,7 @@ from fvae_deploy.report.edges import Edges
 from fvae_deploy.report.hounsfield import Hounsfield, bland_altman
 from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.pair import Section, halo_of, run_sections
+from fvae_deploy.report.perceptual import Lpips
 from fvae_deploy.report.pictures import Planes
 from fvae_deploy.report.seams import Seams
 from fvae_deploy.report.structure import Structure
@@ -51,9 +52,20 @@ def judge(
     surfaces = Surfaces(found, halo_of(found.geometry) * found.geometry.spacing[2])
     structure, texture = Structure(found, labelled), Texture(found, labelled)
     edges, seams = Edges(found), Seams(found.geometry)
-    sections: list[Section] = [errors, planes, structure, texture, edges, surfaces, seams]
+    perceptual = Lpips(found.geometry)
+    sections: list[Section] = [
+        errors,
+        perceptual,
+        planes,
+        structure,
+        texture,
+        edges,
+        surfaces,
+        seams,
+    ]
     run_sections(found, reconstruction, maps, sections, progress)
     numbers: dict[str, Any] = {"method": method, "errors": errors.result()}
+    numbers["errors"]["lpips"] = perceptual.result()
     organs = numbers["errors"].pop("organs")
     numbers["organs"] = organs
     numbers["agreement"] = bland_altman(

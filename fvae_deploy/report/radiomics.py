@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ class Radiomics:
             return {
                 "reason": f"only {places} places in the body for a ball of 16 mm, {FEWEST} needed"
             }
-        if self.before is None:
-            self.before = features(self.part.hu, self.part)
-        after = features(same_part(reconstruction, self.part), self.part)
+        try:
+            if self.before is None:
+                self.before = features(self.part.hu, self.part)
+            after = features(same_part(reconstruction, self.part), self.part)
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # of MIRP
+            return {"reason": f"MIRP could not describe this tissue ({error})"}
         return {"places": len(after), "classes": by_class(self.before, after)}
 
 
@@ -108,7 +112,8 @@ def _quiet() -> Any:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
