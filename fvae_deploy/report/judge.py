@@ -72,13 +72,12 @@ def judge(
         [organ["original_mean"] for organ in organs],
         [organ["reconstruction_mean"] for organ in organs],
     )
-    worst = structure.result()
-    numbers["structure"] = {"found": structure.total, "worst": worst}
+    numbers["structure"] = structure.result()
     numbers["surfaces"] = surfaces.result()
     numbers["texture"], numbers["edges"] = texture.result(), edges.result()
     numbers["seams"] = seams.result(cost)
     if cost is not None:
         bits = 8 * cost["bytes"] / numbers["errors"]["voxels"]
         numbers["cost"] = cost | {"bits_per_voxel": bits, "jpeg_ls": jpegls.beside(bits)}
-    pictures = add_thumbnails(worst, found, reconstruction)
+    pictures = add_thumbnails(numbers["structure"]["worst"], found, reconstruction)
     return Judged(scan, numbers, planes, pictures)

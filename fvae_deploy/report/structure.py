@@ -68,7 +68,8 @@ class Structure:
         self.open: dict[int, Component] = {}  # by the label in `last`
         self.last: NDArray[np.int64] | None = None  # labels of the last slice, signs apart
         self.worst: list[tuple[Badness, Component]] = []  # a heap, its least first
-        self.number, self.order, self.total = 0, count(), 0
+        self.number, self.order = 0, count()
+        self.counts: dict[str, int] = {}  # components by organ
 
     def add(self, block: Block) -> None:
         """Find the components of a block's core, and join them with those before."""
@@ -175,31 +176,38 @@ class Structure:
     def _close(self, one: Component) -> None:
         if self._volume(one) < SMALLEST:
             return
-        self.total += 1
+        name = self._organ(one)
+        self.counts[name] = self.counts.get(name, 0) + 1
         inside = one.facts["tissue"] != OUTSIDE
         badness = (inside, one.peak * self._diameter(one), -next(self.order))
         heapq.heappush(self.worst, (badness, one))
         if len(self.worst) > KEPT:
             heapq.heappop(self.worst)
 
-    def result(self) -> list[dict[str, Any]]:
-        """Return the components, the worst first."""
+    def _organ(self, one: Component) -> str:
+        organ, tissue = one.facts["organ"], one.facts["tissue"]
+        if self.labelled and organ:
+            return organ_name(organ).replace("_", " ")
+        return NAMES.get(tissue, OUTSIDE_NAME)
+
+    def result(self) -> dict[str, Any]:
+        """Return how many components were found, by organ too, and the worst ones, worst first."""
         for one in self.open.values():
             self._close(one)
         self.open = {}
-        return [self._facts(one) for _, one in sorted(self.worst, reverse=True)]
+        return {
+            "found": sum(self.counts.values()),
+            "by_organ": self.counts,
+            "worst": [self._facts(one) for _, one in sorted(self.worst, reverse=True)],
+        }
 
     def _facts(self, one: Component) -> dict[str, Any]:
-        facts = dict(one.facts)
-        organ, tissue = facts.pop("organ"), facts.pop("tissue")
-        name = NAMES.get(tissue, OUTSIDE_NAME)
-        if self.labelled and organ:
-            name = organ_name(organ).replace("_", " ")
+        facts = {name: one.facts[name] for name in one.facts if name not in ("organ", "tissue")}
         position = self.geometry.affine @ [*facts["voxel"], 1]
         return {
             "kind": "invented" if facts.pop("fuller") else "lost",
-            "organ": name,
-            "inside": tissue != OUTSIDE,
+            "organ": self._organ(one),
+            "inside": one.facts["tissue"] != OUTSIDE,
             "sigmas": one.peak,
             **facts,
             "mean_error_hu": one.total / one.voxels,

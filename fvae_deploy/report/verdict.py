@@ -31,8 +31,8 @@ def verdicts(scans: list[Numbers], methods: list[str]) -> dict[str, list[Numbers
                 if one["method"] != method:
                     continue
                 for organ in one["organs"]:
-                    here = [f for f in one["structure"]["worst"] if f["organ"] == organ["name"]]
-                    facts = {"noise": scan["noise_hu"], "found": len(here)} | organ
+                    here = one["structure"]["by_organ"].get(organ["name"], 0)
+                    facts = {"noise": scan["noise_hu"], "found": here} | organ
                     organs.setdefault(organ["name"], []).append(facts)
         result[method] = [_verdict(name, rows) for name, rows in organs.items()]
     return result

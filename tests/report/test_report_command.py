@@ -11,10 +11,14 @@ import types
 
 import numpy as np
 import pytest
-from volumes import AFFINE, ball, body, store
+from volumes import AFFINE, ball, body, store, surveyed
 
 from fvae_deploy.cli import main as cli
 from fvae_deploy.report import radiomics
+from fvae_deploy.report.jpegls import JpegLs
+from fvae_deploy.report.pair import run_sections
+from fvae_deploy.report.perceptual import Lpips
+from fvae_deploy.report.verdict import verdicts
 
 QUICK = (8, 96, 80)
 
@@ -234,3 +238,79 @@ def test_segment_lets_totalsegmentator_label_both_volumes(fvae, tmp_path, monkey
     assert 0.5 < surface["again"]["dice"] < 1
     assert surface["after"]["dice"] > 0.99
     assert len(seen) == 3
+
+
+def test_verdicts_follow_their_rules():
+    def scan(bias, rmse, found, noise=10.0):
+        organ = {"name": "liver", "voxels": 10, "bias": bias, "rmse": rmse, "p99": 9}
+        structure = {"by_organ": {"liver": found}}
+        return {"noise_hu": noise, "methods": [
+            {"method": "m", "organs": [organ], "structure": structure}
+        ]}  # fmt: skip
+
+    for facts, level in (
+        ((2.0, 10.0, 0), "good"), ((2.1, 1, 0), "care"), ((-2.1, 1, 0), "care"),
+        ((0, 10.1, 0), "care"), ((0, 1, 1), "care"), ((10.1, 1, 0), "poor"),
+        ((-10.1, 1, 0), "poor"), ((0, 30.1, 0), "poor"), ((0, 10.0, 0, None), "good"),
+    ):  # fmt: skip
+        (verdict,) = verdicts([scan(*facts)], ["m"])["m"]
+        assert verdict["level"] == level, facts
+    both = [scan(1.0, 3, 0), scan(-12.0, 4, 2)]
+    (verdict,) = verdicts(both, ["m"])["m"]
+    assert (verdict["level"], verdict["worst_bias_hu"], verdict["found"]) == ("poor", -12.0, 2)
+    assert verdict["rmse_hu"] == pytest.approx(np.sqrt((9 + 16) / 2))
+
+
+def test_lpips_is_measured_on_even_slices_where_it_is_installed(tmp_path, monkeypatch):
+    """With a stand-in that returns the mean difference of what it is shown."""
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    module = types.ModuleType("lpips")
+    module.__spec__ = types.SimpleNamespace(name="lpips")
+
+    class Network:
+        def __init__(self, net, verbose):
+            assert net == "alex"
+
+        def __call__(self, a, b):
+            assert a.shape == (1, 3, 96, 80)
+            assert float(torch.maximum(a.abs().max(), b.abs().max())) <= 1
+            return (b - a).mean()
+
+    module.LPIPS = Network
+    a = body((30, 96, 80))
+    found = surveyed(store(tmp_path / "a.nii", a))
+    made = store(tmp_path / "b.nii", a.clip(-1000, 900) + np.int16(50))
+    section = Lpips(found.geometry)
+    run_sections(found, made, {}, [section], lambda done: None)
+    assert "pip install lpips" in section.result()["reason"]
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    section = Lpips(found.geometry)
+    run_sections(found, made, {}, [section], lambda done: None)
+    result = section.result()
+    assert result["slices"] == 24
+    assert result["lpips"] == pytest.approx(0.05, abs=0.005)
+
+
+def test_jpegls_is_compared_at_the_least_bound_that_fits(tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the report extra")
+    a = body((6, 64, 56))
+    found = surveyed(store(tmp_path / "a.nii", a))
+    coder = JpegLs(found)
+
+    def bits(bound):
+        streams = [
+            imagecodecs.jpegls_encode(np.ascontiguousarray((f.T + 1000).astype(np.uint16)),
+                                      level=bound) for f in a
+        ]  # fmt: skip
+        return 8 * sum(map(len, streams)) / a.size
+
+    for target in (0.1, 1.0, 2.5, 4.0, 16.0):
+        result = coder.beside(target)
+        bound = result["bound_hu"]
+        assert result["lossless_bits_per_voxel"] == pytest.approx(bits(0))
+        assert result["bits_per_voxel"] == pytest.approx(bits(bound))
+        assert result["max"] <= bound
+        if bound < 255:
+            assert bits(bound) <= target
+        if bound > 0:
+            assert bits(bound - 1) > target

@@ -35,7 +35,7 @@ def found_in(a, b, tmp_path):
     found = surveyed(store(tmp_path / "a.nii", a))
     section = Structure(found, False)
     run_sections(found, store(tmp_path / "b.nii", b), {}, [section], lambda done: None)
-    return section.result()
+    return section.result()["worst"]
 
 
 def whole(frames):
@@ -115,7 +115,9 @@ def test_components_equal_those_of_the_whole_volume(tmp_path, monkeypatch):
                   "organs": kind}  # fmt: skip
         for block in blocks(iter([arrays]), depth, halo, 40):
             section.add(block)
-        result = section.result()
+        found_all = section.result()
+        result = found_all["worst"]
+        assert found_all["found"] == len(result) == sum(found_all["by_organ"].values())
         counts = sorted(round(one["volume_mm3"] / np.prod(SPACING)) for one in result)
         assert counts == sorted(size for size in sizes if size * np.prod(SPACING) >= 8)
 
