@@ -62,7 +62,7 @@ Segment = Annotated[
 ]
 
 
-@command(app, "Inspect", (*ENGINE_OPTIONS, "protocol", "step", *INPUT, "overwrite"))
+@command(app, "Inspect", (*ENGINE_OPTIONS, "hu_window", "protocol", "step", *INPUT, "overwrite"))
 def report(
     cts: CTs,
     output: Page,

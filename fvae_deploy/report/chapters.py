@@ -103,7 +103,7 @@ def _verdict(one: Content) -> Markup:
 
 def errors(content: Content) -> Markup:
     """Return the percentiles of errors over whole scans, scan by scan."""
-    methods = content["methods"]
+    methods, (low, high) = content["methods"], content["window_hu"]
     head = ["scan", "method", "bias", "MAE", "RMSE", "50 %", "90 %", "95 %", "99 %", "99.9 %",
             "largest", "PSNR, dB", "SSIM", "LPIPS"]  # fmt: skip
     rows, reasons = [], set[str]()
@@ -127,8 +127,8 @@ def errors(content: Content) -> Markup:
         table(head, rows),
         *(note(f"LPIPS was not measured: {reason}.") for reason in sorted(reasons)),
         note(
-            "Both volumes are clipped to [-1000, 1000] HU, the window that the networks see. PSNR "
-            "and SSIM have a data range of 2000 HU; SSIM is the mean over axial slices of "
+            f"Both volumes are clipped to [{low:g}, {high:g}] HU. PSNR and SSIM have a data range "
+            f"of {high - low:g} HU; SSIM is the mean over axial slices of "
             "scikit-image's structural_similarity with its defaults."
         ),
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.organs import organ_name
 from fvae_deploy.quality.fidelity import (
-    PEAK,
+    HISTOGRAMS,
     SSIM_SIDE,
     WINDOW,
     ErrorTally,
@@ -30,12 +30,16 @@ LIMITS = 1.96  # standard deviations: 95 % of a normal distribution
 class Hounsfield:
     """Running errors of a pair; blocks hold `original`, `reconstruction`, `organs` and `tissue`.
 
-    Both volumes are clipped to [-1000, 1000] HU. Without a label map, tissues are the organs.
+    Both volumes are clipped to `window` HU. Without a label map, tissues are the organs.
     """
 
-    def __init__(self, geometry: Geometry, labels: Path | None) -> None:
-        self.geometry, self.labels = geometry, labels
-        self.rows, self.tally = OrganRows(labels or Path()), ErrorTally()
+    def __init__(
+        self, geometry: Geometry, labels: Path | None, window: tuple[float, float] = WINDOW
+    ) -> None:
+        self.geometry, self.labels, self.window = geometry, labels, window
+        self.peak = window[1] - window[0]
+        self.tally = ErrorTally(self.peak)
+        self.rows = OrganRows(labels or Path(), HISTOGRAMS // (self.tally.bins + 1))
         self.means = np.zeros(0)  # the sum of the original's HU of each row
         self.slices, self.similarity = 0, 0.0
         self.ssim = min(geometry.shape[:2]) >= SSIM_SIDE
@@ -50,7 +54,7 @@ class Hounsfield:
         sums = np.bincount(row.ravel(), a.astype(np.float64).ravel(), len(self.rows.labels))
         self.means = np.pad(self.means, (0, len(sums) - len(self.means))) + sums
         if self.ssim:
-            self.similarity += sum(map(similarity, a, b))
+            self.similarity += sum(similarity(*pair, self.peak) for pair in zip(a, b, strict=True))
         for z, mean in enumerate(np.abs(error).mean(axis=(1, 2)).tolist(), block.start):
             self.worst = max(self.worst, (mean, z))
         self.slices += len(a)
@@ -62,8 +66,8 @@ class Hounsfield:
             **_finite(whole.errors()),
             "percentiles": percentiles(whole.counts[0]),
             "ssim": self.similarity / self.slices if self.ssim else None,
-            "window_hu": list(WINDOW),
-            "data_range_hu": PEAK,
+            "window_hu": list(self.window),
+            "data_range_hu": self.peak,
             "worst_slice": self.worst[1],
             "organs": self._organs(),
         }

@@ -1,6 +1,6 @@
 """What JPEG-LS takes for the same scan: without loss, and with the loss that costs equal bits.
 
-The original's slices are coded one by one as whole HU from -1000 on, by imagecodecs.
+The original's slices are coded one by one, as whole HU above the window's lower end, by imagecodecs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.quality.fidelity import PEAK, WINDOW, ErrorTally
+from fvae_deploy.quality.fidelity import ErrorTally
 from fvae_deploy.report.hounsfield import percentiles
 from fvae_deploy.report.survey import Survey
 from fvae_deploy.volume.open import open_volume
@@ -73,25 +73,25 @@ class JpegLs:
             self.sizes[bound] = 0
         for frame in self._slices():
             for bound in wanted:
-                self.sizes[bound] += len(encoded(frame, bound))
+                self.sizes[bound] += len(encoded(frame, bound, round(self.found.window[0])))
 
     def _errors(self, bound: int) -> dict[str, Any]:
         import imagecodecs
 
-        tally = ErrorTally()
+        low, high = (round(end) for end in self.found.window)
+        tally = ErrorTally(high - low)
         for frame in self._slices():
-            decoded = imagecodecs.jpegls_decode(encoded(frame, bound)).T.astype(np.int16)
-            tally.add(np.clip(decoded + WINDOW[0], *WINDOW).astype(np.int16) - frame)
+            decoded = imagecodecs.jpegls_decode(encoded(frame, bound, low)).T
+            tally.add(np.clip(decoded.astype(np.int32) + low, low, high) - frame)
         errors = tally.errors()
         psnr = None if math.isinf(errors["psnr"]) else errors["psnr"]
         kept = {name: errors[name] for name in ("mae", "rmse", "max", "bias")}
         return kept | {"psnr": psnr, "percentiles": percentiles(tally.counts[0])}
 
 
-def encoded(frame: NDArray[np.int16], bound: int) -> bytes:
-    """Return a slice [x, y] in HU as a JPEG-LS stream with errors of at most `bound` HU."""
+def encoded(frame: NDArray[np.int16], bound: int, low: int) -> bytes:
+    """Return a slice [x, y] of HU from `low` on as JPEG-LS with errors of at most `bound` HU."""
     import imagecodecs
 
-    values = (frame.T.astype(np.int32) - WINDOW[0]).astype(np.uint16)
-    assert values.max() <= PEAK
+    values = (frame.T.astype(np.int32) - low).astype(np.uint16)
     return bytes(imagecodecs.jpegls_encode(np.ascontiguousarray(values), level=bound))

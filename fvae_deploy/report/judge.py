@@ -47,12 +47,12 @@ def judge(
     """
     labels = maps.get("organs")
     labelled = labels is not None
-    errors = Hounsfield(found.geometry, labels)
+    errors = Hounsfield(found.geometry, labels, found.window)
     planes = Planes(found.geometry, ("Original", method))
     surfaces = Surfaces(found, halo_of(found.geometry) * found.geometry.spacing[2])
     structure, texture = Structure(found, labelled), Texture(found, labelled)
     edges, seams = Edges(found), Seams(found.geometry)
-    perceptual = Lpips(found.geometry)
+    perceptual = Lpips(found.geometry, found.window)
     sections: list[Section] = [
         errors,
         perceptual,

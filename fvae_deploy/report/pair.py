@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.quality.fidelity import SLAB_VOXELS, WINDOW
+from fvae_deploy.quality.fidelity import SLAB_VOXELS
 from fvae_deploy.report.blocks import Arrays, Block, blocks
-from fvae_deploy.report.survey import Survey
+from fvae_deploy.report.survey import Survey, clipped_to
 from fvae_deploy.report.tissues import tissues
 from fvae_deploy.volume.base import Geometry, Reader
 from fvae_deploy.volume.open import open_volume
@@ -72,7 +72,7 @@ def stream(
     spacing = found.geometry.spacing
     z = 0
     for slabs in zip(*(reader.slabs(depth) for reader in readers), strict=True):
-        a, b = (np.clip(slab, *WINDOW) for slab in slabs[:2])
+        a, b = (clipped_to(slab, found.window) for slab in slabs[:2])
         tissue = tissues(a, spacing)
         yield {
             "original": a,

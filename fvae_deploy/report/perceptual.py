@@ -1,6 +1,6 @@
 """LPIPS of axial slices, where its package is installed: a distance as a trained network sees it.
 
-Up to 24 slices, evenly spread, each from [-1000, 1000] HU to [-1, 1] and the same in three
+Up to 24 slices, evenly spread, each from the window in HU to [-1, 1] and the same in three
 channels, through AlexNet. The package fetches AlexNet's weights when it is used first.
 """
 
@@ -23,7 +23,8 @@ MISSING = "lpips is not installed: pip install lpips"
 class Lpips:
     """A running mean of LPIPS, or the reason why there is none."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, window: tuple[float, float] = WINDOW) -> None:
+        self.middle, self.half = sum(window) / 2, (window[1] - window[0]) / 2
         nx, ny, nz = geometry.shape
         self.wanted = set(np.linspace(0, nz - 1, min(SLICES, nz)).round().astype(int).tolist())
         self.values: list[float] = []
@@ -50,9 +51,10 @@ class Lpips:
 
                 self.network = lpips.LPIPS(net="alex", verbose=False)
             pair = [
-                torch.from_numpy(frame.astype(np.float32) / WINDOW[1]).expand(1, 3, -1, -1)
+                torch.from_numpy((frame.astype(np.float32) - self.middle) / self.half)
                 for frame in (a, b)
             ]
+            pair = [picture.expand(1, 3, -1, -1) for picture in pair]
             with torch.no_grad():
                 self.values.append(float(self.network(*pair)))
         except (OSError, RuntimeError) as error:  # its weights cannot be fetched or read

@@ -81,6 +81,6 @@ def cost(content: Numbers) -> Markup:
         *(note(f"JPEG-LS was not measured: {reason}.") for reason in sorted(reasons)),
         note(
             "Bits of the latents as they are stored. Memory is the peak beyond the libraries. "
-            "JPEG-LS codes slices one by one, clipped to [-1000, 1000] HU."
+            "JPEG-LS codes slices one by one, clipped as everything here."
         ),
     )

@@ -1,7 +1,7 @@
 """Stability of radiomics: IBSI features of the same tissue before and after, by feature class.
 
 Features are MIRP's, which follows the Image Biomarker Standardisation Initiative, of balls 16 mm
-across at up to 12 places all over the body; grey levels are bins of 10 HU from -1000 HU on.
+across at up to 12 places all over the body; grey levels are bins of 10 HU.
 For each feature, over the places:
 
     CCC = 2 s_xy / (s_x² + s_y² + (mean x - mean y)²), Lin's concordance, with variances over n
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.quality.fidelity import WINDOW
 from fvae_deploy.report.lesions import Part, Volume
+from fvae_deploy.report.survey import clipped_to
 from fvae_deploy.volume.open import open_volume
 
 PLACES = 12
@@ -47,8 +47,8 @@ Features = dict[str, float]
 class Radiomics:
     """Features of one original, computed once and compared with each reconstruction."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, window: tuple[float, float]) -> None:
+        self.part, self.window = part, window
         self.before: list[Features] | None = None
 
     def compare(self, reconstruction: Path) -> dict[str, Any]:
@@ -62,24 +62,26 @@ class Radiomics:
             }
         try:
             if self.before is None:
-                self.before = features(self.part.hu, self.part)
-            after = features(same_part(reconstruction, self.part), self.part)
+                self.before = features(self.part.hu, self.part, self.window)
+            after = features(
+                same_part(reconstruction, self.part, self.window), self.part, self.window
+            )
         except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # of MIRP
             return {"reason": f"MIRP could not describe this tissue ({error})"}
         return {"places": len(after), "classes": by_class(self.before, after)}
 
 
-def same_part(path: Path, part: Part) -> Volume:
+def same_part(path: Path, part: Part, window: tuple[float, float]) -> Volume:
     """Read the voxels of a part from another volume on the same grid."""
     z, x, y = part.origin
     t, nx, ny = part.hu.shape
     with contextlib.closing(open_volume(path, any_range=True)) as reader:
         frames = next(reader.slabs(t, start=z))[:, x : x + nx, y : y + ny]
-    hu: Volume = np.clip(frames, *WINDOW).astype(np.float32)
+    hu: Volume = clipped_to(frames, window).astype(np.float32)
     return hu
 
 
-def features(hu: Volume, part: Part) -> list[Features]:
+def features(hu: Volume, part: Part, window: tuple[float, float]) -> list[Features]:
     """Return the features of the ball at each place, by name."""
     import mirp
 
@@ -92,7 +94,7 @@ def features(hu: Volume, part: Part) -> list[Features]:
                 image_modality="ct",
                 base_discretisation_method="fixed_bin_size",
                 base_discretisation_bin_width=10.0,
-                resegmentation_intensity_range=[-1000.0, 1000.0],
+                resegmentation_intensity_range=[*map(float, window)],
                 base_feature_families=FAMILIES,
                 write_features=False,
                 export_features=True,

@@ -15,6 +15,7 @@ from typing import Any
 
 from fvae_deploy.batch.run import SCAN_ERRORS
 from fvae_deploy.errors import UsageError, VolumeError
+from fvae_deploy.parse import hu_window
 from fvae_deploy.quality.fidelity import WINDOW, check_same_place
 from fvae_deploy.report.cases import Case
 from fvae_deploy.report.cohort import summarise
@@ -39,6 +40,7 @@ from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
 from fvae_deploy.volume.open import open_volume, protect_input
 
+NEEDED = (-900, 300)  # HU: a window must hold these, for air and bone to be told
 Begin = Callable[[str, int], Callable[[int], None]]  # a stage and its length -> its progress
 
 
@@ -71,6 +73,7 @@ def report(
     raises VolumeError for them. Raises UsageError if there is nothing to judge, OutputError if the
     files cannot be written, BundleError or EngineError if a model cannot be opened.
     """
+    window_of(request)
     files = Files(output)
     files.check(request.options.overwrite)
     for case in cases:
@@ -104,7 +107,7 @@ def report(
     content: dict[str, Any] = {
         "fvae": __version__,
         "command": "report",
-        "window_hu": list(WINDOW),
+        "window_hu": list(window_of(request)),
         "scans": [*scans.values(), *_untaken(damaged)],
         "methods": _methods(scans.values()),
         "machine": machine(),
@@ -115,6 +118,20 @@ def report(
         picture["positions"] = picture.pop("planes").result(blobs)
     files.write(content, Pictures(list(pictures.values()), blobs, gallery))
     return content
+
+
+def window_of(request: Request) -> tuple[float, float]:
+    """Return the HU that are compared: --hu-window, or -1000 to 1000."""
+    low, high = WINDOW
+    if request.options.hu_window is not None:
+        low, high = hu_window(request.options.hu_window)
+    if low > NEEDED[0] or high < NEEDED[1]:
+        raise UsageError(
+            f"expected --hu-window from {NEEDED[0]} HU or less to {NEEDED[1]} HU or more, in which "
+            f"air and bone can be told, found {low:g}:{high:g}: use fvae compare --hu-window, "
+            "which needs neither"
+        )
+    return low, high
 
 
 def check_all_judged(content: dict[str, Any]) -> None:
@@ -175,10 +192,11 @@ def _judge_scan(
     with contextlib.closing(open_volume(first.ct, options.reading)) as reader:
         _check_places(reader, group)
         slices = reader.geometry.shape[2]
-        found = survey(reader, work / "original.nii", progress(f"{first.name}: read", slices))
+        tick = progress(f"{first.name}: read", slices)
+        found = survey(reader, work / "original.nii", tick, window_of(request))
         remarks = list(reader.remarks)
     part, jpegls = choose_part(found), JpegLs(found)
-    stability, organs = Radiomics(part), Organs(found, request.segment, work)
+    stability, organs = Radiomics(part, found.window), Organs(found, request.segment, work)
     judged: list[Judged] = []
 
     def begin(stage: str) -> Callable[[int], None]:

@@ -43,7 +43,7 @@ def texture(content: Numbers) -> Markup:
         note(
             "Noise in HU, from the spectra of even squares of 30 mm; frequencies per mm. The "
             "transfer function is measured at the skin, on the contrast of about 1000 HU there. "
-            "Air is clipped at -1000 HU in both volumes."
+            "Air is clipped at the window's lower end in both volumes."
         ),
     )
 

@@ -8,6 +8,7 @@ Christianson et al., Am J Roentgenol 2015).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.quality.fidelity import SLAB_VOXELS, WINDOW
+from fvae_deploy.quality.fidelity import SLAB_VOXELS, WINDOW, Window
 from fvae_deploy.report.tissues import SOFT, Spacing, tissues
 from fvae_deploy.volume.base import Geometry, Reader
 from fvae_deploy.volume.open import create_volume
@@ -37,6 +38,7 @@ class Survey:
 
     copy: Path
     geometry: Geometry
+    window: Window
     dtype: str
     clipped: float
     noise: float | None
@@ -44,8 +46,13 @@ class Survey:
     soft: tuple[int, ...]
 
 
-def survey(reader: Reader, copy: Path, progress: Callable[[int], None]) -> Survey:
-    """Read an original once; write its copy, clipped to [-1000, 1000] HU, to `copy` (.nii)."""
+def survey(
+    reader: Reader,
+    copy: Path,
+    progress: Callable[[int], None],
+    window: tuple[float, float] = WINDOW,
+) -> Survey:
+    """Read an original once; write its copy, clipped to a window in HU, to `copy` (.nii)."""
     geometry = Geometry(reader.geometry.shape, reader.geometry.affine)
     nx, ny, nz = geometry.shape
     depth = max(1, SLAB_VOXELS // (nx * ny))
@@ -58,8 +65,8 @@ def survey(reader: Reader, copy: Path, progress: Callable[[int], None]) -> Surve
             if writer is None:
                 dtype = "float32" if slab.dtype.kind == "f" else "int16"
                 writer = stack.enter_context(create_volume(copy, geometry, dtype))
-            clipped += int(np.count_nonzero((slab < WINDOW[0]) | (slab > WINDOW[1])))
-            frames = np.clip(slab, *WINDOW).astype(dtype, copy=False)
+            clipped += int(np.count_nonzero((slab < window[0]) | (slab > window[1])))
+            frames = clipped_to(slab, window)
             writer.write(frames)
             for frame, kind in zip(frames, tissues(frames, geometry.spacing), strict=True):
                 plain, smooth = deviations(frame, kind, geometry.spacing)
@@ -69,7 +76,17 @@ def survey(reader: Reader, copy: Path, progress: Callable[[int], None]) -> Surve
             progress(len(slab))
     noise, smooth_noise = (_mode(total) for total in counts)
     share = clipped / (nx * ny * nz)
-    return Survey(copy, geometry, dtype, share, noise, smooth_noise, tuple(soft))
+    return Survey(copy, geometry, window, dtype, share, noise, smooth_noise, tuple(soft))
+
+
+def clipped_to(frames: NDArray[Any], window: Window) -> NDArray[Any]:
+    """Clip frames to a window in HU; int16 stays int16, anything else becomes float32."""
+    low, high = window
+    if frames.dtype.kind == "f":
+        kept: NDArray[Any] = np.clip(frames, low, high).astype(np.float32, copy=False)
+    else:
+        kept = np.clip(frames, math.ceil(low), math.floor(high)).astype(np.int16, copy=False)
+    return kept
 
 
 def deviations(

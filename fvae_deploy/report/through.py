@@ -29,8 +29,8 @@ def reconstruct(
     given = dataclasses.replace(options, model=None, resume=False, overwrite=True)
     encoded = api.encode(case.ct, latents, given, codec=codec)
     reading = dataclasses.replace(
-        given, protocol=None, step=None, series=None, level=0, skip_unreadable=False,
-        any_range=False,
+        given, protocol=None, step=None, hu_window=None, series=None, level=0, any_range=False,
+        skip_unreadable=False,
     )  # fmt: skip
     decoded = api.decode(latents, made, reading, codec=codec, progress=tick)
     size = sum(path.stat().st_size for path in latents.rglob("*") if path.is_file())

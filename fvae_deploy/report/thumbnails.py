@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.quality.fidelity import WINDOW
 from fvae_deploy.quality.picture import LUNG, SOFT
 from fvae_deploy.report.pictures import thumbnail
-from fvae_deploy.report.survey import Survey
+from fvae_deploy.report.survey import Survey, clipped_to
 from fvae_deploy.volume.open import open_volume
 
 SHOWN = 12
@@ -28,7 +27,10 @@ def add_thumbnails(worst: list[dict[str, Any]], found: Survey, reconstruction: P
     pictures = []
     for one in shown:
         x, y, z = one["voxel"]
-        pair = [_cut(frames[z], x, y, found.geometry.spacing) for frames in (before, after)]
+        pair = [
+            _cut(clipped_to(frames[z], found.window), x, y, found.geometry.spacing)
+            for frames in (before, after)
+        ]
         pair = [upright(frame, found.geometry.orientation) for frame in pair]
         level, width = _window(float(np.median(pair[0])))
         pictures.append(thumbnail(pair[0], pair[1], level, width))
@@ -36,7 +38,7 @@ def add_thumbnails(worst: list[dict[str, Any]], found: Survey, reconstruction: P
 
 
 def slices(path: Path, wanted: set[int]) -> dict[int, NDArray[Any]]:
-    """Read some slices [x, y] of a volume in HU, clipped, in one pass."""
+    """Read some slices [x, y] of a volume in HU, in one pass."""
     found: dict[int, NDArray[Any]] = {}
     if not wanted:
         return found
@@ -44,7 +46,7 @@ def slices(path: Path, wanted: set[int]) -> dict[int, NDArray[Any]]:
         first = min(wanted)
         for z, slab in enumerate(reader.slabs(1, start=first), first):
             if z in wanted:
-                found[z] = np.clip(slab[0], *WINDOW)
+                found[z] = slab[0]
             if z == max(wanted):
                 break
     return found

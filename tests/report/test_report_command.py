@@ -14,6 +14,7 @@ import pytest
 from volumes import AFFINE, ball, body, store, surveyed
 
 from fvae_deploy.cli import main as cli
+from fvae_deploy.quality.fidelity import compare
 from fvae_deploy.report import radiomics
 from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.pair import run_sections
@@ -92,6 +93,32 @@ def test_a_given_pair_is_judged_without_a_model(fvae, tmp_path):
     code, _, err = fvae("report", tmp_path / "a.nii", "-r", tmp_path / "b.nii", "-o", r)
     assert code == 3
     assert "pass --overwrite" in err
+
+
+def test_another_window_reaches_the_network_and_all_numbers(fvae, fake, tmp_path):
+    a = body(QUICK)
+    a[:, 20:30, 20:30] = 2500
+    store(tmp_path / "a.nii", a)
+    made = []
+    for window, arguments in (([-1000, 1000], []), ([-1024, 3071], ["--hu-window", "wide"])):
+        code, _, err = fvae("report", tmp_path / "a.nii", *fake, *arguments, "--overwrite",
+                            "-o", tmp_path / "r.html")  # fmt: skip
+        assert code == 0, err
+        content = json.loads((tmp_path / "r.json").read_text())
+        assert content["window_hu"] == window
+        (scan,) = content["scans"]
+        errors = scan["methods"][0]["errors"]
+        assert errors["data_range_hu"] == window[1] - window[0]
+        assert scan["clipped"] == pytest.approx((a > window[1]).mean())
+        code, _, _ = fvae("reconstruct", tmp_path / "a.nii", *fake, *arguments, "--overwrite",
+                            "-o", tmp_path / "b.nii")  # fmt: skip
+        assert code == 0
+        quick = compare(tmp_path / "a.nii", tmp_path / "b.nii",
+                        hu_window=f"{window[0]}:{window[1]}")  # fmt: skip
+        assert errors["mae"] == pytest.approx(quick.mae)
+        assert errors["psnr"] == pytest.approx(quick.psnr)
+        made.append(scan["methods"][0]["cost"]["jpeg_ls"])
+    assert made[1]["lossless_bits_per_voxel"] > made[0]["lossless_bits_per_voxel"]
 
 
 def test_a_list_names_reconstructions_of_several_methods_and_labels(fvae, tmp_path):
@@ -179,6 +206,7 @@ def test_names_from_files_cannot_break_the_page(fvae, tmp_path):
         (["a.nii", "-o", "r.pdf"], "named .html"),
         (["a.nii", "-o", "nowhere/r.html"], "create it first"),
         (["a.nii", "-m", "tiny", "-m", "tiny", "-o", "r.html"], "name it once"),
+        (["a.nii", "--hu-window", "soft", "-o", "r.html"], "from -900 HU or less"),
         (["none.nii", "-o", "r.html"], "check the path"),
         (["a.nii", "--segment", "-o", "r.html"], "pip install TotalSegmentator"),
     ],
