@@ -1,6 +1,6 @@
 """What JPEG-LS takes for the same scan: without loss, and with the loss that costs equal bits.
 
-The original's slices are coded one by one, as whole HU above the window's lower end, by imagecodecs.
+The original's slices are coded one by one by imagecodecs, as whole HU above the window's low end.
 """
 
 from __future__ import annotations
