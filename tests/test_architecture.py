@@ -40,6 +40,7 @@ MAY["training"] = {*MAY["stream"], "stream"}
 MAY["generation"] = MAY["bench"] = {*MAY["api"], "api"}
 MAY["make"] = {*MAY["api"], "api", "bench"}
 MAY["batch"] = {*MAY["api"], "api", "generation"}
+MAY["report"] = {*MAY["batch"], "batch", "quality"}
 MAY["selftest"] = {*MAY["make"], "make"}
 MAY["server"] = {*MAY["batch"], "batch"}
 MAY["cli"] = {*MAY, "__init__"}

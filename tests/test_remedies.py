@@ -303,6 +303,16 @@ REMEDIES = {
         f"encode {{f}}/scans -o {{f}}/outs {F} --resume",
         ("corrected/b.nii", "scans/b.nii"),
     ),
+    "a report in a narrow window": Remedy(
+        "use fvae compare --hu-window",
+        "report {f}/ct.nii -r {f}/ct.nii --hu-window soft -o {f}/new.html",
+        "compare {f}/ct.nii {f}/ct.nii --hu-window soft",
+    ),
+    "a segmenter that is not there": Remedy(
+        "or pass --labels",
+        "report {f}/organs.nii -r {f}/organs.nii --segment -o {f}/new.html",
+        "report {f}/organs.nii -r {f}/organs.nii --labels {f}/organs.nii -o {f}/new.html",
+    ),
     "two names of a picture": Remedy(
         "write it like First,Second",
         "compare {f}/ct.nii {f}/ct.nii --png {f}/new.png --names A",

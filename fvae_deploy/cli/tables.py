@@ -185,3 +185,18 @@ def comparison_table(comparison: Comparison) -> Group:
             f"{organ.bias:+.2f}",
         )
     return Group(whole, organs)
+
+
+def report_table(content: dict[str, Any]) -> Table:
+    """Return the table of a report: mean, deviation and worst case of every method."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(content['scans'])} scans, reconstruction - original")
+    for column in ("method", "measure", "scans", "mean", "deviation", "worst", "of"):
+        table.add_column(column, overflow="fold")
+    for method, measures in content["cohort"].items():
+        for name, found in measures.items():
+            deviation = "-" if found["deviation"] is None else f"{found['deviation']:.4g}"
+            numbers = (f"{found['mean']:.5g}", deviation, f"{found['worst']:.5g}")
+            table.add_row(method, name, str(found["scans"]), *numbers, found["worst_scan"])
+    return table

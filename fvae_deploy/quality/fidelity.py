@@ -260,12 +260,12 @@ class _Running:
         self.clipped += int(np.count_nonzero((a < self.bounds[0]) | (a > self.bounds[1])))
         a, b = np.clip(a, *self.bounds), np.clip(b, *self.bounds)
         if organs is None:
-            self.tally.add(_difference(a, b))
+            self.tally.add(difference(a, b))
         else:
             row = self.rows.look_up(organs)
-            self.tally.add(_difference(a, b), row, len(self.rows.labels))
+            self.tally.add(difference(a, b), row, len(self.rows.labels))
         if self.ssim:
-            self.similarity += sum(_similarity(*pair, self.peak) for pair in zip(a, b, strict=True))
+            self.similarity += sum(similarity(*pair, self.peak) for pair in zip(a, b, strict=True))
         self.slices += len(a)
         return a, b
 
@@ -298,14 +298,14 @@ def _slabs(
     yield from zip(first.slabs(depth), second.slabs(depth), organs, strict=False)
 
 
-def _difference(a: HuFrames, b: HuFrames) -> NDArray[Any]:
+def difference(a: HuFrames, b: HuFrames) -> NDArray[Any]:
     """Return b - a without rounding: int32 is exact for int16, and float64 for float32."""
     if a.dtype == b.dtype == np.int16:
         return np.subtract(b, a, dtype=np.int32)
     return b.astype(np.float64) - a
 
 
-def _similarity(a: HuFrames, b: HuFrames, peak: float) -> float:
+def similarity(a: HuFrames, b: HuFrames, peak: float) -> float:
     """Return the SSIM of one slice [x, y]; float32 halves the time and differs by 1e-9."""
     from skimage import metrics
 

@@ -117,6 +117,10 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "latent_frames_per_step": plan.k,
         "tiles": {d: grid.count for d, grid in plan.grids.items()},
         "tile_cells": {d: list(grid.extent) for d, grid in plan.grids.items()},
+        "tile_borders": {
+            d: {"plane": [grid.height, grid.width], "at": list(grid.borders)}
+            for d, grid in plan.grids.items()
+        },
         "tile_overhead": {d: round(grid.overhead, 3) for d, grid in plan.grids.items()},
         "states_in_a_file": sorted(plan.spilled),
         "lean": plan.lean,

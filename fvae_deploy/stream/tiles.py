@@ -65,6 +65,13 @@ class Grid:
         return len(rows) * len(spans(self.width, self.extent[1], self.halo))
 
     @property
+    def borders(self) -> tuple[list[int], list[int]]:
+        """The cells at which rows and columns of tiles begin, without the first."""
+        rows = spans(self.height, self.extent[0], self.halo)
+        columns = spans(self.width, self.extent[1], self.halo)
+        return [span.keep[0] for span in rows[1:]], [span.keep[0] for span in columns[1:]]
+
+    @property
     def cells(self) -> int:
         """Cells that one tile computes."""
         return self.extent[0] * self.extent[1]
