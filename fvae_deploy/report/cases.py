@@ -120,12 +120,12 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _told_apart(cases: list[Case]) -> list[Case]:
     """Give scans of the same name numbers; rows of one CT with other methods share one."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[tuple[Path, str | None]]] = {}
     named = []
     for case in cases:
-        paths = found.setdefault(case.name, [])
-        if case.ct not in paths:
-            paths.append(case.ct)
-        place = paths.index(case.ct)
+        scans, one = found.setdefault(case.name, []), (case.ct, case.series)
+        if one not in scans:
+            scans.append(one)
+        place = scans.index(one)
         named.append(replace(case, name=f"{case.name} ({place + 1})") if place else case)
     return named

@@ -81,6 +81,7 @@ def report(
             protect_input(path, case.ct)
     if request.segment:
         check_installed()
+    groups = _by_scan(cases)
     scans: dict[str, dict[str, Any]] = {}
     blobs: Blobs = {}
     pictures: dict[str, dict[str, Any]] = {}
@@ -89,13 +90,13 @@ def report(
         codecs = _open_models(cases, request, stack)
         folder = tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".fvae-report-")
         work = Path(stack.enter_context(folder))
-        for number, group in enumerate(_by_scan(cases), start=1):
+        for number, group in enumerate(groups, start=1):
             name = group[0].name
             try:
                 facts, judged = _judge_scan(group, codecs, request, work, progress)
             except SCAN_ERRORS as error:
                 scans[name] = {"name": name, "path": str(group[0].ct), "error": str(error)}
-                say(f"{number}: {name} failed: {error}")
+                say(f"{number} of {len(groups)}: {name} failed: {error}")
                 continue
             finally:
                 _empty(work)
@@ -103,7 +104,7 @@ def report(
             for one in judged:
                 _keep_worst(pictures, one)
                 _keep_findings(gallery, one)
-            say(f"{number}: {name} judged")
+            say(f"{number} of {len(groups)}: {name} judged")
     content: dict[str, Any] = {
         "fvae": __version__,
         "command": "report",
@@ -139,9 +140,9 @@ def check_all_judged(content: dict[str, Any]) -> None:
     failed = [scan for scan in content["scans"] if "error" in scan]
     if failed:
         raise VolumeError(
-            f"expected {len(content['scans'])} scans in the report, found {len(failed)} that "
-            f"failed, first {failed[0]['path']} ({failed[0]['error']}): correct them or leave them "
-            "out; the report holds the others"
+            f"expected every scan in the report, found {len(failed)} of {len(content['scans'])} "
+            f"that failed, first {failed[0]['path']} ({failed[0]['error']}): correct them or leave "
+            "them out; the report holds the others"
         )
 
 
