@@ -207,6 +207,7 @@ def test_names_from_files_cannot_break_the_page(fvae, tmp_path):
         (["a.nii", "-o", "nowhere/r.html"], "create it first"),
         (["a.nii", "-m", "tiny", "-m", "tiny", "-o", "r.html"], "name it once"),
         (["a.nii", "--hu-window", "soft", "-o", "r.html"], "from -900 HU or less"),
+        (["a.nii", "a.nii", "-o", "r.html"], "name them in a column method"),
         (["none.nii", "-o", "r.html"], "check the path"),
         (["a.nii", "--segment", "-o", "r.html"], "pip install TotalSegmentator"),
     ],
