@@ -73,14 +73,7 @@ def report(
     raises VolumeError for them. Raises UsageError if there is nothing to judge, OutputError if the
     files cannot be written, BundleError or EngineError if a model cannot be opened.
     """
-    window_of(request)
-    files = Files(output)
-    files.check(request.options.overwrite)
-    for case in cases:
-        for path in files.all:
-            protect_input(path, case.ct)
-    if request.segment:
-        check_installed()
+    files = _checked(cases, output, request)
     groups = _by_scan(cases)
     scans: dict[str, dict[str, Any]] = {}
     blobs: Blobs = {}
@@ -119,6 +112,19 @@ def report(
         picture["positions"] = picture.pop("planes").result(blobs)
     files.write(content, Pictures(list(pictures.values()), blobs, gallery))
     return content
+
+
+def _checked(cases: Sequence[Case], output: Path, request: Request) -> Files:
+    """Return the files to write; raises what can be known before any work."""
+    window_of(request)
+    files = Files(output)
+    files.check(request.options.overwrite)
+    for case in cases:
+        for path in files.all:
+            protect_input(path, case.ct)
+    if request.segment:
+        check_installed()
+    return files
 
 
 def window_of(request: Request) -> tuple[float, float]:
