@@ -356,3 +356,15 @@ def test_scans_of_the_same_name_and_series_of_one_folder_are_kept_apart(fvae, tm
     content = json.loads((tmp_path / "r.json").read_text())
     assert [scan["name"] for scan in content["scans"]] == ["a", "a (2)", "a (3)"]
     assert content["cohort"]["given"]["MAE"]["scans"] == 3
+
+
+def test_the_table_of_a_report_does_not_replace_its_list(fvae, tmp_path):
+    store(tmp_path / "a.nii", body(QUICK))
+    before = "ct,reconstruction\na.nii,a.nii\n"
+    (tmp_path / "list.csv").write_text(before)
+    code, _, err = fvae(
+        "report", tmp_path / "list.csv", "-o", tmp_path / "list.html", "--overwrite"
+    )
+    assert code == 2
+    assert "apart from the input" in err
+    assert (tmp_path / "list.csv").read_text() == before
