@@ -80,9 +80,14 @@ def report(
     """
     from fvae_deploy.cli.tables import report_table
     from fvae_deploy.report.cases import find_cases
+    from fvae_deploy.report.files import Files
     from fvae_deploy.report.run import Request, check_all_judged
     from fvae_deploy.report.run import report as run
+    from fvae_deploy.volume.open import protect_input
 
+    for path in Files(output).all:  # a list may be named as the table beside the page
+        for source in cts:
+            protect_input(path, source)
     given = (reconstruction or (), labels or (), reconstruction_labels or ())
     cases, damaged = find_cases(cts, *given)
     request = Request(tuple(model or ("tiny",)), options, segment)

@@ -67,13 +67,26 @@ def find_cases(
             found = [Case(found[0].name, found[0].ct, found[0].series, one, map_, map_after)]
         cases += found
         damaged += bad
+    _check(cases)
+    return _told_apart(cases), damaged
+
+
+def _check(cases: list[Case]) -> None:
+    """Raise UsageError for labels of a reconstruction alone, and for a method named twice."""
+    seen = set[tuple[Path, str | None, str]]()
     for case in cases:
         if case.reconstruction_labels is not None and case.labels is None:
             raise UsageError(
                 f"expected labels of the original beside those of its reconstruction, found none "
                 f"for {case.ct}: give both label maps"
             )
-    return _told_apart(cases), damaged
+        row = case.ct, case.series, case.method
+        if row in seen:
+            raise UsageError(
+                f"expected each reconstruction of a CT under its own name, found two of "
+                f"{case.ct} named {case.method}: name them in a column method"
+            )
+        seen.add(row)
 
 
 def _found(source: Path) -> tuple[list[Case], list[tuple[Path, str]]]:
@@ -120,12 +133,12 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _told_apart(cases: list[Case]) -> list[Case]:
     """Give scans of the same name numbers; rows of one CT with other methods share one."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[tuple[Path, str | None]]] = {}
     named = []
     for case in cases:
-        paths = found.setdefault(case.name, [])
-        if case.ct not in paths:
-            paths.append(case.ct)
-        place = paths.index(case.ct)
+        scans, one = found.setdefault(case.name, []), (case.ct, case.series)
+        if one not in scans:
+            scans.append(one)
+        place = scans.index(one)
         named.append(replace(case, name=f"{case.name} ({place + 1})") if place else case)
     return named

@@ -210,7 +210,8 @@ def scans(content: Content) -> Markup:
             ]
         )
     failed = sum("error" in scan for scan in content["scans"])
-    lead = f"{len(rows) - failed} scans were judged"
-    lead += f"; {failed} could not be and were passed over." if failed else "."
+    done = len(rows) - failed
+    lead = "1 scan was judged" if done == 1 else f"{done} scans were judged"
+    lead += f"; {failed} could not be, and passed over." if failed else "."
     head = ["scan", "", "noise, HU", "outside the window", "organs from"]
     return section("scans", "Scans", lead, table(head, rows))

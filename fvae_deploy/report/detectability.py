@@ -35,7 +35,7 @@ def detectability(part: Part, through: Through) -> dict[str, Any]:
     if len(places) < observer.FEWEST:
         return {
             "places": len(places),
-            "reason": f"only {len(places)} even places of soft tissue, {observer.FEWEST} needed",
+            "reason": f"{len(places)} of {observer.FEWEST} places needed in even soft tissue",
         }
     plain = {"before": part.hu, "after": through(part.hu)}
     seen: dict[tuple[str, float, float], list[tuple[Place, dict[str, Volume]]]] = {}

@@ -73,14 +73,8 @@ def report(
     raises VolumeError for them. Raises UsageError if there is nothing to judge, OutputError if the
     files cannot be written, BundleError or EngineError if a model cannot be opened.
     """
-    window_of(request)
-    files = Files(output)
-    files.check(request.options.overwrite)
-    for case in cases:
-        for path in files.all:
-            protect_input(path, case.ct)
-    if request.segment:
-        check_installed()
+    files = _checked(cases, output, request)
+    groups = _by_scan(cases)
     scans: dict[str, dict[str, Any]] = {}
     blobs: Blobs = {}
     pictures: dict[str, dict[str, Any]] = {}
@@ -89,13 +83,13 @@ def report(
         codecs = _open_models(cases, request, stack)
         folder = tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".fvae-report-")
         work = Path(stack.enter_context(folder))
-        for number, group in enumerate(_by_scan(cases), start=1):
+        for number, group in enumerate(groups, start=1):
             name = group[0].name
             try:
                 facts, judged = _judge_scan(group, codecs, request, work, progress)
             except SCAN_ERRORS as error:
                 scans[name] = {"name": name, "path": str(group[0].ct), "error": str(error)}
-                say(f"{number}: {name} failed: {error}")
+                say(f"{number} of {len(groups)}: {name} failed: {error}")
                 continue
             finally:
                 _empty(work)
@@ -103,7 +97,7 @@ def report(
             for one in judged:
                 _keep_worst(pictures, one)
                 _keep_findings(gallery, one)
-            say(f"{number}: {name} judged")
+            say(f"{number} of {len(groups)}: {name} judged")
     content: dict[str, Any] = {
         "fvae": __version__,
         "command": "report",
@@ -118,6 +112,19 @@ def report(
         picture["positions"] = picture.pop("planes").result(blobs)
     files.write(content, Pictures(list(pictures.values()), blobs, gallery))
     return content
+
+
+def _checked(cases: Sequence[Case], output: Path, request: Request) -> Files:
+    """Return the files to write; raises what can be known before any work."""
+    window_of(request)
+    files = Files(output)
+    files.check(request.options.overwrite)
+    for case in cases:
+        for path in files.all:
+            protect_input(path, case.ct)
+    if request.segment:
+        check_installed()
+    return files
 
 
 def window_of(request: Request) -> tuple[float, float]:
@@ -139,9 +146,9 @@ def check_all_judged(content: dict[str, Any]) -> None:
     failed = [scan for scan in content["scans"] if "error" in scan]
     if failed:
         raise VolumeError(
-            f"expected {len(content['scans'])} scans in the report, found {len(failed)} that "
-            f"failed, first {failed[0]['path']} ({failed[0]['error']}): correct them or leave them "
-            "out; the report holds the others"
+            f"expected every scan in the report, found {len(failed)} of {len(content['scans'])} "
+            f"that failed, first {failed[0]['path']} ({failed[0]['error']}): correct them or leave "
+            "them out; the report holds the others"
         )
 
 

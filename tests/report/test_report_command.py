@@ -158,7 +158,7 @@ def test_a_cohort_of_20_scans_with_one_damaged_is_judged_and_says_so(fvae, fake,
     damaged.write_bytes(packed)
     code, _, err = fvae("report", folder, *fake, "-o", tmp_path / "r.html")
     assert code == 3
-    assert "1 that failed" in err
+    assert "1 of 20 that failed" in err
     assert "s07" in err
     content = json.loads((tmp_path / "r.json").read_text())
     failed = [scan for scan in content["scans"] if "error" in scan]
@@ -182,7 +182,7 @@ def test_a_cohort_in_which_all_are_damaged_still_gets_its_report(fvae, fake, tmp
     (folder / "a.nii").write_bytes((folder / "a.nii").read_bytes()[:5000])
     code, _, _ = fvae("report", folder / "a.nii", *fake, "-o", tmp_path / "r.html")
     assert code == 3
-    assert "could not be" in (tmp_path / "r.html").read_text()
+    assert "1 could not be, and passed over" in (tmp_path / "r.html").read_text()
 
 
 def test_names_from_files_cannot_break_the_page(fvae, tmp_path):
@@ -207,6 +207,7 @@ def test_names_from_files_cannot_break_the_page(fvae, tmp_path):
         (["a.nii", "-o", "nowhere/r.html"], "create it first"),
         (["a.nii", "-m", "tiny", "-m", "tiny", "-o", "r.html"], "name it once"),
         (["a.nii", "--hu-window", "soft", "-o", "r.html"], "from -900 HU or less"),
+        (["a.nii", "a.nii", "-o", "r.html"], "name them in a column method"),
         (["none.nii", "-o", "r.html"], "check the path"),
         (["a.nii", "--segment", "-o", "r.html"], "pip install TotalSegmentator"),
     ],
@@ -342,3 +343,28 @@ def test_jpegls_is_compared_at_the_least_bound_that_fits(tmp_path):
             assert bits(bound) <= target
         if bound > 0:
             assert bits(bound - 1) > target
+
+
+def test_scans_of_the_same_name_and_series_of_one_folder_are_kept_apart(fvae, tmp_path):
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        store(tmp_path / place / "a.nii", body(QUICK, seed=len(place)))
+    lines = ["ct,reconstruction,series", "one/a.nii,one/a.nii,1", "one/a.nii,one/a.nii,2"]
+    (tmp_path / "list.csv").write_text("\n".join([*lines, "two/a.nii,two/a.nii,"]))
+    code, _, err = fvae("report", tmp_path / "list.csv", "-o", tmp_path / "r.html")
+    assert code == 0, err
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert [scan["name"] for scan in content["scans"]] == ["a", "a (2)", "a (3)"]
+    assert content["cohort"]["given"]["MAE"]["scans"] == 3
+
+
+def test_the_table_of_a_report_does_not_replace_its_list(fvae, tmp_path):
+    store(tmp_path / "a.nii", body(QUICK))
+    before = "ct,reconstruction\na.nii,a.nii\n"
+    (tmp_path / "list.csv").write_text(before)
+    code, _, err = fvae(
+        "report", tmp_path / "list.csv", "-o", tmp_path / "list.html", "--overwrite"
+    )
+    assert code == 2
+    assert "apart from the input" in err
+    assert (tmp_path / "list.csv").read_text() == before
