@@ -53,6 +53,7 @@ class PaintedMask:
         parts: Collection[str] = (),
     ) -> None:
         self.path, self.mask = organs.path, organs.geometry
+        self.drawn: bool = getattr(organs, "drawn", False)
         self._organs, self._disease, self._masks = organs, disease, masks
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing

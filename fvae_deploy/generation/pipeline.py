@@ -23,6 +23,7 @@ from fvae_deploy.generation.conditions import PaintedMask, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
 from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask, open_disease
+from fvae_deploy.generation.given import Given, Several
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import (
@@ -49,7 +50,7 @@ from fvae_deploy.stream.rss import begin_measuring
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
+from fvae_deploy.volume.open import check_output, create_volume, protect_input
 
 MODEL = "tiny-ldm"  # the default
 UNUSED = ("protocol", "step", "any_range", "hu_window", "published", "rounding")
@@ -61,14 +62,16 @@ def silent(stage: str, length: int) -> Callable[[int], None]:
 
 
 def generate(
-    mask: str | Path,
+    mask: str | Path | None,
     output: str | Path,
     options: RunOptions | None = None,
     sampling: GenerationOptions | None = None,
     *,
     findings: str | Sequence[str] | None = None,
     report: str | None = None,
-    disease_mask: str | Path | Sequence[str | Path] | None = None,
+    disease_mask: Several = None,
+    patient: int | None = None,
+    shape: Sequence[int] | None = None,
     progress: Progress = silent,
     dry_run: bool = False,
     **keywords: Any,
@@ -78,7 +81,7 @@ def generate(
     Parameters
     ----------
     mask
-        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`.
+        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`. None with `patient`.
     findings
         One or several findings, each as text or the path of a text file. None: the model's text
         for a normal scan.
@@ -87,6 +90,9 @@ def generate(
     disease_mask
         One or several files on the grid of `mask`, each as FILE (a label map with the numbers of
         the generator's findings) or FILE=FINDINGS; see `findings`.
+    patient
+        Seed of an anatomy that is drawn instead of reading a mask, with `shape` (x, y, z) voxels;
+        None: those of one window of the generator.
     dry_run
         Return the plan without computing anything.
     keywords
@@ -98,17 +104,26 @@ def generate(
     options, output = RunOptions.of(options, others), Path(output)
     options.check_unused("generate", *UNUSED)
     begin = time.perf_counter()
+    given = Given(
+        mask=mask,
+        patient=patient,
+        shape=shape,
+        findings=findings,
+        report=report,
+        disease_mask=disease_mask,
+    )
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
-        masks = _open_masks(stack, mask, disease_mask, output)
+        organs = given.open_mask(options.model or MODEL, sampling.vae)
+        masks = _open_masks(stack, organs, given, output)
         replaced = options.overwrite or options.resume
         check_output(output, overwrite=replaced, geometry=masks[0].geometry)
         networks = _open_networks(stack, options, sampling)
-        request = _request(networks, masks, (findings, report), sampling, options, progress)
+        request = _request(networks, masks, given, sampling, options, progress)
         request.sampler()  # checks its options before any work; the next line checks the output
         create_volume(output, request.mask.target, options.dtype).abort()
         if dry_run:
-            return dry_run_report(request, mask, output, options)
+            return dry_run_report(request, given.source, output, options)
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
         if is_done(output, options, lambda: facts):
             return skipped("generate", output)
@@ -116,34 +131,23 @@ def generate(
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)
-        source = (Path(mask), output, request.codec, outcome, baseline)
+        source = (Path(given.source), output, request.codec, outcome, baseline)
         result = run_report("generate", *source, request.remarks)
         result["as_published"] = facts["as_published"]
-        return result | {"generator": _generator_report(request, disease_mask) | facts}
+        return result | {"generator": _generator_report(request, given) | facts}
 
 
 def _open_masks(
-    stack: contextlib.ExitStack,
-    mask: str | Path,
-    disease_mask: str | Path | Sequence[str | Path] | None,
-    output: Path,
+    stack: contextlib.ExitStack, organs: Reader, given: Given, output: Path
 ) -> tuple[Reader, list[DiseaseFile]]:
-    """Open the organ mask and the disease masks; the stack closes them."""
-    organs = open_volume(mask)
+    """Open the disease masks beside the organ mask; the stack closes all of them."""
     stack.callback(organs.close)
-    disease = [open_disease(entry) for entry in _entries(disease_mask)]
+    disease = [open_disease(entry) for entry in given.diseases]
     protect_input(output, organs.path, organs.geometry.files)
     for each in disease:
         stack.callback(each.close)
         protect_input(output, each.path, each.files)
     return organs, disease
-
-
-def _entries(disease_mask: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
-    """Return the disease masks as a list."""
-    if disease_mask is None or isinstance(disease_mask, str | Path):
-        return [] if disease_mask is None else [disease_mask]
-    return list(disease_mask)
 
 
 def _open_networks(
@@ -162,22 +166,25 @@ def _open_networks(
 def _request(
     networks: tuple[Denoiser, Codec],
     opened: tuple[Reader, Sequence[DiseaseFile]],
-    given: tuple[str | Sequence[str] | None, str | None],
+    given: Given,
     sampling: GenerationOptions,
     options: RunOptions,
     progress: Progress,
 ) -> Request:
-    """Collect networks, conditions and sampling; the generator's defaults replace None.
-
-    `given` are findings and a report.
-    """
+    """Collect networks, conditions and sampling; the generator's defaults replace None."""
     (denoiser, codec), (organs, disease) = networks, opened
     manifest = denoiser.manifest
     chosen = _sampling(sampling, options, manifest)
     check_parts(chosen, codec)
     parts = chosen.as_published
     listed = bool(manifest.masks.findings)
-    text = text_of(*given, manifest.findings, published="text" in parts, listed=listed)
+    text = text_of(
+        given.findings,
+        given.report,
+        manifest.findings,
+        published="text" in parts,
+        listed=listed,
+    )
     masks = [
         DiseaseMask(
             file, organs.geometry, manifest.masks.findings, any_affine="any-affine" in parts
@@ -197,7 +204,7 @@ def _request(
     texts = [text] if sampling.guidance == 1 else [text, ""]
     contexts = tuple(denoiser.context(t, cut="cut" in parts) for t in texts)
     request = Request(denoiser, codec, painted, text, chosen, contexts, progress)
-    untold = bool(masks) and given == (None, None)
+    untold = bool(masks) and not given.told
     about = (*organs.remarks, *(remark for each in masks for remark in each.remarks))
     return dataclasses.replace(request, remarks=about + _remarks(request, untold))
 
@@ -302,14 +309,12 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
     return dataclasses.replace(outcome, shape=request.mask.target.shape, seconds=seconds)
 
 
-def _generator_report(
-    request: Request, disease_mask: str | Path | Sequence[str | Path] | None
-) -> dict[str, Any]:
+def _generator_report(request: Request, given: Given) -> dict[str, Any]:
     """Return the facts of the generator for the report."""
     manifest = request.denoiser.manifest
     return {
         "name": manifest.name,
         "source": dataclasses.asdict(manifest.source),
         "weights_sha256": manifest.files["weights.safetensors"],
-        "disease_mask": [str(entry) for entry in _entries(disease_mask)] or None,
+        "disease_mask": [str(entry) for entry in given.diseases] or None,
     }

@@ -337,7 +337,7 @@ def test_the_command_line_says_what_it_made(mask, small_generator, tmp_path, mon
     assert run(monkeypatch, *command, "--findings", "right nodule") == 0
     assert "27 slices of 20x26" in capsys.readouterr().out
     for more, words in (
-        (["--jobs", "x.csv"], "either --mask or --jobs"),
+        (["--jobs", "x.csv"], "found --mask and --jobs"),
         (["--steps", "5000", "--overwrite"], "1 to 1000 steps"),
     ):
         assert run(monkeypatch, *command, *more) == 2
