@@ -40,6 +40,14 @@ Patient = Annotated[
         rich_help_panel=MASK,
     ),
 ]
+Lesion = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lesion",
+        help="Place a lesion in the mask, in words: 'nodule 8mm right upper lobe'; repeatable. It "
+        "is also the text, unless --findings or --report is given.",
+    ),
+]
 Shape = Annotated[
     str | None,
     typer.Option(
@@ -183,6 +191,7 @@ def generate(
     findings: Findings = None,
     whole_report: WholeReport = None,
     disease_mask: DiseaseMask = None,
+    lesion: Lesion = None,
     labels: Labels = None,
     body_label: BodyLabel = None,
     jobs: Jobs = None,
@@ -209,6 +218,7 @@ def generate(
         "findings": findings,
         "report": whole_report,
         "disease_mask": disease_mask,
+        "lesions": lesion,
     }
     _check_source(jobs, given)
     from fvae_deploy.generation.options import GenerationOptions

@@ -22,6 +22,8 @@ from fvae_deploy.export.manifest import Intensity
 from fvae_deploy.generation.findings import DiseaseMask
 from fvae_deploy.generation.fit import Fit, Stretched
 from fvae_deploy.generation.labels import Labels, frames_of, labels_of
+from fvae_deploy.generation.lesions import Lesion
+from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.organs import ORGANS, organ_label
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
 
@@ -54,7 +56,8 @@ class PaintedMask:
     ) -> None:
         self.path, self.mask = organs.path, organs.geometry
         self.drawn: bool = getattr(organs, "drawn", False)
-        self._organs, self._disease, self._masks = organs, disease, masks
+        self._organs, self._masks = organs, masks
+        self._disease: list[DiseaseMask | LesionMask] = [*disease]
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
         mirrored = _mirrored(self.mask.orientation, masks.orientation, self.path)
@@ -120,13 +123,12 @@ class PaintedMask:
         first = min(start, self.mask.shape[2] - 1)
         plane = np.empty(0, np.int64)
         with contextlib.ExitStack() as stack:
-            organs = stack.enter_context(contextlib.closing(frames_of(self._organs, first)))
+            organs = stack.enter_context(contextlib.closing(self.organs(first)))
             disease = [
                 stack.enter_context(contextlib.closing(each.planes(first)))
                 for each in self._disease
             ]
-            for index, frame in enumerate(organs, first):
-                labels = self._organ_labels(labels_of(frame, index, self.path), index)
+            for labels in organs:
                 for each in disease:
                     findings = next(each)
                     labels = np.where(findings > 0, findings + self._masks.offset, labels)
@@ -134,6 +136,18 @@ class PaintedMask:
                 yield plane
         while True:
             yield plane
+
+    def organs(self, start: int = 0) -> Generator[Labels]:
+        """Yield the mask's labels [x, y] in the numbers of `organs.ORGANS`, from `start` on."""
+        with contextlib.closing(frames_of(self._organs, start)) as frames:
+            for index, frame in enumerate(frames, start):
+                yield self._organ_labels(labels_of(frame, index, self.path), index)
+
+    def place(self, lesions: Sequence[Lesion], seed: int) -> LesionMask:
+        """Place lesions in the mask, over those in disease masks; raises as `LesionMask`."""
+        placed = LesionMask(lesions, self.organs, self.mask, self.path, seed)
+        self._disease = [*self._disease, placed]
+        return placed
 
     def _organ_labels(self, labels: Labels, index: int) -> Labels:
         """Map labels to the numbers of `organs.ORGANS`."""

@@ -30,6 +30,7 @@ class Given:
     findings: str | Sequence[str] | None = None
     report: str | None = None
     disease_mask: Several = None
+    lesions: str | Sequence[str] | None = None  # to be placed, in words
 
     def __post_init__(self) -> None:
         sources = {"--mask": self.mask, "--patient": self.patient}
@@ -55,6 +56,11 @@ class Given:
         if self.disease_mask is None or isinstance(self.disease_mask, str | Path):
             return [] if self.disease_mask is None else [self.disease_mask]
         return list(self.disease_mask)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The lesions as a list."""
+        return [self.lesions] if isinstance(self.lesions, str) else list(self.lesions or ())
 
     @property
     def told(self) -> bool:

@@ -24,7 +24,9 @@ from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
 from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask, open_disease
 from fvae_deploy.generation.given import Given, Several
+from fvae_deploy.generation.lesions import lesion_of
 from fvae_deploy.generation.options import GenerationOptions
+from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import (
     KIND,
@@ -72,6 +74,7 @@ def generate(
     disease_mask: Several = None,
     patient: int | None = None,
     shape: Sequence[int] | None = None,
+    lesions: str | Sequence[str] | None = None,
     progress: Progress = silent,
     dry_run: bool = False,
     **keywords: Any,
@@ -93,6 +96,9 @@ def generate(
     patient
         Seed of an anatomy that is drawn instead of reading a mask, with `shape` (x, y, z) voxels;
         None: those of one window of the generator.
+    lesions
+        One or several lesions in words, such as "nodule 8mm right upper lobe". They are placed in
+        the mask by the seed; without a text they are also the text of findings.
     dry_run
         Return the plan without computing anything.
     keywords
@@ -111,6 +117,7 @@ def generate(
         findings=findings,
         report=report,
         disease_mask=disease_mask,
+        lesions=lesions,
     )
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
@@ -178,13 +185,6 @@ def _request(
     check_parts(chosen, codec)
     parts = chosen.as_published
     listed = bool(manifest.masks.findings)
-    text = text_of(
-        given.findings,
-        given.report,
-        manifest.findings,
-        published="text" in parts,
-        listed=listed,
-    )
     masks = [
         DiseaseMask(
             file, organs.geometry, manifest.masks.findings, any_affine="any-affine" in parts
@@ -201,11 +201,21 @@ def _request(
         body=sampling.body_label,
         parts=parts,
     )
+    wanted = [lesion_of(each, manifest.masks.findings) for each in given.wanted]
+    placed = painted.place(wanted, sampling.seed) if wanted else None
+    text = text_of(
+        placed.sentences if placed and not given.told else given.findings,
+        given.report,
+        manifest.findings,
+        published="text" in parts,
+        listed=listed,
+    )
     texts = [text] if sampling.guidance == 1 else [text, ""]
     contexts = tuple(denoiser.context(t, cut="cut" in parts) for t in texts)
     request = Request(denoiser, codec, painted, text, chosen, contexts, progress)
-    untold = bool(masks) and not given.told
-    about = (*organs.remarks, *(remark for each in masks for remark in each.remarks))
+    untold = bool(masks) and not placed and not given.told
+    shown: list[DiseaseMask | LesionMask] = [*masks, *([placed] if placed else [])]
+    about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
     return dataclasses.replace(request, remarks=about + _remarks(request, untold))
 
 
@@ -317,4 +327,5 @@ def _generator_report(request: Request, given: Given) -> dict[str, Any]:
         "source": dataclasses.asdict(manifest.source),
         "weights_sha256": manifest.files["weights.safetensors"],
         "disease_mask": [str(entry) for entry in given.diseases] or None,
+        "lesions": given.wanted or None,
     }
