@@ -112,8 +112,13 @@ AsPublished = Annotated[
     ),
 ]
 Labels = Annotated[
-    Path | None,
-    typer.Option("--labels", help='JSON file for other label numbers, such as {"3": "liver"}.'),
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="NAME|FILE",
+        help="Other label numbers: totalsegmentator, maisi, btcv, amos, an nnU-Net dataset.json, "
+        'or a JSON file such as {"3": "liver"}. [default: totalsegmentator]',
+    ),
 ]
 Jobs = Annotated[
     Path | None,

@@ -24,6 +24,7 @@ from fvae_deploy.generation.fit import Fit, Stretched
 from fvae_deploy.generation.labels import Labels, frames_of, labels_of
 from fvae_deploy.generation.lesions import Lesion
 from fvae_deploy.generation.placing import LesionMask
+from fvae_deploy.generation.presets import PRESETS, dataset_labels, is_dataset
 from fvae_deploy.organs import ORGANS, organ_label
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
 
@@ -212,20 +213,27 @@ def _target(mask: Geometry, fit: Fit, parts: Collection[str]) -> Geometry:
     return Geometry((*fit.plane, mask.shape[2]), affine, mask.nifti_header)
 
 
-def read_labels(path: Path) -> dict[int, int]:
-    """Read a JSON file that maps label numbers to TotalSegmentator's names or numbers.
+def read_labels(labels: str | Path) -> dict[int, int]:
+    """Return which organ each label number is, in TotalSegmentator's numbers.
 
-    Raises ConditionError for any other content.
+    `labels` is a name in `presets.PRESETS`, an nnU-Net `dataset.json`, or a JSON file that maps
+    label numbers to TotalSegmentator's names or numbers. Raises ConditionError for anything else.
     """
+    path = Path(labels)
+    if str(labels).lower() in PRESETS and not path.exists():
+        return PRESETS[str(labels).lower()]
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
+        if is_dataset(content):
+            return dataset_labels(content)
         return {int(label): _organ(organ) for label, organ in content.items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConditionError(
-            f'expected JSON like {{"3": "liver", "7": 5}} in {path}, found {reason}: correct it'
+            f"expected {', '.join(PRESETS)}, an nnU-Net dataset.json, or JSON like "
+            f'{{"3": "liver", "7": 5, "9": 0}} in {path}, found {reason}: write such a file'
         ) from None
 
 

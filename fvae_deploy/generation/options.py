@@ -22,7 +22,8 @@ class GenerationOptions:
     """
 
     labels: str | Path | None = None
-    """JSON file that maps the mask's numbers to organs; None: TotalSegmentator's numbers."""
+    """A name in `presets.PRESETS`, an nnU-Net dataset.json, or a JSON file that maps the mask's
+    numbers to organs; None: TotalSegmentator's numbers."""
     vae: str | Path | None = None
     """Bundle of the VAE; None: the built-in VAE that the generator names."""
     sampler: str | None = None

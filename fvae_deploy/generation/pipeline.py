@@ -197,7 +197,7 @@ def _request(
         manifest.masks,
         manifest.plane,
         least=codec.manifest.geometry.slices(manifest.window),
-        labels=None if sampling.labels is None else read_labels(Path(sampling.labels)),
+        labels=None if sampling.labels is None else read_labels(sampling.labels),
         body=sampling.body_label,
         parts=parts,
     )
