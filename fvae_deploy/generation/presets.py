@@ -58,7 +58,7 @@ def _maisi() -> Iterator[tuple[int, str]]:
         ("liver", "kidney", "spleen", "pancreas", "kidney_right", "aorta", "inferior_vena_cava",
          "adrenal_gland_right", "adrenal_gland_left", "gallbladder", "esophagus", "stomach",
          "duodenum", "kidney_left", "bladder", "prostate_uterus", "portal_vein_and_splenic_vein",
-         "rectum", "small_bowel", "lung", NOTHING, "brain", NOTHING, "pancreatic_tumor",
+         "rectum", "small_bowel", NOTHING, NOTHING, "brain", NOTHING, "pancreatic_tumor",
          "hepatic_vessel", "hepatic_tumor", "colon_cancer_primaries", "lung_upper_lobe_left",
          "lung_lower_lobe_left", "lung_upper_lobe_right", "lung_middle_lobe_right",
          "lung_lower_lobe_right"), start=1,
