@@ -3,12 +3,12 @@
     mask,findings,disease_mask,seed,output
     a.nii.gz,"nodule in the right lung",lesion.nii.gz=nodule,0,a_nodule.nii.gz
 
-A row needs `mask` or `patient`, the seed of a drawn mask. `lesion` places lesions in words,
-`report` is a whole report instead of findings. Several disease masks and lesions are separated by
-semicolons in a CSV, and a list in JSONL; several findings are a list in JSONL. Paths of inputs are
-relative to the list, those of outputs to the output folder. With --resume, rows whose output exists
-are skipped if it comes from the same request. A row that fails is reported, and the batch
-continues.
+A row needs `mask`, `patient` (the seed of a drawn mask) or `like` (a CT to segment). `lesion`
+places lesions in words, `report` is a whole report instead of findings. Several disease masks and
+lesions are separated by semicolons in a CSV, and a list in JSONL; several findings are a list in
+JSONL. Paths of inputs are relative to the list, those of outputs to the output folder. With
+--resume, rows whose output exists are skipped if it comes from the same request. A row that fails
+is reported, and the batch continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.publish import make_folders
 
-SOURCES = ("mask", "patient")
+SOURCES = ("mask", "patient", "like")
 FIELDS = {*SOURCES, "output", "findings", "report", "disease_mask", "lesion", "seed"}
 
 
@@ -41,6 +41,7 @@ class GenerationRow:
     seed: int
     report: str | None = None
     patient: int | None = None
+    like: Path | None = None
     lesions: tuple[str, ...] = ()
 
 
@@ -82,6 +83,7 @@ def run_generations(
                 report=row.report,
                 disease_mask=row.disease_mask,
                 patient=row.patient,
+                like=row.like,
                 lesions=row.lesions,
                 progress=progress,
                 dry_run=dry_run,
@@ -117,10 +119,13 @@ def _generation(
 
     mask = relative("mask") if row.get("mask") else None
     patient = _whole(row, "patient", None, number, path)
-    name = mask.name if mask else f"patient{patient}.nii.gz"
+    like = relative("like") if row.get("like") else None
+    source = mask or like
+    name = source.name if source else f"patient{patient}.nii.gz"
     return GenerationRow(
         mask=mask,
         patient=patient,
+        like=like,
         lesions=_several(row.get("lesion"), number, path),
         output=folder / str(row.get("output") or name),
         findings=_findings(row.get("findings"), number, path),

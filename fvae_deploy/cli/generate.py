@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Verbs)
 SAMPLING = "Sampling"
 MASK = "Mask"
-SOURCES = ("mask", "patient")
+SOURCES = ("mask", "patient", "like")
 Mask = Annotated[
     Path | None, typer.Option("--mask", help="Organ label map, with TotalSegmentator's numbers.")
 ]
@@ -46,6 +46,14 @@ Lesion = Annotated[
         "--lesion",
         help="Place a lesion in the mask, in words: 'nodule 8mm right upper lobe'; repeatable. It "
         "is also the text, unless --findings or --report is given.",
+    ),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option(
+        "--like",
+        help="Instead of --mask: a CT whose organs TotalSegmentator finds, where it is installed.",
+        rich_help_panel=MASK,
     ),
 ]
 Shape = Annotated[
@@ -185,6 +193,26 @@ Seed = Annotated[
 ]
 
 
+Check = Annotated[
+    bool | None,
+    typer.Option(
+        "--check/--no-check",
+        help="Refuse a sample that fails its checks (HU of organs, noise, seams), or check "
+        "nothing. [default: refuse with --jobs or --tries, else only tell]",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Tries = Annotated[
+    int,
+    typer.Option(
+        "--tries",
+        min=1,
+        help="Draw a sample that fails its checks again, with the next seed; so many in all.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+
+
 @command(app, "Run", ("generator", *ENGINE_OPTIONS, "dtype", "resume", "overwrite"))
 def generate(
     output: Generated,
@@ -192,6 +220,7 @@ def generate(
     terminal: Terminal,
     mask: Mask = None,
     patient: Patient = None,
+    like: Like = None,
     shape: Shape = None,
     findings: Findings = None,
     whole_report: WholeReport = None,
@@ -207,6 +236,8 @@ def generate(
     guidance: Guidance = 1.0,
     stitch: Stitch = None,
     seed: Seed = 0,
+    check: Check = None,
+    tries: Tries = 1,
     published: Published = False,
     as_published: AsPublished = None,
     dry_run: DryRun = False,
@@ -219,6 +250,7 @@ def generate(
     given: dict[str, Any] = {
         "mask": mask,
         "patient": patient,
+        "like": like,
         "shape": None if shape is None else voxels(shape),
         "findings": findings,
         "report": whole_report,
@@ -241,6 +273,8 @@ def generate(
         guidance=guidance,
         stitch=stitch,
         seed=seed,
+        check=True if check is None and jobs is not None else check,
+        tries=tries,
     )
     if jobs is not None:
         _run_list(jobs, output, options, sampling, terminal, report, dry_run)

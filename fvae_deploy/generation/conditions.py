@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import ConditionError
-from fvae_deploy.export.generator import OPPOSITE, Masks
+from fvae_deploy.export.generator import Masks
 from fvae_deploy.export.manifest import Intensity
 from fvae_deploy.generation.findings import DiseaseMask
 from fvae_deploy.generation.fit import Fit, Stretched
@@ -25,8 +25,9 @@ from fvae_deploy.generation.labels import Labels, frames_of, labels_of
 from fvae_deploy.generation.lesions import Lesion
 from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.presets import PRESETS, dataset_labels, is_dataset
+from fvae_deploy.generation.turning import TurnedFrames, TurningWriter, turn_to
 from fvae_deploy.organs import ORGANS, organ_label
-from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader, Writer, slab_ranges
 
 
 class PaintedMask:
@@ -38,7 +39,7 @@ class PaintedMask:
     extended by repeating its last slice. `labels` maps other label numbers to those of
     `organs.ORGANS`; `body` is the label of the body outside organs, if the mask has it. `parts`
     names what is done as published (`PARTS`). Raises ConditionError if the masks do not fit each
-    other, the palette or the orientation.
+    other or the palette. A mask with slices along another axis is turned first, through a file.
     """
 
     remarks: tuple[str, ...] = ()
@@ -55,13 +56,16 @@ class PaintedMask:
         body: int | None = None,
         parts: Collection[str] = (),
     ) -> None:
-        self.path, self.mask = organs.path, organs.geometry
+        self.path, self.native = organs.path, organs.geometry
+        self._turn = turn_to(self.native.orientation, masks.orientation, self.path)
+        self.mask = self._turn.geometry(self.native) if self._turn else self.native
+        self._turned: TurnedFrames | None = None
         self.drawn: bool = getattr(organs, "drawn", False)
         self._organs, self._masks = organs, masks
         self._disease: list[DiseaseMask | LesionMask] = [*disease]
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
-        mirrored = _mirrored(self.mask.orientation, masks.orientation, self.path)
+        mirrored = _mirrored(self.mask.orientation, masks.orientation)
         self.stretched = "stretch" in parts
         kind = Stretched if self.stretched else Fit
         self.fit = kind((x, y), (across, down), plane, mirrored)
@@ -100,6 +104,17 @@ class PaintedMask:
             )
 
     @property
+    def written(self) -> Geometry:
+        """The grid of the file that is written: that of the mask's file, or `target`."""
+        return self.native if self.target is self.mask else self.target
+
+    def wrap(self, writer: Writer) -> Writer:
+        """Return a writer of frames on `target` for a file on the grid `written`."""
+        if self._turn is None or self.target is not self.mask:
+            return writer
+        return TurningWriter(writer, self.mask.shape, self._turn.inverse)
+
+    @property
     def body_named(self) -> bool:
         """Whether a label of the body outside organs was named."""
         return self._body is not None
@@ -110,11 +125,17 @@ class PaintedMask:
             return self.fit.volume(frames)
         return np.ascontiguousarray(self.fit.unflipped(frames))
 
+    def seen(self, frame: HuFrames) -> HuFrames:
+        """Bring a frame [x, y] of the result to the network's plane, nearest neighbour."""
+        if self.target is self.mask:
+            return self.fit.labels(frame)
+        return np.flip(frame, self.fit.mirrored)
+
     def close(self) -> None:
-        """Release the files."""
-        self._organs.close()
-        for each in self._disease:
-            each.close()
+        """Release the turned mask; files are closed by who opened them."""
+        if self._turned is not None:
+            self._turned.close()
+            self._turned = None
 
     def planes(self, start: int = 0) -> Generator[Labels]:
         """Yield labels [X, Y] on the model's plane from `start` on, then the last one without end.
@@ -123,6 +144,31 @@ class PaintedMask:
         """
         first = min(start, self.mask.shape[2] - 1)
         plane = np.empty(0, np.int64)
+        with contextlib.closing(self._upright(first)) as upright:
+            for labels in upright:
+                plane = self.fit.labels(labels)
+                yield plane
+        while True:
+            yield plane
+
+    def _upright(self, first: int) -> Generator[Labels]:
+        """Yield labels with findings [x, y], with slices along the body as in training."""
+        if self._turn is None:
+            yield from self._combined(first)
+            return
+        if self._turned is None:
+            turned = TurnedFrames(self.native.shape, self._turn, np.int16)
+            try:
+                for labels in self._combined(0):
+                    turned.write(labels)
+            except BaseException:
+                turned.close()
+                raise
+            self._turned = turned
+        yield from (plane.astype(np.int64) for plane in self._turned.planes(first))
+
+    def _combined(self, first: int) -> Generator[Labels]:
+        """Yield labels with findings [x, y] in the order of the file."""
         with contextlib.ExitStack() as stack:
             organs = stack.enter_context(contextlib.closing(self.organs(first)))
             disease = [
@@ -133,10 +179,7 @@ class PaintedMask:
                 for each in disease:
                     findings = next(each)
                     labels = np.where(findings > 0, findings + self._masks.offset, labels)
-                plane = self.fit.labels(labels)
-                yield plane
-        while True:
-            yield plane
+                yield labels
 
     def organs(self, start: int = 0) -> Generator[Labels]:
         """Yield the mask's labels [x, y] in the numbers of `organs.ORGANS`, from `start` on."""
@@ -146,7 +189,7 @@ class PaintedMask:
 
     def place(self, lesions: Sequence[Lesion], seed: int) -> LesionMask:
         """Place lesions in the mask, over those in disease masks; raises as `LesionMask`."""
-        placed = LesionMask(lesions, self.organs, self.mask, self.path, seed)
+        placed = LesionMask(lesions, self.organs, self.native, self.path, seed)
         self._disease = [*self._disease, placed]
         return placed
 
@@ -249,18 +292,9 @@ def _organ(organ: Any) -> int:
     return organ
 
 
-def _mirrored(actual: str, trained: str, path: Path) -> tuple[int, ...]:
+def _mirrored(actual: str, trained: str) -> tuple[int, ...]:
     """Return the axes of the plane that are mirrored against those of training.
 
     There are none if training knew no orientation ("").
     """
-    if not trained:
-        return ()
-    differs = [a != t for a, t in zip(actual, trained, strict=True)]
-    parallel = all(a in (t, OPPOSITE[t]) for a, t in zip(actual, trained, strict=True))
-    if not parallel or differs[2]:
-        raise ConditionError(
-            f"expected a mask with axes {trained}, or mirrored in the plane, found {actual} in "
-            f"{path}: reorient it, for example with nibabel.as_closest_canonical"
-        )
-    return tuple(axis for axis in (0, 1) if differs[axis])
+    return tuple(axis for axis in (0, 1) if trained and actual[axis] != trained[axis])

@@ -9,6 +9,7 @@ from pathlib import Path
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.generation.segmenting import SegmentedCt
 from fvae_deploy.phantom.labels import DrawnLabels
 from fvae_deploy.stream.codec import bundle_path
 from fvae_deploy.volume.base import Reader
@@ -26,6 +27,7 @@ class Given:
 
     mask: str | Path | None = None
     patient: int | None = None  # seed of a drawn anatomy
+    like: str | Path | None = None  # a CT whose organs TotalSegmentator finds
     shape: Sequence[int] | None = None  # voxels of the drawn mask; None: a window of the generator
     findings: str | Sequence[str] | None = None
     report: str | None = None
@@ -33,7 +35,7 @@ class Given:
     lesions: str | Sequence[str] | None = None  # to be placed, in words
 
     def __post_init__(self) -> None:
-        sources = {"--mask": self.mask, "--patient": self.patient}
+        sources = {"--mask": self.mask, "--patient": self.patient, "--like": self.like}
         found = [name for name, value in sources.items() if value is not None]
         if len(found) != 1:
             raise UsageError(
@@ -42,13 +44,15 @@ class Given:
             )
         if self.shape is not None and self.patient is None:
             raise UsageError(
-                "expected --shape with --patient alone, found --mask: leave --shape out"
+                f"expected --shape with --patient alone, found {found[0]}: leave --shape out"
             )
 
     @property
     def source(self) -> str:
         """The mask's source, for reports."""
-        return f"patient {self.patient}" if self.mask is None else str(self.mask)
+        if self.patient is not None:
+            return f"patient {self.patient}"
+        return str(self.like if self.mask is None else self.mask)
 
     @property
     def diseases(self) -> list[str | Path]:
@@ -56,6 +60,11 @@ class Given:
         if self.disease_mask is None or isinstance(self.disease_mask, str | Path):
             return [] if self.disease_mask is None else [self.disease_mask]
         return list(self.disease_mask)
+
+    @property
+    def located(self) -> bool:
+        """Whether the place of all findings is known: there are none, or they have a mask."""
+        return not self.told or bool(self.diseases or self.wanted)
 
     @property
     def wanted(self) -> list[str]:
@@ -71,6 +80,8 @@ class Given:
         """Open the organ mask; a patient is drawn for a generator and its VAE."""
         if self.mask is not None:
             return open_volume(self.mask)
+        if self.like is not None:
+            return SegmentedCt(self.like)
         assert self.patient is not None
         return DrawnLabels(self.patient, self.shape or _window_shape(model, vae))
 

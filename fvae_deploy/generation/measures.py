@@ -4,8 +4,8 @@
     air           share of lungs and trachea below -500 HU
     soft tissue   share of solid organs from -200 to 300 HU
     bone          share of spine, ribs, hips and sternum above 100 HU
-    noise         HU, from second differences within solid organs
-    blockiness    step across the borders of the VAE's cells, over the step inside cells
+    noise         HU, from second differences within liver, spleen and back muscles
+    blockiness    step across the borders of the VAE's cells, over the step inside cells, there
     seam          largest step between slices, over the median of such steps at the same place
                   within a latent frame
 
@@ -30,6 +30,7 @@ LEAST = 1000  # voxels of a label or class, for a mean
 AIR_ORGANS = ("lung_", "trachea")
 BONES = ("vertebrae", "rib_", "hip_", "sternum", "sacrum")
 SOLID = ("liver", "spleen", "kidney_l", "kidney_r", "heart", "autochthon", "iliopsoas", "aorta")
+EVEN = ("liver", "spleen", "autochthon")  # without walls or cavities
 TOP = 1024  # labels above are counted as the last one
 
 
@@ -41,6 +42,9 @@ def _members(names: tuple[str, ...]) -> NDArray[np.bool_]:
 
 
 CLASSES = {"air": _members(AIR_ORGANS), "soft tissue": _members(SOLID), "bone": _members(BONES)}
+
+
+_EVEN = _members(EVEN)
 
 
 def lungs() -> set[str]:
@@ -88,8 +92,7 @@ class Measures:
 
     def _in_plane(self, hu: Plane, labels: Labels) -> None:
         """Add second differences and steps along the first axis."""
-        solid = CLASSES["soft tissue"][labels]
-        even = (labels[1:] == labels[:-1]) & solid[1:]
+        even = (labels[1:] == labels[:-1]) & _EVEN[labels[1:]]
         straight = even[1:] & even[:-1]
         second = (hu[2:] - 2 * hu[1:-1] + hu[:-2])[straight]
         self._second += (np.square(second).sum(), second.size)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fvae_deploy.api import is_done, skipped
 from fvae_deploy.export.generator import GeneratorManifest
+from fvae_deploy.generation.attempts import Attempts, checked, surveyed
 from fvae_deploy.generation.conditions import PaintedMask, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
@@ -40,7 +41,7 @@ from fvae_deploy.generation.request import (
 )
 from fvae_deploy.generation.stitch import joint, starts
 from fvae_deploy.generation.texts import text_of
-from fvae_deploy.storage.journal import Journal, journal_of
+from fvae_deploy.storage.journal import Journal, journal_of, partial_facts
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
 from fvae_deploy.stream import pipeline
@@ -73,6 +74,7 @@ def generate(
     report: str | None = None,
     disease_mask: Several = None,
     patient: int | None = None,
+    like: str | Path | None = None,
     shape: Sequence[int] | None = None,
     lesions: str | Sequence[str] | None = None,
     progress: Progress = silent,
@@ -84,7 +86,8 @@ def generate(
     Parameters
     ----------
     mask
-        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`. None with `patient`.
+        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`. None with
+        `patient` or `like`.
     findings
         One or several findings, each as text or the path of a text file. None: the model's text
         for a normal scan.
@@ -96,6 +99,8 @@ def generate(
     patient
         Seed of an anatomy that is drawn instead of reading a mask, with `shape` (x, y, z) voxels;
         None: those of one window of the generator.
+    like
+        A CT instead of a mask: TotalSegmentator, where it is installed, finds its organs.
     lesions
         One or several lesions in words, such as "nodule 8mm right upper lobe". They are placed in
         the mask by the seed; without a text they are also the text of findings.
@@ -109,46 +114,75 @@ def generate(
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
     options.check_unused("generate", *UNUSED)
-    begin = time.perf_counter()
     given = Given(
         mask=mask,
         patient=patient,
+        like=like,
         shape=shape,
         findings=findings,
         report=report,
         disease_mask=disease_mask,
         lesions=lesions,
     )
+    begin = time.perf_counter()
+    attempts = Attempts(sampling, partial_facts(output) if options.resume else {})
+    # Before the networks are opened, so that a wrong path is reported at once.
+    with contextlib.closing(given.open_mask(options.model or MODEL, sampling.vae)) as organs:
+        for seed in attempts:
+            with attempts.recorded(seed):
+                result = _generate(
+                    given, organs, output, options, sampling, seed, progress, dry_run
+                )
+    if "seconds" in result:
+        result["seconds"]["total"] = time.perf_counter() - begin
+    return attempts.told(result)
+
+
+def _generate(
+    given: Given,
+    organs: Reader,
+    output: Path,
+    options: RunOptions,
+    sampling: GenerationOptions,
+    seed: int,
+    progress: Progress,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Generate one sample with the noise of `seed`; raises SampleError if it is refused."""
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # Before the networks are opened, so that a wrong path is reported at once.
-        organs = given.open_mask(options.model or MODEL, sampling.vae)
         masks = _open_masks(stack, organs, given, output)
         replaced = options.overwrite or options.resume
         check_output(output, overwrite=replaced, geometry=masks[0].geometry)
         networks = _open_networks(stack, options, sampling)
         request = _request(networks, masks, given, sampling, options, progress)
+        stack.callback(request.mask.close)
         request.sampler()  # checks its options before any work; the next line checks the output
-        create_volume(output, request.mask.target, options.dtype).abort()
+        create_volume(output, request.mask.written, options.dtype).abort()
         if dry_run:
             return dry_run_report(request, given.source, output, options)
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
+        facts |= {"tries": sampling.tries} if sampling.tries > 1 else {}
+        facts |= {"checked": True} if sampling.refuses else {}
         if is_done(output, options, lambda: facts):
             return skipped("generate", output)
         baseline = begin_measuring()
+        request, checks = checked(request, sampling, seed, known=given.located)
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)
         source = (Path(given.source), output, request.codec, outcome, baseline)
-        result = run_report("generate", *source, request.remarks)
+        result = run_report("generate", *source, (*request.remarks, *checks.remarks))
         result["as_published"] = facts["as_published"]
-        return result | {"generator": _generator_report(request, given) | facts}
+        result["checks"] = checks.report()
+        about = _generator_report(request, given) | facts | {"seed": seed}
+        return result | {"generator": about}
 
 
 def _open_masks(
     stack: contextlib.ExitStack, organs: Reader, given: Given, output: Path
 ) -> tuple[Reader, list[DiseaseFile]]:
-    """Open the disease masks beside the organ mask; the stack closes all of them."""
-    stack.callback(organs.close)
+    """Open the disease masks beside the organ mask; the stack closes them."""
     disease = [open_disease(entry) for entry in given.diseases]
     protect_input(output, organs.path, organs.geometry.files)
     for each in disease:
@@ -216,6 +250,7 @@ def _request(
     untold = bool(masks) and not placed and not given.told
     shown: list[DiseaseMask | LesionMask] = [*masks, *([placed] if placed else [])]
     about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
+    about += surveyed(painted, manifest, [each.finding for each in wanted])
     return dataclasses.replace(request, remarks=about + _remarks(request, untold))
 
 
@@ -265,7 +300,9 @@ def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
 
 def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
     """Generate with a journal of the network's predictions, which `facts` identify."""
-    with journal_of(output, facts, options.resume) as journal:
+    # A sample drawn again is another one for its journal, and the same request for the record.
+    drawn = facts | {"seed": request.sampling.seed}
+    with journal_of(output, drawn, options.resume) as journal:
         check_output(output, overwrite=options.overwrite or options.resume)
         if request.sampling.stitch == "joint":
             outcome = _jointly(request, journal, output, options)
@@ -307,16 +344,17 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
         (0, slices),
         request.progress("decode", slices),
         Target(
-            request.mask.target,
+            request.mask.written,
             request.mask.result,
             request.note,
             KIND,
             clamp_first="clamp" in parts,
+            wrap=request.wrap,
         ),
         journal,
     )
     seconds = outcome.seconds | {"mask": encoded - begin, "denoise": sampled - encoded}
-    return dataclasses.replace(outcome, shape=request.mask.target.shape, seconds=seconds)
+    return dataclasses.replace(outcome, shape=request.mask.written.shape, seconds=seconds)
 
 
 def _generator_report(request: Request, given: Given) -> dict[str, Any]:

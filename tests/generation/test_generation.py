@@ -316,13 +316,13 @@ def test_line_breaks_within_a_cell_stay(tmp_path):
     ("name", "text", "words"),
     [
         ("a.csv", "mask\n", "found none"),
-        ("a.csv", "organ\nx.nii\n", "a mask or patient in row 1"),
+        ("a.csv", "organ\nx.nii\n", "a mask or patient or like in row 1"),
         ("a.csv", "mask,colour\nx.nii,red\n", "found colour"),
         ("a.csv", "mask,seed\nx.nii,ten\n", "found 'ten'"),
         ("a.csv", "mask,seed\nx.nii,-1\n", "found '-1'"),
         ("a.csv", "mask\nx.nii\nx.nii\n", "found x.nii in rows 1 and 2"),
         ("a.jsonl", '{"mask": 1}\n{', "a list of jobs"),
-        ("a.jsonl", "[1]", "a mask or patient in row 1"),
+        ("a.jsonl", "[1]", "a mask or patient or like in row 1"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, name, text, words):

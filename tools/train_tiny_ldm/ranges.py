@@ -3,8 +3,9 @@
     python tools/train_tiny_ldm/ranges.py --patients 40
     fvae export -m tools/train_tiny_ldm/tiny_ldm.safetensors -o build/tiny-ldm --name tiny-ldm
 
-`finish.py` puts `ranges.json` into the published weights; `fvae generate` compares masks and samples
-with it. Every phantom is drawn and reconstructed as in `data.py`, with its findings in the mask.
+`finish.py` puts `ranges.json` into the published weights; `fvae generate` compares masks and
+samples with it. Every phantom is drawn and reconstructed as in `data.py`, with its findings in the
+mask.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> None:
             print(seed, slices, flush=True)
     least = max(2, options.patients // 10)
     facts = {
-        "phantoms": options.patients,
+        "volumes": options.patients,
         "field_of_view": {"low": FIELD_OF_VIEW[0], "high": FIELD_OF_VIEW[0]},
         "spacing": {
             "low": round(FIELD_OF_VIEW[2] / max(depths), 4),
