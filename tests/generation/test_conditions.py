@@ -196,7 +196,7 @@ def test_a_label_outside_the_palette_is_refused(tmp_path):
 )
 def test_an_invalid_mapping_file_is_refused(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
-    with pytest.raises(ConditionError, match="expected JSON like"):
+    with pytest.raises(ConditionError, match="or JSON like"):
         read_labels(tmp_path / "m.json")
 
 
