@@ -288,6 +288,10 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType and any(dataclasses.is_dataclass(a) for a in arguments):
+        # An optional dataclass.
+        inner = next(a for a in arguments if dataclasses.is_dataclass(a))
+        return None if value is None else _parse(inner, value, path, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise wrong_type()

@@ -74,6 +74,29 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Lowest and highest value."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a generator was trained on, to compare masks and samples with.
+
+    `measures` are those of `fvae_deploy.generation.measures`, of training volumes after their VAE.
+    """
+
+    volumes: int  # that were measured
+    field_of_view: Range  # mm, the longer side of the plane
+    spacing: Range  # mm between slices
+    slices: Range
+    findings: tuple[int, ...]  # numbers of those that occurred
+    measures: dict[str, Range]
+
+
+@dataclass(frozen=True)
 class GeneratorManifest(Bundle):
     """The manifest of a generator's bundle."""
 
@@ -97,6 +120,7 @@ class GeneratorManifest(Bundle):
     as_published: tuple[str, ...] = ()  # names of PARTS that are done as published by default
     trained_without_text: bool = True  # some of its training was without text, as guidance needs
     parity: tuple[NoiseParity, ...] = ()
+    training: Training | None = None  # None: not measured, so nothing is compared with it
 
     @property
     def channels(self) -> int:

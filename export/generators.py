@@ -26,7 +26,15 @@ from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.export.bundle import SCHEMA, Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.draft import BundleDraft
-from fvae_deploy.export.generator import CT_RATE, TOKENIZER, Finding, GeneratorManifest, Masks
+from fvae_deploy.export.generator import (
+    CT_RATE,
+    TOKENIZER,
+    Finding,
+    GeneratorManifest,
+    Masks,
+    Range,
+    Training,
+)
 from fvae_deploy.export.hub import fetch, is_hub_id
 from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
@@ -184,6 +192,25 @@ def _manifest(given: Mapping[str, Any], channels: int, **fields: Any) -> Generat
         centred_noise=bool(given["centred_noise"]),
         as_published=tuple(map(str, given["as_published"])),
         trained_without_text=bool(given["trained_without_text"]),
+        training=_training(given.get("training")),
+    )
+
+
+def _training(given: Mapping[str, Any] | None) -> Training | None:
+    """Return what was measured of the training data, if it was."""
+    if given is None:
+        return None
+
+    def limits(values: Mapping[str, Any]) -> Range:
+        return Range(float(values["low"]), float(values["high"]))
+
+    return Training(
+        int(given["volumes"]),
+        limits(given["field_of_view"]),
+        limits(given["spacing"]),
+        limits(given["slices"]),
+        tuple(map(int, given["findings"])),
+        {str(name): limits(values) for name, values in given["measures"].items()},
     )
 
 

@@ -6,6 +6,7 @@
     │   ├── OutputError       3   an output that cannot be written: a full disk, no permission
     │   └── LatentError       3   a latent store that is incomplete, damaged or of another model
     ├── ConditionError        3   a mask or text that does not fit the generator
+    │   └── SampleError       3   a generated CT that fails its checks
     ├── BundleError           4   weights or a bundle that are damaged or do not fit
     ├── EngineError           5   an engine that cannot run on this machine
     ├── PlanError             6   a memory budget that is too small
@@ -54,6 +55,10 @@ class ConditionError(FvaeError):
     """A mask or text that does not fit the generator."""
 
     exit_code = 3
+
+
+class SampleError(ConditionError):
+    """A generated CT that fails its checks."""
 
 
 class BundleError(FvaeError):

@@ -37,9 +37,10 @@ MAY: dict[str, set[str]] = {
 MAY["stream"] = {*LAYERS, "volume", "storage"}
 MAY["api"] = {*MAY["stream"], "stream"}
 MAY["training"] = {*MAY["stream"], "stream"}
-MAY["generation"] = MAY["bench"] = {*MAY["api"], "api"}
+MAY["bench"] = {*MAY["api"], "api"}
+MAY["generation"] = {*MAY["bench"], "phantom"}
 MAY["make"] = {*MAY["api"], "api", "bench"}
-MAY["batch"] = {*MAY["api"], "api", "generation"}
+MAY["batch"] = {*MAY["generation"], "generation"}
 MAY["report"] = {*MAY["batch"], "batch", "quality"}
 MAY["selftest"] = {*MAY["make"], "make"}
 MAY["server"] = {*MAY["batch"], "batch"}

@@ -3,11 +3,12 @@
     mask,findings,disease_mask,seed,output
     a.nii.gz,"nodule in the right lung",lesion.nii.gz=nodule,0,a_nodule.nii.gz
 
-Only `mask` is required. Several disease masks are separated by semicolons in a CSV, and a list in
-JSONL; several findings are a list in JSONL. `report` is a whole report instead of findings. Paths
-of inputs are relative to the list, those of outputs to the output folder. With --resume, rows whose
-output exists are skipped if it comes from the same request. A row that fails is reported, and the
-batch continues.
+A row needs `mask`, `patient` (the seed of a drawn mask) or `like` (a CT to segment). `lesion`
+places lesions in words, `report` is a whole report instead of findings. Several disease masks and
+lesions are separated by semicolons in a CSV, and a list in JSONL; several findings are a list in
+JSONL. Paths of inputs are relative to the list, those of outputs to the output folder. With
+--resume, rows whose output exists are skipped if it comes from the same request. A row that fails
+is reported, and the batch continues.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.publish import make_folders
 
-FIELDS = {"mask", "output", "findings", "report", "disease_mask", "seed"}
+SOURCES = ("mask", "patient", "like")
+FIELDS = {*SOURCES, "output", "findings", "report", "disease_mask", "lesion", "seed"}
 
 
 @dataclass(frozen=True)
 class GenerationRow:
     """One row of the list: one generation."""
 
-    mask: Path
+    mask: Path | None
     output: Path
     findings: str | tuple[str, ...] | None
     disease_mask: tuple[str, ...]  # FILE or FILE=FINDINGS
     seed: int
     report: str | None = None
+    patient: int | None = None
+    like: Path | None = None
+    lesions: tuple[str, ...] = ()
 
 
 def read_generations(path: Path, folder: Path, seed: int = 0) -> list[GenerationRow]:
@@ -45,7 +50,7 @@ def read_generations(path: Path, folder: Path, seed: int = 0) -> list[Generation
 
     Raises UsageError for invalid or missing rows, and for two rows with the same output.
     """
-    rows = enumerate(read_rows(path, "mask", FIELDS), start=1)
+    rows = enumerate(read_rows(path, SOURCES, FIELDS), start=1)
     generations = [_generation(row, number, path, folder, seed) for number, row in rows]
     if not generations:
         raise UsageError(f"expected rows with a column mask in {path}, found none: add a row")
@@ -77,6 +82,9 @@ def run_generations(
                 findings=row.findings,
                 report=row.report,
                 disease_mask=row.disease_mask,
+                patient=row.patient,
+                like=row.like,
+                lesions=row.lesions,
                 progress=progress,
                 dry_run=dry_run,
             )
@@ -109,26 +117,43 @@ def _generation(
     def relative(name: str) -> Path:
         return path.parent / str(row[name])
 
-    mask = relative("mask")
-    try:
-        row_seed = int(row.get("seed") or seed)
-        if row_seed < 0:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"expected an integer of at least 0 as seed in row {number} of {path}, found "
-            f"{row['seed']!r}: correct it"
-        ) from None
+    mask = relative("mask") if row.get("mask") else None
+    patient = _whole(row, "patient", None, number, path)
+    like = relative("like") if row.get("like") else None
+    source = mask or like
+    name = source.name if source else f"patient{patient}.nii.gz"
     return GenerationRow(
         mask=mask,
-        output=folder / str(row.get("output") or mask.name),
+        patient=patient,
+        like=like,
+        lesions=_several(row.get("lesion"), number, path),
+        output=folder / str(row.get("output") or name),
         findings=_findings(row.get("findings"), number, path),
         disease_mask=tuple(
             str(path.parent / name) for name in _several(row.get("disease_mask"), number, path)
         ),
-        seed=row_seed,
+        seed=_whole(row, "seed", seed, number, path) or 0,
         report=str(row["report"]) if row.get("report") else None,
     )
+
+
+def _whole(
+    row: dict[str, Any], name: str, default: int | None, number: int, path: Path
+) -> int | None:
+    """Return a whole number of at least 0, or the default; raises UsageError for others."""
+    value = row.get(name)
+    if value in (None, ""):
+        return default
+    try:
+        whole = int(value)
+        if whole < 0 or isinstance(value, bool) or whole != float(value):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"expected an integer of at least 0 as {name} in row {number} of {path}, found "
+            f"{value!r}: correct it"
+        ) from None
+    return whole
 
 
 def _findings(given: Any, number: int, path: Path) -> str | tuple[str, ...] | None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from fvae_deploy.errors import UsageError
 
 
-def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, needed: str | Sequence[str], fields: Set[str]) -> list[dict[str, Any]]:
     """Read the rows of a CSV or JSONL list.
 
-    Raises UsageError for an unreadable list, and for rows without the field `needed` or with
-    fields other than `fields`.
+    Raises UsageError for an unreadable list, and for rows without a field `needed` (of several,
+    without any of them) or with fields other than `fields`.
     """
+    one_of = [needed] if isinstance(needed, str) else list(needed)
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows: list[Any] = (
@@ -28,11 +29,12 @@ def read_rows(path: Path, needed: str, fields: Set[str]) -> list[dict[str, Any]]
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not row.get(needed):
+        if not isinstance(row, dict) or all(row.get(n) in (None, "") for n in one_of):
             columns = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
             raise UsageError(
-                f"expected a {needed} in row {number} of {path}, found none in {columns}: the "
-                f"columns are {', '.join(sorted(fields))}, and CSV files are separated by commas"
+                f"expected a {' or '.join(one_of)} in row {number} of {path}, found none in "
+                f"{columns}: the columns are {', '.join(sorted(fields))}, and CSV files are "
+                "separated by commas"
             )
         unknown = sorted(str(name) for name in row if name not in fields)
         if unknown:

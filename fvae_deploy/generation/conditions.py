@@ -17,13 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import ConditionError
-from fvae_deploy.export.generator import OPPOSITE, Masks
+from fvae_deploy.export.generator import Masks
 from fvae_deploy.export.manifest import Intensity
 from fvae_deploy.generation.findings import DiseaseMask
 from fvae_deploy.generation.fit import Fit, Stretched
 from fvae_deploy.generation.labels import Labels, frames_of, labels_of
+from fvae_deploy.generation.lesions import Lesion
+from fvae_deploy.generation.placing import LesionMask
+from fvae_deploy.generation.presets import PRESETS, dataset_labels, is_dataset
+from fvae_deploy.generation.turning import TurnedFrames, TurningWriter, turn_to
 from fvae_deploy.organs import ORGANS, organ_label
-from fvae_deploy.volume.base import Geometry, HuFrames, Reader, slab_ranges
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader, Writer, slab_ranges
 
 
 class PaintedMask:
@@ -35,7 +39,7 @@ class PaintedMask:
     extended by repeating its last slice. `labels` maps other label numbers to those of
     `organs.ORGANS`; `body` is the label of the body outside organs, if the mask has it. `parts`
     names what is done as published (`PARTS`). Raises ConditionError if the masks do not fit each
-    other, the palette or the orientation.
+    other or the palette. A mask with slices along another axis is turned first, through a file.
     """
 
     remarks: tuple[str, ...] = ()
@@ -52,11 +56,16 @@ class PaintedMask:
         body: int | None = None,
         parts: Collection[str] = (),
     ) -> None:
-        self.path, self.mask = organs.path, organs.geometry
-        self._organs, self._disease, self._masks = organs, disease, masks
+        self.path, self.native = organs.path, organs.geometry
+        self._turn = turn_to(self.native.orientation, masks.orientation, self.path)
+        self.mask = self._turn.geometry(self.native) if self._turn else self.native
+        self._turned: TurnedFrames | None = None
+        self.drawn: bool = getattr(organs, "drawn", False)
+        self._organs, self._masks = organs, masks
+        self._disease: list[DiseaseMask | LesionMask] = [*disease]
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
-        mirrored = _mirrored(self.mask.orientation, masks.orientation, self.path)
+        mirrored = _mirrored(self.mask.orientation, masks.orientation)
         self.stretched = "stretch" in parts
         kind = Stretched if self.stretched else Fit
         self.fit = kind((x, y), (across, down), plane, mirrored)
@@ -95,6 +104,17 @@ class PaintedMask:
             )
 
     @property
+    def written(self) -> Geometry:
+        """The grid of the file that is written: that of the mask's file, or `target`."""
+        return self.native if self.target is self.mask else self.target
+
+    def wrap(self, writer: Writer) -> Writer:
+        """Return a writer of frames on `target` for a file on the grid `written`."""
+        if self._turn is None or self.target is not self.mask:
+            return writer
+        return TurningWriter(writer, self.mask.shape, self._turn.inverse)
+
+    @property
     def body_named(self) -> bool:
         """Whether a label of the body outside organs was named."""
         return self._body is not None
@@ -105,11 +125,17 @@ class PaintedMask:
             return self.fit.volume(frames)
         return np.ascontiguousarray(self.fit.unflipped(frames))
 
+    def seen(self, frame: HuFrames) -> HuFrames:
+        """Bring a frame [x, y] of the result to the network's plane, nearest neighbour."""
+        if self.target is self.mask:
+            return self.fit.labels(frame)
+        return np.flip(frame, self.fit.mirrored)
+
     def close(self) -> None:
-        """Release the files."""
-        self._organs.close()
-        for each in self._disease:
-            each.close()
+        """Release the turned mask; files are closed by who opened them."""
+        if self._turned is not None:
+            self._turned.close()
+            self._turned = None
 
     def planes(self, start: int = 0) -> Generator[Labels]:
         """Yield labels [X, Y] on the model's plane from `start` on, then the last one without end.
@@ -118,21 +144,54 @@ class PaintedMask:
         """
         first = min(start, self.mask.shape[2] - 1)
         plane = np.empty(0, np.int64)
-        with contextlib.ExitStack() as stack:
-            organs = stack.enter_context(contextlib.closing(frames_of(self._organs, first)))
-            disease = [
-                stack.enter_context(contextlib.closing(each.planes(first)))
-                for each in self._disease
-            ]
-            for index, frame in enumerate(organs, first):
-                labels = self._organ_labels(labels_of(frame, index, self.path), index)
-                for each in disease:
-                    findings = next(each)
-                    labels = np.where(findings > 0, findings + self._masks.offset, labels)
+        with contextlib.closing(self._upright(first)) as upright:
+            for labels in upright:
                 plane = self.fit.labels(labels)
                 yield plane
         while True:
             yield plane
+
+    def _upright(self, first: int) -> Generator[Labels]:
+        """Yield labels with findings [x, y], with slices along the body as in training."""
+        if self._turn is None:
+            yield from self._combined(first)
+            return
+        if self._turned is None:
+            turned = TurnedFrames(self.native.shape, self._turn, np.int16)
+            try:
+                for labels in self._combined(0):
+                    turned.write(labels)
+            except BaseException:
+                turned.close()
+                raise
+            self._turned = turned
+        yield from (plane.astype(np.int64) for plane in self._turned.planes(first))
+
+    def _combined(self, first: int) -> Generator[Labels]:
+        """Yield labels with findings [x, y] in the order of the file."""
+        with contextlib.ExitStack() as stack:
+            organs = stack.enter_context(contextlib.closing(self.organs(first)))
+            disease = [
+                stack.enter_context(contextlib.closing(each.planes(first)))
+                for each in self._disease
+            ]
+            for labels in organs:
+                for each in disease:
+                    findings = next(each)
+                    labels = np.where(findings > 0, findings + self._masks.offset, labels)
+                yield labels
+
+    def organs(self, start: int = 0) -> Generator[Labels]:
+        """Yield the mask's labels [x, y] in the numbers of `organs.ORGANS`, from `start` on."""
+        with contextlib.closing(frames_of(self._organs, start)) as frames:
+            for index, frame in enumerate(frames, start):
+                yield self._organ_labels(labels_of(frame, index, self.path), index)
+
+    def place(self, lesions: Sequence[Lesion], seed: int) -> LesionMask:
+        """Place lesions in the mask, over those in disease masks; raises as `LesionMask`."""
+        placed = LesionMask(lesions, self.organs, self.native, self.path, seed)
+        self._disease = [*self._disease, placed]
+        return placed
 
     def _organ_labels(self, labels: Labels, index: int) -> Labels:
         """Map labels to the numbers of `organs.ORGANS`."""
@@ -197,20 +256,27 @@ def _target(mask: Geometry, fit: Fit, parts: Collection[str]) -> Geometry:
     return Geometry((*fit.plane, mask.shape[2]), affine, mask.nifti_header)
 
 
-def read_labels(path: Path) -> dict[int, int]:
-    """Read a JSON file that maps label numbers to TotalSegmentator's names or numbers.
+def read_labels(labels: str | Path) -> dict[int, int]:
+    """Return which organ each label number is, in TotalSegmentator's numbers.
 
-    Raises ConditionError for any other content.
+    `labels` is a name in `presets.PRESETS`, an nnU-Net `dataset.json`, or a JSON file that maps
+    label numbers to TotalSegmentator's names or numbers. Raises ConditionError for anything else.
     """
+    path = Path(labels)
+    if str(labels).lower() in PRESETS and not path.exists():
+        return PRESETS[str(labels).lower()]
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
+        if is_dataset(content):
+            return dataset_labels(content)
         return {int(label): _organ(organ) for label, organ in content.items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConditionError(
-            f'expected JSON like {{"3": "liver", "7": 5}} in {path}, found {reason}: correct it'
+            f"expected {', '.join(PRESETS)}, an nnU-Net dataset.json, or JSON like "
+            f'{{"3": "liver", "7": 5, "9": 0}} in {path}, found {reason}: write such a file'
         ) from None
 
 
@@ -226,18 +292,9 @@ def _organ(organ: Any) -> int:
     return organ
 
 
-def _mirrored(actual: str, trained: str, path: Path) -> tuple[int, ...]:
+def _mirrored(actual: str, trained: str) -> tuple[int, ...]:
     """Return the axes of the plane that are mirrored against those of training.
 
     There are none if training knew no orientation ("").
     """
-    if not trained:
-        return ()
-    differs = [a != t for a, t in zip(actual, trained, strict=True)]
-    parallel = all(a in (t, OPPOSITE[t]) for a, t in zip(actual, trained, strict=True))
-    if not parallel or differs[2]:
-        raise ConditionError(
-            f"expected a mask with axes {trained}, or mirrored in the plane, found {actual} in "
-            f"{path}: reorient it, for example with nibabel.as_closest_canonical"
-        )
-    return tuple(axis for axis in (0, 1) if differs[axis])
+    return tuple(axis for axis in (0, 1) if trained and actual[axis] != trained[axis])

@@ -33,7 +33,7 @@ def dry_run_report(
         "output_exists": output.exists(),
         "engine": engine.name,
         "precision": engine.precision,
-        "volume": {"shape": list(request.mask.target.shape)},
+        "volume": {"shape": list(request.mask.written.shape)},
         "plan": {name: plan_report(plan) for name, plan in plans.items()},
         "description": "; ".join(f"{name}: {plan.describe()}" for name, plan in plans.items()),
         "seconds_at_100_gflops": round(seconds, 1),

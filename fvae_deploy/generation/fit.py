@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.volume.base import HuFrames
-
-Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,16 @@ class Fit:
         """Return the voxel whose label each of the model's pixels gets; it may lie outside."""
         return np.rint(self._positions(axis) - 1e-9).astype(np.int64)
 
-    def labels(self, mask: Labels) -> Labels:
-        """Resample labels [x, y] to the model's plane, nearest neighbour; 0 outside the mask."""
+    def labels(self, mask: NDArray[Any]) -> NDArray[Any]:
+        """Resample labels or other values [x, y] to the model's plane, nearest neighbour.
+
+        Outside the mask they are 0.
+        """
         nearest = [self._nearest(axis) for axis in (0, 1)]
         inside = [(i >= 0) & (i < n) for i, n in zip(nearest, self.mask, strict=True)]
         rows, columns = (i.clip(0, n - 1) for i, n in zip(nearest, self.mask, strict=True))
         sampled = mask[np.ix_(rows, columns)]
-        labels: Labels = np.where(inside[0][:, None] & inside[1][None, :], sampled, 0)
+        labels: NDArray[Any] = np.where(inside[0][:, None] & inside[1][None, :], sampled, 0)
         return np.flip(labels, self.mirrored)
 
     def unflipped(self, frames: HuFrames) -> HuFrames:

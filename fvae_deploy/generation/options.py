@@ -22,7 +22,8 @@ class GenerationOptions:
     """
 
     labels: str | Path | None = None
-    """JSON file that maps the mask's numbers to organs; None: TotalSegmentator's numbers."""
+    """A name in `presets.PRESETS`, an nnU-Net dataset.json, or a JSON file that maps the mask's
+    numbers to organs; None: TotalSegmentator's numbers."""
     vae: str | Path | None = None
     """Bundle of the VAE; None: the built-in VAE that the generator names."""
     sampler: str | None = None
@@ -45,10 +46,20 @@ class GenerationOptions:
     With `published` they are added.
     """
     seed: int = 0
+    check: bool | None = None
+    """Whether a sample that fails its checks is refused; None: they are only told. False: none."""
+    tries: int = 1
+    """How many seeds, from `seed` on, are tried until a sample passes its checks."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UsageError(f"expected a seed of at least 0, found {self.seed}")
+        if self.tries < 1:
+            raise UsageError(f"expected --tries of at least 1, found {self.tries}: correct it")
+        if self.tries > 1 and self.check is False:
+            raise UsageError(
+                "expected --tries with checks, found --no-check: leave one of them out"
+            )
         if self.stitch not in (None, *STITCHES):
             raise UsageError(f"expected --stitch joint or reference, found {self.stitch!r}")
         if self.as_published is not None:
@@ -66,6 +77,11 @@ class GenerationOptions:
         if self.stitch is not None:
             chosen = chosen - {"stitch"} | ({"stitch"} if self.stitch == "reference" else set())
         return tuple(name for name in PARTS if name in chosen)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether a sample that fails its checks is refused."""
+        return self.check is True or self.tries > 1
 
     def with_seed(self, seed: int) -> Self:
         """Return the same options with another seed."""

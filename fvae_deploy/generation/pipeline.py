@@ -19,11 +19,15 @@ from typing import Any
 
 from fvae_deploy.api import is_done, skipped
 from fvae_deploy.export.generator import GeneratorManifest
+from fvae_deploy.generation.attempts import Attempts, checked, surveyed
 from fvae_deploy.generation.conditions import PaintedMask, read_labels
 from fvae_deploy.generation.denoiser import Denoiser, open_denoiser
 from fvae_deploy.generation.dry_run import dry_run_report
 from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask, open_disease
+from fvae_deploy.generation.given import Given, Several
+from fvae_deploy.generation.lesions import lesion_of
 from fvae_deploy.generation.options import GenerationOptions
+from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import (
     KIND,
@@ -37,7 +41,7 @@ from fvae_deploy.generation.request import (
 )
 from fvae_deploy.generation.stitch import joint, starts
 from fvae_deploy.generation.texts import text_of
-from fvae_deploy.storage.journal import Journal, journal_of
+from fvae_deploy.storage.journal import Journal, journal_of, partial_facts
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
 from fvae_deploy.stream import pipeline
@@ -49,7 +53,7 @@ from fvae_deploy.stream.rss import begin_measuring
 from fvae_deploy.stream.run import Outcome
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import check_output, create_volume, open_volume, protect_input
+from fvae_deploy.volume.open import check_output, create_volume, protect_input
 
 MODEL = "tiny-ldm"  # the default
 UNUSED = (
@@ -64,14 +68,18 @@ def silent(stage: str, length: int) -> Callable[[int], None]:
 
 
 def generate(
-    mask: str | Path,
+    mask: str | Path | None,
     output: str | Path,
     options: RunOptions | None = None,
     sampling: GenerationOptions | None = None,
     *,
     findings: str | Sequence[str] | None = None,
     report: str | None = None,
-    disease_mask: str | Path | Sequence[str | Path] | None = None,
+    disease_mask: Several = None,
+    patient: int | None = None,
+    like: str | Path | None = None,
+    shape: Sequence[int] | None = None,
+    lesions: str | Sequence[str] | None = None,
     progress: Progress = silent,
     dry_run: bool = False,
     **keywords: Any,
@@ -81,7 +89,8 @@ def generate(
     Parameters
     ----------
     mask
-        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`.
+        Organ labels: TotalSegmentator's numbers, or any numbers with `labels`. None with
+        `patient` or `like`.
     findings
         One or several findings, each as text or the path of a text file. None: the model's text
         for a normal scan.
@@ -90,6 +99,14 @@ def generate(
     disease_mask
         One or several files on the grid of `mask`, each as FILE (a label map with the numbers of
         the generator's findings) or FILE=FINDINGS; see `findings`.
+    patient
+        Seed of an anatomy that is drawn instead of reading a mask, with `shape` (x, y, z) voxels;
+        None: those of one window of the generator.
+    like
+        A CT instead of a mask: TotalSegmentator, where it is installed, finds its organs.
+    lesions
+        One or several lesions in words, such as "nodule 8mm right upper lobe". They are placed in
+        the mask by the seed; without a text they are also the text of findings.
     dry_run
         Return the plan without computing anything.
     keywords
@@ -100,53 +117,81 @@ def generate(
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
     options.check_unused("generate", *UNUSED)
+    given = Given(
+        mask=mask,
+        patient=patient,
+        like=like,
+        shape=shape,
+        findings=findings,
+        report=report,
+        disease_mask=disease_mask,
+        lesions=lesions,
+    )
+    begin = time.perf_counter()
+    attempts = Attempts(sampling, partial_facts(output) if options.resume else {})
+    # Before the networks are opened, so that a wrong path is reported at once.
+    with contextlib.closing(given.open_mask(options.model or MODEL, sampling.vae)) as organs:
+        for seed in attempts:
+            with attempts.recorded(seed):
+                result = _generate(
+                    given, organs, output, options, sampling, seed, progress, dry_run
+                )
+    if "seconds" in result:
+        result["seconds"]["total"] = time.perf_counter() - begin
+    return attempts.told(result)
+
+
+def _generate(
+    given: Given,
+    organs: Reader,
+    output: Path,
+    options: RunOptions,
+    sampling: GenerationOptions,
+    seed: int,
+    progress: Progress,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Generate one sample with the noise of `seed`; raises SampleError if it is refused."""
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # Before the networks are opened, so that a wrong path is reported at once.
-        masks = _open_masks(stack, mask, disease_mask, output)
+        masks = _open_masks(stack, organs, given, output)
         replaced = options.overwrite or options.resume
         check_output(output, overwrite=replaced, geometry=masks[0].geometry)
         networks = _open_networks(stack, options, sampling)
-        request = _request(networks, masks, (findings, report), sampling, options, progress)
+        request = _request(networks, masks, given, sampling, options, progress)
+        stack.callback(request.mask.close)
         request.sampler()  # checks its options before any work; the next line checks the output
-        create_volume(output, request.mask.target, options.dtype).abort()
+        create_volume(output, request.mask.written, options.dtype).abort()
         if dry_run:
-            return dry_run_report(request, mask, output, options)
+            return dry_run_report(request, given.source, output, options)
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
+        facts |= {"tries": sampling.tries} if sampling.tries > 1 else {}
+        facts |= {"checked": True} if sampling.refuses else {}
         if is_done(output, options, lambda: facts):
             return skipped("generate", output)
         baseline = begin_measuring()
+        request, checks = checked(request, sampling, seed, known=given.located)
         outcome = _run(request, facts, output, options)
         seconds = outcome.seconds | {"total": time.perf_counter() - begin}
         outcome = dataclasses.replace(outcome, seconds=seconds)
-        source = (Path(mask), output, request.codec, outcome, baseline)
-        result = run_report("generate", *source, request.remarks)
+        source = (Path(given.source), output, request.codec, outcome, baseline)
+        result = run_report("generate", *source, (*request.remarks, *checks.remarks))
         result["as_published"] = facts["as_published"]
-        return result | {"generator": _generator_report(request, disease_mask) | facts}
+        result["checks"] = checks.report()
+        about = _generator_report(request, given) | facts | {"seed": seed}
+        return result | {"generator": about}
 
 
 def _open_masks(
-    stack: contextlib.ExitStack,
-    mask: str | Path,
-    disease_mask: str | Path | Sequence[str | Path] | None,
-    output: Path,
+    stack: contextlib.ExitStack, organs: Reader, given: Given, output: Path
 ) -> tuple[Reader, list[DiseaseFile]]:
-    """Open the organ mask and the disease masks; the stack closes them."""
-    organs = open_volume(mask)
-    stack.callback(organs.close)
-    disease = [open_disease(entry) for entry in _entries(disease_mask)]
+    """Open the disease masks beside the organ mask; the stack closes them."""
+    disease = [open_disease(entry) for entry in given.diseases]
     protect_input(output, organs.path, organs.geometry.files)
     for each in disease:
         stack.callback(each.close)
         protect_input(output, each.path, each.files)
     return organs, disease
-
-
-def _entries(disease_mask: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
-    """Return the disease masks as a list."""
-    if disease_mask is None or isinstance(disease_mask, str | Path):
-        return [] if disease_mask is None else [disease_mask]
-    return list(disease_mask)
 
 
 def _open_networks(
@@ -165,22 +210,18 @@ def _open_networks(
 def _request(
     networks: tuple[Denoiser, Codec],
     opened: tuple[Reader, Sequence[DiseaseFile]],
-    given: tuple[str | Sequence[str] | None, str | None],
+    given: Given,
     sampling: GenerationOptions,
     options: RunOptions,
     progress: Progress,
 ) -> Request:
-    """Collect networks, conditions and sampling; the generator's defaults replace None.
-
-    `given` are findings and a report.
-    """
+    """Collect networks, conditions and sampling; the generator's defaults replace None."""
     (denoiser, codec), (organs, disease) = networks, opened
     manifest = denoiser.manifest
     chosen = _sampling(sampling, options, manifest)
     check_parts(chosen, codec)
     parts = chosen.as_published
     listed = bool(manifest.masks.findings)
-    text = text_of(*given, manifest.findings, published="text" in parts, listed=listed)
     masks = [
         DiseaseMask(
             file, organs.geometry, manifest.masks.findings, any_affine="any-affine" in parts
@@ -193,15 +234,26 @@ def _request(
         manifest.masks,
         manifest.plane,
         least=codec.manifest.geometry.slices(manifest.window),
-        labels=None if sampling.labels is None else read_labels(Path(sampling.labels)),
+        labels=None if sampling.labels is None else read_labels(sampling.labels),
         body=sampling.body_label,
         parts=parts,
+    )
+    wanted = [lesion_of(each, manifest.masks.findings) for each in given.wanted]
+    placed = painted.place(wanted, sampling.seed) if wanted else None
+    text = text_of(
+        placed.sentences if placed and not given.told else given.findings,
+        given.report,
+        manifest.findings,
+        published="text" in parts,
+        listed=listed,
     )
     texts = [text] if sampling.guidance == 1 else [text, ""]
     contexts = tuple(denoiser.context(t, cut="cut" in parts) for t in texts)
     request = Request(denoiser, codec, painted, text, chosen, contexts, progress)
-    untold = bool(masks) and given == (None, None)
-    about = (*organs.remarks, *(remark for each in masks for remark in each.remarks))
+    untold = bool(masks) and not placed and not given.told
+    shown: list[DiseaseMask | LesionMask] = [*masks, *([placed] if placed else [])]
+    about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
+    about += surveyed(painted, manifest, [each.finding for each in wanted])
     return dataclasses.replace(request, remarks=about + _remarks(request, untold))
 
 
@@ -251,7 +303,9 @@ def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
 
 def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOptions) -> Outcome:
     """Generate with a journal of the network's predictions, which `facts` identify."""
-    with journal_of(output, facts, options.resume) as journal:
+    # A sample drawn again is another one for its journal, and the same request for the record.
+    drawn = facts | {"seed": request.sampling.seed}
+    with journal_of(output, drawn, options.resume) as journal:
         check_output(output, overwrite=options.overwrite or options.resume)
         if request.sampling.stitch == "joint":
             outcome = _jointly(request, journal, output, options)
@@ -295,26 +349,26 @@ def _jointly(request: Request, journal: Journal, output: Path, options: RunOptio
         (0, slices),
         request.progress("decode", slices),
         Target(
-            request.mask.target,
+            request.mask.written,
             request.mask.result,
             request.note,
             KIND,
             clamp_first="clamp" in parts,
+            wrap=request.wrap,
         ),
         journal,
     )
     seconds = outcome.seconds | {"mask": encoded - begin, "denoise": sampled - encoded}
-    return dataclasses.replace(outcome, shape=request.mask.target.shape, seconds=seconds)
+    return dataclasses.replace(outcome, shape=request.mask.written.shape, seconds=seconds)
 
 
-def _generator_report(
-    request: Request, disease_mask: str | Path | Sequence[str | Path] | None
-) -> dict[str, Any]:
+def _generator_report(request: Request, given: Given) -> dict[str, Any]:
     """Return the facts of the generator for the report."""
     manifest = request.denoiser.manifest
     return {
         "name": manifest.name,
         "source": dataclasses.asdict(manifest.source),
         "weights_sha256": manifest.files["weights.safetensors"],
-        "disease_mask": [str(entry) for entry in _entries(disease_mask)] or None,
+        "disease_mask": [str(entry) for entry in given.diseases] or None,
+        "lesions": given.wanted or None,
     }

@@ -75,7 +75,8 @@ def as_published(request: Request, journal: Journal, output: Path, options: RunO
     slices = request.mask.mask.shape[2]
     parts = request.sampling.as_published
     begin = time.perf_counter()
-    with create_volume(output, request.mask.target, options.dtype, request.note, KIND) as writer:
+    volume = create_volume(output, request.mask.written, options.dtype, request.note, KIND)
+    with request.wrap(volume) as writer:
         for index in range(slices):
             source = passes[1] if any(index in cut for cut in over) else passes[0]
             _, frame = next(each for each in source if each[0] == index)
@@ -84,7 +85,7 @@ def as_published(request: Request, journal: Journal, output: Path, options: RunO
             int16 = options.dtype == "int16"
             writer.write(to_int16(hu, truncate="truncate" in parts) if int16 else hu)
     seconds = {"denoise": time.perf_counter() - begin}
-    shape = request.mask.target.shape
+    shape = request.mask.written.shape
     return Outcome(chosen, options, shape, slices, 0, ClippingTally(), seconds)
 
 

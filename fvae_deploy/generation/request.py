@@ -20,6 +20,7 @@ from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import Noise, Predict
 from fvae_deploy.parse import HU_WINDOWS
 from fvae_deploy.stream.codec import Codec
+from fvae_deploy.volume.base import Writer
 
 KIND = "synthetic CT"
 Array = NDArray[np.float32]
@@ -53,6 +54,7 @@ class Request:
     contexts: tuple[Array, ...]  # of the text; with guidance, also of the empty text
     progress: Progress
     remarks: tuple[str, ...] = ()  # about the conditions, in sentences
+    wrap: Callable[[Writer], Writer] = lambda writer: writer  # around the writer of the result
 
     def sampler(self) -> Sampler:
         """Return a new sampler at the start of the noise schedule."""
@@ -180,6 +182,8 @@ def _fingerprint(mask: PaintedMask) -> str:
     """Return a hash of the painted mask. This also checks every slice before any work."""
     grids = mask.geometry.shape, mask.mask.affine.tolist()
     digest = hashlib.sha256(repr(grids).encode())
+    if mask.native is not mask.mask:
+        digest.update(repr((mask.native.shape, mask.native.affine.tolist())).encode())
     for slab in mask.slabs(16):
         digest.update(slab.tobytes())
     mask.check_body_found()

@@ -339,7 +339,7 @@ def _grain_sigma() -> float:
 _GRAIN_SIGMA = _grain_sigma()
 
 
-def _affine(shape: tuple[int, int, int], spacing: Point) -> NDArray[np.float64]:
+def lps_affine(shape: tuple[int, int, int], spacing: Point) -> NDArray[np.float64]:
     """Return an affine with LPS axes, as scanners use, and the origin at the centre."""
     steps = np.array((-spacing[0], -spacing[1], spacing[2]), np.float64)
     affine = np.diag([*steps, 1.0])
@@ -380,7 +380,7 @@ def write_phantom(
     for output in outputs:
         check_output(output, overwrite=overwrite)
     torso = Torso((nx, ny, nz), (sx, sy, sz), seed, patient)
-    geometry = Geometry(torso.shape, _affine(torso.shape, torso.spacing))
+    geometry = Geometry(torso.shape, lps_affine(torso.shape, torso.spacing))
     with ExitStack() as stack:
         volume = stack.enter_context(create_volume(path, geometry, note=NOTE, kind="phantom"))
         maps: dict[str, Writer] = {

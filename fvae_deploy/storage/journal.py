@@ -184,6 +184,11 @@ def journal_of(path: Path, facts: dict[str, Any], resume: bool) -> Iterator[Jour
         journal.close()
 
 
+def partial_facts(path: Path) -> dict[str, Any]:
+    """Return the facts of the interrupted run beside an output; empty if there is none."""
+    return _read(partial_path(path) / "request.json")
+
+
 def _seed(name: str) -> int:
     return zlib.crc32(name.encode())
 

@@ -38,7 +38,7 @@ from fvae_deploy.stream.run import Outcome, Progress, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.version import __version__
-from fvae_deploy.volume.base import Geometry, HuFrames, Reader
+from fvae_deploy.volume.base import Geometry, HuFrames, Reader, Writer
 from fvae_deploy.volume.open import check_output, create_volume
 
 KIND = "reconstruction"
@@ -111,7 +111,8 @@ def encode(
 class Target:
     """The grid that a decoded volume is written on, with the note and kind stored in the file.
 
-    `resample` resamples HU [t, x, y] to that grid. `clamp_first` is that of `intensity.to_hu`.
+    `resample` resamples HU [t, x, y] to that grid; `wrap` puts another writer around the file's.
+    `clamp_first` is that of `intensity.to_hu`.
     """
 
     geometry: Geometry
@@ -119,6 +120,7 @@ class Target:
     note: str = ""
     kind: str = KIND
     clamp_first: bool = False
+    wrap: Callable[[Writer], Writer] = lambda writer: writer
 
 
 @alone
@@ -151,8 +153,10 @@ def decode(
         contextlib.nullcontext(journal)
         if journal
         else _journal(path, facts, options) as slab_journal,
-        create_volume(
-            path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
+        target.wrap(
+            create_volume(
+                path, target.geometry, options.dtype, target.note, target.kind, options.pyramid
+            )
         ) as writer,
     ):
         bounded = _bounded(store, options)

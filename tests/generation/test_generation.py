@@ -316,13 +316,13 @@ def test_line_breaks_within_a_cell_stay(tmp_path):
     ("name", "text", "words"),
     [
         ("a.csv", "mask\n", "found none"),
-        ("a.csv", "organ\nx.nii\n", "a mask in row 1"),
+        ("a.csv", "organ\nx.nii\n", "a mask or patient or like in row 1"),
         ("a.csv", "mask,colour\nx.nii,red\n", "found colour"),
         ("a.csv", "mask,seed\nx.nii,ten\n", "found 'ten'"),
         ("a.csv", "mask,seed\nx.nii,-1\n", "found '-1'"),
         ("a.csv", "mask\nx.nii\nx.nii\n", "found x.nii in rows 1 and 2"),
         ("a.jsonl", '{"mask": 1}\n{', "a list of jobs"),
-        ("a.jsonl", "[1]", "a mask in row 1"),
+        ("a.jsonl", "[1]", "a mask or patient or like in row 1"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, name, text, words):
@@ -337,7 +337,7 @@ def test_the_command_line_says_what_it_made(mask, small_generator, tmp_path, mon
     assert run(monkeypatch, *command, "--findings", "right nodule") == 0
     assert "27 slices of 20x26" in capsys.readouterr().out
     for more, words in (
-        (["--jobs", "x.csv"], "either --mask or --jobs"),
+        (["--jobs", "x.csv"], "found --mask and --jobs"),
         (["--steps", "5000", "--overwrite"], "1 to 1000 steps"),
     ):
         assert run(monkeypatch, *command, *more) == 2

@@ -41,7 +41,8 @@ def main() -> None:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         trained = {k: json.loads(v) for k, v in file.metadata().items() if k != "format"}
     identity = Manifest.load(BUILT_IN / "tiny").identity
-    facts = {**trained, **FACTS, "vae_identity": identity}
+    ranges = json.loads((Path(__file__).parent / "ranges.json").read_text())
+    facts = {**trained, **FACTS, "vae_identity": identity, "training": ranges}
     small = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in weights.items()}
     save_file(small, options.out, {name: json.dumps(value) for name, value in facts.items()})
 

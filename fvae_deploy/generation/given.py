@@ -1,0 +1,93 @@
+"""What a CT is generated from: a mask or a way to get one, findings, and lesions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvae_deploy.errors import UsageError
+from fvae_deploy.export.generator import GeneratorManifest
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.generation.segmenting import SegmentedCt
+from fvae_deploy.phantom.labels import DrawnLabels
+from fvae_deploy.stream.codec import bundle_path
+from fvae_deploy.volume.base import Reader
+from fvae_deploy.volume.open import open_volume
+
+Several = str | Path | Sequence[str | Path] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """The conditions of one generation; the mask comes from one source.
+
+    Raises UsageError unless there is exactly one source of the mask.
+    """
+
+    mask: str | Path | None = None
+    patient: int | None = None  # seed of a drawn anatomy
+    like: str | Path | None = None  # a CT whose organs TotalSegmentator finds
+    shape: Sequence[int] | None = None  # voxels of the drawn mask; None: a window of the generator
+    findings: str | Sequence[str] | None = None
+    report: str | None = None
+    disease_mask: Several = None
+    lesions: str | Sequence[str] | None = None  # to be placed, in words
+
+    def __post_init__(self) -> None:
+        sources = {"--mask": self.mask, "--patient": self.patient, "--like": self.like}
+        found = [name for name, value in sources.items() if value is not None]
+        if len(found) != 1:
+            raise UsageError(
+                f"expected one of {', '.join(sources)}, found {' and '.join(found) or 'none'}: "
+                "pass one of them"
+            )
+        if self.shape is not None and self.patient is None:
+            raise UsageError(
+                f"expected --shape with --patient alone, found {found[0]}: leave --shape out"
+            )
+
+    @property
+    def source(self) -> str:
+        """The mask's source, for reports."""
+        if self.patient is not None:
+            return f"patient {self.patient}"
+        return str(self.like if self.mask is None else self.mask)
+
+    @property
+    def diseases(self) -> list[str | Path]:
+        """The disease masks as a list."""
+        if self.disease_mask is None or isinstance(self.disease_mask, str | Path):
+            return [] if self.disease_mask is None else [self.disease_mask]
+        return list(self.disease_mask)
+
+    @property
+    def located(self) -> bool:
+        """Whether the place of all findings is known: there are none, or they have a mask."""
+        return not self.told or bool(self.diseases or self.wanted)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The lesions as a list."""
+        return [self.lesions] if isinstance(self.lesions, str) else list(self.lesions or ())
+
+    @property
+    def told(self) -> bool:
+        """Whether a text of findings was given."""
+        return self.findings is not None or self.report is not None
+
+    def open_mask(self, model: str | Path, vae: str | Path | None) -> Reader:
+        """Open the organ mask; a patient is drawn for a generator and its VAE."""
+        if self.mask is not None:
+            return open_volume(self.mask)
+        if self.like is not None:
+            return SegmentedCt(self.like)
+        assert self.patient is not None
+        return DrawnLabels(self.patient, self.shape or _window_shape(model, vae))
+
+
+def _window_shape(model: str | Path, vae: str | Path | None) -> tuple[int, int, int]:
+    """Return the voxels of one window of a generator."""
+    generator = GeneratorManifest.load(bundle_path(model), verify=False)
+    coder = Manifest.load(bundle_path(vae or generator.vae), verify=False)
+    return (*generator.plane, coder.geometry.slices(generator.window))
