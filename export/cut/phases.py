@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fvae_deploy.export.cut.axes import padded, spatial
@@ -126,3 +127,16 @@ def _collect(
         else:
             boundary.add(name)
     return inside, boundary
+
+
+def scale_of(phase: Phase) -> int:
+    """Return the cells of a phase per latent cell: the coarsest of its maps."""
+    sizes = [
+        atom.size
+        for op in (*phase.inputs, *phase.ops)
+        for axes in op.axes
+        for axis in axes
+        for atom in axis
+        if atom.kind in ("h", "w")
+    ]
+    return math.gcd(*sizes) if sizes else 1

@@ -1,4 +1,4 @@
-"""The maps of a stage that runs in segments, and the passes over them.
+"""The maps of a stage that runs in segments.
 
 A map is written and read in strips of rows. In memory it is an array; in a file, whose rows lie one
 after the other, every strip is one read or write. The file has no name, so that it disappears with
@@ -16,10 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.export.bundle import TensorSpec
-from fvae_deploy.export.program import Pass
 
 Array = NDArray[Any]
-CHUNK = 1 << 18  # elements that are converted to float64 at a time, so that they stay in the cache
 
 
 class MapStore:
@@ -78,108 +76,3 @@ class MapStore:
 
     def _row_shape(self) -> tuple[int, ...]:
         return self._shape[: self._rows_axis] + self._shape[self._rows_axis + 1 :]
-
-
-class Moments:
-    """Count, mean and sum of squared deviations of strips, merged in float64."""
-
-    def __init__(self, strip: Array) -> None:
-        rows = len(strip)
-        self.count, self.mean, self.squares = 0, np.zeros(rows), np.zeros(rows)
-        self.add(strip)
-
-    def add(self, strip: Array) -> None:
-        """Merge a strip [K, N]: K statistics over N further elements each."""
-        count = strip.shape[1]
-        for start in range(0, count, CHUNK):
-            piece = strip[:, start : start + CHUNK]
-            for row in range(0, len(piece), step := max(1, CHUNK // piece.shape[1])):
-                values = piece[row : row + step].astype(np.float64)
-                mean = values.mean(axis=1)
-                values -= mean[:, None]
-                squares = np.einsum("kn,kn->k", values, values)
-                self._merge(slice(row, row + step), start, piece.shape[1], mean, squares)
-        self.count += count
-
-    def _merge(self, rows: slice, before: int, count: int, mean: Array, squares: Array) -> None:
-        """Merge one group's moments into those of `before` more elements than counted so far."""
-        known = self.count + before
-        total = known + count
-        apart = mean - self.mean[rows]
-        self.mean[rows] += apart * (count / total)
-        self.squares[rows] += squares + apart**2 * (known * count / total)
-
-
-class Passes:
-    """The passes over one map, or over a map and another, strip by strip."""
-
-    def __init__(self, passes: tuple[Pass, ...]) -> None:
-        self._passes = passes
-        self._moments: dict[tuple[Any, ...], Moments] = {}
-        self._found: dict[str, Array] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._type: np.dtype[Any] = np.dtype(np.float32)
-
-    def add(self, strips: dict[str, Array]) -> None:
-        """Take in a strip of every map that these passes read."""
-        done = set()
-        for each in self._passes:
-            strip = strips[each.source]
-            self._type = strip.dtype
-            if each.kind == "product":
-                self._merge(each, _product(strip, strips[each.other], *each.axes), np.add)
-                continue
-            flat, self._shapes[each.name] = _flattened(strip, each)
-            if each.kind in ("mean", "variance"):
-                key = (each.source, each.axes, each.split, each.groups)
-                if key not in self._moments:
-                    self._moments[key] = Moments(flat)
-                elif key not in done:
-                    self._moments[key].add(flat)
-                done.add(key)
-            elif each.kind == "sum":
-                self._merge(each, flat.sum(axis=1, dtype=np.float64), np.add)
-            else:
-                largest = each.kind == "max"
-                value = flat.max(axis=1) if largest else flat.min(axis=1)
-                self._merge(each, value, np.maximum if largest else np.minimum)
-
-    def _merge(self, each: Pass, value: Array, merge: Any) -> None:
-        known = self._found.get(each.name)
-        self._found[each.name] = value if known is None else merge(known, value)
-
-    def results(self) -> dict[str, Array]:
-        """Return the small arrays of all passes, in the type of their maps."""
-        results = {}
-        for each in self._passes:
-            if each.kind in ("mean", "variance"):
-                moments = self._moments[each.source, each.axes, each.split, each.groups]
-                mean = each.kind == "mean"
-                value = moments.mean if mean else moments.squares / moments.count
-            else:
-                value = self._found[each.name]
-            shape = self._shapes.get(each.name, value.shape)
-            results[each.name] = value.reshape(shape).astype(self._type)
-        return results
-
-
-def _flattened(strip: Array, each: Pass) -> tuple[Array, tuple[int, ...]]:
-    """Return a strip as [K, N], of which a pass reduces the last axis, and the shape of K."""
-    axes = list(each.axes)
-    if each.groups > 1:
-        at, shape = each.split, strip.shape
-        strip = strip.reshape(*shape[:at], each.groups, -1, *shape[at + 1 :])
-        axes = [at + 1, *(a + (a > at) for a in axes)]
-    kept = [a for a in range(strip.ndim) if a not in axes]
-    shape = tuple(strip.shape[a] for a in kept)
-    return strip.transpose(*kept, *axes).reshape(math.prod(shape), -1), shape
-
-
-def _product(a: Array, b: Array, batch: int, rows: int) -> Array:
-    """Multiply matrices [i, plane] and [plane, j] of every batch, in float64."""
-    shared = a.shape[batch + rows :]
-    columns = b.shape[batch + len(shared) :]
-    count = math.prod(a.shape[:batch])
-    left = a.reshape(count, -1, math.prod(shared)).astype(np.float64)
-    result = left @ b.reshape(count, math.prod(shared), -1).astype(np.float64)
-    return result.reshape(*a.shape[: batch + rows], *columns)

@@ -23,8 +23,9 @@ from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
-from fvae_deploy.stream.maps import Array, MapStore, Passes
+from fvae_deploy.stream.maps import Array, MapStore
 from fvae_deploy.stream.pieces import Pieces
+from fvae_deploy.stream.statistics import Passes
 from fvae_deploy.stream.tiles import spans
 
 
@@ -75,7 +76,8 @@ class SegmentStream:
 
     def _segment(self, state: _State, segment: Segment, rows: int) -> None:
         """Run one segment over strips of `rows` cells."""
-        part, height = segment.part, segment.part.scale * self._pieces.plane[0]
+        part = segment.part
+        height, width = (part.scale * n for n in self._pieces.plane)
         wholes = {
             spec.name: state.whole(spec, name)
             for spec, name in zip(part.inputs, segment.inputs, strict=True)
@@ -96,6 +98,7 @@ class SegmentStream:
                 if not factor:
                     state.small[name] = np.array(value)
                     continue
+                value = value.reshape(spec.sized(1, strip.read[1] - strip.read[0], width))
                 kept[name] = value[_rows(spec, *(factor * n for n in strip.crop))]
                 state.write(name, factor * strip.keep[0], kept[name])
             state.pass_over(kept, last=number == len(strips) - 1)

@@ -30,11 +30,11 @@ from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa:
 from fvae_deploy.export.program import Pass  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.parse import parse_bytes  # noqa: E402
-from fvae_deploy.stream.maps import Passes  # noqa: E402
 from fvae_deploy.stream.pieces import Pieces, ways  # noqa: E402
 from fvae_deploy.stream.plan import plan  # noqa: E402
 from fvae_deploy.stream.segments import SegmentStream  # noqa: E402
 from fvae_deploy.stream.stages import StageStream, whole_grids  # noqa: E402
+from fvae_deploy.stream.statistics import Passes  # noqa: E402
 
 ENGINES = ("openvino", "onnxruntime", "torch")
 
