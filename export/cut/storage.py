@@ -64,4 +64,4 @@ def _keeps_order(op: Op, source: Op) -> bool:
         return kind == "product"
     channel = len(source.axes[0][0])
     left = set(range(len(layout(source.axes[0])))).difference(inside)
-    return (channel in left or groups > 1) and any(axis > channel for axis in left)
+    return bool(channel in left or groups > 1) and any(axis > channel for axis in left)

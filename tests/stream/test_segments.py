@@ -220,7 +220,7 @@ def test_a_budget_chooses_between_the_whole_and_segments(
     if budget >= ample.predicted_bytes:
         assert not made.pieces
     for stage, pieces in made.pieces.items():
-        assert f"{stage} in {len(pieces.rows)} segments" in made.describe()
+        assert f"{stage} in {len(pieces.tiles)} segments" in made.describe()
 
 
 def test_a_scan_in_segments_is_the_scan_in_one_piece(
