@@ -60,8 +60,10 @@ def channels_last(op: Op) -> Axes:
 def _keeps_order(op: Op, source: Op) -> bool:
     """Return whether the result of a pass has axes in another order if the channels are last."""
     kind, inside, groups = op.args[1], op.args[2], int(op.args[4])
-    if kind == "product" or not channels_last(source):
-        return kind == "product"
+    if kind == "product":
+        return True
+    if not channels_last(source):
+        return False
     channel = len(source.axes[0][0])
     left = set(range(len(layout(source.axes[0])))).difference(inside)
     return bool(channel in left or groups > 1) and any(axis > channel for axis in left)

@@ -110,7 +110,7 @@ class MapStore:
         ranges = [s.indices(n)[:2] for s, n in self._ordered(index)]
         sizes = [n for _, n in self._ordered(index)]
         row = math.prod(sizes[1:]) * self._type.itemsize
-        raw = memoryview(tile.reshape(-1).view(np.uint8))
+        raw = tile.reshape(-1).view(np.uint8).data
         start, stop = ranges[0]
         if self._lines < 2 or ranges[1] == (0, sizes[1]):
             return [(start * row, raw)]

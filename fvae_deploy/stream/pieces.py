@@ -15,7 +15,7 @@ from types import MappingProxyType
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Memory
 from fvae_deploy.export.program import Program, Segment
-from fvae_deploy.stream.tiles import Grid, fit, smallest
+from fvae_deploy.stream.tiles import fit, smallest
 
 # An engine's memory for a tile over that of the maps alive in it, where it was not measured:
 # copies in other layouts.
@@ -60,26 +60,44 @@ class Costs:
     plane: tuple[int, int]
     line: Memory | None  # as measured
 
-    @property
+    @functools.cached_property
     def cells(self) -> Extent:
         """The plane in the segment's own cells."""
         scale = self.segment.part.scale
         return scale * self.plane[0], scale * self.plane[1]
 
-    def grid(self, extent: Extent) -> Grid:
-        """Return the tiles of this extent."""
-        return Grid(*self.cells, extent, self.segment.part.halo or 0)
+    def count(self, extent: Extent) -> int:
+        """Return how many tiles of this extent cover the plane."""
+        halo = 2 * (self.segment.part.halo or 0)
+        sides = zip(self.cells, extent, strict=True)
+        return math.prod(1 if a >= n else -(-(n - halo) // (a - halo)) for n, a in sides)
 
-    @property
+    @functools.cached_property
+    def mac(self) -> int:
+        """Multiply-adds of a cell of a tile."""
+        return self.segment.part.mac_per_cell + self.segment.pair_mac * math.prod(self.plane)
+
+    @functools.cached_property
+    def input_bytes(self) -> int:
+        """Bytes of a cell of the maps that a tile reads."""
+        return _cell_bytes(self.segment.part.inputs)
+
+    @functools.cached_property
+    def output_bytes(self) -> int:
+        """Bytes of a cell of the maps that a tile writes."""
+        return _cell_bytes(self.segment.part.outputs)
+
+    @functools.cached_property
     def per_cell(self) -> float:
         """Bytes for a further cell of a tile."""
         engine = ENGINE * self.segment.cell_bytes
         if self.line is not None:
-            engine = self.line.per_cell + WAITING * self._maps(self.segment.part.inputs)
-        outputs = WAITING * self._maps(self.segment.part.outputs)
-        return engine + outputs + self.segment.pair_bytes * math.prod(self.plane)
+            engine = self.line.per_cell + WAITING * self.input_bytes
+        return (
+            engine + WAITING * self.output_bytes + self.segment.pair_bytes * math.prod(self.plane)
+        )
 
-    @property
+    @functools.cached_property
     def fixed(self) -> float:
         """Bytes for a tile without cells."""
         fixed = 0 if self.line is None else self.line.fixed
@@ -98,7 +116,7 @@ class Costs:
         inputs = self.segment.part.inputs
         small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
         small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
-        return self._maps(inputs) * cells + small + (self.line.kept if self.line else COMPILED)
+        return self.input_bytes * cells + small + (self.line.kept if self.line else COMPILED)
 
     def extent(self, limit: float) -> Extent:
         """Return the largest tiles that take at most `limit` bytes, or the smallest there are."""
@@ -113,22 +131,26 @@ class Costs:
             return -(-inner // -(-inner // kept)) + 2 * halo, width
         return _fitting(height, width, halo, _rounded(cells))
 
-    def traffic(self, extent: Extent, filed: frozenset[str]) -> int:
-        """Return the bytes of maps that are read from the file and written to it."""
-        grid, cells = self.grid(extent), math.prod(self.cells)
-        part, segment = self.segment.part, self.segment
+    def traffic(self, computed: int, filed: frozenset[str]) -> int:
+        """Return the bytes of maps that are read from the file and written to it.
+
+        `computed` are the cells of all tiles together.
+        """
+        part, cells = self.segment.part, math.prod(self.cells)
         read = sum(
-            self._maps((spec,)) * (grid.count * grid.cells if spec.factor("h") else cells)
-            for spec, name in zip(part.inputs, segment.inputs, strict=True)
+            _cell_bytes((spec,)) * computed
+            if spec.factor("h")
+            else self.segment.plane_bytes * cells
+            for spec, name in zip(part.inputs, self.segment.inputs, strict=True)
             if name in filed
         )
-        outputs = zip(part.outputs, segment.outputs, strict=True)
-        return read + cells * self._maps(tuple(s for s, name in outputs if name in filed))
+        outputs = zip(part.outputs, self.segment.outputs, strict=True)
+        return read + cells * _cell_bytes(tuple(s for s, name in outputs if name in filed))
 
-    @staticmethod
-    def _maps(specs: tuple[TensorSpec, ...]) -> int:
-        """Return the bytes of a cell of maps."""
-        return sum(4 * math.prod(s.sized(1, 1, 1)) for s in specs if s.factor("h"))
+
+def _cell_bytes(specs: tuple[TensorSpec, ...]) -> int:
+    """Return the bytes of a cell of maps."""
+    return sum(4 * math.prod(s.sized(1, 1, 1)) for s in specs if s.factor("h"))
 
 
 def ways(
@@ -177,15 +199,14 @@ def _kept(
     resident: list[int],
 ) -> Iterator[Pieces]:
     """Yield a way with all segments compiled for good, with half of them, and with none."""
-    grids = [c.grid(tile) for c, tile in zip(costs, tiles, strict=True)]
-    working = [r + c.working(g.cells) for c, g, r in zip(costs, grids, resident, strict=True)]
-    mac = sum(
-        g.count * g.cells * (c.segment.part.mac_per_cell + c.segment.pair_mac * math.prod(c.plane))
-        for c, g in zip(costs, grids, strict=True)
-    )
-    moved = sum(c.traffic(tile, filed) for c, tile in zip(costs, tiles, strict=True))
-    calls = CALL * sum(grid.count for grid in grids)
-    kept = {c.segment.part.name: c.kept(g.cells) for c, g in zip(costs, grids, strict=True)}
+    pairs = list(zip(costs, tiles, strict=True))
+    counts = [c.count(tile) for c, tile in pairs]
+    computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
+    working = (r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True))
+    most = max(working)
+    mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
+    moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
+    kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
     share = program.weight_bytes // len(costs)
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order), len(order) // 2, 0}, reverse=True):
@@ -194,14 +215,14 @@ def _kept(
         yield Pieces(
             costs[0].plane,
             tiles,
-            max(grid.count for grid in grids),
+            max(counts),
             filed,
-            max(working) + 2 * share * bool(dropped),  # of the one with most weights, about
+            most + 2 * share * bool(dropped),  # of the one with most weights, about
             keep,
             sum(kept[name] for name in keep) + share * count,
             mac,
             moved,
-            calls + COMPILING * dropped,
+            CALL * sum(counts) + COMPILING * dropped,
             program.whole,
         )
 

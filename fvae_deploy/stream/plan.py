@@ -310,7 +310,7 @@ def _of_segments(
 ) -> dict[str, Memory]:
     """Return the memory of a program's segments as measured with this engine, or in its fp32."""
     names = {segment.part.name for segment in program.segments}
-    found = {}
+    found: dict[str, Memory] = {}
     for wanted in ("fp32", precision):
         lines = (m for m in manifest.memory if (m.engine, m.precision) == (engine, wanted))
         found |= {line.stage: line for line in lines if line.stage in names}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from fvae_deploy.stream.pieces import Pieces
 from fvae_deploy.stream.statistics import Passes
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.stream.tiles import Grid, Tile
+
+Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in them, and elements
 
 
 class SegmentStream:
@@ -104,7 +106,7 @@ class SegmentStream:
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
         overlap = grid.count > 1 and self._folder is not None
         with contextlib.ExitStack() as stack:
-            keep = state.keep
+            keep: Callable[[Kept], None] = state.keep
             if overlap and any(store.in_file for store in maps.values()):
                 tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
             if overlap and self._pieces.filed.intersection(segment.outputs):
@@ -117,7 +119,7 @@ class SegmentStream:
 
     def _kept(
         self, state: _State, segment: Segment, tile: Tile, outputs: Mapping[str, Any]
-    ) -> list[tuple[str, tuple[slice, ...], Array]]:
+    ) -> Kept:
         """Return what a tile keeps of every map: its name, its place and the elements.
 
         They are a copy, unless the tile is the whole plane: its part does not run again while the
@@ -167,7 +169,7 @@ class _State:
         value = self.maps[name].whole()
         return np.ascontiguousarray(value).reshape(spec.sized(1, 1, 1, math.prod(self._plane)))
 
-    def keep(self, tiles: list[tuple[str, tuple[slice, ...], Array]]) -> None:
+    def keep(self, tiles: Kept) -> None:
         """Take tiles of maps into the passes over them, and write those that are read later."""
         self.pass_over({name: tile for name, _, tile in tiles})
         for name, index, tile in tiles:
