@@ -58,7 +58,8 @@ class Costs:
 
     segment: Segment
     plane: tuple[int, int]
-    line: Memory | None  # as measured
+    line: Memory | None  # as measured, with the weights
+    weights: int = 0  # bytes of the weights, about, where nothing was measured
 
     @functools.cached_property
     def cells(self) -> Extent:
@@ -100,7 +101,7 @@ class Costs:
     @functools.cached_property
     def fixed(self) -> float:
         """Bytes for a tile without cells."""
-        fixed = 0 if self.line is None else self.line.fixed
+        fixed = 2 * self.weights if self.line is None else self.line.fixed
         return fixed + ENGINE * self.segment.plane_bytes * math.prod(self.plane)
 
     def working(self, cells: int) -> int:
@@ -116,7 +117,8 @@ class Costs:
         inputs = self.segment.part.inputs
         small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
         small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
-        return self.input_bytes * cells + small + (self.line.kept if self.line else COMPILED)
+        own = COMPILED + self.weights if self.line is None else self.line.kept
+        return self.input_bytes * cells + small + own
 
     def extent(self, limit: float) -> Extent:
         """Return the largest tiles that take at most `limit` bytes, or the smallest there are."""
@@ -164,7 +166,8 @@ def ways(
     """
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
     levels = sorted(set(sizes.values()), reverse=True)
-    costs = [Costs(s, plane, memory.get(s.part.name)) for s in program.segments]
+    share = program.weight_bytes // len(program.segments)
+    costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
     for level in (math.inf, *levels):
         filed = frozenset(name for name, size in sizes.items() if size >= level)
         resident = _resident(program, sizes, filed)
@@ -198,7 +201,7 @@ def _kept(
     filed: frozenset[str],
     resident: list[int],
 ) -> Iterator[Pieces]:
-    """Yield a way with all segments compiled for good, with half of them, and with none."""
+    """Yield ways with all segments compiled for good, with fewer of them, and with none."""
     pairs = list(zip(costs, tiles, strict=True))
     counts = [c.count(tile) for c, tile in pairs]
     computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
@@ -207,9 +210,8 @@ def _kept(
     mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
     moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
     kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
-    share = program.weight_bytes // len(costs)
     order = sorted(kept, key=kept.__getitem__)
-    for count in sorted({len(order), len(order) // 2, 0}, reverse=True):
+    for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])
         dropped = len(order) - count
         yield Pieces(
@@ -217,9 +219,9 @@ def _kept(
             tiles,
             max(counts),
             filed,
-            most + 2 * share * bool(dropped),  # of the one with most weights, about
+            most,
             keep,
-            sum(kept[name] for name in keep) + share * count,
+            sum(kept[name] for name in keep),
             mac,
             moved,
             CALL * sum(counts) + COMPILING * dropped,
