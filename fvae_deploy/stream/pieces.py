@@ -24,7 +24,8 @@ COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and input
 COMPILING = 0.1  # seconds to compile a segment
 CALL = 3e-4  # seconds to start a segment on a tile
 STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
-WAITING = 2  # tiles of inputs that are read ahead or in use, and of outputs that wait
+ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
+WAITING = 3  # tiles of inputs that are in use or read ahead, and of outputs that wait
 
 Extent = tuple[int, int]  # rows and columns of cells that a tile computes
 
@@ -130,6 +131,7 @@ class Costs:
         kept = min(cells // width - 2 * halo, height - 2 * halo)
         if kept >= max(1, STRIP * halo):  # strips of the whole width, of even heights
             inner = height - 2 * halo
+            kept = min(kept, ENOUGH * max(1, halo))
             return -(-inner // -(-inner // kept)) + 2 * halo, width
         return _fitting(height, width, halo, _rounded(cells))
 
