@@ -40,7 +40,8 @@ folder, engine, side, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(s
 manifest = Manifest.load(Path(folder), verify=False)
 memory = {line.stage: line for line in manifest.memory if line.engine == engine}
 found = ways(manifest.program("decode"), (side, side), memory)
-way = next(way for way in found if way.working + way.kept <= budget)
+fitting = [way for way in found if way.working + way.kept <= budget]
+way = min(fitting, key=lambda way: way.mac / 5e10 + way.moved / 1e9 + way.starting)
 opened = open_engine(Path(folder), manifest, engine, threads=2)
 shape = manifest.stage_part("decode", first=False).inputs[0].sized(1, side, side)[1:]
 x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -78,11 +79,11 @@ def test_segments_stay_within_their_prediction(bundle: Path, engine: str) -> Non
     assert {line.stage for line in manifest.memory} > names
     memory = {line.stage: line for line in manifest.memory}
     least = min(way.working + way.kept for way in ways(program, (SIDE, SIDE), memory))
-    for budget in (int(1.2 * least), 256 << 20):
+    for budget in (max(2 * least, 80 << 20), 256 << 20):
         command = [sys.executable, "-c", RUN, str(bundle), engine, str(SIDE), str(budget)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peak, predicted, tiles, filed = json.loads(output)
         assert predicted <= budget
         assert tiles > 1
-        assert filed or budget > 100 << 20
+        assert filed or budget > 200 << 20
         assert peak < HEADROOM * (predicted + LIBRARIES)  # as a plan counts
