@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # of the largest value
 
 
 def segments_agree(engine: Engine, manifest: Manifest, program: Program) -> bool:
-    """Run a stage of noise whole, and in the smallest strips with its maps in a file; compare."""
+    """Run a stage of noise whole, and in the smallest tiles with its maps in a file; compare."""
     stage = program.stage
     part = manifest.stage_part(stage, first=False)
     h, w = (part.scale * n for n in PLANE)

@@ -104,16 +104,20 @@ class SegmentStream:
             return tile, {name: np.ascontiguousarray(value) for name, value in found.items()}
 
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
-        overlap = grid.count > 1 and self._folder is not None
+        ahead_of = grid.count > 1 and any(store.in_file for store in maps.values())
+        behind = grid.count > 1 and bool(self._pieces.filed.intersection(segment.outputs))
         with contextlib.ExitStack() as stack:
             keep: Callable[[Kept], None] = state.keep
-            if overlap and any(store.in_file for store in maps.values()):
+            if ahead_of:
                 tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
-            if overlap and self._pieces.filed.intersection(segment.outputs):
+            if behind:
                 keep = stack.enter_context(Behind(state.keep, 1)).put
             for tile, inputs in tiles:
                 outputs = self._engine.run(part.name, wholes | inputs)
-                keep(self._kept(state, segment, tile, outputs))
+                kept = self._kept(state, segment, tile, outputs)
+                if behind:  # the engine's memory is used again while they wait
+                    kept = [(name, index, value.copy()) for name, index, value in kept]
+                keep(kept)
         state.finish_passes()
         self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
 
@@ -122,8 +126,7 @@ class SegmentStream:
     ) -> Kept:
         """Return what a tile keeps of every map: its name, its place and the elements.
 
-        They are a copy, unless the tile is the whole plane: its part does not run again while the
-        map is needed.
+        The engine may use their memory again when the part runs again.
         """
         kept, part = [], segment.part
         keep = tile.rows.keep, tile.columns.keep
@@ -135,8 +138,7 @@ class SegmentStream:
             rows, columns = tile.rows, tile.columns
             sizes = (stop - start for start, stop in (rows.read, columns.read))
             value = value.reshape(spec.sized(1, *sizes))[at(spec, rows.crop, columns.crop)]
-            whole = value.shape == spec.sized(1, *(n * part.scale for n in self._pieces.plane))
-            kept.append((name, at(spec, *keep), value if whole else value.copy()))
+            kept.append((name, at(spec, *keep), value))
         return kept
 
     def store(self, name: str) -> MapStore | None:

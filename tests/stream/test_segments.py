@@ -1,4 +1,4 @@
-"""A stage in segments equals the whole one, in any strips, with maps in memory or in a file."""
+"""A stage in segments equals the whole one, in any tiles, with maps in memory or in a file."""
 
 from __future__ import annotations
 
