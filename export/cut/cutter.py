@@ -10,10 +10,11 @@ from torch import nn
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
 from fvae_deploy.export.cut import local, passes, views  # noqa: F401  (they register their rules)
-from fvae_deploy.export.cut.axes import layout
-from fvae_deploy.export.cut.emit import Emitter, costs_of, part_of, scale_of, spec
+from fvae_deploy.export.cut.emit import Emitter
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, lower
-from fvae_deploy.export.cut.phases import Phase, is_spatial, split
+from fvae_deploy.export.cut.parts import costs_of, part_of, spec
+from fvae_deploy.export.cut.phases import Phase, is_spatial, scale_of, split
+from fvae_deploy.export.cut.storage import Storage
 from fvae_deploy.export.cut.trace import trace_stage
 from fvae_deploy.export.program import Pass, Program, Segment
 
@@ -50,14 +51,17 @@ def cut_stage(network: nn.Module, stage: str, data: TensorSpec) -> Cut:
     graph = trace_stage(network, data)
     try:
         ops, result = lower(graph)
-        phases = split(ops, result)
-        modules = {f"{stage}-{i}": Emitter(phase).module() for i, phase in enumerate(phases)}
+        phases, storage = split(ops, result), Storage.of(ops, result)
+        made = [Emitter(phase, storage).module() for phase in phases]
     except BundleMisfit as error:
         raise BundleError(f"expected a stage {stage} that can be cut, found: {error}") from error
-    return Cut(_program(stage, ops, phases, result), modules)
+    modules = {f"{stage}-{i}": module for i, module in enumerate(made)}
+    return Cut(_program(stage, ops, phases, result, storage), modules)
 
 
-def _program(stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str) -> Program:
+def _program(
+    stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str, storage: Storage
+) -> Program:
     source = next(op for op in ops.values() if op.target == "input")
     used = {op.name: op for phase in phases for op in phase.inputs}
     kept = {_stored(op) for op in used.values() if op.target != "reduce"} | {result}
@@ -70,7 +74,7 @@ def _program(stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str
         costs = costs_of(phase, scale_of(phase))
         names = tuple(_input_name(op) for op in phase.inputs)
         outputs = tuple(op.name for op in phase.outputs)
-        part = part_of(phase, f"{stage}-{i}")
+        part = part_of(phase, f"{stage}-{i}", storage)
         segments.append(
             Segment(
                 part,
@@ -87,9 +91,9 @@ def _program(stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str
         stage=stage,
         data=source.name,
         result=result,
-        maps=tuple(spec(op.name, layout(op.axes[0])) for op in maps),
+        maps=tuple(spec(op.name, storage.axes(op)) for op in maps),
         segments=tuple(segments),
-        passes=tuple(_pass(op) for op in used.values() if op.target == "reduce"),
+        passes=tuple(_pass(op, ops, storage) for op in used.values() if op.target == "reduce"),
         weight_bytes=sum(
             op.value.nbytes for phase in phases for op in phase.ops if op.value is not None
         ),
@@ -105,7 +109,11 @@ def _input_name(op: Op) -> str:
     return op.inputs[0] if op.target == "gather" else op.name
 
 
-def _pass(op: Op) -> Pass:
+def _pass(op: Op, ops: Mapping[str, Op], storage: Storage) -> Pass:
     ref, kind, axes, at, groups, *other = op.args
-    second = other[0].name if other else ""
-    return Pass(op.name, ref.name, kind, tuple(axes), at, groups, second)
+    source = ops[ref.name]
+    if kind == "product":
+        return Pass(op.name, ref.name, kind, tuple(axes), at, groups, other[0].name)
+    axes = sorted(storage.place(source, axis) for axis in axes)
+    at = storage.place(source, at) if groups > 1 else at
+    return Pass(op.name, ref.name, kind, tuple(axes), at, groups)

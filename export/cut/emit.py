@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
-from fvae_deploy.export.cut.axes import SIZES, Atom, Axes, layout
+from fvae_deploy.export.cut.axes import SIZES, Atom, Axes
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, packet_name
-from fvae_deploy.export.cut.phases import Phase, is_spatial
+from fvae_deploy.export.cut.phases import Phase, is_spatial, scale_of
+from fvae_deploy.export.cut.storage import Storage, channels_last
 from fvae_deploy.export.cut.trace import Ref, Sized, aten
 
 VIEWED = {"view", "_unsafe_view", "reshape", "expand", "full", "zeros", "ones", "new_zeros"}
@@ -25,32 +24,117 @@ PLACES = ("device", "pin_memory", "layout")  # of a new tensor; it belongs where
 
 
 class Emitter:
-    """Builds the graph of one phase, in cells of `scale` per latent cell."""
+    """Builds the graph of one phase, in cells of `scale` per latent cell.
 
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
+    Elementwise operations on maps that arrive with channels last are computed like that. The result
+    of any other operation has the axes of the stage's graph.
+    """
+
+    def __init__(self, phase: Phase, storage: Storage) -> None:
+        self.phase, self.storage = phase, storage
+        self.made = {op.name: op for op in (*phase.inputs, *phase.ops)}
         self.scale = scale_of(phase)
         self.graph = torch.fx.Graph()
         self.root = nn.Module()
         self.nodes: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}  # those with channels last
         self.cells: dict[str, Any] = {}  # how many cells the tile has along h and w, and n
 
     def module(self) -> nn.Module:
         """Return the phase as a function of its inputs' tiles."""
         placeholders = [self.graph.placeholder(op.name) for op in self.phase.inputs]
         for op, node in zip(self.phase.inputs, placeholders, strict=True):
-            self._measure(stored_axes(op), node)
+            self._measure(self.storage.axes(op), node)
         for op, node in zip(self.phase.inputs, placeholders, strict=True):
-            self.nodes[op.name] = self._reshaped(node, stored_axes(op), boundary_axes(op))
+            self._receive(op, node)
         for op in self.phase.ops:
-            self.nodes[op.name] = self._operation(op)
-        outputs = []
-        for op in self.phase.outputs:
-            node = self._reshaped(self.nodes[op.name], op.axes[0], layout(op.axes[0]))
-            outputs.append(node)
-        self.graph.output(tuple(outputs))
+            positions = _interlaced(op, self.made)
+            if positions:
+                self.last[op.name] = self._interleaved(op, positions)
+            elif self._is_last(op):
+                find = functools.partial(self._with_channels_last, rank=len(op.axes[0]))
+                self.last[op.name] = self._operation(op, find)
+            else:
+                self.nodes[op.name] = self._operation(op, self._node)
+        self.graph.output(tuple(self._returned(op) for op in self.phase.outputs))
         self.graph.eliminate_dead_code()
         return torch.fx.GraphModule(self.root, self.graph)
+
+    def _receive(self, op: Op, node: Any) -> None:
+        """Give a part's input the axes that operations see."""
+        axes, stored = op.axes[0], self.storage.axes(op)
+        if op.name in self.storage.channels:
+            self.last[op.name] = self._reshaped(node, stored, channels_last(op))
+        elif stored != axes and op.target == "gather":
+            channel = self.storage.channels[op.inputs[0]]
+            order = [*range(channel), len(axes) - 1, *range(channel, len(axes) - 1)]
+            self.nodes[op.name] = self.graph.call_function(aten.permute.default, (node, order))
+        else:
+            self.nodes[op.name] = self._reshaped(node, stored, axes)
+
+    def _returned(self, op: Op) -> Any:
+        """Return a result in the order in which it is stored."""
+        if op.name in self.storage.channels:
+            return self._tokens(op)
+        return self._reshaped(self._node(op.name), op.axes[0], self.storage.axes(op))
+
+    def _tokens(self, op: Op) -> Any:
+        """Return a map as [batch, places, channels].
+
+        OpenVINO leaves that where a convolution has put it. With rows and columns apart, it would
+        move it twice.
+        """
+        batch, channels, *places = op.axes[0]
+        joined = tuple(atom for axis in places for atom in axis)
+        if op.name in self.last:
+            axes = (batch, joined, channels)
+            return self._reshaped(self.last[op.name], channels_last(op), axes)
+        flat = self._reshaped(self._node(op.name), op.axes[0], (batch, channels, joined))
+        return self.graph.call_function(aten.permute.default, (flat, [0, 2, 1]))
+
+    def _interleaved(self, op: Op, positions: list[Op]) -> Any:
+        """Return the pixels of several maps side by side, row by row, with channels last."""
+        factor = op.args[1]
+        batch, channels, rows, columns = positions[0].axes[0]
+        lines = []
+        for i in range(0, len(positions), factor):
+            pixels = ((*batch, *rows, *columns), (), channels)
+            pieces = [self._reshaped(self._tokens(p), None, pixels) for p in positions[i:][:factor]]
+            line = self.graph.call_function(aten.cat.default, (pieces, 1))
+            wide = ((*batch, *rows), (), (*columns, Atom("", factor), *channels))
+            lines.append(self._reshaped(line, None, wide))
+        whole = self.graph.call_function(aten.cat.default, (lines, 1))
+        return self._reshaped(whole, None, channels_last(op))
+
+    def _is_last(self, op: Op) -> bool:
+        """Return whether an operation is elementwise, and its maps are there with channels last."""
+        if torch.Tag.pointwise not in getattr(op.target, "tags", ()) or not channels_last(op):
+            return False
+        maps = [name for name in op.inputs if is_spatial(self.made[name])]
+        return bool(maps) and all(
+            name in self.last and len(self.made[name].axes[0]) == len(op.axes[0]) for name in maps
+        )
+
+    def _node(self, name: str) -> Any:
+        """Return a result with the axes of the stage's graph."""
+        if name not in self.nodes:
+            n = len(self.made[name].axes[0])
+            order = [0, n - 1, *range(1, n - 1)]
+            node = (self.last[name], order)
+            self.nodes[name] = self.graph.call_function(aten.permute.default, node)
+        return self.nodes[name]
+
+    def _with_channels_last(self, name: str, rank: int) -> Any:
+        """Return an operand of an elementwise operation of this rank with channels last."""
+        if name in self.last:
+            return self.last[name]
+        axes = self.made[name].axes[0]
+        if not axes:
+            return self.nodes[name]
+        full = (*[()] * (rank - len(axes)), *axes)
+        node = self._reshaped(self.nodes[name], axes, full)
+        order = [0, *range(2, rank), 1]
+        return self.graph.call_function(aten.permute.default, (node, order))
 
     def _measure(self, axes: Axes, node: Any) -> None:
         """Find how many cells a tile has from an input's size."""
@@ -86,21 +170,20 @@ class Emitter:
             total = count if total == 1 else self.graph.call_function(operator.mul, (total, count))
         return total
 
-    def _reshaped(self, node: Any, old: Axes, new: Axes) -> Any:
+    def _reshaped(self, node: Any, old: Axes | None, new: Axes) -> Any:
         if old == new:
             return node
         return self.graph.call_function(
             aten.reshape.default, (node, [self._size(axis) for axis in new])
         )
 
-    def _operation(self, op: Op) -> Any:
+    def _operation(self, op: Op, find: Callable[[str], Any]) -> Any:
+        """Append an operation; `find` returns its operands."""
         if op.target == "weight":
             self._register(op)
             return self.graph.get_attr(op.args[0])
         if op.target == "item":
-            return self.graph.call_function(
-                operator.getitem, (self.nodes[op.args[0].name], op.args[1])
-            )
+            return self.graph.call_function(operator.getitem, (find(op.args[0].name), op.args[1]))
         name, args = packet_name(op.target), list(op.args)
         target = aten.reshape.default if name in ("view", "_unsafe_view") else op.target
         if name in VIEWED:
@@ -108,16 +191,17 @@ class Emitter:
             args[place] = [self._size(axis) for axis in op.axes[0]]
         elif name.startswith(UPSAMPLED):
             args[1] = [self._size(axis) for axis in op.axes[0][2:]]
-        kwargs = {k: self._argument(v) for k, v in op.kwargs.items() if k not in PLACES}
-        return self.graph.call_function(target, tuple(map(self._argument, args)), kwargs)
+        kwargs = {k: self._argument(v, find) for k, v in op.kwargs.items() if k not in PLACES}
+        given = tuple(self._argument(value, find) for value in args)
+        return self.graph.call_function(target, given, kwargs)
 
-    def _argument(self, value: Any) -> Any:
+    def _argument(self, value: Any, find: Callable[[str], Any]) -> Any:
         if isinstance(value, Ref):
-            return self.nodes[value.name]
+            return find(value.name)
         if isinstance(value, Sized):
             return self._solved(value)
         if isinstance(value, (list, tuple)):
-            return [self._argument(v) for v in value]
+            return [self._argument(v, find) for v in value]
         return value
 
     def _solved(self, number: Sized) -> Any:
@@ -156,145 +240,16 @@ class Emitter:
             owner.register_buffer(leaf, op.value)
 
 
-def stored_axes(op: Op) -> Axes:
-    """Return the axes of a boundary value as the part receives it."""
-    return op.axes[0] if op.target == "gather" else layout(op.axes[0])
-
-
-def boundary_axes(op: Op) -> Axes:
-    """Return the axes of a boundary value as the operations see it."""
-    return op.axes[0]
-
-
-def scale_of(phase: Phase) -> int:
-    """Return the cells of a phase per latent cell: the coarsest of its maps."""
-    sizes = [
-        atom.size
-        for op in (*phase.inputs, *phase.ops)
-        for axes in op.axes
-        for axis in axes
-        for atom in axis
-        if atom.kind in ("h", "w")
-    ]
-    return math.gcd(*sizes) if sizes else 1
-
-
-def spec(name: str, axes: Axes, scale: int = 1) -> TensorSpec:
-    """Return the spec of a stored map or small array, in cells of `scale` per latent cell."""
-    shape: list[Dimension] = []
-    for axis in axes:
-        (atom,) = axis or (Atom("", 1),)
-        if not atom.kind:
-            shape.append(atom.size)
-            continue
-        factor = atom.size // scale if atom.kind != "n" else atom.size
-        shape.append(f"{factor}*{atom.kind}" if factor > 1 else atom.kind)
-    return TensorSpec(name, tuple(shape))
-
-
-def halo_of(phase: Phase, scale: int) -> int:
-    """Return how many cells beyond its own a result of a phase depends on."""
-    reach = {op.name: Fraction(0) for op in phase.inputs}
-    for op in phase.ops:
-        far = max((reach[n] for n in op.inputs), default=Fraction(0)) + op.overhang
-        sizes = [a.size for axes in op.axes for axis in axes for a in axis if a.kind in ("h", "w")]
-        finest = math.gcd(*sizes) if sizes else scale
-        reach[op.name] = Fraction(math.ceil(far * finest), finest)  # whole elements
-    return max(math.ceil(reach[op.name] * scale) for op in phase.outputs)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Multiply-adds and bytes for a cell of a tile, for one of the whole plane, and for a pair."""
-
-    cell_mac: int
-    pair_mac: int
-    cell_bytes: int
-    plane_bytes: int
-    pair_bytes: int
-
-
-def costs_of(phase: Phase, scale: int) -> Costs:
-    """Return what a phase costs, from its shapes at the first of the sizes."""
-    h, w = SIZES[0]
-    cells, plane = h * w * scale**2, h * w
-    work = pair_work = live = most = pairs = wholes = 0
-    seeing: set[str] = set()
-    last = {n: i for i, op in enumerate(phase.ops) for n in op.inputs}
-    last |= {op.name: len(phase.ops) for op in phase.outputs}
-    ending: dict[int, int] = {}
-    for i, op in enumerate([*phase.inputs, *phase.ops]):
-        place = i - len(phase.inputs)
-        elements = math.prod(n for n, _, _ in op.shapes[0]) if op.shapes else 0
-        seen = any(atom.kind == "n" for axis in op.axes[0] for atom in axis)
-        if seen:
-            seeing.add(op.name)
-        if place >= 0 and seeing.intersection(op.inputs):
-            pair_work += _work(op, phase)
-        elif place >= 0:
-            work += _work(op, phase)
-        if packet_name(op.target) == "scaled_dot_product_attention" and place >= 0:
-            pairs = max(pairs, 2 * 4 * _scores(op, phase))
-        if is_spatial(op) and seen:
-            pairs = max(pairs, 2 * elements * 4)
-        elif op.target == "gather":
-            wholes += 4 * elements
-        elif is_spatial(op) and packet_name(op.target) not in VIEWED:
-            live += 4 * elements
-            end = last.get(op.name, place)
-            ending[end] = ending.get(end, 0) + 4 * elements
-        most = max(most, live)
-        live -= ending.pop(place, 0)
-    return Costs(
-        work // cells,
-        pair_work // (cells * plane),
-        -(-most // cells),
-        -(-wholes // plane),
-        -(-pairs // (cells * plane)),
-    )
-
-
-def _scores(op: Op, phase: Phase) -> int:
-    """Return the pairs of tokens that an attention over the plane compares; 0 for another one."""
-    made = {o.name: o for o in (*phase.inputs, *phase.ops)}
-    query, key = (made[ref.name] for ref in op.args[:2])
-    if not any(atom.kind == "n" for axis in key.axes[0] for atom in axis):
-        return 0
-    return math.prod(n for n, _, _ in query.shapes[0][:-1]) * key.shapes[0][-2][0]
-
-
-def _work(op: Op, phase: Phase) -> int:
-    """Return the multiply-adds of one operation at the first of the sizes."""
-    shapes = {
-        o.name: [n for n, _, _ in o.shapes[0]] for o in (*phase.inputs, *phase.ops) if o.shapes
-    }
-    name, result = packet_name(op.target), math.prod(shapes.get(op.name, [0]))
-    if name == "convolution":
-        kernel = shapes[op.args[1].name]
-        if op.args[6]:  # transposed: every element of the input is spread
-            return math.prod(shapes[op.args[0].name]) * math.prod(kernel[1:])
-        return result * math.prod(kernel[1:])
-    if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):
-        return result * shapes[op.args[1 if "add" in name else 0].name][-1]
-    if name == "scaled_dot_product_attention":
-        return 2 * result * shapes[op.args[1].name][-2]
-    return 0
-
-
-def part_of(phase: Phase, name: str) -> Part:
-    """Describe a phase as a part of a bundle."""
-    scale = scale_of(phase)
-    inputs = tuple(spec(op.name, stored_axes(op), scale) for op in phase.inputs)
-    outputs = tuple(spec(f"{op.name}_", layout(op.axes[0]), scale) for op in phase.outputs)
-    return Part(
-        name=name,
-        file=f"{name}.onnx",
-        inputs=inputs,
-        outputs=outputs,
-        scale=scale,
-        halo=None if phase.whole else halo_of(phase, scale),
-        context=0,
-        mac_per_cell=costs_of(phase, scale).cell_mac,
-        whole=phase.whole,
-        maps=True,
-    )
+def _interlaced(op: Op, made: Mapping[str, Op]) -> list[Op]:
+    """Return the maps whose pixels alternate in the result of a pixel shuffle; none of another."""
+    if packet_name(op.target) != "pixel_shuffle" or not channels_last(op):
+        return []
+    source = made[op.args[0].name]
+    while packet_name(source.target) in ("view", "_unsafe_view") and source.args[0].name in made:
+        source = made[source.args[0].name]
+    if packet_name(source.target) != "stack" or source.args[1:] != (2,):
+        return []
+    positions = [made[ref.name] for ref in source.args[0] if ref.name in made]
+    alike = {channels_last(each) for each in positions}
+    fits = len(positions) == op.args[1] ** 2 and len(alike) == 1 and () not in alike
+    return positions if fits and positions[0].axes[0][1] == op.axes[0][1] else []

@@ -66,6 +66,8 @@ def _segment(
                 if name not in maps:
                     full = spec.sized(1, height, width)
                     maps[name] = torch.full(full, math.nan, dtype=result.dtype)
+                read = (span[0][1] - span[0][0] for span in (rows, columns))
+                result = result.reshape(spec.sized(1, *read))
                 kept = result[index(spec, rows[1], columns[1])]
                 maps[name][index(spec, rows[2], columns[2])] = kept
 

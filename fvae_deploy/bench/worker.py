@@ -7,6 +7,7 @@ JSON.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from fvae_deploy.stream.rss import current_rss, peak_rss, reset_peak
 from fvae_deploy.stream.stages import CausalStream, StageStream, whole_grids
 from fvae_deploy.stream.tiles import Grid
 
+TILE_BYTES = 8 << 20  # of the maps alive in the smaller tile that measures a segment
+
 
 def in_process(**job: Any) -> dict[str, Any]:
     """Run a job in a fresh process; raises EngineError with its last line if it fails.
@@ -39,7 +42,8 @@ def in_process(**job: Any) -> dict[str, Any]:
     beyond the libraries, `peak_gpu_bytes` of torch on a GPU, and `frames`, the latent frames of
     first and of later steps. The task `ceiling` returns `flops` per second. The task `stages`
     returns, on a plane of side x side latent cells, the bytes that each stage adds at its peak,
-    and those that it keeps between runs besides its states.
+    and those that it keeps between runs besides its states. The task `segments` returns the same
+    for each segment of a direction, on two tiles.
     """
     command = [sys.executable, "-m", "fvae_deploy.bench.worker", json.dumps(job)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -233,6 +237,40 @@ def stages(job: dict[str, Any]) -> dict[str, dict[str, int]]:
     return results
 
 
+def segments(job: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
+    """Run every segment of one direction on a small and a large tile; returns what it adds.
+
+    Of each tile: its `cells`, and the bytes as `stages` returns them. Segments that see the whole
+    plane are left out.
+    """
+    bundle = Path(job["bundle"])
+    manifest = Manifest.load(bundle, verify=False)
+    opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
+    programs = (p for p in manifest.programs if p.stage.startswith(job["direction"]))
+    results: dict[str, list[dict[str, int]]] = {}
+    for segment in (s for program in programs for s in program.segments):
+        part = segment.part
+        if part.halo is None or any(spec.factor("n") for spec in part.inputs):
+            continue
+        for live in (TILE_BYTES, 4 * TILE_BYTES):
+            side = max(2 * part.halo + 1, math.isqrt(live // max(1, segment.cell_bytes)), 4)
+            inputs = {s.name: np.ones(s.sized(1, side, side), np.float32) for s in part.inputs}
+            trim()
+            before, peaks = current_rss(), []
+            for _ in range(2):
+                reset_peak()
+                opened.run(part.name, inputs)
+                peaks.append(max(0, peak_rss() - before))
+            opened.release(part.name, compiled=False)
+            reset_peak()
+            kept = max(0, current_rss() - before)
+            opened.release(part.name, compiled=True)
+            row = {"cells": side**2, "most": max(peaks), "last": peaks[-1], "kept": kept}
+            row["inputs"] = sum(array.nbytes for array in inputs.values())
+            results.setdefault(part.name, []).append(row)
+    return results
+
+
 def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:
     begin = time.perf_counter()
     result = run()
@@ -241,7 +279,7 @@ def _timed(run: Run) -> tuple[float, NDArray[np.float32]]:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    tasks = {"window": window, "stages": stages, "ceiling": ceiling}
+    tasks = {"window": window, "stages": stages, "segments": segments, "ceiling": ceiling}
     try:
         print(json.dumps(tasks[job["task"]](job)))
     except FvaeError as error:

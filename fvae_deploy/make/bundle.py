@@ -22,7 +22,7 @@ from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
-from fvae_deploy.make.segments import segments_agree
+from fvae_deploy.make.segments import segment_memory, segments_agree
 from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.version import __version__
 
@@ -164,6 +164,9 @@ def measure_bundle(
         progress(f"memory of {engine} {precision}")
         for direction in DIRECTIONS:
             lines += memory_lines(folder, manifest, engine, precision, direction, sides)
+        # Arenas of ONNX Runtime grow over many tiles: its segments are planned by estimates.
+        if manifest.programs and (engine, precision) == ("openvino", "fp32"):
+            lines += segment_memory(folder, engine)
     for stage in sorted(wrong):
         progress(f"{stage} only runs whole: its segments gave another result")
     programs = tuple(p for p in manifest.programs if p.stage not in wrong)

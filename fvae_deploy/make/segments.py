@@ -1,14 +1,17 @@
-"""Whether an engine's segments give what its whole stage gives, before a bundle offers them."""
+"""Whether an engine's segments give what its whole stage gives, and what memory they take."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from fvae_deploy.bench.run import DIRECTIONS
+from fvae_deploy.bench.worker import in_process
 from fvae_deploy.engines.base import Engine
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.manifest import Manifest, Memory
 from fvae_deploy.export.program import Program
 from fvae_deploy.stream.pieces import ways
 from fvae_deploy.stream.segments import SegmentStream
@@ -19,7 +22,7 @@ TOLERANCE = 1e-3  # of the largest value
 
 
 def segments_agree(engine: Engine, manifest: Manifest, program: Program) -> bool:
-    """Run a stage of noise whole, and in the smallest strips with its maps in a file; compare."""
+    """Run a stage of noise whole, and in the smallest tiles with its maps in a file; compare."""
     stage = program.stage
     part = manifest.stage_part(stage, first=False)
     h, w = (part.scale * n for n in PLANE)
@@ -34,3 +37,23 @@ def segments_agree(engine: Engine, manifest: Manifest, program: Program) -> bool
     for each in program.segments:
         engine.release(each.part.name, compiled=True)
     return bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
+
+
+def segment_memory(folder: Path, engine: str) -> list[Memory]:
+    """Return an upper bound of every segment's memory as a line through the peaks on two tiles.
+
+    What is kept between runs is counted without the inputs, which grow with the tile.
+    """
+    lines = []
+    for direction in DIRECTIONS:
+        job = {"task": "segments", "bundle": str(folder), "engine": engine, "precision": "fp32"}
+        for name, (small, large) in in_process(**job, direction=direction).items():
+            cells = large["cells"] - small["cells"]
+            per_cell = max(1, -(-(large["last"] - small["last"]) // max(1, cells)))
+            fixed = max(0, small["last"] - per_cell * small["cells"])
+            kept, compiling = max(t["kept"] - t["inputs"] for t in (small, large)), small["most"]
+            kept = max(0, kept)
+            line = Memory(engine, "fp32", name, fixed, per_cell, kept, compiling)
+            excess = max(0, large["most"] - line.bytes(large["cells"]))
+            lines.append(dataclasses.replace(line, fixed=fixed + excess))
+    return lines

@@ -1,13 +1,14 @@
-"""The maps of a stage that runs in segments, and the passes over them.
+"""The maps of a stage that runs in segments.
 
-A map is written and read in strips of rows. In memory it is an array; in a file, whose rows lie one
-after the other, every strip is one read or write. The file has no name, so that it disappears with
-the process, however it ends.
+A map is written and read in tiles. In memory it is an array; in a file, the elements of a cell lie
+together, cell by cell and row by row: a strip of rows is one read or write, a tile is one for every
+row. The file has no name, so that it disappears with the process, however it ends.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,56 +17,83 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.export.bundle import TensorSpec
-from fvae_deploy.export.program import Pass
 
 Array = NDArray[Any]
-CHUNK = 1 << 18  # elements that are converted to float64 at a time, so that they stay in the cache
+Range = tuple[int, int]
+
+
+def at(spec: TensorSpec, rows: Range, columns: Range) -> tuple[slice, ...]:
+    """Return the index of a tile of cells in a tensor."""
+    index = []
+    for dimension in spec.shape:
+        factor, _, symbol = str(dimension).rpartition("*")
+        span = {"h": rows, "w": columns}.get(symbol)
+        size = int(factor or 1)
+        index.append(slice(size * span[0], size * span[1]) if span else slice(None))
+    return tuple(index)
 
 
 class MapStore:
-    """One map of a plane of (h, w) latent cells."""
+    """One map of a plane of (h, w) latent cells; tiles are given in cells of `scale` each.
+
+    With a folder, the map is in a file.
+    """
 
     def __init__(self, spec: TensorSpec, plane: tuple[int, int], folder: Path | None) -> None:
+        self.spec = spec
         self._shape = spec.sized(1, *plane)
-        self._rows_axis = next(
-            i for i, size in enumerate(spec.shape) if str(size).rpartition("*")[2] == "h"
-        )
+        symbols = [str(size).rpartition("*")[2] for size in spec.shape]
+        places = [symbols.index(symbol) for symbol in ("h", "w") if symbol in symbols]
+        self._order = [*places, *(i for i in range(len(symbols)) if i not in places)]
+        self._lines = len(places)  # axes of the file that count places
         self._folder = folder
         self._file: BinaryIO | None = None
         self._array: Array | None = None
         self._type = np.dtype(np.float32)
 
-    def read(self, start: int, stop: int) -> Array:
-        """Return rows [start, stop), in the order of the map's axes."""
-        if self._array is not None:
-            return self._array[self._at(start, stop)]
-        assert self._file is not None
-        row = self._row_shape()
-        strip = np.empty((stop - start, *row), self._type)
-        self._file.seek(start * math.prod(row) * self._type.itemsize)
-        self._file.readinto(strip.view(np.uint8).reshape(-1).data)  # type: ignore[attr-defined]
-        return np.moveaxis(strip, 0, self._rows_axis)
+    @property
+    def in_file(self) -> bool:
+        """Whether reading and writing takes the disk."""
+        return self._folder is not None
 
-    def write(self, start: int, rows: Array) -> None:
-        """Write rows from `start` on."""
-        stop = start + rows.shape[self._rows_axis]
+    def read(self, index: tuple[slice, ...]) -> Array:
+        """Return a tile, in the order of the map's axes: a view where the map is in memory."""
+        if self._array is not None:
+            return self._array[index]
+        assert self._file is not None
+        tile = np.empty([len(range(*s.indices(n))) for s, n in self._ordered(index)], self._type)
+        for offset, line in self._parts(index, tile):
+            left = line
+            while left:
+                count = os.preadv(self._file.fileno(), [left], offset + len(line) - len(left))
+                if not count:
+                    raise OSError("expected a tile of a map in the file, found its end")
+                left = left[count:]
+        return tile.transpose(np.argsort(self._order))
+
+    def write(self, index: tuple[slice, ...], tile: Array) -> None:
+        """Write a tile."""
         if self._folder is None:
             if self._array is None:
-                self._array = np.empty(self._shape, rows.dtype)
-            self._array[self._at(start, stop)] = rows
+                if tile.shape == self._shape:
+                    self._array = tile
+                    return
+                self._array = np.empty(self._shape, tile.dtype)
+            self._array[index] = tile
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
-        self._type = rows.dtype
-        strip = np.ascontiguousarray(np.moveaxis(rows, self._rows_axis, 0))
-        self._file.seek(start * math.prod(self._row_shape()) * self._type.itemsize)
-        left = strip.view(np.uint8).reshape(-1).data
-        while left:  # a system call writes at most 2 GiB
-            left = left[self._file.write(left) :]
+            self._type = tile.dtype
+        ordered = np.ascontiguousarray(tile.transpose(self._order))
+        for offset, line in self._parts(index, ordered):
+            left = line
+            while left:  # a system call writes at most 2 GiB
+                written = os.pwrite(self._file.fileno(), left, offset + len(line) - len(left))
+                left = left[written:]
 
     def whole(self) -> Array:
         """Return the whole map."""
-        return self.read(0, self._shape[self._rows_axis])
+        return self.read((slice(None),) * len(self._shape))
 
     def close(self) -> None:
         """Free the memory or the file."""
@@ -73,113 +101,22 @@ class MapStore:
         if self._file is not None:
             self._file.close()
 
-    def _at(self, start: int, stop: int) -> tuple[slice, ...]:
-        return (*[slice(None)] * self._rows_axis, slice(start, stop))
+    def _ordered(self, index: tuple[slice, ...]) -> list[tuple[slice, int]]:
+        """Return the index and the size of every axis in the order of the file."""
+        return [(index[axis], self._shape[axis]) for axis in self._order]
 
-    def _row_shape(self) -> tuple[int, ...]:
-        return self._shape[: self._rows_axis] + self._shape[self._rows_axis + 1 :]
-
-
-class Moments:
-    """Count, mean and sum of squared deviations of strips, merged in float64."""
-
-    def __init__(self, strip: Array) -> None:
-        rows = len(strip)
-        self.count, self.mean, self.squares = 0, np.zeros(rows), np.zeros(rows)
-        self.add(strip)
-
-    def add(self, strip: Array) -> None:
-        """Merge a strip [K, N]: K statistics over N further elements each."""
-        count = strip.shape[1]
-        for start in range(0, count, CHUNK):
-            piece = strip[:, start : start + CHUNK]
-            for row in range(0, len(piece), step := max(1, CHUNK // piece.shape[1])):
-                values = piece[row : row + step].astype(np.float64)
-                mean = values.mean(axis=1)
-                values -= mean[:, None]
-                squares = np.einsum("kn,kn->k", values, values)
-                self._merge(slice(row, row + step), start, piece.shape[1], mean, squares)
-        self.count += count
-
-    def _merge(self, rows: slice, before: int, count: int, mean: Array, squares: Array) -> None:
-        """Merge one group's moments into those of `before` more elements than counted so far."""
-        known = self.count + before
-        total = known + count
-        apart = mean - self.mean[rows]
-        self.mean[rows] += apart * (count / total)
-        self.squares[rows] += squares + apart**2 * (known * count / total)
-
-
-class Passes:
-    """The passes over one map, or over a map and another, strip by strip."""
-
-    def __init__(self, passes: tuple[Pass, ...]) -> None:
-        self._passes = passes
-        self._moments: dict[tuple[Any, ...], Moments] = {}
-        self._found: dict[str, Array] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._type: np.dtype[Any] = np.dtype(np.float32)
-
-    def add(self, strips: dict[str, Array]) -> None:
-        """Take in a strip of every map that these passes read."""
-        done = set()
-        for each in self._passes:
-            strip = strips[each.source]
-            self._type = strip.dtype
-            if each.kind == "product":
-                self._merge(each, _product(strip, strips[each.other], *each.axes), np.add)
-                continue
-            flat, self._shapes[each.name] = _flattened(strip, each)
-            if each.kind in ("mean", "variance"):
-                key = (each.source, each.axes, each.split, each.groups)
-                if key not in self._moments:
-                    self._moments[key] = Moments(flat)
-                elif key not in done:
-                    self._moments[key].add(flat)
-                done.add(key)
-            elif each.kind == "sum":
-                self._merge(each, flat.sum(axis=1, dtype=np.float64), np.add)
-            else:
-                largest = each.kind == "max"
-                value = flat.max(axis=1) if largest else flat.min(axis=1)
-                self._merge(each, value, np.maximum if largest else np.minimum)
-
-    def _merge(self, each: Pass, value: Array, merge: Any) -> None:
-        known = self._found.get(each.name)
-        self._found[each.name] = value if known is None else merge(known, value)
-
-    def results(self) -> dict[str, Array]:
-        """Return the small arrays of all passes, in the type of their maps."""
-        results = {}
-        for each in self._passes:
-            if each.kind in ("mean", "variance"):
-                moments = self._moments[each.source, each.axes, each.split, each.groups]
-                mean = each.kind == "mean"
-                value = moments.mean if mean else moments.squares / moments.count
-            else:
-                value = self._found[each.name]
-            shape = self._shapes.get(each.name, value.shape)
-            results[each.name] = value.reshape(shape).astype(self._type)
-        return results
-
-
-def _flattened(strip: Array, each: Pass) -> tuple[Array, tuple[int, ...]]:
-    """Return a strip as [K, N], of which a pass reduces the last axis, and the shape of K."""
-    axes = list(each.axes)
-    if each.groups > 1:
-        at, shape = each.split, strip.shape
-        strip = strip.reshape(*shape[:at], each.groups, -1, *shape[at + 1 :])
-        axes = [at + 1, *(a + (a > at) for a in axes)]
-    kept = [a for a in range(strip.ndim) if a not in axes]
-    shape = tuple(strip.shape[a] for a in kept)
-    return strip.transpose(*kept, *axes).reshape(math.prod(shape), -1), shape
-
-
-def _product(a: Array, b: Array, batch: int, rows: int) -> Array:
-    """Multiply matrices [i, plane] and [plane, j] of every batch, in float64."""
-    shared = a.shape[batch + rows :]
-    columns = b.shape[batch + len(shared) :]
-    count = math.prod(a.shape[:batch])
-    left = a.reshape(count, -1, math.prod(shared)).astype(np.float64)
-    result = left @ b.reshape(count, math.prod(shared), -1).astype(np.float64)
-    return result.reshape(*a.shape[: batch + rows], *columns)
+    def _parts(self, index: tuple[slice, ...], tile: Array) -> list[tuple[int, memoryview]]:
+        """Return where in the file each run of a tile lies, and its bytes in the array."""
+        ranges = [s.indices(n)[:2] for s, n in self._ordered(index)]
+        sizes = [n for _, n in self._ordered(index)]
+        row = math.prod(sizes[1:]) * self._type.itemsize
+        raw = tile.reshape(-1).view(np.uint8).data
+        start, stop = ranges[0]
+        if self._lines < 2 or ranges[1] == (0, sizes[1]):
+            return [(start * row, raw)]
+        column = math.prod(sizes[2:]) * self._type.itemsize
+        length = (ranges[1][1] - ranges[1][0]) * column
+        return [
+            (r * row + ranges[1][0] * column, raw[i * length : (i + 1) * length])
+            for i, r in enumerate(range(start, stop))
+        ]

@@ -1,23 +1,33 @@
-"""How a stage runs in segments within a memory limit: rows of strips, and which maps are in a file.
+"""How a stage runs in segments within a memory limit: tiles, and which maps are in a file.
 
-Integers only; no engine is imported. The working memory of a segment is an estimate from the
-sizes of its maps.
+Integers only; no engine is imported. The working memory of a segment is measured at export, or
+else estimated from the sizes of its maps.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.manifest import Memory
 from fvae_deploy.export.program import Program, Segment
+from fvae_deploy.stream.tiles import fit, smallest
 
-# An engine's memory for a strip over that of the maps alive in it: copies in other layouts. Up to
-# 3.9 was measured in OpenVINO, for a segment of Stable Diffusion's decoder.
+# An engine's memory for a tile over that of the maps alive in it, where it was not measured:
+# copies in other layouts.
 ENGINE = 4.0
 COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and inputs
 COMPILING = 0.1  # seconds to compile a segment
+CALL = 3e-4  # seconds to start a segment on a tile
+STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
+ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
+WAITING = 3  # tiles of inputs that are in use or read ahead, and of outputs that wait
+
+Extent = tuple[int, int]  # rows and columns of cells that a tile computes
 
 
 @dataclass(frozen=True)
@@ -25,104 +35,211 @@ class Pieces:
     """One way to run a stage in segments on a plane of latent cells."""
 
     plane: tuple[int, int]
-    rows: tuple[int, ...]  # of the strips of every segment, in its own cells
-    strips: int  # of the segment that has most
+    tiles: tuple[Extent, ...]  # of every segment, in its own cells
+    most: int  # tiles of the segment that has most
     filed: frozenset[str]  # maps that wait in the file
     working: int  # bytes during a run
-    keep: bool  # segments stay compiled
+    keep: frozenset[str]  # parts that stay compiled
     kept: int  # bytes between runs: weights, compiled segments and their inputs
     mac: int  # multiply-adds of a run
     moved: int  # bytes written to the file and read from it
-    compiling: float  # seconds of every run
+    starting: float  # seconds of every run for compiling, and for starting on tiles
     whole: tuple[str, ...] = ()  # why segments need the whole plane
 
     def describe(self) -> str:
         """Return the way in a few words."""
         waiting = f", {len(self.filed)} maps in a file" * bool(self.filed)
         whole = f", {len(self.whole)} of them whole" * bool(self.whole)
-        return f"in {len(self.rows)} segments{whole} of up to {self.strips} strips{waiting}"
+        return f"in {len(self.tiles)} segments{whole} of up to {self.most} tiles{waiting}"
 
 
-def ways(program: Program, plane: tuple[int, int]) -> Iterator[Pieces]:
-    """Yield ways from most memory to least: fewer rows in a strip, and more maps in the file."""
-    sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
-    levels = sorted(set(sizes.values()), reverse=True)
-    for filed in (set(), *({n for n, s in sizes.items() if s >= level} for level in levels)):
-        seen = set()
-        limit = max(_needed(s, s.part.scale * plane[0], plane) for s in program.segments)
-        while True:
-            rows = tuple(_rows(segment, plane, limit) for segment in program.segments)
-            if rows not in seen:
-                for keep in (True, False):
-                    yield _way(program, plane, rows, frozenset(filed), sizes, keep)
-            seen.add(rows)
-            if not limit:
-                break
-            limit = int(0.6 * limit)
+@dataclass(frozen=True)
+class Costs:
+    """What a segment costs on a plane of latent cells."""
+
+    segment: Segment
+    plane: tuple[int, int]
+    line: Memory | None  # as measured, with the weights
+    weights: int = 0  # bytes of the weights, about, where nothing was measured
+
+    @functools.cached_property
+    def cells(self) -> Extent:
+        """The plane in the segment's own cells."""
+        scale = self.segment.part.scale
+        return scale * self.plane[0], scale * self.plane[1]
+
+    def count(self, extent: Extent) -> int:
+        """Return how many tiles of this extent cover the plane."""
+        halo = 2 * (self.segment.part.halo or 0)
+        sides = zip(self.cells, extent, strict=True)
+        return math.prod(1 if a >= n else -(-(n - halo) // (a - halo)) for n, a in sides)
+
+    @functools.cached_property
+    def mac(self) -> int:
+        """Multiply-adds of a cell of a tile."""
+        return self.segment.part.mac_per_cell + self.segment.pair_mac * math.prod(self.plane)
+
+    @functools.cached_property
+    def input_bytes(self) -> int:
+        """Bytes of a cell of the maps that a tile reads."""
+        return _cell_bytes(self.segment.part.inputs)
+
+    @functools.cached_property
+    def output_bytes(self) -> int:
+        """Bytes of a cell of the maps that a tile writes."""
+        return _cell_bytes(self.segment.part.outputs)
+
+    @functools.cached_property
+    def per_cell(self) -> float:
+        """Bytes for a further cell of a tile."""
+        engine = ENGINE * self.segment.cell_bytes
+        if self.line is not None:
+            engine = self.line.per_cell + WAITING * self.input_bytes
+        return (
+            engine + WAITING * self.output_bytes + self.segment.pair_bytes * math.prod(self.plane)
+        )
+
+    @functools.cached_property
+    def fixed(self) -> float:
+        """Bytes for a tile without cells."""
+        fixed = 2 * self.weights if self.line is None else self.line.fixed
+        return fixed + ENGINE * self.segment.plane_bytes * math.prod(self.plane)
+
+    def working(self, cells: int) -> int:
+        """Return the bytes that a tile takes in an engine, and on its way in and out."""
+        least = 0 if self.line is None else self.line.compiling
+        return max(least, int(self.fixed + self.per_cell * cells))
+
+    def kept(self, cells: int) -> int:
+        """Return the bytes that stay between runs if the segment stays compiled.
+
+        OpenVINO keeps the inputs of all that is compiled.
+        """
+        inputs = self.segment.part.inputs
+        small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
+        small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
+        own = COMPILED + self.weights if self.line is None else self.line.kept
+        return self.input_bytes * cells + small + own
+
+    def extent(self, limit: float) -> Extent:
+        """Return the largest tiles that take at most `limit` bytes, or the smallest there are."""
+        height, width = self.cells
+        halo = self.segment.part.halo
+        cells = int((limit - self.fixed) / max(1.0, self.per_cell))
+        if halo is None or cells >= height * width:
+            return height, width
+        kept = min(cells // width - 2 * halo, height - 2 * halo)
+        if kept >= max(1, STRIP * halo):  # strips of the whole width, of even heights
+            inner = height - 2 * halo
+            kept = min(kept, ENOUGH * max(1, halo))
+            return -(-inner // -(-inner // kept)) + 2 * halo, width
+        return _fitting(height, width, halo, _rounded(cells))
+
+    def traffic(self, computed: int, filed: frozenset[str]) -> int:
+        """Return the bytes of maps that are read from the file and written to it.
+
+        `computed` are the cells of all tiles together.
+        """
+        part, cells = self.segment.part, math.prod(self.cells)
+        read = sum(
+            _cell_bytes((spec,)) * computed
+            if spec.factor("h")
+            else self.segment.plane_bytes * cells
+            for spec, name in zip(part.inputs, self.segment.inputs, strict=True)
+            if name in filed
+        )
+        outputs = zip(part.outputs, self.segment.outputs, strict=True)
+        return read + cells * _cell_bytes(tuple(s for s, name in outputs if name in filed))
 
 
-def _way(
+def _cell_bytes(specs: tuple[TensorSpec, ...]) -> int:
+    """Return the bytes of a cell of maps."""
+    return sum(4 * math.prod(s.sized(1, 1, 1)) for s in specs if s.factor("h"))
+
+
+def ways(
     program: Program,
     plane: tuple[int, int],
-    rows: tuple[int, ...],
-    filed: frozenset[str],
-    sizes: dict[str, int],
-    keep: bool,
-) -> Pieces:
-    """Return the costs of one way."""
-    alive, most, mac, moved, strips = {program.data}, 0, 0, 0, 1
-    for segment, count in zip(program.segments, rows, strict=True):
+    memory: Mapping[str, Memory] = MappingProxyType({}),
+) -> Iterator[Pieces]:
+    """Yield ways from most memory to least: smaller tiles, and more maps in the file.
+
+    `memory` is what was measured, by the names of parts.
+    """
+    sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
+    levels = sorted(set(sizes.values()), reverse=True)
+    share = program.weight_bytes // len(program.segments)
+    costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
+    for level in (math.inf, *levels):
+        filed = frozenset(name for name, size in sizes.items() if size >= level)
+        resident = _resident(program, sizes, filed)
+        wholes = (c.working(math.prod(c.cells)) for c in costs)
+        limit = max(map(sum, zip(wholes, resident, strict=True)))
+        seen = set()
+        while True:
+            tiles = tuple(c.extent(limit - r) for c, r in zip(costs, resident, strict=True))
+            if tiles not in seen:
+                yield from _kept(program, costs, tiles, filed, resident)
+            seen.add(tiles)
+            if not limit:
+                break
+            limit = int(0.7 * limit) if limit > 1 << 16 else 0
+
+
+def _resident(program: Program, sizes: Mapping[str, int], filed: frozenset[str]) -> list[int]:
+    """Return the bytes of the maps in memory while each segment runs."""
+    alive, resident = {program.data}, []
+    for segment in program.segments:
         alive |= {name for name in segment.outputs if name in sizes}
-        resident = sum(sizes.get(name, 0) for name in alive - filed)
-        most = max(most, resident + _needed(segment, count, plane))
+        resident.append(sum(sizes.get(name, 0) for name in alive - filed))
         alive -= set(segment.done)
-        part, height = segment.part, segment.part.scale * plane[0]
-        halo = part.halo or 0
-        number = 1 if count >= height else -(-(height - 2 * halo) // (count - 2 * halo))
-        strips = max(strips, number)
-        share = number * count / height  # rows computed over rows kept
-        cells = number * count * part.scale * plane[1]
-        mac += cells * (part.mac_per_cell + segment.pair_mac * math.prod(plane))
-        moved += sum(int(sizes[name] * share) for name in segment.inputs if name in filed)
-        moved += sum(sizes[name] for name in segment.outputs if name in filed)
-    kept = 0
-    if keep:  # OpenVINO keeps the inputs of all that is compiled
-        strips_in = (_inputs(s, n, plane) for s, n in zip(program.segments, rows, strict=True))
-        kept = program.weight_bytes + sum(COMPILED + n for n in strips_in)
-    else:
-        most += program.weight_bytes // len(program.segments) * 2  # of the largest, about
-    compiling = 0.0 if keep else COMPILING * len(program.segments)
-    return Pieces(
-        plane, rows, strips, filed, most, keep, kept, mac, moved, compiling, program.whole
-    )
+    return resident
 
 
-def _needed(segment: Segment, rows: int, plane: tuple[int, int]) -> int:
-    """Return the bytes that a strip of rows takes in an engine."""
-    whole = math.prod(plane)
-    cells = rows * segment.part.scale * plane[1]
-    each = ENGINE * segment.cell_bytes + segment.pair_bytes * whole
-    return int(each * cells + ENGINE * segment.plane_bytes * whole)
+def _kept(
+    program: Program,
+    costs: list[Costs],
+    tiles: tuple[Extent, ...],
+    filed: frozenset[str],
+    resident: list[int],
+) -> Iterator[Pieces]:
+    """Yield ways with all segments compiled for good, with fewer of them, and with none."""
+    pairs = list(zip(costs, tiles, strict=True))
+    counts = [c.count(tile) for c, tile in pairs]
+    computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
+    working = (r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True))
+    most = max(working)
+    mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
+    moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
+    kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
+    order = sorted(kept, key=kept.__getitem__)
+    for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
+        keep = frozenset(order[:count])
+        dropped = len(order) - count
+        yield Pieces(
+            costs[0].plane,
+            tiles,
+            max(counts),
+            filed,
+            most,
+            keep,
+            sum(kept[name] for name in keep),
+            mac,
+            moved,
+            CALL * sum(counts) + COMPILING * dropped,
+            program.whole,
+        )
 
 
-def _inputs(segment: Segment, rows: int, plane: tuple[int, int]) -> int:
-    """Return the bytes of a segment's inputs, for a strip of rows."""
-    size = (rows, segment.part.scale * plane[1], math.prod(plane))
-    return sum(4 * math.prod(spec.sized(1, *size)) for spec in segment.part.inputs)
+@functools.lru_cache(maxsize=4096)
+def _fitting(height: int, width: int, halo: int, cells: int) -> Extent:
+    return (fit(height, width, halo, cells) or smallest(height, width, halo)).extent
 
 
-def _rows(segment: Segment, plane: tuple[int, int], limit: int) -> int:
-    """Return the rows of even strips that take at most `limit` bytes, or of the least strips."""
-    height, halo = segment.part.scale * plane[0], segment.part.halo
-    if halo is None or _needed(segment, height, plane) <= limit:
-        return height
-    row = _needed(segment, 1, plane) - _needed(segment, 0, plane)
-    most = (limit - _needed(segment, 0, plane)) // max(1, row)
-    inner = height - 2 * halo
-    kept = min(max(1, most - 2 * halo), inner)
-    if inner < 1:
-        return height
-    return min(height, -(-inner // -(-inner // kept)) + 2 * halo)
+def _rounded(cells: int) -> int:
+    """Return a number of cells rounded down to three bits, so that few are tried."""
+    shift = max(0, cells.bit_length() - 3)
+    return max(0, cells >> shift << shift)
 
 
 def _bytes(spec: TensorSpec, plane: tuple[int, int]) -> int:

@@ -28,7 +28,7 @@ from fvae_deploy.stream.tiles import Grid, fit, smallest
 
 SLABS = 4  # one being produced, two waiting, one in use
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
-SEGMENTED = 1.7  # relative time of a run in segments: copies of strips, layouts, passes
+SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
@@ -189,6 +189,7 @@ class Stage:
     map_bytes: int  # of one cell, input and output
     extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may use; empty: any
     program: Program | None = None  # how it may run in segments
+    segments: Mapping[str, Memory] = field(default_factory=dict)  # what they take, by their parts
 
     @classmethod
     def of(
@@ -215,6 +216,7 @@ class Stage:
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
             extents,
             None if extents else program,
+            {} if program is None else _of_segments(manifest, program, engine, precision),
         )
 
     @property
@@ -292,15 +294,27 @@ class Stage:
         slices = self.k if self.part.inputs[0].factor("k") else 1
         plane = (self.plane[0] // self.part.scale, self.plane[1] // self.part.scale)
         found = []
-        for way in pieces.ways(self.program, plane):
-            seconds = slices * (SEGMENTED * way.mac / MAC_SECOND + way.moved / FILE_SECOND)
-            seconds += slices * way.compiling
-            found.append(Option(self.whole, False, way.kept, way.working, seconds, way))
+        for way in pieces.ways(self.program, plane, self.segments):
+            seconds = SEGMENTED * way.mac / MAC_SECOND + way.moved / FILE_SECOND + way.starting
+            found.append(Option(self.whole, False, way.kept, way.working, slices * seconds, way))
+        found.sort(key=lambda o: (o.seconds, o.working, o.kept))
         best: list[Option] = []
-        for option in sorted(found, key=lambda o: (o.working, o.seconds)):
-            if not best or option.seconds < best[-1].seconds:
+        for option in found:
+            if not any(o.working <= option.working and o.kept <= option.kept for o in best):
                 best.append(option)
         return best
+
+
+def _of_segments(
+    manifest: Manifest, program: Program, engine: str, precision: str
+) -> dict[str, Memory]:
+    """Return the memory of a program's segments as measured with this engine, or in its fp32."""
+    names = {segment.part.name for segment in program.segments}
+    found: dict[str, Memory] = {}
+    for wanted in ("fp32", precision):
+        lines = (m for m in manifest.memory if (m.engine, m.precision) == (engine, wanted))
+        found |= {line.stage: line for line in lines if line.stage in names}
+    return found
 
 
 def _slabs(manifest: Manifest, directions: int, plane: tuple[int, int], k: int) -> int:

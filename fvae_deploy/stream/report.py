@@ -126,8 +126,8 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "lean": plan.lean,
         "segments": {
             stage: {
-                "strips": pieces.strips,
-                "rows": list(pieces.rows),
+                "most_tiles": pieces.most,
+                "tile_cells": [list(tile) for tile in pieces.tiles],
                 "maps_in_a_file": sorted(pieces.filed),
                 "whole": list(pieces.whole),
             }

@@ -158,8 +158,8 @@ class Run:
     def tile(self) -> tuple[int, ...]:
         """Tile extents, stage by stage; other tiles give other rounding errors."""
         tiles = (n for grid in self.plan.grids.values() for n in grid.extent)
-        rows = (n for pieces in self.plan.pieces.values() for n in pieces.rows)
-        return (*tiles, *rows)
+        cut = (n for pieces in self.plan.pieces.values() for tile in pieces.tiles for n in tile)
+        return (*tiles, *cut)
 
     def facts(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Return the facts that identify this run, from those of its output (`facts_of`).

@@ -1,18 +1,20 @@
-"""Runs a stage in segments: strips of rows through each part, with maps between the segments.
+"""Runs a stage in segments: tiles through each part, with maps between the segments.
 
     x --segment 0--> map --segment 1--> map ... --> result
-      strips          |  in memory or in an unnamed file, until its last use
+      tiles           |  in memory or in an unnamed file, until its last use
                       +--> passes: means and variances of the whole map, in float64
 
 Results are those of the whole stage. A group norm takes the statistics of the whole map; the keys
-of an attention are read whole for every strip of queries.
+of an attention are read whole for every tile of queries. Threads read the next tile from the file
+and write the last one while the engine computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,13 @@ from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
-from fvae_deploy.stream.maps import Array, MapStore, Passes
+from fvae_deploy.stream.maps import Array, MapStore, at
 from fvae_deploy.stream.pieces import Pieces
-from fvae_deploy.stream.tiles import spans
+from fvae_deploy.stream.statistics import Passes
+from fvae_deploy.stream.threads import Behind, ahead
+from fvae_deploy.stream.tiles import Grid, Tile
+
+Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in them, and elements
 
 
 class SegmentStream:
@@ -60,46 +66,80 @@ class SegmentStream:
             spec = program.map(program.data)
             assert spec is not None
             source = MapStore(spec, plane, None)
-            source.write(0, x.reshape(spec.sized(1, *plane)))
+            data = x.reshape(spec.sized(1, *plane))
+            source.write((slice(None),) * data.ndim, data)
             state.maps[program.data] = source
-            state.pass_over({program.data: source.whole()}, last=True)
-            for segment, rows in zip(program.segments, self._pieces.rows, strict=True):
-                self._segment(state, segment, rows)
+            state.pass_over({program.data: data})
+            state.finish_passes()
+            for segment, extent in zip(program.segments, self._pieces.tiles, strict=True):
+                self._segment(state, segment, extent)
                 for name in segment.done:
                     state.maps.pop(name).close()
             h, w = (self._part.scale * n for n in plane)
             shape = self._part.outputs[0].sized(1, h, w)[1:]
-            return state.maps[program.result].whole().reshape(shape)
+            return state.maps[program.result].whole().reshape(shape).copy()
         finally:
             state.close()
 
-    def _segment(self, state: _State, segment: Segment, rows: int) -> None:
-        """Run one segment over strips of `rows` cells."""
-        part, height = segment.part, segment.part.scale * self._pieces.plane[0]
+    def _segment(self, state: _State, segment: Segment, extent: tuple[int, int]) -> None:
+        """Run one segment over tiles of `extent` cells."""
+        part = segment.part
         wholes = {
             spec.name: state.whole(spec, name)
             for spec, name in zip(part.inputs, segment.inputs, strict=True)
             if not spec.factor("h")
         }
-        strips = spans(height, rows, part.halo or 0)
-        for number, strip in enumerate(strips):
-            inputs = dict(wholes)
-            for spec, name in zip(part.inputs, segment.inputs, strict=True):
-                if spec.name not in wholes:
-                    start, stop = (spec.factor("h") * n for n in strip.read)
-                    inputs[spec.name] = np.ascontiguousarray(state.maps[name].read(start, stop))
-            outputs = self._engine.run(part.name, inputs)
-            kept = {}
-            for spec, name in zip(part.outputs, segment.outputs, strict=True):
-                value = self._engine.host(outputs[spec.name])
-                factor = spec.factor("h")
-                if not factor:
-                    state.small[name] = np.array(value)
-                    continue
-                kept[name] = value[_rows(spec, *(factor * n for n in strip.crop))]
-                state.write(name, factor * strip.keep[0], kept[name])
-            state.pass_over(kept, last=number == len(strips) - 1)
-        self._engine.release(part.name, compiled=not self._pieces.keep)
+        height, width = (part.scale * n for n in self._pieces.plane)
+        grid = Grid(height, width, extent, part.halo or 0)
+        maps = {
+            spec: state.maps[name]
+            for spec, name in zip(part.inputs, segment.inputs, strict=True)
+            if spec.name not in wholes
+        }
+
+        def read(tile: Tile) -> tuple[Tile, dict[str, Array]]:
+            found = {
+                s.name: m.read(at(s, tile.rows.read, tile.columns.read)) for s, m in maps.items()
+            }
+            return tile, {name: np.ascontiguousarray(value) for name, value in found.items()}
+
+        tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
+        ahead_of = grid.count > 1 and any(store.in_file for store in maps.values())
+        behind = grid.count > 1 and bool(self._pieces.filed.intersection(segment.outputs))
+        with contextlib.ExitStack() as stack:
+            keep: Callable[[Kept], None] = state.keep
+            if ahead_of:
+                tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
+            if behind:
+                keep = stack.enter_context(Behind(state.keep, 1)).put
+            for tile, inputs in tiles:
+                outputs = self._engine.run(part.name, wholes | inputs)
+                kept = self._kept(state, segment, tile, outputs)
+                if behind:  # the engine's memory is used again while they wait
+                    kept = [(name, index, value.copy()) for name, index, value in kept]
+                keep(kept)
+        state.finish_passes()
+        self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
+
+    def _kept(
+        self, state: _State, segment: Segment, tile: Tile, outputs: Mapping[str, Any]
+    ) -> Kept:
+        """Return what a tile keeps of every map: its name, its place and the elements.
+
+        The engine may use their memory again when the part runs again.
+        """
+        kept, part = [], segment.part
+        keep = tile.rows.keep, tile.columns.keep
+        for spec, name in zip(part.outputs, segment.outputs, strict=True):
+            value = self._engine.host(outputs[spec.name])
+            if not spec.factor("h"):
+                state.small[name] = np.array(value)
+                continue
+            rows, columns = tile.rows, tile.columns
+            sizes = (stop - start for start, stop in (rows.read, columns.read))
+            value = value.reshape(spec.sized(1, *sizes))[at(spec, rows.crop, columns.crop)]
+            kept.append((name, at(spec, *keep), value))
+        return kept
 
     def store(self, name: str) -> MapStore | None:
         """Return a new store for a map; None if nothing reads it."""
@@ -124,13 +164,6 @@ class _State:
         self.small: dict[str, Array] = {}
         self._passes: Passes | None = None
 
-    def write(self, name: str, start: int, rows: Array) -> None:
-        """Write rows of a map, unless it only goes through passes."""
-        store = self.maps.get(name) or self._stream.store(name)
-        if store is not None:
-            self.maps[name] = store
-            store.write(start, rows)
-
     def whole(self, spec: TensorSpec, name: str) -> Array:
         """Return a small array, or a whole map with its cells in a row."""
         if name in self.small:
@@ -138,11 +171,23 @@ class _State:
         value = self.maps[name].whole()
         return np.ascontiguousarray(value).reshape(spec.sized(1, 1, 1, math.prod(self._plane)))
 
-    def pass_over(self, strips: dict[str, Array], last: bool) -> None:
-        """Take strips into the passes over their maps; after the last one, keep the results."""
-        self._passes = self._passes or self._stream.passes(strips)
-        self._passes.add(strips)
-        if last:
+    def keep(self, tiles: Kept) -> None:
+        """Take tiles of maps into the passes over them, and write those that are read later."""
+        self.pass_over({name: tile for name, _, tile in tiles})
+        for name, index, tile in tiles:
+            store = self.maps.get(name) or self._stream.store(name)
+            if store is not None:
+                self.maps[name] = store
+                store.write(index, tile)
+
+    def pass_over(self, tiles: dict[str, Array]) -> None:
+        """Take tiles into the passes over their maps."""
+        self._passes = self._passes or self._stream.passes(tiles)
+        self._passes.add(tiles)
+
+    def finish_passes(self) -> None:
+        """Keep the results of the passes over the maps that are complete now."""
+        if self._passes is not None:
             self.small |= self._passes.results()
             self._passes = None
 
@@ -150,9 +195,3 @@ class _State:
         """Free all maps."""
         for store in self.maps.values():
             store.close()
-
-
-def _rows(spec: TensorSpec, start: int, stop: int) -> tuple[slice, ...]:
-    """Return the index of rows in a tensor."""
-    axis = next(i for i, size in enumerate(spec.shape) if str(size).rpartition("*")[2] == "h")
-    return (*[slice(None)] * axis, slice(start, stop))

@@ -106,10 +106,11 @@ def fit(height: int, width: int, halo: int, cells: int) -> Grid | None:
 
     Returns None if even tiles that keep a single cell are larger.
     """
+    down, across = _extents(height, halo), _extents(width, halo)
     fitting = [
         (row_work * column_work, -rows * columns, (rows, columns))
-        for rows, row_work in _extents(height, halo).items()
-        for columns, column_work in _extents(width, halo).items()
+        for rows, row_work in down.items()
+        for columns, column_work in across.items()
         if rows * columns <= cells
     ]
     return Grid(height, width, min(fitting)[2], halo) if fitting else None

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 from cut_layers import FINE, MOVING, PLAIN, WHOLE, Network, Window, apart, cut_of, seeded  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
 
 from fvae_deploy.export.cut.cutter import Cut  # noqa: E402
 from fvae_deploy.export.cut.plain import run_plain  # noqa: E402
@@ -80,6 +81,27 @@ def test_a_halo_that_is_too_narrow_changes_results(name: str) -> None:
     program = dataclasses.replace(cut.program, segments=(narrow,))
     with pytest.raises(AssertionError):
         compare(network, Cut(program, cut.modules), (1,), (4, 4), 4)
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_long_local_stage_ends_segments_where_it_is_narrow(down: bool) -> None:
+    """Residual blocks at two resolutions: 40 cells of halo in one segment, 6 in several."""
+
+    def block() -> Any:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1))
+
+    finer = nn.Sequential(
+        nn.Upsample(scale_factor=2), *[block() for _ in range(4)], nn.AvgPool2d(2)
+    )
+    layers = [*[block() for _ in range(4)], finer, PLAIN["group norm"](4), *[block()] * 8]
+    residual = [isinstance(layer, nn.Sequential) and layer is not finer for layer in layers]
+    network = seeded(lambda: Network(layers, residual, down))
+    cut = cut_of(network, 1)
+    halos = [segment.part.halo for segment in cut.program.segments]
+    assert len(halos) > 4
+    assert max(halos) <= 8  # 6, and what lies between two narrow places
+    for plane, tile in (((3, 4), 1), ((2, 5), 3)):
+        compare(network, cut, (1,), plane, tile)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""A stage in segments equals the whole one, in any strips, with maps in memory or in a file."""
+"""A stage in segments equals the whole one, in any tiles, with maps in memory or in a file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa:
 from fvae_deploy.export.program import Pass  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.parse import parse_bytes  # noqa: E402
-from fvae_deploy.stream.maps import Passes  # noqa: E402
 from fvae_deploy.stream.pieces import Pieces, ways  # noqa: E402
 from fvae_deploy.stream.plan import plan  # noqa: E402
 from fvae_deploy.stream.segments import SegmentStream  # noqa: E402
 from fvae_deploy.stream.stages import StageStream, whole_grids  # noqa: E402
+from fvae_deploy.stream.statistics import Passes  # noqa: E402
 
 ENGINES = ("openvino", "onnxruntime", "torch")
 
@@ -65,7 +65,21 @@ class Float64Segments:
         self.released.append(part)
 
 
-def in_strips(network: Any, front: tuple[int, ...], way: Pieces, cut: Any, folder: Path) -> None:
+def drawn(data: Any, cut: Any, plane: tuple[int, int]) -> Pieces:
+    """Any way to run a program: tiles of any size, any maps in the file."""
+    tiles = []
+    for segment in cut.program.segments:
+        sides, halo = [segment.part.scale * n for n in plane], segment.part.halo
+        least = [n if halo is None else min(n, 2 * halo + 1) for n in sides]
+        pairs = zip(least, sides, strict=True)
+        tiles.append(tuple(data.draw(st.integers(low, high)) for low, high in pairs))
+    names = [spec.name for spec in cut.program.maps if spec.name != cut.program.data]
+    filed = data.draw(st.sets(st.sampled_from(names)) if names else st.just(set()))
+    way = next(ways(cut.program, plane))
+    return dataclasses.replace(way, tiles=tuple(tiles), filed=frozenset(filed))
+
+
+def in_tiles(network: Any, front: tuple[int, ...], way: Pieces, cut: Any, folder: Path) -> None:
     """Compare a network with its segments, run by the stream."""
     h, w = way.plane
     data = TensorSpec("x", (1, *(front[-2:] if len(front) > 1 else (1, 1)), "4*h", "4*w"))
@@ -96,7 +110,7 @@ def in_strips(network: Any, front: tuple[int, ...], way: Pieces, cut: Any, folde
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30)
-def test_segments_equal_the_whole_in_any_strips(
+def test_segments_equal_the_whole_in_any_tiles(
     tmp_path_factory: Any,
     data: Any,
     layers: list[str],
@@ -109,8 +123,8 @@ def test_segments_equal_the_whole_in_any_strips(
         lambda: Network([make(4) for make in made], residual[: len(made)], False), seed
     )
     cut = cut_of(network, 1)
-    way = data.draw(st.sampled_from(list(ways(cut.program, plane))))
-    in_strips(network, (1,), way, cut, tmp_path_factory.getbasetemp())
+    way = drawn(data, cut, plane)
+    in_tiles(network, (1,), way, cut, tmp_path_factory.getbasetemp())
 
 
 @given(
@@ -127,8 +141,34 @@ def test_segments_of_a_window_equal_the_whole(
         lambda: Window([MOVING[name](4) for name in layers], [False] * len(layers)), seed
     )
     cut = cut_of(network, 1, 4)
-    way = data.draw(st.sampled_from(list(ways(cut.program, plane))))
-    in_strips(network, (1, 4), way, cut, tmp_path_factory.getbasetemp())
+    way = drawn(data, cut, plane)
+    in_tiles(network, (1, 4), way, cut, tmp_path_factory.getbasetemp())
+
+
+@given(
+    data=st.data(),
+    layers=st.lists(st.sampled_from([*PLAIN, *WHOLE]), min_size=1, max_size=3),
+    plane=st.tuples(*[st.integers(1, 40)] * 2),
+)
+@settings(max_examples=20)
+def test_every_way_of_a_plan_keeps_some_cells_and_less_memory_takes_longer(
+    data: Any, layers: list[str], plane: tuple[int, int]
+) -> None:
+    made = [(PLAIN | WHOLE)[name] for name in layers]
+    cut = cut_of(seeded(lambda: Network([make(4) for make in made], [True] * len(made), False)), 1)
+    found = list(ways(cut.program, plane))
+    for way in found:
+        assert len(way.tiles) == len(cut.program.segments)
+        for segment, tile in zip(cut.program.segments, way.tiles, strict=True):
+            sides = [segment.part.scale * n for n in plane]
+            for n, extent in zip(sides, tile, strict=True):
+                assert extent == n or segment.part.halo is not None
+                assert extent == n or 2 * segment.part.halo < extent < n
+    whole = found[0]
+    assert whole.most == 1
+    assert not whole.filed
+    assert min(way.working for way in found) <= whole.working
+    assert all(way.mac >= whole.mac for way in found)
 
 
 @given(
@@ -220,7 +260,7 @@ def test_a_budget_chooses_between_the_whole_and_segments(
     if budget >= ample.predicted_bytes:
         assert not made.pieces
     for stage, pieces in made.pieces.items():
-        assert f"{stage} in {len(pieces.rows)} segments" in made.describe()
+        assert f"{stage} in {len(pieces.tiles)} segments" in made.describe()
 
 
 def test_a_scan_in_segments_is_the_scan_in_one_piece(

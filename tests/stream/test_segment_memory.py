@@ -1,0 +1,89 @@
+"""Segments stay within what a plan predicts: measured in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
+pytest.importorskip("diffusers", reason="needs the export extra")
+from random_image_vae import KL, random_image_vae  # noqa: E402
+
+from fvae_deploy.export.bundle import Source  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
+from fvae_deploy.export.manifest import Manifest  # noqa: E402
+from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa: E402
+from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
+from fvae_deploy.make.segments import segment_memory  # noqa: E402
+from fvae_deploy.stream.pieces import ways  # noqa: E402
+from fvae_deploy.stream.plan import HEADROOM, LIBRARIES  # noqa: E402
+
+SIDE = 512  # latent cells; this network does not halve, so a map of 32 channels is 32 MiB
+RUN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from fvae_deploy.engines.base import open_engine
+from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream.pieces import ways
+from fvae_deploy.stream.rss import begin_measuring, peak_rss
+from fvae_deploy.stream.segments import SegmentStream
+
+folder, engine, side, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+manifest = Manifest.load(Path(folder), verify=False)
+memory = {line.stage: line for line in manifest.memory if line.engine == engine}
+found = ways(manifest.program("decode"), (side, side), memory)
+fitting = [way for way in found if way.working + way.kept <= budget]
+way = min(fitting, key=lambda way: way.mac / 5e10 + way.moved / 1e9 + way.starting)
+opened = open_engine(Path(folder), manifest, engine, threads=2)
+shape = manifest.stage_part("decode", first=False).inputs[0].sized(1, side, side)[1:]
+x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+before = begin_measuring()
+stream = SegmentStream(opened, manifest, "decode", way, Path(folder).parent)
+for _ in range(2):
+    stream.run(x, True)
+print(json.dumps([peak_rss() - before, way.working + way.kept, way.most, len(way.filed)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {**KL["of one level, without attention"], "block_out_channels": [32]}
+    folder = tmp_path_factory.mktemp("memory") / "bundle"
+    network = random_image_vae("AutoencoderKL", config)
+    loaded = LoadedModel(family_of(network, 1), Source("s", "r", "0"), "n", "d", "l")
+    export_bundle(loaded, folder, version="0")
+    return folder
+
+
+def measure(bundle: Path, engine: str) -> Manifest:
+    manifest = Manifest.load(bundle)
+    lines = tuple(segment_memory(bundle, engine))
+    dataclasses.replace(manifest, memory=lines).save(bundle)
+    return Manifest.load(bundle)
+
+
+def test_segments_stay_within_their_prediction(bundle: Path) -> None:
+    engine = "openvino"
+    pytest.importorskip(engine)
+    manifest = measure(bundle, engine)
+    program: Any = manifest.program("decode")
+    names = {segment.part.name for segment in program.segments}
+    assert {line.stage for line in manifest.memory} > names
+    memory = {line.stage: line for line in manifest.memory}
+    least = min(way.working + way.kept for way in ways(program, (SIDE, SIDE), memory))
+    for budget in (max(2 * least, 80 << 20), 256 << 20):
+        command = [sys.executable, "-c", RUN, str(bundle), engine, str(SIDE), str(budget)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peak, predicted, tiles, filed = json.loads(output)
+        assert predicted <= budget
+        assert tiles > 1
+        assert filed or budget > 200 << 20
+        assert peak < HEADROOM * (predicted + LIBRARIES)  # as a plan counts
