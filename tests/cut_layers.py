@@ -239,6 +239,33 @@ def over_time(m: Any, x: Any) -> Any:
     return x + y.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2)
 
 
+def to_the_past(m: Any, x: Any) -> Any:
+    """Attention over the frames of every cell, masked by a triangle of the input's type."""
+    b, c, t, h, w = x.shape
+    mask = torch.tril(x.new_ones(t, t)).bool()
+    y = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, 1, t, c)
+    y = F.scaled_dot_product_attention(y @ m.q, y @ m.k, y @ m.v, attn_mask=mask)
+    return x + y.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2)
+
+
+def frame_by_frame(m: Any, x: Any) -> Any:
+    """Attention over all tokens of this frame and of earlier ones, by an expanded mask."""
+    b, c, t, h, w = x.shape
+    frame = torch.arange(1, t + 1, dtype=torch.int32).repeat_interleave(h * w)
+    keys, queries = frame.view(1, -1).expand(t * h * w, -1), frame.view(-1, 1).expand(-1, t * h * w)
+    mask = torch.where(keys <= queries, 0, -float("inf")).to(x.dtype)
+    mask = mask.unsqueeze(0).expand(b, -1, -1)[:, None]
+    q, k, v = (tokens(x)[:, None] @ getattr(m, n) for n in "qkv")
+    return x + back(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0], x)
+
+
+def chosen(m: Any, x: Any) -> Any:
+    """Every other frame, taken by a list, beside an average of two; a split into one piece."""
+    (first,) = x[:, :, [0, 2]].split(8, dim=0)
+    second = F.avg_pool3d(x, (2, 1, 1))
+    return torch.stack([first, second], dim=3).reshape(x.shape) + torch.full_like(x, 0.1)
+
+
 def windows(m: Any, x: Any) -> Any:
     """Attention inside squares of 2x2 elements."""
     b, c, t, h, w = x.shape
@@ -270,6 +297,9 @@ MOVING = {
     "attention in a frame": lambda c: Layer(each_frame, a=attention(c, fused_attention)),
     "attention over all": lambda c: attention(c, written_attention),
     "attention over time": lambda c: attention(c, over_time),
+    "attention to the past": lambda c: attention(c, to_the_past),
+    "attention frame by frame": lambda c: attention(c, frame_by_frame),
+    "chosen frames": lambda c: Layer(chosen),
     "attention in windows": lambda c: attention(c, windows),
     "silu": lambda c: nn.SiLU(),
 }  # fmt: skip
