@@ -255,6 +255,8 @@ def _lowered(state: Lowering, node: Node) -> Any:
         return state.append(_whole(state, node, place))
     try:
         made = _rule_of(node)(state, node)
+        if isinstance(made, Op) and made.data and crossed(made):
+            raise NotLocal("its result has rows or columns twice")
     except NotLocal as error:
         for name in set(state.ops) - set(before):
             del state.ops[name]
@@ -262,6 +264,12 @@ def _lowered(state: Lowering, node: Node) -> Any:
     if isinstance(made, list):
         return made
     return Ref(made.name) if state.ops.get(made.name) is made else state.append(made)
+
+
+def crossed(op: Op) -> bool:
+    """Return whether a result has rows or columns in two axes: a tile is only its diagonal."""
+    kinds = ([a.kind for axis in axes for a in axis if a.kind in ("h", "w")] for axes in op.axes)
+    return any(len(found) > len(set(found)) for found in kinds)
 
 
 def _rule_of(node: Node) -> Rule:

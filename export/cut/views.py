@@ -66,22 +66,28 @@ def pointwise(state: Lowering, node: Node) -> Op:
     many = [state.axes(a) for a in node.args if isinstance(a, Ref)]
     axes = broadcast(many)
     if axes is None:
-        node, axes = _unexpanded(state, node)
+        node, axes = _matched(state, node)
     maps = {a.name for a in node.args if isinstance(a, Ref) and spatial(state.axes(a))}
     return made(state, node, axes, cheap=len(maps) < 2)
 
 
-def _unexpanded(state: Lowering, node: Node) -> tuple[Node, Axes]:
-    """Return a node whose operands are broadcast rather than expanded before, and its axes.
+def _matched(state: Lowering, node: Node) -> tuple[Node, Axes]:
+    """Return a node whose operands have axes that fit, and its axes.
 
-    An axis that was expanded is known by its size alone. Raises NotLocal if that does not help.
+    An axis that was expanded is known by its size alone, and is broadcast instead. A mask on scores
+    of whole keys covers the whole plane too. Raises NotLocal if that does not help.
     """
+    refs = [a for a in node.args if isinstance(a, Ref)]
+    whole = any(atom.kind == "n" for a in refs for atom in (state.axes(a) or ((),))[-1])
 
-    def origin(value: Any) -> Any:
-        op = state.ops[value.name] if isinstance(value, Ref) else None
-        return op.args[0] if op is not None and packet_name(op.target) == "expand" else value
+    def fitting(value: Any) -> Any:
+        if not isinstance(value, Ref):
+            return value
+        if packet_name(state.ops[value.name].target) == "expand":
+            value = state.ops[value.name].args[0]
+        return state.whole_last(value) if whole else value
 
-    args = tuple(map(origin, node.args))
+    args = tuple(map(fitting, node.args))
     axes = broadcast([state.axes(a) for a in args if isinstance(a, Ref)])
     if axes is None or tuple(map(size, axes)) != node.shapes[0]:
         raise NotLocal("it combines maps of different places")
