@@ -91,7 +91,7 @@ def test_a_recipe_is_cut(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     )
     space: dict[str, Any] = {}
     for block in dict.fromkeys(("flux2", name)):  # the first block has the class for slices
-        exec(BLOCKS[block], space)  # noqa: S102
+        exec(BLOCKS[block], space)
     runs_in_pieces(*cut(monkeypatch, space["vae"], window)[:2])
 
 
@@ -112,7 +112,7 @@ def test_a_medical_recipe_is_cut(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     for published, tried in small.items():
         code = code.replace(published, tried)
     space: dict[str, Any] = {}
-    exec(code, space)  # noqa: S102
+    exec(code, space)
     runs_in_pieces(*cut(monkeypatch, space["vae"], 8)[:2])
 
 
