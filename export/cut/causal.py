@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.cut.lower import packet_name
-from fvae_deploy.export.cut.steps import Step, StepEmitter, in_cells
+from fvae_deploy.export.cut.margins import margins_last
+from fvae_deploy.export.cut.step_graph import StepEmitter
+from fvae_deploy.export.cut.steps import Step, in_cells
 from fvae_deploy.export.cut.timing import Clock, NotCausal, Timed, latest
-from fvae_deploy.export.cut.trace import Graph, Node, Ref, trace_stage
+from fvae_deploy.export.cut.trace import Graph, trace_stage
 
 TURNS = 4  # latent frames of the window that is traced
 LONGER = 2  # more latent frames in the window that confirms the stream
@@ -72,7 +74,7 @@ def causal_stage(network: nn.Module, pace: Pace, check: bool = True) -> CausalSt
     Raises NotCausal, with the reason, if there is none, and BundleError for code that cannot be
     traced. Without `check`, the stream is not compared with the network.
     """
-    graph = _pads_apart(trace_stage(network, pace.spec(TURNS)))
+    graph = margins_last(trace_stage(network, pace.spec(TURNS)))
     clock = Clock(graph, pace.frames(TURNS, pace.encode))
     found = clock.timings[graph.result].infos[0]
     due = tuple(pace.frames(TURNS, not pace.encode))
@@ -132,27 +134,6 @@ def _reason(clock: Clock, graph: Graph) -> str:
     return "its frames need later slices"
 
 
-def _pads_apart(graph: Graph) -> Graph:
-    """Return the graph with frames and margins padded one after the other."""
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        name = packet_name(node.target)
-        known = name in ("constant_pad_nd", "replication_pad3d")
-        if known and any(node.args[1][:4]) and any(node.args[1][4:]):
-            x, pads, *rest = node.args
-            front = [0] * 4 + list(pads[4:])
-            sizes = list(next(n.shapes[0] for n in nodes if n.name == x.name))
-            for i in range(2, len(pads) // 2):
-                axis = len(sizes) - 1 - i
-                sizes[axis] = tuple(n + pads[2 * i] + pads[2 * i + 1] for n in sizes[axis])
-            first = f"{node.name}_front"
-            nodes.append(Node(first, node.target, (x, front, *rest), node.kwargs, (tuple(sizes),)))
-            margins = [*pads[:4], *[0] * (len(pads) - 4)]
-            node = Node(node.name, node.target, (Ref(first), margins, *rest), node.kwargs, node.shapes)
-        nodes.append(node)
-    return Graph(nodes, graph.result)
-
-
 def _confirm(network: nn.Module, stage: CausalStage, pace: Pace) -> None:
     """Raise NotCausal unless a window longer than the traced one gives what the stream gives."""
     turns = TURNS + LONGER
@@ -166,7 +147,7 @@ def _confirm(network: nn.Module, stage: CausalStage, pace: Pace) -> None:
         for turn in range(turns):
             low, high = arrival.index(turn), len(arrival) - arrival[::-1].index(turn)
             try:
-                result, *states = stage(x[:, :, low:high], *states)  # type: ignore[assignment]
+                result, *states = stage(x[:, :, low:high], *states)
             except RuntimeError as error:
                 raise NotCausal(f"its steps do not run: {str(error).splitlines()[0]}") from error
             found.append(result)

@@ -159,7 +159,6 @@ class Clock:
         found.infos = tuple(settled(info) for info in found.infos)
         return found
 
-
     def _piece(self, node: Node) -> Timing | None:
         """Return the timing of an item of a split."""
         try:
@@ -194,7 +193,18 @@ def one(timed: Mapping[str, Timed]) -> tuple[str, Timed]:
     return next(iter(timed.items()))
 
 
-@rule("alias", "detach", "where", "masked_fill", "copy", "_to_copy", "clone", "zeros_like", "ones_like", "full_like")
+@rule(
+    "alias",
+    "detach",
+    "where",
+    "masked_fill",
+    "copy",
+    "_to_copy",
+    "clone",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
 def pointwise(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Combine elements of equal position: a frame is known when it is in all operands."""
     shape, spans = shape_of(node), {}

@@ -76,9 +76,7 @@ def convolution(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing 
 
 def _multiplied(clock: Clock, node: Node, name: str, info: Timed, factor: int) -> Timing | None:
     """Return the timing where every frame becomes several."""
-    steps = tuple(
-        step for step in fine(info, clock.shape(Ref(name))) for _ in range(factor)
-    )
+    steps = tuple(step for step in fine(info, clock.shape(Ref(name))) for _ in range(factor))
 
     def span(low: int, high: int) -> tuple[int, int]:
         return low // factor, -(-high // factor)
@@ -86,7 +84,9 @@ def _multiplied(clock: Clock, node: Node, name: str, info: Timed, factor: int) -
     return Timing((Timed(info.axis, 1, 1, steps),), {name: span})
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
+@rule(
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"
+)
 def pool(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Pool along frames, without padding, or within them."""
     name, info = one(timed)
@@ -95,11 +95,10 @@ def pool(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     if i < 0:
         return Timing((info, *(latest(info) for _ in node.shapes[1:])), {name: same})
     full = [*node.args[1:], *[[], 0][len(node.args) - 2 :]]
-    kernel, stride, padding = (
-        list(v) * n if isinstance(v, (list, tuple)) and len(v) == 1
-        else list(v) if isinstance(v, (list, tuple)) else [v] * n
-        for v in (full[0], full[1] or full[0], full[2] if len(full) > 2 else 0)
-    )  # fmt: skip
+    given = (full[0], full[1] or full[0], full[2] if len(full) > 2 else 0)
+    kernel, stride, padding = [
+        (list(v) * n)[:n] if isinstance(v, (list, tuple)) else [v] * n for v in given
+    ]
     return None if padding[i] else _slid(clock, node, name, info, (kernel[i], stride[i], 0))
 
 
@@ -117,7 +116,9 @@ def resize(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | Non
     return _multiplied(clock, node, name, info, new // old)
 
 
-def _part(clock: Clock, name: str, info: Timed, axis: int, start: int, count: int, step: int = 1) -> Timing:
+def _part(
+    clock: Clock, name: str, info: Timed, axis: int, start: int, count: int, step: int = 1
+) -> Timing:
     """Return the timing of frames [start, start + step, ...) or of a part of another axis."""
     if axis != info.axis:
         return Timing((info,), {name: same})
@@ -130,7 +131,8 @@ def _part(clock: Clock, name: str, info: Timed, axis: int, start: int, count: in
 def slice_(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Take some frames, or a part of all."""
     name, info = one(timed)
-    dim, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, _, step = (*node.args[1:], *defaults[len(node.args) - 1 :])
     shape = clock.shape(Ref(name))
     dim %= len(shape)
     if dim == info.axis and isinstance(start, Sized):
@@ -242,7 +244,7 @@ def _beside(clock: Clock, node: Node, dim: int) -> Timing | None:
     found = [i for i in infos if isinstance(i, Timed)]
     if len(found) < len(infos) or len({replace(i, steps=()) for i in found}) > 1:
         return None
-    steps = tuple(max(each) for each in zip(*(i.steps for i in found), strict=True))
+    steps = tuple(map(max, *(i.steps for i in found))) if len(found) > 1 else found[0].steps
     spans = {ref.name: same for ref in node.args[0]}
     return Timing((replace(found[0], steps=steps),), spans)
 
