@@ -74,7 +74,9 @@ CAUSAL = {
     "within frames": lambda c: nn.Conv3d(c, c, (1, 3, 3), padding=(0, 1, 1)),
     "layers of frames": lambda c: Layer(each_frame, a=nn.Conv2d(c, c, 3, padding=1)),
     "layer norm": lambda c: Layer(channels_last_norm, a=torch.randn(c)),
-    "normalised": lambda c: Layer(lambda m, x: F.normalize(x, dim=1) * m.a, a=torch.randn(c, 1, 1, 1)),
+    "normalised": lambda c: Layer(
+        lambda m, x: F.normalize(x, dim=1) * m.a, a=torch.randn(c, 1, 1, 1)
+    ),
     "group norm of frames": lambda c: Layer(each_frame, a=nn.GroupNorm(2, c)),
     "attention in a frame": lambda c: Layer(each_frame, a=attention(c, fused_attention)),
     "halved and doubled": lambda c: Layer(halved_and_doubled, a=nn.Conv3d(c, 2 * c, 1)),
@@ -93,7 +95,9 @@ AHEAD = {
     "reversed": lambda c: Layer(lambda m, x: x + x.flip(2)),
     "mean of frames": lambda c: Layer(lambda m, x: x - x.mean(2, keepdim=True)),
     "next frame": lambda c: Layer(lambda m, x: F.pad(x[:, :, 1:], (0, 0, 0, 0, 0, 1))),
-    "position in time": lambda c: Layer(lambda m, x: x + torch.arange(x.shape[2]).to(x)[:, None, None]),
+    "position in time": lambda c: Layer(
+        lambda m, x: x + torch.arange(x.shape[2]).to(x)[:, None, None]
+    ),
 }  # fmt: skip
 
 

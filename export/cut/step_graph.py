@@ -14,7 +14,7 @@ from fvae_deploy.export.cut.emit import PLACES, UPSAMPLED, VIEWED
 from fvae_deploy.export.cut.local import repeating
 from fvae_deploy.export.cut.lower import SAME, packet_name
 from fvae_deploy.export.cut.steps import Step
-from fvae_deploy.export.cut.timing import NotCausal, Timed
+from fvae_deploy.export.cut.timing import NotCausal, Timed, matrix_of
 from fvae_deploy.export.cut.timing_rules import frames_added
 from fvae_deploy.export.cut.trace import Node, Ref, Sized, aten
 
@@ -137,10 +137,13 @@ class StepEmitter:
             args[0 if name in ("full", "zeros", "ones") else 1] = sizes
         elif name.startswith(UPSAMPLED):
             args[1] = sizes[2:]
-        elif name == "native_group_norm":
-            args[3] = sizes[0]
         kwargs = {k: self._argument(node, v, low, high) for k, v in node.kwargs.items()}
         kwargs = {k: v for k, v in kwargs.items() if k not in PLACES}
+        if name == "native_group_norm":  # its form that takes any layout
+            x, weight, bias, *_, groups, eps = args
+            return self._call(aten.group_norm.default, x, groups, weight, bias, eps, False)
+        if name == "bmm" and (matrix := matrix_of(self.clock, node.args[1])) is not None:
+            return self._call(aten.matmul.default, args[0], self.fetch(matrix.name, 0, 1))
         if name == FLASH:
             query, key, value, *rest = args
             options = dict(zip(("dropout_p", "is_causal"), rest, strict=False)) | kwargs
@@ -159,7 +162,7 @@ class StepEmitter:
         ref, index = node.args
         parent = self.clock.nodes[ref.name]
         (source,) = self.plan.sources(node)
-        if packet_name(parent.target) == FLASH:
+        if packet_name(parent.target) in (FLASH, "native_group_norm"):
             return self._operand(node, ref, low, high)
         if source == ref.name:
             return self._call(operator.getitem, self._operand(node, ref, low, high), index)

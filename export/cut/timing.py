@@ -304,6 +304,16 @@ def statistic(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | 
     return Timing((Timed(axis, info.outer, info.inner, info.steps),), {name: same})
 
 
+def matrix_of(clock: Clock, ref: Ref) -> Ref | None:
+    """Return the matrix that a constant operand repeats for every item of a batch."""
+    rows, node = clock.shape(ref)[-2:], clock.nodes[ref.name]
+    if clock.info(ref) is not None:
+        return None
+    while packet_name(node.target) in ("expand", "view", "_unsafe_view", "unsqueeze"):
+        node = clock.nodes[node.args[0].name]
+    return Ref(node.name) if shape_of(node) == rows else None
+
+
 @rule("bmm", "mm", "addmm", "baddbmm")
 def product(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Multiply matrices frame by frame."""
@@ -317,7 +327,7 @@ def product(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | No
         batched and (right.axis, right.outer, right.inner) == (0, left.outer, left.inner)
     ):
         return None
-    if batched and not isinstance(right, Timed) and clock.shape(b)[0] != 1:
+    if batched and not isinstance(right, Timed) and matrix_of(clock, b) is None:
         return None
     steps = left.steps
     if isinstance(right, Timed):

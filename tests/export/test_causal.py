@@ -46,7 +46,7 @@ def agrees(network: Any, frames: int = 15, plane: tuple[int, int] = (8, 12)) -> 
 @given(
     layers=st.lists(st.sampled_from(list(CAUSAL)), min_size=1, max_size=4),
     residual=st.lists(st.booleans(), min_size=4, max_size=4),
-    frames=st.integers(0, 7),
+    frames=st.integers(1, 7),
     plane=st.tuples(*[st.integers(1, 3)] * 2),
     seed=st.integers(0, 99),
 )
