@@ -3,7 +3,8 @@
 The window is traced with TURNS latent frames, in which every step of the stream occurs. `timing.py`
 finds what is known in which step, and `steps.py` writes each step as a function. The stream is
 offered if the result of every step is known in that step, if the second and the third step are the
-same function of the same states, and if a longer window gives the same as the stream.
+same function of the same states, and if longer windows, the network's own among them, give the same
+as the stream.
 """
 
 from __future__ import annotations
@@ -68,11 +69,12 @@ class CausalStage(nn.Module):
         return run(self.network, x, *past)
 
 
-def causal_stage(network: nn.Module, pace: Pace, check: bool = True) -> CausalStage:
+def causal_stage(network: nn.Module, pace: Pace, check: bool = True, own: int = 0) -> CausalStage:
     """Find the stream of a network that maps a window to (result,).
 
     Raises NotCausal, with the reason, if there is none, and BundleError for code that cannot be
-    traced. Without `check`, the stream is not compared with the network.
+    traced. The stream is compared with the network on a window longer than the traced one, and on
+    the network's own window of `own` latent frames; without `check`, it is not compared.
     """
     graph = margins_last(trace_stage(network, pace.spec(TURNS)))
     clock = Clock(graph, pace.frames(TURNS, pace.encode))
@@ -97,7 +99,8 @@ def causal_stage(network: nn.Module, pace: Pace, check: bool = True) -> CausalSt
     functions = [type(torch.fx.GraphModule(network, e.graph)).forward for e in emitters[:2]]
     stage = CausalStage(network, *functions).eval()
     if check:
-        _confirm(network, stage, pace)
+        for turns in sorted({TURNS + LONGER, max(own, TURNS + LONGER)}):
+            _confirm(network, stage, pace, turns)
     return stage
 
 
@@ -134,9 +137,8 @@ def _reason(clock: Clock, graph: Graph) -> str:
     return "its frames need later slices"
 
 
-def _confirm(network: nn.Module, stage: CausalStage, pace: Pace) -> None:
-    """Raise NotCausal unless a window longer than the traced one gives what the stream gives."""
-    turns = TURNS + LONGER
+def _confirm(network: nn.Module, stage: CausalStage, pace: Pace, turns: int) -> None:
+    """Raise NotCausal unless a window of `turns` latent frames gives what the stream gives."""
     seeded = torch.Generator().manual_seed(0)
     x = torch.randn(pace.spec(turns).sized(1, *PLANE), generator=seeded)
     x = x.to(next(network.parameters()).dtype)
@@ -159,13 +161,13 @@ def _confirm(network: nn.Module, stage: CausalStage, pace: Pace) -> None:
 
 
 def causal_stages(
-    networks: Sequence[tuple[str, nn.Module, Pace]], check: bool = True
+    networks: Sequence[tuple[str, nn.Module, Pace]], check: bool = True, own: int = 0
 ) -> tuple[dict[str, CausalStage], str]:
     """Return the streams of both directions, or none and the reason."""
     found = {}
     for name, network, pace in networks:
         try:
-            found[name] = causal_stage(network, pace, check)
+            found[name] = causal_stage(network, pace, check, own)
         except (NotCausal, BundleError) as error:
             return {}, f"{name}: {error}"
     return found, ""

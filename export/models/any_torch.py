@@ -302,7 +302,7 @@ def _streams(
         name: Pace(name == "encode", count, g.spatial, g.temporal)
         for name, count in (("encode", g.channels), ("decode", g.latent_channels))
     }
-    streams, reason = causal_stages([(n, stages[n], paces[n]) for n in DIRECTIONS], check)
+    streams, reason = causal_stages([(n, stages[n], paces[n]) for n in DIRECTIONS], check, frames)
     if reason:
         logger.info("no causal stream: %s", reason)
     return streams

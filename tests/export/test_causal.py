@@ -89,6 +89,21 @@ def test_a_network_without_influence_between_slices_is_no_stream() -> None:
         causal_stage(Alone().eval().requires_grad_(False), PACE)
 
 
+def test_code_that_works_otherwise_in_its_own_window_is_no_stream() -> None:
+    class Chunks(Halving):
+        def forward(self, x: Any) -> tuple[Any]:
+            if x.shape[2] < 17:
+                return super().forward(x)
+            parts = [super().forward(x[:, :, :9])[0]]
+            parts.append(super().forward(x[:, :, 8:])[0][:, :, 1:])
+            return (torch.cat(parts, 2),)
+
+    network = seeded(lambda: Chunks([CAUSAL["zeros in front"](4)], [True]))
+    causal_stage(network, PACE)
+    with pytest.raises(NotCausal, match="another result than its windows"):
+        causal_stage(network, PACE, own=9)
+
+
 VAE = '''
 import torch
 import torch.nn.functional as F
