@@ -4,8 +4,8 @@
                                        encode(x) and decode(z) on [1, C, T, H, W]
 
 The network runs unchanged, a whole window at a time: nothing is folded, and there is no state.
-Where its graph is that of a causal stream, it runs step by step instead, with the same results
-(export/cut/causal.py); windows stay its default protocol.
+Where the factory sets `as_stream = True` on it, its graph is turned into a causal stream with the
+same results (export/cut/causal.py); windows stay its default protocol.
 
 encode and decode may return a tensor, an output object of diffusers, a distribution (its mode is
 taken) or a tuple that begins with one of these.
@@ -18,7 +18,6 @@ Importing the factory runs the user's own code; weights are only read as tensors
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +38,6 @@ from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNo
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
 
-logger = logging.getLogger("fvae")
 PROBE = (32, 64)  # height and width of the clip for the first run, in pixels
 ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 UNKNOWN = 1 << 16  # latent frames: a stream is entered at its start alone
@@ -131,7 +129,8 @@ def load(
     unused = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
     _drop_unused(stages, unused, values=True)
     config: dict[str, Any] = {"factory": factory, "channels": own_channels, "without": unused}
-    streams = _streams(stages, geometry, check=True)
+    wanted = getattr(encoder, "as_stream", False) is True
+    streams = _streams(stages, geometry, check=True) if wanted else {}
     if streams:
         config["causal"] = True
         geometry = replace(geometry, first_slices=1, first_frames=1, published="windows")
@@ -164,8 +163,6 @@ def rebuild(
             networks = _build_pair(str(config["factory"]))
             stages = _stages(networks, config["channels"], geometry)
             streams = _streams(stages, geometry, check=False) if config.get("causal") else {}
-            if config.get("causal") and not streams:
-                raise BundleError("expected the causal network of the export, found another")
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs this code: use --engine openvino or onnxruntime"
@@ -292,19 +289,24 @@ def _stages(
 def _streams(
     stages: Mapping[str, Stage], geometry: Geometry, check: bool
 ) -> dict[str, CausalStage]:
-    """Return both stages as causal streams; none if one of them is no stream."""
+    """Return both stages as causal streams; raises BundleError if one of them is no stream."""
     g = geometry
     frames = (g.window - 1) // g.temporal + 1
     whole = (g.window - 1) % g.temporal == 0 and (g.first_slices == 1 or g.first_frames == frames)
-    if g.temporal < 2 or g.window < 2 or not whole:
-        return {}
+    reason = f"a window of {g.window} slices, not of 1 + {g.temporal} n"
     paces = {
         name: Pace(name == "encode", count, g.spatial, g.temporal)
         for name, count in (("encode", g.channels), ("decode", g.latent_channels))
     }
-    streams, reason = causal_stages([(n, stages[n], paces[n]) for n in DIRECTIONS], check, frames)
-    if reason:
-        logger.info("no causal stream: %s", reason)
+    streams: dict[str, CausalStage] = {}
+    if g.temporal > 1 and g.window > 1 and whole:
+        named = [(n, stages[n], paces[n]) for n in DIRECTIONS]
+        streams, reason = causal_stages(named, check, frames)
+    if not streams:
+        raise BundleError(
+            f"expected a network that is causal in time, since its factory sets as_stream, found "
+            f"{reason}: remove as_stream from the factory"
+        )
     return streams
 
 

@@ -15,6 +15,7 @@ from cut_layers import apart, seeded  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
 from fvae_deploy.export.cut.causal import CausalStage, Pace, causal_stage  # noqa: E402
 from fvae_deploy.export.cut.timing import NotCausal  # noqa: E402
@@ -151,7 +152,9 @@ class VAE(nn.Module):
 
 def load():
     torch.manual_seed(0)
-    return VAE()
+    network = VAE()
+    network.as_stream = True
+    return network
 '''
 
 
@@ -203,9 +206,17 @@ def test_a_stream_is_entered_at_its_start(exported: Any) -> None:
     assert schedule.enter(planned, 20, context) == 0
 
 
-def test_windows_without_a_stream_stay_windows(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_stream_that_is_none_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     code = VAE.replace("return self.outer(y)", "return self.outer(y) + y.mean((1, 2), True)")
     (tmp_path / "window_only_vae.py").write_text(code)
+    (tmp_path / "window_vae_too.py").write_text(code.replace("network.as_stream", "network.other"))
     monkeypatch.syspath_prepend(tmp_path)
-    model, _ = load("window_only_vae:load", window=5)
+    with pytest.raises(BundleError, match="decode: mean needs all slices.*remove as_stream"):
+        load("window_only_vae:load", window=5)
+    model, _ = load("window_vae_too:load", window=5)
     assert (model.kinds, model.geometry.protocols) == (("first",), ("windows",))
+
+
+def test_a_window_of_another_length_is_no_stream(exported: Any) -> None:
+    with pytest.raises(BundleError, match="as_stream"):
+        load("causal_vae:load", window=1)
