@@ -211,12 +211,7 @@ def test_a_stream_that_is_none_is_refused(tmp_path: Path, monkeypatch: Any) -> N
     (tmp_path / "window_only_vae.py").write_text(code)
     (tmp_path / "window_vae_too.py").write_text(code.replace("network.as_stream", "network.other"))
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BundleError, match="decode: mean needs all slices.*remove as_stream"):
+    with pytest.raises(BundleError, match=r"decode: .* slices.*remove as_stream"):
         load("window_only_vae:load", window=5)
     model, _ = load("window_vae_too:load", window=5)
     assert (model.kinds, model.geometry.protocols) == (("first",), ("windows",))
-
-
-def test_a_window_of_another_length_is_no_stream(exported: Any) -> None:
-    with pytest.raises(BundleError, match="as_stream"):
-        load("causal_vae:load", window=1)
