@@ -28,6 +28,7 @@ class Geometry:
     window: int  # slices of one window in the `windows` protocol
     first_slices: int = 1
     first_frames: int = 1
+    published: str = "causal"  # the protocol that a network with both runs by default
 
     def slices(self, frames: int) -> int:
         """Return the number of slices that the first `frames` latent frames represent."""
@@ -36,7 +37,9 @@ class Geometry:
     @property
     def protocols(self) -> tuple[str, ...]:
         """Protocols that the network supports, its own first."""
-        return ("windows",) if self.first_slices > 1 else ("causal", "windows")
+        if self.first_slices > 1:
+            return ("windows",)
+        return ("windows", "causal") if self.published == "windows" else ("causal", "windows")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ class Manifest(Bundle):
         window, model = (i.hu_min, i.hu_max), (i.model_min, i.model_max)
         return super().rules() | {
             "segments and passes of maps that are there": all(p.sound() for p in self.programs),
-            "a geometry of at least 1": min(dataclasses.astuple(g)) >= 1,
+            "a geometry of at least 1": min(dataclasses.astuple(g)[:-1]) >= 1,
+            "causal or windows as the published protocol": g.published in ("causal", "windows"),
             "a shift and a scale for every latent channel": len(channels) == 1,
             "finite shifts, and finite scales other than 0": all(self.latent.scale)
             and all(map(math.isfinite, (*self.latent.shift, *self.latent.scale))),

@@ -59,7 +59,7 @@ def parts_of(model: Model) -> tuple[Part, ...]:
                     outputs=outputs,
                     scale=scale,
                     halo=analysis.halo,
-                    context=analysis.context,
+                    context=analysis.context if model.context is None else model.context,
                     mac_per_cell=_cost(network, kind, inputs, analysis),
                     whole=analysis.whole,
                 )

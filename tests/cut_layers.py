@@ -103,6 +103,13 @@ def attention(c: int, function: Any) -> Any:
     return Layer(function, q=weight(c, c), k=weight(c, c), v=weight(c, c))
 
 
+def products(m: Any, x: Any) -> Any:
+    """Every place with every other one, reshaped in a way that no rule follows."""
+    y = tokens(x).mean(-1)
+    pairs = (y[:, :, None] * y[:, None]).tanh()
+    return x + pairs.flip(1).amax(1).reshape(x.shape[0], 1, *x.shape[-2:])
+
+
 def reverse_rows(m: Any, x: Any) -> Any:
     return x + x.flip(-2)
 
@@ -154,6 +161,7 @@ PLAIN = {
     ),
 }  # fmt: skip
 WHOLE = {
+    "products of places": lambda c: Layer(products),
     "reversed": lambda c: Layer(reverse_rows),
     "column sums": lambda c: Layer(lambda m, x: x - x.mean(-1, keepdim=True)),
     "position": lambda c: Layer(lambda m, x: x + torch.arange(x.shape[-1], dtype=x.dtype) / 9),
@@ -239,6 +247,42 @@ def over_time(m: Any, x: Any) -> Any:
     return x + y.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2)
 
 
+def to_the_past(m: Any, x: Any) -> Any:
+    """Attention over the frames of every cell, masked by a triangle of the input's type."""
+    b, c, t, h, w = x.shape
+    mask = torch.tril(x.new_ones(t, t)).bool()
+    y = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, 1, t, c)
+    y = F.scaled_dot_product_attention(y @ m.q, y @ m.k, y @ m.v, attn_mask=mask)
+    return x + y.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2)
+
+
+def frame_by_frame(m: Any, x: Any) -> Any:
+    """Attention over all tokens of this frame and of earlier ones, by an expanded mask."""
+    b, _, t, h, w = x.shape
+    frame = torch.arange(1, t + 1, dtype=torch.int32).repeat_interleave(h * w)
+    keys, queries = frame.view(1, -1).expand(t * h * w, -1), frame.view(-1, 1).expand(-1, t * h * w)
+    mask = torch.where(keys <= queries, 0, -float("inf")).to(x.dtype)
+    mask = mask.unsqueeze(0).expand(b, -1, -1)[:, None]
+    q, k, v = (tokens(x)[:, None] @ getattr(m, n) for n in "qkv")
+    return x + back(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0], x)
+
+
+def written_mask(m: Any, x: Any) -> Any:
+    """The same with scores, mask and softmax written out."""
+    t, h, w = x.shape[2:]
+    frame = torch.arange(t).repeat_interleave(h * w)
+    mask = torch.zeros((), dtype=x.dtype).masked_fill(frame[:, None] < frame[None], -float("inf"))
+    q, k, v = (tokens(x) @ getattr(m, n) for n in "qkv")
+    return x + back((q @ k.transpose(-1, -2) + mask).softmax(-1) @ v, x)
+
+
+def chosen(m: Any, x: Any) -> Any:
+    """Every other frame, taken by a list, beside an average of two; a split into one piece."""
+    (first,) = x[:, :, [0, 2]].split(8, dim=0)
+    second = F.avg_pool3d(x, (2, 1, 1))
+    return torch.stack([first, second], dim=3).reshape(x.shape) + torch.full_like(x, 0.1)
+
+
 def windows(m: Any, x: Any) -> Any:
     """Attention inside squares of 2x2 elements."""
     b, c, t, h, w = x.shape
@@ -270,6 +314,10 @@ MOVING = {
     "attention in a frame": lambda c: Layer(each_frame, a=attention(c, fused_attention)),
     "attention over all": lambda c: attention(c, written_attention),
     "attention over time": lambda c: attention(c, over_time),
+    "attention to the past": lambda c: attention(c, to_the_past),
+    "attention frame by frame": lambda c: attention(c, frame_by_frame),
+    "attention with a written mask": lambda c: attention(c, written_mask),
+    "chosen frames": lambda c: Layer(chosen),
     "attention in windows": lambda c: attention(c, windows),
     "silu": lambda c: nn.SiLU(),
 }  # fmt: skip

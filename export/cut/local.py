@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 from fvae_deploy.export.cut.axes import SIZES, Atom, Axis, constant, size
-from fvae_deploy.export.cut.lower import Lowering, NotLocal, Op, rule
-from fvae_deploy.export.cut.trace import Node, Sized
+from fvae_deploy.export.cut.lower import Lowering, NotLocal, Op, packet_name, rule
+from fvae_deploy.export.cut.trace import Node, Sized, aten
 from fvae_deploy.export.cut.views import is_plain, made
 
 
@@ -53,8 +53,18 @@ def pool(state: Lowering, node: Node) -> Op:
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
 @rule("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 def nearest(state: Lowering, node: Node) -> Op:
-    """Repeat every element a whole number of times."""
-    return _resized(state, node, 0)
+    """Repeat every element a whole number of times, for which both forms are the same."""
+    op = _resized(state, node, 0)
+    op.target = repeating(op.target)
+    return op
+
+
+def repeating(target: Any) -> Any:
+    """Return the form of a resize to the nearest element that every exporter knows."""
+    name = packet_name(target)
+    if not name.startswith("_upsample_nearest_exact"):
+        return target
+    return getattr(aten, name.replace("_upsample_nearest_exact", "upsample_nearest")).default
 
 
 @rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")

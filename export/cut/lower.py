@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fvae_deploy.export.cut.axes import Axes, by_size, gathered, layout, padded, size, spatial
+from fvae_deploy.export.cut.axes import (
+    Axes,
+    by_size,
+    constant,
+    gathered,
+    layout,
+    padded,
+    size,
+    spatial,
+)
 from fvae_deploy.export.cut.trace import Graph, Node, Ref, Sized, aten
 
 
@@ -49,6 +58,7 @@ Rule = Callable[["Lowering", Node], Op]
 RULES: dict[str, Rule] = {}
 VIEWS = {"view", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand"}
 VIEWS |= {"split", "split_with_sizes", "unbind", "item", "select", "clone"}
+TABLE_VIEWS = {"view", "_unsafe_view", "unsqueeze", "expand", "clone", "_to_copy", "full"}
 SAME = {"alias", "detach", "lift_fresh", "lift_fresh_copy"}
 
 
@@ -130,6 +140,35 @@ class Lowering:
         stored = self.add(f"{op.name}_all", "gather", (ref,), axes)
         back = regroup(axes, op.axes[0])
         return self.add(f"{op.name}_tokens", aten.view.default, (stored, None), back, cheap=True)
+
+    def whole_last(self, ref: Ref) -> Ref:
+        """Return a table, such as a mask, whose last axis covers the whole plane.
+
+        It is computed again from numbers that do not depend on the input. Raises NotLocal if it
+        depends on the input, or is made by anything but elementwise operations and views.
+        """
+        op = self.ops[ref.name]
+        axes = op.axes[0]
+        if not axes or not spatial(axes[-1:]):
+            return ref
+        alone = not spatial(axes[:-1])  # no other axis is cut, so that all of the table is whole
+        name = packet_name(op.target)
+        known = name in TABLE_VIEWS or torch.Tag.pointwise in getattr(op.target, "tags", ())
+        if op.data or op.whole or not known:
+            raise NotLocal("its mask covers the plane, and is not made of constants alone")
+        args = list(op.args)
+        for i, given in enumerate(args):
+            if not isinstance(given, Ref):
+                continue
+            old = self.axes(given)
+            if not alone and name in VIEWS and old[-1:] not in (axes[-1:], ((),)):
+                raise NotLocal("its mask covers the plane, and is reshaped")
+            args[i] = self.whole_last(given)
+        stored = gathered(layout(axes[-1:]))
+        if stored is None:
+            raise NotLocal("its mask has rows and columns apart")
+        last = regroup(stored, axes[-1:])
+        return self.add(f"{op.name}_all", op.target, args, (*axes[:-1], *last), kwargs=op.kwargs)
 
     def _spatial_inputs(self, op: Op) -> list[str]:
         return [n for n in op.inputs if spatial(self.ops[n].axes[0]) and self.ops[n].data]
@@ -216,6 +255,8 @@ def _lowered(state: Lowering, node: Node) -> Any:
         return state.append(_whole(state, node, place))
     try:
         made = _rule_of(node)(state, node)
+        if isinstance(made, Op) and made.data and crossed(made):
+            raise NotLocal("its result has rows or columns twice")
     except NotLocal as error:
         for name in set(state.ops) - set(before):
             del state.ops[name]
@@ -223,6 +264,12 @@ def _lowered(state: Lowering, node: Node) -> Any:
     if isinstance(made, list):
         return made
     return Ref(made.name) if state.ops.get(made.name) is made else state.append(made)
+
+
+def crossed(op: Op) -> bool:
+    """Return whether a result has rows or columns in two axes: a tile is only its diagonal."""
+    kinds = ([a.kind for axis in axes for a in axis if a.kind in ("h", "w")] for axes in op.axes)
+    return any(len(found) > len(set(found)) for found in kinds)
 
 
 def _rule_of(node: Node) -> Rule:
@@ -233,7 +280,13 @@ def _rule_of(node: Node) -> Rule:
         return RULES["pointwise"]
 
     def unknown(state: Lowering, node: Node) -> Op:
-        raise NotLocal("this operation is not known to be local")
+        inputs = [axes for n in node.inputs for axes in state.ops[n].axes]
+        results = [tuple(constant(n) for n, _, _ in shape) for shape in node.shapes]
+        alike = all(len(set(triple)) == 1 for shape in node.shapes for triple in shape)
+        if any(a.kind for axes in inputs for axis in axes for a in axis) or not alike:
+            raise NotLocal("this operation is not known to be local")
+        facts: Any = {"several": True, "kwargs": node.kwargs}  # the same in every tile
+        return state.make(node.name, node.target, node.args, tuple(results), **facts)
 
     return unknown
 

@@ -321,14 +321,16 @@ def attention(state: Lowering, node: Node) -> Any:
     options = dict(zip(("dropout_p", "is_causal"), rest, strict=False)) | dict(node.kwargs)
     mask = options.pop("attn_mask", None)
     if spatial([state.axes(key)[-2]]):
-        if mask is not None or options.get("is_causal"):
-            raise NotLocal("its mask covers the plane")
+        if options.get("is_causal"):
+            raise NotLocal("its mask orders the cells of the plane")
         key, value = state.whole(key), state.whole(value)
+        mask = state.whole_last(mask) if mask is not None else None
     q, k, v = (state.axes(each) for each in (query, key, value))
     if spatial([q[-1], v[-1], k[-2]]):
         raise NotLocal("its channels are rows or columns")
-    if mask is not None and spatial(state.axes(mask)):
-        raise NotLocal("its mask covers the plane")
+    scores = (*q[:-1], k[-2])
+    if mask is not None and broadcast([state.axes(mask), scores]) != scores:
+        raise NotLocal("its mask is of other places")
     if not q[:-2] == k[:-2] == v[:-2]:
         raise NotLocal("its queries and keys are of different places")
     args = (query, key, value, mask)

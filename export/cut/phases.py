@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fvae_deploy.export.cut.axes import padded, spatial
-from fvae_deploy.export.cut.lower import BundleMisfit, Op
+from fvae_deploy.export.cut.lower import BundleMisfit, Op, crossed
 
 BEFORE = -1  # the phase of the stage's input
 FAR = 6  # elements that a phase may reach before it ends where the graph is narrow
@@ -50,6 +50,8 @@ def split(ops: dict[str, Op], result: str) -> list[Phase]:
     for op in (ops[name] for name in stored):
         if padded(op.axes[0]):
             raise BundleMisfit(f"{op.name} is a map with elements beyond the plane")
+        if crossed(op):
+            raise BundleMisfit(f"{op.name} is a map that has rows or columns twice")
     return phases[::-1]
 
 

@@ -55,7 +55,11 @@ def confirm(network: nn.Module, part: Part, cut: Cut) -> None:
     x = x.to(next(network.parameters()).dtype)
     with torch.no_grad():
         expected = network(x)[0]
-    found = run_plain(cut, x, tuple(expected.shape), PLANE, TILE)
+    try:
+        found = run_plain(cut, x, tuple(expected.shape), PLANE, TILE)
+    except RuntimeError as error:  # of torch
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"expected segments of {part.stage} that run, found: {reason}") from error
     if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
         raise BundleError(
             f"expected segments of {part.stage} that give what the stage gives, found others"

@@ -23,6 +23,7 @@ from fvae_deploy.export.bundle import TensorSpec
 from fvae_deploy.export.cut.axes import SIZES, Triple
 
 aten = torch.ops.aten
+FILLED = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,12 @@ class _Recorder(TorchDispatchMode):
             packet = str(func.overloadpacket).rpartition(".")[2]
             name = f"{packet}_{len(self.calls)}"
             given = tree_map(self._reference, (args, dict(kwargs or {})))
+            if packet in FILLED:  # its type may be that of an argument, which it otherwise ignores
+                given[1].setdefault("dtype", tensors[0].dtype)
             shapes = [tuple(t.shape) if isinstance(t, Tensor) else () for t in leaves]
             self.calls.append(_Call(name, func, given[0], given[1], shapes))
             for i, tensor in enumerate(leaves):
-                if isinstance(tensor, Tensor) and len(leaves) > 1:
+                if isinstance(tensor, Tensor) and tensor is not results:
                     item = _Call(f"{name}_{i}", "item", (Ref(name), i), {}, [shapes[i]])
                     self.calls.append(item)
                     self._remember(tensor, item.name)

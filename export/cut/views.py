@@ -17,8 +17,8 @@ from fvae_deploy.export.cut.axes import (
     size,
     spatial,
 )
-from fvae_deploy.export.cut.lower import Lowering, NotLocal, Op, rule
-from fvae_deploy.export.cut.trace import Node, Ref, Sized
+from fvae_deploy.export.cut.lower import Lowering, NotLocal, Op, packet_name, rule
+from fvae_deploy.export.cut.trace import Node, Ref, Sized, aten
 
 
 def made(state: Lowering, node: Node, axes: Axes, **facts: Any) -> Op:
@@ -66,9 +66,32 @@ def pointwise(state: Lowering, node: Node) -> Op:
     many = [state.axes(a) for a in node.args if isinstance(a, Ref)]
     axes = broadcast(many)
     if axes is None:
-        raise NotLocal("it combines maps of different places")
+        node, axes = _matched(state, node)
     maps = {a.name for a in node.args if isinstance(a, Ref) and spatial(state.axes(a))}
     return made(state, node, axes, cheap=len(maps) < 2)
+
+
+def _matched(state: Lowering, node: Node) -> tuple[Node, Axes]:
+    """Return a node whose operands have axes that fit, and its axes.
+
+    An axis that was expanded is known by its size alone, and is broadcast instead. A mask on scores
+    of whole keys covers the whole plane too. Raises NotLocal if that does not help.
+    """
+    refs = [a for a in node.args if isinstance(a, Ref)]
+    whole = any(atom.kind == "n" for a in refs for atom in (state.axes(a) or ((),))[-1])
+
+    def fitting(value: Any) -> Any:
+        if not isinstance(value, Ref):
+            return value
+        if packet_name(state.ops[value.name].target) == "expand":
+            value = state.ops[value.name].args[0]
+        return state.whole_last(value) if whole else value
+
+    args = tuple(map(fitting, node.args))
+    axes = broadcast([state.axes(a) for a in args if isinstance(a, Ref)])
+    if axes is None or tuple(map(size, axes)) != node.shapes[0]:
+        raise NotLocal("it combines maps of different places")
+    return replace(node, args=args), axes
 
 
 @rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten")
@@ -120,14 +143,26 @@ def expand(state: Lowering, node: Node) -> Op:
     return made(state, node, tuple(axes), cheap=True)
 
 
-@rule("full", "zeros", "ones", "new_zeros", "new_ones", "new_full", "scalar_tensor")
-@rule("zeros_like", "ones_like", "full_like")
+@rule("full", "zeros", "ones", "scalar_tensor")
 def filled(state: Lowering, node: Node) -> Op:
     """Make a tensor of one number."""
     axes = by_size(node.shapes[0])
     if axes is None:
         raise NotLocal("its size fits no cells")
     return made(state, node, axes, cheap=True)
+
+
+@rule("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+def filled_like(state: Lowering, node: Node) -> Op:
+    """Make a tensor of one number, whose size or type are those of another tensor."""
+    name = packet_name(node.target)
+    axes = state.axes(node.args[0]) if name.endswith("like") else by_size(node.shapes[0])
+    if axes is None:
+        raise NotLocal("its size fits no cells")
+    number = node.args[-1] if "full" in name else int("ones" in name)
+    kwargs = {"dtype": node.kwargs["dtype"]}
+    args = (None, number)  # the size is that of the axes
+    return state.make(node.name, aten.full.default, args, axes, kwargs=kwargs, cheap=True)
 
 
 @rule("repeat")
@@ -219,6 +254,21 @@ def along_constants(state: Lowering, node: Node) -> Op:
         raise NotLocal("it runs along rows or columns")
     new = (constant(shape[i][0]) if i in inside else axis for i, axis in enumerate(old))
     return made(state, node, tuple(new))
+
+
+@rule("index")
+def index(state: Lowering, node: Node) -> Op:
+    """Take elements of one constant axis by a list of numbers."""
+    x, numbers = node.args
+    old = state.axes(x)
+    given = [(i, ref) for i, ref in enumerate(numbers) if ref is not None]
+    ((dim, chosen),) = given if len(given) == 1 else ((None, None),)
+    if dim is None or not is_plain(old[dim]) or len(state.axes(chosen)) > 1:
+        raise NotLocal("it takes some rows or columns only")
+    if spatial(state.axes(chosen)):
+        raise NotLocal("it takes elements by numbers that depend on the plane")
+    result = constant(node.shapes[0][dim][0])
+    return made(state, node, (*old[:dim], result, *old[dim + 1 :]))
 
 
 @rule("slice")

@@ -4,6 +4,9 @@
                                        encode(x) and decode(z) on [1, C, T, H, W]
 
 The network runs unchanged, a whole window at a time: nothing is folded, and there is no state.
+Where the factory sets `as_stream = True` on it, its graph is turned into a causal stream with the
+same results (export/cut/causal.py); windows stay its default protocol.
+
 encode and decode may return a tensor, an output object of diffusers, a distribution (its mode is
 taken) or a tuple that begins with one of these.
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,14 @@ from torch.utils._pytree import tree_leaves
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
 from fvae_deploy.export.bundle import Network, Source, sha256
+from fvae_deploy.export.cut.causal import CausalStage, Pace, causal_stages
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
 
 PROBE = (32, 64)  # height and width of the clip for the first run, in pixels
 ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+UNKNOWN = 1 << 16  # latent frames: a stream is entered at its start alone
 NOISE = 1e-4  # allowed rounding difference of two equal runs, relative to the largest value
 
 
@@ -122,7 +128,12 @@ def load(
     stages = _stages((encoder, decoder), own_channels, geometry)
     unused = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
     _drop_unused(stages, unused, values=True)
-    config = {"factory": factory, "channels": own_channels, "without": unused}
+    config: dict[str, Any] = {"factory": factory, "channels": own_channels, "without": unused}
+    wanted = getattr(encoder, "as_stream", False) is True
+    streams = _streams(stages, geometry, check=True) if wanted else {}
+    if streams:
+        config["causal"] = True
+        geometry = replace(geometry, first_slices=1, first_frames=1, published="windows")
     return Model(
         network=Network("any_torch", config),
         geometry=geometry,
@@ -130,9 +141,10 @@ def load(
         latent=LatentNormalisation(
             (0.0,) * geometry.latent_channels, (1.0,) * geometry.latent_channels
         ),
-        stages=stages,
-        kinds=("first",),
+        stages=streams or stages,
+        kinds=("first", "step") if streams else ("first",),
         foreign=True,
+        context=UNKNOWN if streams else None,
     ), source
 
 
@@ -150,12 +162,13 @@ def rebuild(
         with torch.device("cpu"):  # tensors that are not weights need their values
             networks = _build_pair(str(config["factory"]))
             stages = _stages(networks, config["channels"], geometry)
+            streams = _streams(stages, geometry, check=False) if config.get("causal") else {}
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs this code: use --engine openvino or onnxruntime"
         ) from error
     _drop_unused(stages, config["without"], values=False)
-    return dict(stages)
+    return dict(streams or stages)
 
 
 def _check_numbers(window: int, intensity: tuple[float, float]) -> None:
@@ -271,6 +284,30 @@ def _stages(
         name: Stage(network, name, channels, gray).eval().requires_grad_(False)
         for name, network in zip(DIRECTIONS, networks, strict=True)
     }
+
+
+def _streams(
+    stages: Mapping[str, Stage], geometry: Geometry, check: bool
+) -> dict[str, CausalStage]:
+    """Return both stages as causal streams; raises BundleError if one of them is no stream."""
+    g = geometry
+    frames = (g.window - 1) // g.temporal + 1
+    whole = (g.window - 1) % g.temporal == 0 and (g.first_slices == 1 or g.first_frames == frames)
+    reason = f"a window of {g.window} slices, not of 1 + {g.temporal} n"
+    paces = {
+        name: Pace(name == "encode", count, g.spatial, g.temporal)
+        for name, count in (("encode", g.channels), ("decode", g.latent_channels))
+    }
+    streams: dict[str, CausalStage] = {}
+    if g.temporal > 1 and g.window > 1 and whole:
+        named = [(n, stages[n], paces[n]) for n in DIRECTIONS]
+        streams, reason = causal_stages(named, check, frames)
+    if not streams:
+        raise BundleError(
+            f"expected a network that is causal in time, since its factory sets as_stream, found "
+            f"{reason}: remove as_stream from the factory"
+        )
+    return streams
 
 
 class _ReadTracker(TorchDispatchMode):

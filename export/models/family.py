@@ -55,7 +55,8 @@ class Model:
     *state) that takes no state with the first frames. `kinds` are the parts of every stage: a
     causal network has "first" and "step", one without state has one of them. `any_step` says
     whether a step may take several latent frames at once. `foreign` marks other people's code:
-    if it proves not to be local, it gets the whole plane instead of an error.
+    if it proves not to be local, it gets the whole plane instead of an error. `context` is how many
+    latent frames back its results reach, where that does not follow from its convolutions.
     """
 
     network: Network
@@ -67,6 +68,7 @@ class Model:
     any_step: bool = False
     foreign: bool = False
     averaging: Averaging = AVERAGED
+    context: int | None = None
 
 
 def rebuild(manifest: Bundle) -> dict[str, nn.Module]:

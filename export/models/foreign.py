@@ -100,7 +100,7 @@ def call(network: Any, direction: str, x: Tensor) -> Tensor:
             "the factory"
         ) from error
     result = returned[0] if isinstance(returned, tuple | list) and returned else returned
-    for name in ("latent_dist", "latents", "sample", "mode", "mean"):
+    for name in ("latent_dist", "latents", "latent", "sample", "mode", "mean"):
         if isinstance(result, Tensor):
             break
         inner = getattr(result, name, None)

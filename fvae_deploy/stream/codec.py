@@ -216,7 +216,8 @@ class Codec(Opened[Manifest]):
     def _steps(self, slices: int, k: int | None) -> list[schedule.Step]:
         geometry = self.manifest.geometry
         k = self.manifest.check_step(k)
-        return schedule.steps(slices, geometry.protocols[0], k, geometry)
+        protocol = "causal" if "causal" in geometry.protocols else "windows"  # a clip is one run
+        return schedule.steps(slices, protocol, k, geometry)
 
 
 def open_codec(

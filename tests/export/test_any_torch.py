@@ -347,7 +347,7 @@ def test_geometry_is_measured_by_running_the_network(
     theirs: Any, factory: str, window: int, channels: int | None, geometry: tuple[int, ...]
 ) -> None:
     model, source = load(f"their_vae:{factory}", window=window, channels=channels)
-    assert tuple(vars(model.geometry).values()) == geometry
+    assert tuple(vars(model.geometry).values())[:7] == geometry
     assert model.geometry.protocols == ("windows",)
     assert model.kinds == ("first",)
     assert source.id == f"their_vae:{factory}"
