@@ -3,6 +3,7 @@
 tools/x.safetensors, LeanVAE-dim16.ckpt     LeanVAE's weights with their configuration
 folder/ with config.json                    diffusers' format
 folder/taef2, taef2_encoder.pth, ...        tiny autoencoders in their author's files
+vidtok_kl_causal_488_4chn.ckpt              VidTok's weights, with the name that tells their version
 hf:OWNER/NAME/path@REVISION                 either of them from a hub
 wan2.1, leanvae16, ...                      the same, by a name that `fvae models` lists
 package.module:factory                      any torch VAE
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from fvae_deploy.errors import BundleError, UsageError
-from fvae_deploy.export import author_files
+from fvae_deploy.export import author_files, vidtok_files
 from fvae_deploy.export.bundle import Source, sha256
 from fvae_deploy.export.checkpoint import load_checkpoint, load_safetensors
 from fvae_deploy.export.draft import LoadedModel
@@ -93,9 +94,11 @@ def load(
         )
     place = entry.hub if entry is not None else text
     path, pinned = fetch(place, progress) if is_hub_id(place) else (Path(place), None)
-    files = author_files.find(path)
+    files, tensors = author_files.find(path), vidtok_files.find(path)
     if files is not None:
         loaded = _tiny(files, gray, clamped)
+    elif tensors is not None:
+        loaded = _vidtok(path, tensors, gray, clamped)
     else:
         loaded = (_diffusers if path.is_dir() else _lean_vae)(path, gray, clamped)
     if entry is not None:
@@ -192,6 +195,15 @@ def _tiny(files: author_files.AuthorFiles, gray: bool, clamped: bool) -> LoadedM
         ) from None
     source = Source(files.id, "", files.sha256)
     return LoadedModel(model, source, files.name, "tiny autoencoder, slice by slice", UNKNOWN)
+
+
+def _vidtok(path: Path, tensors: dict[str, torch.Tensor], gray: bool, clamped: bool) -> LoadedModel:
+    """Load a causal VidTok."""
+    from fvae_deploy.export.models.vidtok import vidtok_model
+
+    model = vidtok_model(vidtok_files.load(path, tensors), 1 if gray else None, clamped)
+    source = Source(path.name, "", sha256(path))
+    return LoadedModel(model, source, path.stem, "VidTok", UNKNOWN)
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

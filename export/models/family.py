@@ -41,6 +41,7 @@ FAMILIES = {
     "tiny": "tiny_autoencoder",
     "tae": "tae",
     "ltx": "ltx",
+    "vidtok": "vidtok",
     "any_torch": "any_torch",
     "denoiser": "denoiser_parts",
 }

@@ -32,22 +32,11 @@ from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNo
 from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.slicewise import channels_of, fold_pixels
+from fvae_deploy.export.models.tape import Tape, TapedStage
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
 CLASSES = ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video")
 WINDOW = 65
-
-
-class Tape:
-    """The states of one run of a stage: those of the past, in order, and the next ones."""
-
-    def __init__(self) -> None:
-        self.past: list[Tensor] = []
-        self.next: list[Tensor] = []
-
-    def begin(self, past: tuple[Tensor, ...]) -> None:
-        """Start a run; without a past it is the first of a stream, or a window."""
-        self.past, self.next = list(past), []
 
 
 class Convolution(nn.Module):
@@ -165,21 +154,6 @@ class Unscale(nn.Module):
         return z * self.scale + self.shift
 
 
-class LtxStage(nn.Module):
-    """Consecutive layers as one function of data and, in a causal network, state."""
-
-    def __init__(self, layers: list[nn.Module], tape: Tape, stream: bool) -> None:
-        super().__init__()
-        self.layers, self.tape, self.stream = nn.ModuleList(layers), tape, stream
-
-    def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Map data [1, C, T, H, W] and states [1, C, 1 or 2, H, W] to (data, *states)."""
-        self.tape.begin(past)
-        for layer in self.layers:
-            x = layer(x)
-        return (x, *self.tape.next) if self.stream else (x,)
-
-
 def ltx_model(model: Any, channels: int | None = None, clamped: bool = False) -> Model:
     """Cut the network into stages, folding it in place; `channels` is 1 for gray.
 
@@ -295,7 +269,7 @@ def _stages(
         for i, layers in enumerate(cut):
             tape = Tape()
             replaced = [_replaced(layer, tape, causal) for layer in layers]
-            stages[f"{direction}{i}"] = LtxStage(replaced, tape, stream)
+            stages[f"{direction}{i}"] = TapedStage(replaced, tape, stream)
     return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
 
 

@@ -53,7 +53,11 @@ class Doubling(nn.Module):
             for i in (0, 1)
             for j in (0, 1)
         ]  # [k, D, H, W] each
-        return F.pixel_shuffle(torch.stack(positions, dim=2).flatten(1, 2), 2)
+        # The positions stay whole among the channels: OpenVINO then keeps its layout, channels
+        # last, where a pixel shuffle of interleaved channels would have it reorder every map.
+        y = torch.cat(positions, dim=1).unflatten(1, (2, 2, -1))  # [k, i, j, D, H, W]
+        doubled: Tensor = y.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+        return doubled
 
 
 def channels_of(config: Mapping[str, Any], channels: int | None) -> int:

@@ -168,10 +168,13 @@ def check_vae(denoiser: Denoiser, codec: Codec) -> None:
 
 def check_parts(sampling: Sampling, codec: Codec) -> None:
     """Raise BundleError if the VAE cannot do what is to be done as published."""
-    if "clamp" in sampling.as_published and codec.manifest.geometry.channels == 1:
+    manifest = codec.manifest
+    one = manifest.geometry.channels == 1 and not manifest.averaging.clamped
+    if "clamp" in sampling.as_published and one:
         raise BundleError(
-            f"expected a VAE with three channels to clamp each, found {codec.manifest.name} with "
-            "one: export it with --channels rgb, or name the other parts with --as-published"
+            f"expected a VAE that clamps each of three channels, found {manifest.name}, which "
+            "makes one without a clamp: export one with --channels published, or name the other "
+            "parts with --as-published"
         )
 
 

@@ -17,6 +17,14 @@ FIELD = [
     "qwen-image-vae",
     "ltx-video-vae",
     "ltx2-vae",
+    "vidtok4",
+    "vidtok8",
+    "vidtok16",
+    "vidtok-288",
+    "vidtok-444",
+    "vidtok-41616",
+    "vidtok16-v1.1",
+    "vidtok-fsq",
     "sd-vae",
     "sdxl-vae",
     "sd3-vae",
@@ -27,7 +35,7 @@ FIELD = [
     "taef1",
     "taef2",
 ]
-FAMILIES = {"wan", "ltx", "lean_vae", "kl", "tiny", "tae", "own code"}
+FAMILIES = {"wan", "ltx", "vidtok", "lean_vae", "kl", "tiny", "tae", "own code"}
 
 every_model = pytest.mark.parametrize("model", KNOWN, ids=lambda model: model.name)
 
@@ -49,7 +57,7 @@ def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
     if model.hub:
         assert is_hub_id(model.hub)
         assert parse(model.hub).id == model.hub
-        assert parse(model.hub).is_file == (model.family in ("lean_vae", "tae"))
+        assert parse(model.hub).is_file == (model.family in ("lean_vae", "tae", "vidtok"))
     else:
         assert model.family == "own code"
         assert "weights at " in model.note or "weights linked from " in model.note
@@ -58,10 +66,10 @@ def test_hub_ids_can_be_parsed(model: KnownModel) -> None:
 @every_model
 def test_fields_have_plausible_values(model: KnownModel) -> None:
     assert model.family in FAMILIES
-    strides = {"wan": 4, "ltx": 8}
+    strides = {"wan": 4, "ltx": 8, "vidtok": 2 if model.name == "vidtok-288" else 4}
     assert model.temporal == strides.get(model.family, 4 if model.window else 1)
-    assert model.spatial in (8, 16, 32)
-    assert model.latent_channels in (4, 16, 32, 48, 128)
+    assert model.spatial in (4, 8, 16, 32)
+    assert model.latent_channels in (4, 5, 8, 16, 32, 48, 128)
     assert model.model_range == ((-0.5, 0.5) if model.family == "lean_vae" else (-1.0, 1.0))
     assert model.window % model.temporal in (0, 1)
     for text in (model.licence, model.note):

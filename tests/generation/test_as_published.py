@@ -314,7 +314,7 @@ def test_a_label_of_the_body_is_painted_by_the_published_rule(desk):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"published": True}, BundleError, "three channels.*--channels rgb"),
+        ({"published": True}, BundleError, "three channels.*--channels published"),
         ({"as_published": "steps", "sampler": "unipc"}, UsageError, "--scheduler ddim"),
         ({"as_published": "steps", "steps": 3}, UsageError, "found time 1000"),
         ({"findings": "lung " * 40}, ConditionError, "--as-published cut"),
