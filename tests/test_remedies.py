@@ -323,6 +323,11 @@ REMEDIES = {
         "generate -o {f}/new.nii -m {generator}",
         "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
     ),
+    "a shape of a mask that is read": Remedy(
+        "leave --shape out",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --shape 32,32,4 --steps 1",
+        "generate -o {f}/new.nii -m {generator} --mask {f}/organs.nii --steps 1",
+    ),
     "findings beside a list": Remedy(
         "move them there",
         "generate -o {f}/outs -m {generator} --jobs {f}/jobs.csv --findings nodule --steps 1",
@@ -508,6 +513,14 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "with the JSON file that --json writes",
         "expected --stitch joint or reference",
         "choose a larger --step",
+    ),
+    "TotalSegmentator is another program; tried in tests/generation/test_like.py": (
+        "or give the organ labels with --mask",
+        "found another grid: give the organ labels with --mask",
+    ),
+    "needs the facts of training in a bundle; tried in tests/generation/test_checks.py": (
+        "or keep such a sample with --no-check",
+        "or the numbers of its labels with --labels",
     ),
     "a generator with its own VAE or schedule; tried in tests/generation": (
         "leave noise out of --as-published",

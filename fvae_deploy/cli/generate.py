@@ -248,34 +248,19 @@ def generate(
     Example: `fvae generate --patient 7 --findings "pleural effusion on the left" -o made.nii.gz`
     """
     given: dict[str, Any] = {
-        "mask": mask,
-        "patient": patient,
-        "like": like,
-        "shape": None if shape is None else voxels(shape),
-        "findings": findings,
-        "report": whole_report,
+        "mask": mask, "patient": patient, "like": like, "findings": findings, "lesions": lesion,
+        "shape": None if shape is None else voxels(shape), "report": whole_report,
         "disease_mask": disease_mask,
-        "lesions": lesion,
-    }
+    }  # fmt: skip
     _check_source(jobs, given)
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate as run
 
     sampling = GenerationOptions(
-        labels=labels,
-        body_label=body_label,
-        published=published,
-        as_published=as_published,
-        vae=vae,
-        sampler=scheduler,
-        steps=steps,
-        eta=eta,
-        guidance=guidance,
-        stitch=stitch,
-        seed=seed,
-        check=True if check is None and jobs is not None else check,
-        tries=tries,
-    )
+        labels=labels, body_label=body_label, published=published, as_published=as_published,
+        vae=vae, sampler=scheduler, steps=steps, eta=eta, guidance=guidance, stitch=stitch,
+        seed=seed, check=True if check is None and jobs is not None else check, tries=tries,
+    )  # fmt: skip
     if jobs is not None:
         _run_list(jobs, output, options, sampling, terminal, report, dry_run)
         return

@@ -118,15 +118,21 @@ def generate(
     options, output = RunOptions.of(options, others), Path(output)
     options.check_unused("generate", *UNUSED)
     given = Given(
-        mask=mask,
-        patient=patient,
-        like=like,
-        shape=shape,
-        findings=findings,
-        report=report,
-        disease_mask=disease_mask,
-        lesions=lesions,
-    )
+        mask=mask, patient=patient, like=like, shape=shape, findings=findings, report=report,
+        disease_mask=disease_mask, lesions=lesions,
+    )  # fmt: skip
+    return _attempted(given, output, options, sampling, progress, dry_run)
+
+
+def _attempted(
+    given: Given,
+    output: Path,
+    options: RunOptions,
+    sampling: GenerationOptions,
+    progress: Progress,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Generate samples until one passes; the mask is opened once for all of them."""
     begin = time.perf_counter()
     attempts = Attempts(sampling, partial_facts(output) if options.resume else {})
     # Before the networks are opened, so that a wrong path is reported at once.

@@ -204,7 +204,7 @@ def test_one_short_window_in_the_published_order_is_one_pass(mask, options, tmp_
         pytest.param({"findings": "no " * 30}, ConditionError, "at most 10 tokens", id="too long"),
         pytest.param({"vae": "nothing"}, BundleError, "found nothing", id="no vae"),
         pytest.param({"model": "tiny"}, BundleError, "kind generator", id="a vae as generator"),
-        pytest.param({"labels": "absent.json"}, ConditionError, "expected JSON", id="mapping"),
+        pytest.param({"labels": "absent.json"}, ConditionError, "or JSON", id="mapping"),
         pytest.param({"disease_mask": "absent.nii"}, VolumeError, "found nothing", id="disease"),
     ],
 )
