@@ -16,7 +16,7 @@ from fvae_deploy.volume.open import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
-VERBS += ["serve", "token", "build", "triton", "selftest"]
+VERBS += ["report", "serve", "token", "build", "triton", "selftest"]
 
 
 def voxels(path):
@@ -162,6 +162,7 @@ REPORT = {  # field -> fields in it
         "tiles",
         "tile_cells",
         "tile_overhead",
+        "tile_borders",
         "states_in_a_file",
         "lean",
         "segments",
