@@ -22,7 +22,6 @@ from fvae_deploy.errors import LatentError, UsageError
 from fvae_deploy.training.dataset import LatentDataset
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
-from torch.utils.data import DataLoader  # noqa: E402
 
 DEPTHS = {"a": 30, "deep/b": 21, "deep/er/c": 61}
 
@@ -87,17 +86,33 @@ def test_short_stores_are_an_error_left_out_or_padded(folder):
     assert (short["latents"][:, 6:] == short["latents"][:, 5:6]).all()
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_what_one_process_reads(folder, context):
-    data = LatentDataset(folder, 4, stride=2)
+WORKERS = """
+import sys
+import numpy, torch
+from torch.utils.data import DataLoader
+from fvae_deploy import LatentDataset
+
+if __name__ == "__main__":
+    data = LatentDataset(sys.argv[1], 4, stride=2)
     data[0]  # a reader that is open before the workers start
-    loader = DataLoader(data, 3, num_workers=2, multiprocessing_context=context)
-    batches = list(loader)
+    batches = list(DataLoader(data, 3, num_workers=2, multiprocessing_context=sys.argv[2]))
     z = torch.cat([batch["latents"] for batch in batches])
-    np.testing.assert_array_equal(z, torch.stack([data[i]["latents"] for i in range(len(data))]))
+    one_by_one = [data[i]["latents"] for i in range(len(data))]
+    numpy.testing.assert_array_equal(z, torch.stack(one_by_one))
     paths = [path for batch in batches for path in batch["path"]]
     assert paths == [data[i]["path"] for i in range(len(data))]
     assert batches[0]["spacing"].shape == (3, 3)
+    print("read", len(data))
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_what_one_process_reads(folder, tmp_path, context):
+    # In a process of its own: to fork one with the threads of engines in it is not safe.
+    (tmp_path / "read.py").write_text(WORKERS)
+    command = [sys.executable, tmp_path / "read.py", folder, context]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"read {len(LatentDataset(folder, 4, stride=2))}\n", done.stderr
 
 
 def test_a_transform_makes_the_item(folder):
