@@ -6,6 +6,7 @@ accepted; the result is of the same kind, without metadata. Volumes are whole in
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from fvae_deploy.stream.intensity import ClippingTally, to_hu, to_model
 Data = Mapping[Hashable, Any]
 
 
-class _LatentTransform:
+class _LatentTransform(abc.ABC):
     """What both transforms share: keys, and a codec that each process opens for itself.
 
     `keys` names the entries to replace. `model`, `engine`, `precision`, `device` and `threads` are
@@ -71,8 +72,9 @@ class _LatentTransform:
                 self._replace(result, key)
         return result
 
+    @abc.abstractmethod
     def _replace(self, data: dict[Hashable, Any], key: Hashable) -> None:
-        raise NotImplementedError
+        """Replace one entry in place."""
 
 
 class EncodeLatentd(_LatentTransform):
