@@ -32,6 +32,7 @@ FILENAME = "manifest.json"
 HEAVY = 5e6
 
 TYPES = ("float32", "int64")
+CLOCK = "clock"  # input of parts that look ahead: see `Part`
 SIZE = r"([1-9]\d*\*)?[khwn]|[1-9]\d*"
 Dimension = int | str  # 16, or an expression in k, h, w, n: "k", "4*k", "8*h"
 
@@ -88,6 +89,11 @@ class Part:
     each on the whole output of the one before; the names of a VAE's stages begin with encode or
     decode. The first input and the first output carry the data; all further ones are state.
     Where a part returns state, its state outputs replace its state inputs, in the same order.
+
+    A part that looks ahead runs every step of a stream, also the first. Its second input is the
+    clock, two int64: the steps since the first, and since the one with the last latent frame. With
+    these it repeats frames at both ends of the volume. What it returns comes late, by `lag` frames
+    since the stream began.
     """
 
     name: str
@@ -100,6 +106,7 @@ class Part:
     mac_per_cell: int  # multiply-adds per cell of this part and latent frame
     whole: str = ""  # the reason why it needs the whole plane
     maps: bool = False  # all inputs and outputs are data of one step: there is no state
+    lag: int = 0  # frames by which results come late, in all stages up to this one
 
     @property
     def stage(self) -> str:
@@ -114,7 +121,12 @@ class Part:
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs that carry state."""
-        return () if self.maps else self.inputs[1:]
+        return () if self.maps else self.inputs[1 + self.looks_ahead :]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether results depend on later frames, so that they come late."""
+        return len(self.inputs) > 1 and self.inputs[1].name == CLOCK
 
     @property
     def state_outputs(self) -> tuple[TensorSpec, ...]:

@@ -153,6 +153,12 @@ class Manifest(Bundle):
         """Return how many latent frames back a direction reaches, all stages together."""
         return sum(self.stage_part(s, first=False).context for s in self.stages(direction))
 
+    @property
+    def lag(self) -> int:
+        """How many slices late the decoder returns what it decodes; 0 unless it looks ahead."""
+        stages = self.stages("decode")
+        return self.stage_part(stages[-1], first=False).lag if stages else 0
+
     def check_step(self, k: int | None) -> int:
         """Return the number of latent frames per step: `k`, or 1 for None.
 

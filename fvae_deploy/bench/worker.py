@@ -62,6 +62,8 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
     planned = schedule.steps(
         job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
     )
+    if job["direction"] == "decode":
+        planned = schedule.decoding(planned, manifest.geometry.temporal, manifest.lag)
     x = _data(manifest, job["direction"], job["side"], planned)
     reset_peak()  # making the clip does not count
     run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
@@ -167,7 +169,8 @@ def _engine(
             span, size = (
                 (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
             )
-            results.append(stream.run(pad_frames(x[:, slice(*span)], size), step.first))
+            y = stream.run(pad_frames(x[:, slice(*span)], size), step.first, step.clock)
+            results.append(y if direction == "encode" else y[:, step.shown])
         stream.close()
         return np.concatenate(results, axis=1)
 

@@ -63,6 +63,12 @@ def encode(
     run = Run.of(codec, reader.geometry, encode_directions(options), options, path.parent)
     bound, decoding = None, None
     if options.max_error is not None:
+        if codec.manifest.lag:
+            raise UsageError(
+                f"expected --max-error with a decoder that does not look ahead, found "
+                f"{codec.manifest.name}, which returns slices {codec.manifest.lag} late: encode "
+                "without --max-error, or choose another --model"
+            )
         bound = Bound.of(options.max_error, codec.manifest, run.intensity)
     if options.latent_dtype not in (None, "float32"):  # what it adds is measured at the end
         decoding = Run.of(codec, reader.geometry, ("decode",), options, path.parent)
@@ -76,7 +82,7 @@ def encode(
     ends = [step.latents[1] for step in run.steps]
     target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
     resumed = run.steps[target].slices[0] if target < len(ends) else slices
-    sample = Sample(decoding, target) if decoding else None
+    sample = Sample(decoding, run.steps[target:]) if decoding else None
     try:
         _check_no_output(path, options)
         progress(resumed)
@@ -175,7 +181,7 @@ def decode(
             Behind(out) as sink,
         ):
             for i, (step, z) in enumerate(clock.timed("read", slabs), start=entry):
-                x = stream.run(z, step.first)
+                x = stream.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
@@ -249,10 +255,11 @@ def reconstruct(
             Behind(out) as sink,
         ):
             for i, (step, _, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
-                z = encoder.run(x, step.first)
+                if step.latents[0] < step.latents[1]:
+                    z = encoder.run(x, step.first)
                 if i < decode_entry:
                     continue
-                x = decoder.run(z, step.first)
+                x = decoder.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
