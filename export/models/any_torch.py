@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
 from fvae_deploy.export.bundle import Network, Source, sha256
-from fvae_deploy.export.cut.causal import CausalStage, Pace, causal_stages
+from fvae_deploy.export.cut.causal import AheadStage, Pace, Stream, streams
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
@@ -130,8 +130,8 @@ def load(
     _drop_unused(stages, unused, values=True)
     config: dict[str, Any] = {"factory": factory, "channels": own_channels, "without": unused}
     wanted = getattr(encoder, "as_stream", False) is True
-    streams = _streams(stages, geometry, check=True) if wanted else {}
-    if streams:
+    found = _streams(stages, geometry, check=True) if wanted else {}
+    if found:
         config["causal"] = True
         geometry = replace(geometry, first_slices=1, first_frames=1, published="windows")
     return Model(
@@ -141,10 +141,11 @@ def load(
         latent=LatentNormalisation(
             (0.0,) * geometry.latent_channels, (1.0,) * geometry.latent_channels
         ),
-        stages=streams or stages,
-        kinds=("first", "step") if streams else ("first",),
+        stages=found or stages,
+        kinds=("first", "step") if found else ("first",),
         foreign=True,
-        context=UNKNOWN if streams else None,
+        context=UNKNOWN if found else None,
+        lags={name: s.lag for name, s in found.items() if isinstance(s, AheadStage)},
     ), source
 
 
@@ -162,13 +163,13 @@ def rebuild(
         with torch.device("cpu"):  # tensors that are not weights need their values
             networks = _build_pair(str(config["factory"]))
             stages = _stages(networks, config["channels"], geometry)
-            streams = _streams(stages, geometry, check=False) if config.get("causal") else {}
+            found = _streams(stages, geometry, check=False) if config.get("causal") else {}
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs this code: use --engine openvino or onnxruntime"
         ) from error
     _drop_unused(stages, config["without"], values=False)
-    return dict(streams or stages)
+    return dict(found or stages)
 
 
 def _check_numbers(window: int, intensity: tuple[float, float]) -> None:
@@ -286,10 +287,8 @@ def _stages(
     }
 
 
-def _streams(
-    stages: Mapping[str, Stage], geometry: Geometry, check: bool
-) -> dict[str, CausalStage]:
-    """Return both stages as causal streams; raises BundleError if one of them is no stream."""
+def _streams(stages: Mapping[str, Stage], geometry: Geometry, check: bool) -> dict[str, Stream]:
+    """Return both stages as streams; raises BundleError if one of them is no stream."""
     g = geometry
     frames = (g.window - 1) // g.temporal + 1
     whole = (g.window - 1) % g.temporal == 0 and (g.first_slices == 1 or g.first_frames == frames)
@@ -298,16 +297,16 @@ def _streams(
         name: Pace(name == "encode", count, g.spatial, g.temporal)
         for name, count in (("encode", g.channels), ("decode", g.latent_channels))
     }
-    streams: dict[str, CausalStage] = {}
+    found: dict[str, Stream] = {}
     if g.temporal > 1 and g.window > 1 and whole:
         named = [(n, stages[n], paces[n]) for n in DIRECTIONS]
-        streams, reason = causal_stages(named, check, frames)
-    if not streams:
+        found, reason = streams(named, check, frames)
+    if not found:
         raise BundleError(
-            f"expected a network that is causal in time, since its factory sets as_stream, found "
+            f"expected a network that is a stream in time, since its factory sets as_stream, found "
             f"{reason}: remove as_stream from the factory"
         )
-    return streams
+    return found
 
 
 class _ReadTracker(TorchDispatchMode):
