@@ -33,6 +33,7 @@ HEAVY = 5e6
 
 TYPES = ("float32", "int64")
 CLOCK = "clock"  # input of parts that look ahead: see `Part`
+MIDDLE = (1 << 20, -(1 << 20))  # a clock far from both ends of a stream
 SIZE = r"([1-9]\d*\*)?[khwn]|[1-9]\d*"
 Dimension = int | str  # 16, or an expression in k, h, w, n: "k", "4*k", "8*h"
 

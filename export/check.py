@@ -6,14 +6,14 @@ White noise alone would measure the engine mostly at frequencies that no volume 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.bundle import Part
+from fvae_deploy.export.bundle import Part, TensorSpec
 from fvae_deploy.export.generator import GeneratorManifest, NoiseParity, timestep_embedding
 from fvae_deploy.export.manifest import Intensity, Manifest, Parity
 
@@ -132,10 +132,14 @@ def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> A
         x = np.ascontiguousarray(data[:, :, start : start + (stride if start else head)])
         for stage in manifest.stages(direction):
             part = manifest.stage_part(stage, first=not number)
-            clock = [np.array((number, number - len(starts) + 1))] * part.looks_ahead
-            state = states.pop(stage, None) or _zeros(part, x)
+            clock = number, number - len(starts) + 1
+            if not manifest.busy(stage, clock):
+                (x,) = _zeros(part, x, part.outputs[:1])
+                continue
+            state = states.pop(stage, None) or _zeros(part, x, part.state_inputs)
+            given = (x, *[np.array(clock)] * part.looks_ahead, *state)
             names = (spec.name for spec in part.inputs)
-            outputs = engine.run(part.name, dict(zip(names, (x, *clock, *state), strict=False)))
+            outputs = engine.run(part.name, dict(zip(names, given, strict=False)))
             x, *states[stage] = (outputs[spec.name] for spec in part.outputs)
         results.append(x.copy())  # the engine may overwrite it in the next run
     result = np.concatenate(results, axis=2)
@@ -149,10 +153,10 @@ def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> A
     return result
 
 
-def _zeros(part: Part, x: Array) -> list[Array]:
-    """Return states of zeros for data x."""
+def _zeros(part: Part, x: Array, specs: Sequence[TensorSpec]) -> list[Array]:
+    """Return zeros in place of a part's tensors, for data x."""
     h, w = (n // part.inputs[0].factor("h") for n in x.shape[-2:])
-    return [np.zeros(spec.sized(1, h, w), np.float32) for spec in part.state_inputs]
+    return [np.zeros(spec.sized(1, h, w), np.float32) for spec in specs]
 
 
 def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import CLOCK, Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, MIDDLE, Dimension, Part, TensorSpec
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.reach import PLANE, Analysis, analyse, macs
 
 BASE = {"k": 1, "h": 3, "w": 4}
 CLOCK_SPEC = TensorSpec(CLOCK, (2,), "int64")
-MIDDLE = (1 << 20, -(1 << 20))  # a clock far from both ends of a stream
 
 
 def parts_of(model: Model) -> tuple[Part, ...]:

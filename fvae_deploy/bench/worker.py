@@ -170,7 +170,7 @@ def _engine(
                 (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
             )
             y = stream.run(pad_frames(x[:, slice(*span)], size), step.first, step.clock)
-            results.append(y if direction == "encode" else y[:, step.shown])
+            results.append(y[:, step.shown] if direction == "decode" and manifest.lag else y)
         stream.close()
         return np.concatenate(results, axis=1)
 
@@ -206,7 +206,7 @@ def _data(
         slices = sum(step.depth for step in planned)
         shape = (slices, side * g.spatial, side * g.spatial)
         return clip(shape, manifest.intensity, 0)[None].repeat(g.channels, axis=0)
-    frames = sum(step.frames for step in planned)
+    frames = sum(step.frames for step in planned if step.latents[0] < step.latents[1])
     shape4 = (g.latent_channels, frames, side, side)
     return np.random.default_rng(0).standard_normal(shape4, dtype=np.float32)
 

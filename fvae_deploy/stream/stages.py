@@ -22,7 +22,7 @@ import numpy as np
 
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.bundle import CLOCK, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, MIDDLE, TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.pieces import Pieces
@@ -113,7 +113,7 @@ class StageStream:
         self._states = States(engine, part.state_inputs, grid, spill)
         self.seconds = 0.0
 
-    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = (0, 0)) -> FeatureMap:
+    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Advance by one step: the whole map x [C, T, H, W] -> the whole result.
 
         `clock` is that of the step. The result is valid until the next call.
@@ -123,6 +123,9 @@ class StageStream:
         if self._lean and not first:
             self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
+        if not self._manifest.busy(self._stage, clock):
+            plane = self._grid.height, self._grid.width
+            return np.zeros(result.sized(1, *plane)[1:], np.float32)
         stateless = not part.state_inputs
         given = {CLOCK: np.array(clock)} if part.looks_ahead else {}
         scale_in, scale_out = data.factor("h"), result.factor("h")
@@ -190,7 +193,7 @@ class CausalStream:
             for stage in manifest.stages(direction)
         }
 
-    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = (0, 0)) -> FeatureMap:
+    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
 
         `first` starts a new run; `clock` is that of the step (see `schedule.Step`), for networks
