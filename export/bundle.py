@@ -207,8 +207,8 @@ class Bundle:
             "an input and an output of every part": all(
                 p.inputs and p.outputs for p in self.graphs
             ),
-            "halos and contexts of at least 0, scales of at least 1": all(
-                min(p.halo or 0, p.context) >= 0 and p.scale >= 1 for p in self.graphs
+            "halos, contexts and lags of at least 0, scales of at least 1": all(
+                min(p.halo or 0, p.context, p.lag) >= 0 and p.scale >= 1 for p in self.graphs
             ),
         }
 

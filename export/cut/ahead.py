@@ -35,7 +35,7 @@ from fvae_deploy.export.cut.timing import (
 from fvae_deploy.export.cut.timing_rules import frames_added, interpolates, shifted, taken
 from fvae_deploy.export.cut.trace import Graph, Node, Ref
 
-TOO_SHORT = "no step has all that steps in the middle have"
+TOO_SHORT = "its steps do not become alike, however many slices it sees"
 Frame = tuple[str, int]  # a frame of a tensor
 Source = Frame | float  # or a number in its place
 

@@ -13,7 +13,7 @@ the network's own, give the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,27 +278,34 @@ def _confirm(network: nn.Module, stage: CausalStage, pace: Pace, turns: int) -> 
 Stream = CausalStage | AheadStage
 
 
-def stream_of(network: nn.Module, pace: Pace, check: bool = True, own: int = 0) -> Stream:
-    """Find a causal stream, or of a decoder one that looks ahead; see `causal_stage`."""
-    try:
-        return causal_stage(network, pace, check, own)
-    except NotCausal as error:
-        if pace.encode:
-            raise
-        try:
-            return ahead_stage(network, pace, check, own)
-        except NotCausal as ahead:
-            raise NotCausal(f"{error}; looking ahead, {ahead}") from ahead
+Networks = Sequence[tuple[str, nn.Module, Pace]]
 
 
-def streams(
-    networks: Sequence[tuple[str, nn.Module, Pace]], check: bool = True, own: int = 0
-) -> tuple[dict[str, Stream], str]:
+def find_streams(networks: Networks, own: int = 0) -> tuple[dict[str, Stream], str]:
     """Return the streams of both directions, or none and the reason."""
-    found = {}
+    found: dict[str, Stream] = {}
     for name, network, pace in networks:
         try:
-            found[name] = stream_of(network, pace, check, own)
+            try:
+                found[name] = causal_stage(network, pace, own=own)
+            except NotCausal:
+                if pace.encode:
+                    raise
+                found[name] = ahead_stage(network, pace, own=own)
         except (NotCausal, BundleError) as error:
             return {}, f"{name}: {error}"
     return found, ""
+
+
+def same_streams(networks: Networks, ahead: Collection[str]) -> dict[str, Stream]:
+    """Return the streams that were found at export; `ahead` names those that look ahead.
+
+    Raises BundleError if they are not found again.
+    """
+    try:
+        return {
+            name: (ahead_stage if name in ahead else causal_stage)(network, pace, check=False)
+            for name, network, pace in networks
+        }
+    except NotCausal as error:
+        raise BundleError(f"expected the streams found at export, found: {error}") from error

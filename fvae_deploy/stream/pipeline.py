@@ -63,12 +63,6 @@ def encode(
     run = Run.of(codec, reader.geometry, encode_directions(options), options, path.parent)
     bound, decoding = None, None
     if options.max_error is not None:
-        if codec.manifest.lag:
-            raise UsageError(
-                f"expected --max-error with a decoder that does not look ahead, found "
-                f"{codec.manifest.name}, which returns slices {codec.manifest.lag} late: encode "
-                "without --max-error, or choose another --model"
-            )
         bound = Bound.of(options.max_error, codec.manifest, run.intensity)
     if options.latent_dtype not in (None, "float32"):  # what it adds is measured at the end
         decoding = Run.of(codec, reader.geometry, ("decode",), options, path.parent)
