@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
 from ahead_layers import AHEAD, DOUBLED, MIRRORED, Doubling  # noqa: E402
 from causal_layers import AHEAD as ALL_SLICES  # noqa: E402
 from cut_layers import apart, seeded  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from fvae_deploy.errors import BundleError  # noqa: E402
+from fvae_deploy.export.bundle import Source  # noqa: E402
 from fvae_deploy.export.cut.causal import AheadStage, Pace, ahead_stage, causal_stage  # noqa: E402
 from fvae_deploy.export.cut.timing import NotCausal  # noqa: E402
+from fvae_deploy.export.draft import LoadedModel  # noqa: E402
+from fvae_deploy.export.models.any_torch import load  # noqa: E402
+from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
+from fvae_deploy.stream.codec import open_codec  # noqa: E402
 
 PACE = Pace(encode=False, channels=2, spatial=1, temporal=2)
 
@@ -107,3 +117,75 @@ def test_what_needs_all_frames_is_no_stream(name: str) -> None:
     for find in (causal_stage, ahead_stage):
         with pytest.raises(NotCausal):
             find(network, PACE)
+
+
+VAE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.past = nn.Conv3d(1, 4, 3, (2, 2, 2))
+        self.mean = nn.Conv3d(4, 2, 1)
+        self.inner, self.outer = nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 1, 3)
+
+    def encode(self, x):
+        x = F.pad(x, (0, 1, 0, 1, 0, 0))
+        return self.mean(F.silu(self.past(torch.cat([x[:, :, :1], x[:, :, :1], x], 2))))
+
+    def decode(self, z):
+        y = self.inner(z)
+        if z.shape[2] > 1:
+            rest = F.interpolate(y[:, :, 1:], scale_factor=(2, 1, 1), mode="trilinear")
+            y = torch.cat([y[:, :, :1], rest], 2)
+        y = F.interpolate(F.silu(y), scale_factor=(1, 2, 2))
+        return self.outer(F.pad(y, (1, 1, 1, 1, 1, 1), mode="replicate"))
+
+
+def load():
+    torch.manual_seed(0)
+    network = VAE()
+    network.as_stream = True
+    return network
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("ahead")
+    (folder / "ahead_vae.py").write_text(VAE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        model, source = load("ahead_vae:load", window=9)
+        loaded = LoadedModel(model, Source(source.id, "", ""), "n", "d", "l")
+        export_bundle(loaded, folder / "bundle", version="0")
+        yield folder / "bundle", importlib.import_module("ahead_vae").load()
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+def test_an_exported_stream_that_looks_ahead_equals_the_code(exported: Any, engine: str) -> None:
+    pytest.importorskip(engine)
+    bundle, network = exported
+    with open_codec(bundle, engine=engine) as codec, torch.no_grad():
+        manifest = codec.manifest
+        assert manifest.geometry.protocols == ("windows", "causal")
+        assert [p.name for p in manifest.parts] == ["encode_first", "encode_step", "decode_step"]
+        assert manifest.lag > 4
+        assert manifest.parts[-1].halo is not None
+        for slices in (1, 3, 5, 21):
+            x = np.random.default_rng(0).standard_normal((1, slices, 12, 16), dtype=np.float32)
+            z = codec.encode(x)
+            assert np.abs(z - network.encode(torch.as_tensor(x)[None])[0].numpy()).max() < 1e-5
+            y = codec.decode(z)
+            assert np.abs(y - network.decode(torch.as_tensor(z)[None])[0].numpy()).max() < 1e-5
+
+
+def test_an_encoder_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    code = VAE.replace("torch.cat([x[:, :, :1], x[:, :, :1], x], 2)", "F.pad(x, [0] * 4 + [1, 1])")
+    (tmp_path / "ahead_encoder_vae.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BundleError, match=r"found encode: .*later slices.*remove as_stream"):
+        load("ahead_encoder_vae:load", window=9)

@@ -19,6 +19,7 @@ from random_ltx import AHEAD, CAUSAL, CONFIGS, SHALLOW, by_hand, exact_norms, ra
 
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
+from fvae_deploy.export.cut.causal import Pace, ahead_stage  # noqa: E402
 from fvae_deploy.export.models.family import fill, rebuild  # noqa: E402
 from fvae_deploy.export.models.ltx import ltx_model  # noqa: E402
 from fvae_deploy.export.peer import DIFFUSERS, peer_window  # noqa: E402
@@ -192,6 +193,34 @@ def test_a_stream_that_looks_ahead_is_entered_in_the_middle(name: str) -> None:
             latents = pad_frames(z[:, slice(*step.latents)], step.frames)
             found = stream.run(latents, step.first, step.clock)[:, step.shown]
         assert apart(found, expected[:, slice(*planned[target].decoded)]) < 1e-6
+
+
+def test_the_cutter_finds_the_stream_that_the_family_is_written_as(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, z: Any) -> tuple[Any]:
+            return (self.network.decode(z).sample,)
+
+    exact_norms(monkeypatch)
+    network = random_ltx("LTX-Video of two levels", plain=True)
+    manifest = engine_of(network).manifest
+    g = manifest.geometry
+    pace = Pace(encode=False, channels=g.latent_channels, spatial=g.spatial, temporal=g.temporal)
+    stage = ahead_stage(Decoder().eval().double(), pace, check=False)
+    assert stage.lag == manifest.lag
+    z, found, past = torch.randn(1, g.latent_channels, 5, 2, 3, dtype=torch.float64), [], ()
+    for step in range(5 + stage.lag // g.temporal):
+        at = min(step, 4)
+        x, *past = stage(z[:, :, at : at + 1], torch.tensor((step, step - 4)), *past)
+        found.append(x[0].numpy())
+    slices = slice(stage.lag, stage.lag + g.slices(5))
+    expected = by_hand(network, z[0].numpy(), "decode")
+    assert apart(np.concatenate(found, axis=1)[:, slices], expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["LTX-Video of two levels, causal", "LTX-Video of two levels"])

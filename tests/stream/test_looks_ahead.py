@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,13 +23,18 @@ from random_ltx import by_hand, random_ltx
 
 from fvae_deploy import api
 from fvae_deploy.errors import UsageError
+from fvae_deploy.export.bundle import CLOCK
+from fvae_deploy.export.precision import halve
 from fvae_deploy.export.sources import load
 from fvae_deploy.export.to_onnx import export_bundle
+from fvae_deploy.export.to_triton import write_repository
 from fvae_deploy.storage.latents import LatentReader
 from fvae_deploy.stream.codec import Codec, open_codec
 from fvae_deploy.volume.open import open_volume
 
+onnxruntime = pytest.importorskip("onnxruntime")
 NAME = "LTX-Video of two levels"
+LATE = ("decode0", "decode1")
 WINDOW = 65
 
 
@@ -135,6 +139,38 @@ def test_other_engines_decode_the_same(
     assert np.abs(voxels(tmp_path / "one.nii") - voxels(tmp_path / "two.nii")).max() < 0.1
 
 
+def test_triton_gets_one_model_per_stage_whose_requests_carry_clock_and_states(
+    codec: Codec, tmp_path: Path
+) -> None:
+    names = write_repository(codec.bundle, codec.manifest, tmp_path / "models")
+    assert [name.rpartition("-")[2] for name in names] == ["encode0", "encode1", *LATE]
+    for name in names[2:]:
+        config = (tmp_path / "models" / name / "config.pbtxt").read_text()
+        assert 'name: "clock" data_type: TYPE_INT64 dims: [ 2 ]' in config
+        assert "sequence_batching" not in config
+
+
+def test_the_graph_of_a_late_stage_is_close_in_half_precision(codec: Codec) -> None:
+    for stage in LATE:
+        part = codec.manifest.part(f"{stage}_step")
+        inputs = {s.name: values(s) for s in part.inputs}
+        whole = onnxruntime.InferenceSession(str(codec.bundle / part.file))
+        half = halve(codec.bundle / part.file, part, "fp16")
+        states = {s.name: inputs[s.name].astype(np.float16) for s in part.state_inputs}
+        (expected, *_), (found, *_) = (
+            whole.run(None, inputs),
+            onnxruntime.InferenceSession(half.SerializeToString()).run(None, inputs | states),
+        )
+        assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+def values(spec: Any) -> np.ndarray:
+    """Random values for an input of a part, and a clock in the middle of a stream."""
+    if spec.name == CLOCK:
+        return np.array((9, -9))
+    return np.random.default_rng(0).standard_normal(spec.sized(1, 3, 4), dtype=np.float32)
+
+
 def test_small_latents_report_what_they_add(codec: Codec, write_ct: Any, tmp_path: Path) -> None:
     write_ct(tmp_path / "ct.nii", (8, 8, 60))
     for protocol in ("causal", "windows"):
@@ -162,11 +198,13 @@ def test_steps_of_several_latent_frames_are_refused(
         api.encode(tmp_path / "ct.nii", tmp_path / "z.zarr", codec=codec, step=2)
 
 
-def test_four_times_the_slices_take_no_more_memory(
-    bundle: Path, write_ct: Any, tmp_path: Path
+def test_ten_times_the_slices_take_no_more_memory(
+    bundle: Path, write_ct: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Otherwise the peak depends on which threads happened to allocate at the same time.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     peaks = []
-    for slices in (100, 400):
+    for slices in (130, 1300):
         write_ct(tmp_path / "ct.nii", (64, 64, slices))
         command = [sys.executable, "-m", "fvae_deploy", "reconstruct", tmp_path / "ct.nii", "-q"]
         command += ["-o", tmp_path / "out.nii", "--overwrite", "--model", bundle]
@@ -175,4 +213,3 @@ def test_four_times_the_slices_take_no_more_memory(
         report = json.loads((tmp_path / "report.json").read_text())
         peaks.append(report["memory"]["peak_rss_bytes"])
     assert 32 << 20 < peaks[1] <= 1.05 * peaks[0]
-    shutil.rmtree(tmp_path)
