@@ -249,7 +249,8 @@ class StepEmitter:
         sizes = self._sizes(node, low, high)
         sizes[info.axis] = factor * (last - first)
         rest = [self._argument(node, a, low, high) for a in node.args[2:]]
-        value = self._call(node.target, self.fetch(source.name, first, last), sizes[2:], *rest)
+        value = self.fetch(source.name, first, last, "edge")
+        value = self._call(node.target, value, sizes[2:], *rest)
         begin = low - factor * first  # those beside it would need frames that are not here
         return self._call(aten.slice.Tensor, value, info.axis, begin, begin + high - low)
 
