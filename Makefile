@@ -67,7 +67,7 @@ test: .venv/installed-dev
 check: test
 
 # Only missing packages are installed. Any npm will do, so Debian's is added only if there is none.
-DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
+DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb prometheus $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
