@@ -37,6 +37,8 @@ from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 from fvae_deploy.volume.open import open_volume
 from fvae_deploy.volume.options import ReadOptions
 
+BANDS = 8  # of the frequencies of noise
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,7 +69,8 @@ class Seen:
 
     `features` are [n, d] by a name such as "latents axial". `organs` are histograms of HU by organ,
     empty without a label map or mask, `tissues` those of the thresholds' tissues.
-    `noise` is in HU, `noise_frequency` per mm, None where there is too little soft tissue.
+    `noise` is in HU, None where there is too little soft tissue. `spectrum` is the noise in HU in
+    each of 8 bands of frequencies, up to half a cycle in a voxel of the common grid, or None.
     `digest` is that of the voxels in whole HU; `coarse` [16, 16, 16] are means of cells in HU.
     """
 
@@ -79,7 +82,7 @@ class Seen:
     organs: dict[str, Counts]
     tissues: dict[str, Counts]
     noise: float | None
-    noise_frequency: float | None
+    spectrum: NDArray[np.float64] | None
     coarse: Frame
     pictures: tuple[NDArray[np.int16], ...]
     adherence: dict[str, dict[str, float]] | None
@@ -151,7 +154,6 @@ def examine(source: Source, lens: Lens, reading: ReadOptions, work: Path) -> See
     if lens.clips is not None and cuts.clip is not None:
         features["clip"] = clip_features(lens.clips, cuts.clip, WINDOW)
     facts = _facts(found.geometry, grid, found.clipped, remarks)
-    frequency, noise = sections.texture()
     return Seen(
         source.name,
         str(source.ct),
@@ -160,8 +162,8 @@ def examine(source: Source, lens: Lens, reading: ReadOptions, work: Path) -> See
         features,
         sections.organs.result() if sections.organs else {},
         sections.tissues.result(),
-        noise,
-        frequency,
+        found.noise,
+        sections.spectrum(max(lens.spacing[:2])),
         cuts.coarse,
         cuts.pictures,
         None if sections.adherence is None else sections.adherence.result(),
@@ -232,10 +234,15 @@ class _Sections:
             yield {"original": hu, "reconstruction": hu, "tissue": tissue, "organs": organs} | named
             z += len(hu)
 
-    def texture(self) -> tuple[float | None, float | None]:
-        """Return the mean frequency of the noise per mm in soft tissue, and the noise in HU."""
+    def spectrum(self, pixel: float) -> NDArray[np.float64] | None:
+        """Return the noise in HU by bands up to 1 / (2 pixel) per mm, in liver or soft tissue."""
         kinds = self._texture.result()
         even = kinds.get("liver") or kinds.get("soft tissue")
         if even is None:
-            return None, self.found.noise
-        return even["before"]["mean_frequency_per_mm"], self.found.noise
+            return None
+        frequency = np.array(even["frequency_per_mm"])
+        power = np.array(even["before"]["nps"]) * 2 * np.pi * frequency * frequency[1]
+        band = (frequency * 2 * pixel * BANDS).astype(int)
+        inside = band < BANDS
+        variances = np.bincount(band[inside], power[inside], BANDS)
+        return np.sqrt(variances)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,7 @@ from fvae_deploy.score.planes import Cuts
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.stream.intensity import ClippingTally, to_model
 
+WINDOWS = ((-1000.0, 1000.0), (-160.0, 240.0))  # HU
 SHORT = 224  # pixels of a clip's short side, and of its centre crop
 MOST_SIZES = 6  # of slices that an engine stays compiled for
 
@@ -19,8 +22,9 @@ MOST_SIZES = 6  # of slices that an engine stays compiled for
 class LatentFeatures:
     """Pooled latents of a frozen VAE: mean and deviation of each channel over a slice.
 
-    Each slice goes through the encoder alone, as the first slice of a volume. Of a VAE that takes
-    its first slices in windows, a window repeats the slice.
+    Each slice goes through the encoder alone, as the first slice of a volume, twice: in the window
+    of -1000 to 1000 HU, in which bones and lungs count most, and in one of soft tissue, in which
+    noise and texture do. Of a VAE that takes its first slices in windows, one repeats the slice.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -33,15 +37,19 @@ class LatentFeatures:
         return self._codec.manifest.name
 
     def features(self, slices: Frame) -> Features:
-        """Return [n, 2 D] of slices [n, a, b] in HU."""
+        """Return [n, 4 D] of slices [n, a, b] in HU: means and deviations, window by window."""
         geometry, intensity = self._codec.manifest.geometry, self._codec.manifest.intensity
         sides = [-(-n // geometry.spatial) * geometry.spatial for n in slices.shape[1:]]
         self._make_room((sides[0], sides[1]))
         found = []
         for frame in slices:
-            x = to_model(frame[None], intensity, sides[0], sides[1], ClippingTally())
-            z = self._codec.encode(np.repeat(x, geometry.channels, axis=0))[:, 0]
-            found.append(np.concatenate([z.mean(axis=(1, 2)), z.std(axis=(1, 2))]))
+            pooled = []
+            for low, high in WINDOWS:
+                seen = replace(intensity, hu_min=low, hu_max=high)
+                x = to_model(frame[None], seen, sides[0], sides[1], ClippingTally())
+                z = self._codec.encode(np.repeat(x, geometry.channels, axis=0))[:, 0]
+                pooled += [z.mean(axis=(1, 2)), z.std(axis=(1, 2))]
+            found.append(np.concatenate(pooled))
         values = np.stack(found).astype(np.float64)
         if not np.isfinite(values).all():
             raise EngineError(

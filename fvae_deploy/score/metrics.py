@@ -9,6 +9,7 @@ import numpy as np
 
 from fvae_deploy.score.distances import (
     Floats,
+    Statistic,
     Vectors,
     average,
     frechet,
@@ -147,23 +148,26 @@ def _means(histograms: Floats) -> Floats:
 
 
 def _noise(real: Cases, generated: Cases, rounds: int) -> Iterator[Row]:
-    """Yield the differences of noise and of its mean frequency, in soft tissue."""
+    """Yield the difference of the noise in soft tissue, and the distance of its spectra."""
+    sides = [_table([{"": one.noise} if one.noise is not None else {} for one in side], [""])
+             for side in (real, generated)]  # fmt: skip
     counts = len(real), len(generated)
-    for title, unit, field in (
-        ("noise: difference of means", "HU", "noise"),
-        ("noise: difference of mean frequencies", "per mm", "noise_frequency"),
-    ):
-        sides = [
-            _table(
-                [{title: v} if (v := getattr(one, field)) is not None else {} for one in side],
-                [title],
-            )
-            for side in (real, generated)
-        ]
-        usual = average(sides[0])(np.ones(counts[0])).item()
-        note = "" if math.isnan(usual) else f"real CTs: {usual:.3g} {unit}"
-        found = estimates(mean_difference(*sides), counts, rounds)
-        yield from Rows(title, unit, ZERO, counts, note).of([""], found, None)
+    usual = average(sides[0])(np.ones(counts[0])).item()
+    note = "" if math.isnan(usual) else f"real CTs: {usual:.3g} HU"
+    rows = Rows("noise: difference of means", "HU", ZERO, counts, note)
+    yield from rows.of([""], estimates(mean_difference(*sides), counts, rounds), None)
+    a, b = (np.array([one.spectrum for one in side if one.spectrum is not None])
+            for side in (real, generated))  # fmt: skip
+    if min(len(a), len(b)) >= 2:
+        counts = len(a), len(b)
+        found = estimates(_length(mean_difference(a, b)), counts, rounds, limits=POSITIVE)
+        halves = floors(_length(mean_difference(a, a)), counts[0])
+        yield from Rows("noise: distance of spectra", "HU", LOWER, counts).of([""], found, halves)
+
+
+def _length(statistic: Statistic) -> Statistic:
+    """Return the length of a statistic's vector."""
+    return lambda *weights: float(np.linalg.norm(statistic(*weights)))
 
 
 def _adherence(real: Cases, generated: Cases, rounds: int) -> Iterator[Row]:
