@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -134,7 +135,9 @@ def load_script(path: Path, option: str) -> tuple[Any, str]:
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if not scripted:
             raise ValueError("weights without code, or another archive")
-        module = torch.jit.load(str(path), map_location="cpu").eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # I3D exists in no newer form
+            module = torch.jit.load(str(path), map_location="cpu").eval()
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BundleError(
