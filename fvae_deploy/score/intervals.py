@@ -76,8 +76,11 @@ def centred(
 
 
 def _drawn(random: np.random.Generator, count: int) -> Weights:
-    """Draw as many cases as there are; return how often each was drawn."""
-    return np.bincount(random.integers(0, count, count), minlength=count).astype(np.float64)
+    """Draw as many cases as there are, two different ones at least; return how often each was."""
+    while True:
+        drawn = np.bincount(random.integers(0, count, count), minlength=count)
+        if np.count_nonzero(drawn) >= min(2, count):
+            return drawn.astype(np.float64)
 
 
 def floors(statistic: Statistic, count: int) -> list[float | None] | None:

@@ -104,6 +104,8 @@ def left_out(rows: Sequence[Row], networks: Collection[str]) -> list[str]:
             "FID in three planes: give a network with --features, a TorchScript file, "
             f"module:factory or {INCEPTION}."
         )
+    if "noise: distance of spectra" not in made:
+        found.append("Spectra of noise: fewer than 2 CTs of a set have even squares of 16 voxels.")
     if not any(metric.startswith("mask adherence") for metric in made):
         found.append("Mask adherence: give the masks that the CTs were made from with --masks.")
     for option, metric in (("--clip", "CLIP score"), ("--classifier", "AUC of findings")):

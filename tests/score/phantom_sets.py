@@ -12,7 +12,7 @@ from fvae_deploy.phantom.patient import varied
 from fvae_deploy.phantom.torso import write_phantom
 from fvae_deploy.volume.open import create_volume, open_volume
 
-SHAPE = (64, 64, 24)
+SHAPE = (96, 96, 20)
 
 
 def phantoms(folder: Path, seeds: range, shape: tuple[int, int, int] = SHAPE) -> Path:

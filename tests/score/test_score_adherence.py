@@ -1,4 +1,4 @@
-"""Mask adherence and histograms by organ, block by block, against definitions on whole volumes."""
+"""Mask adherence, histograms and noise of one CT, against definitions on whole volumes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from fvae_deploy.organs import organ_label
 from fvae_deploy.report.blocks import blocks
 from fvae_deploy.report.tissues import AIR, BONE
 from fvae_deploy.score.adherence import Adherence
+from fvae_deploy.score.examine import Lens, Source, examine
+from fvae_deploy.score.features import LatentFeatures
 from fvae_deploy.score.histograms import BIN, FEWEST, Histograms
+from fvae_deploy.stream.codec import open_codec
 from fvae_deploy.volume.base import Geometry
+from fvae_deploy.volume.open import create_volume
+from fvae_deploy.volume.options import ReadOptions
 
 SHAPE = (14, 30, 26)  # t, x, y
 GEOMETRY = Geometry((30, 26, 14), np.diag([-1.0, -1.5, 2.0, 1.0]))
@@ -108,3 +113,24 @@ def test_histograms_count_the_hu_of_each_organ():
     hu = arrays["original"][arrays["mask"] == LIVER]
     edges = -1000 + BIN * np.arange(502)
     np.testing.assert_array_equal(found["liver"], np.histogram(hu, edges)[0])
+
+
+def test_the_spectrum_of_white_noise_grows_with_frequency_and_adds_up_to_the_noise(tmp_path):
+    """White noise has HU² in proportion to the area of a ring; the corners are beyond the bands."""
+    random = np.random.default_rng(0)
+    x, y = np.meshgrid(np.arange(160) - 80, np.arange(160) - 80, indexing="ij")
+    hu = np.where(np.hypot(x, y) < 75, 50, -1000) + random.normal(0, 12, (8, 160, 160))
+    geometry = Geometry((160, 160, 8), np.diag([-1.0, -1.0, 2.0, 1.0]))
+    with create_volume(tmp_path / "ct.nii", geometry, "float32") as writer:
+        writer.write(hu.astype(np.float32))
+    with open_codec("tiny", threads=1) as codec:
+        lens = Lens((1.0, 1.0, 2.0), LatentFeatures(codec))
+        source = Source("ct", tmp_path / "ct.nii")
+        (tmp_path / "work").mkdir()
+        seen = examine(source, lens, ReadOptions(), tmp_path / "work")
+    inside = np.pi / 4  # of the area of all frequencies
+    assert seen.noise == pytest.approx(12, rel=0.1)
+    assert np.square(seen.spectrum).sum() == pytest.approx(144 * inside, rel=0.15)
+    assert (np.diff(seen.spectrum[:-1]) > 0).all()
+    assert seen.adherence is None
+    assert set(seen.features) == {"latents axial", "latents coronal", "latents sagittal"}
