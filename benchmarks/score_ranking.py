@@ -11,13 +11,22 @@ than generated, and generated not worse than noisier. The folders and pages stay
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 import fvae_deploy as fvae
 from fvae_deploy.phantom.patient import varied
 from fvae_deploy.phantom.torso import write_phantom
+from fvae_deploy.score.cases import find_set
+from fvae_deploy.score.run import Request, score
+from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.open import create_volume, open_volume
 
 SHAPE = (128, 128, 64)
@@ -60,3 +69,50 @@ def _with_noise(source: Path, target: Path, deviation: float, seed: int) -> None
             noisy = slab + random.normal(0, deviation, slab.shape)
             writer.write(noisy.astype(np.float32))
     reader.close()
+
+
+def main() -> None:
+    """Make the sets, score them and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where sets and pages are written")
+    parser.add_argument("--patients", type=int, default=20, help="CTs of each set")
+    parser.add_argument("--noise", type=float, default=30.0, help="HU that noisier has more")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    make_sets(folder, options.patients, options.noise)
+    request = Request(
+        RunOptions(overwrite=True),
+        real_labels=folder / "real_labels",
+        masks=folder / "masks",
+    )
+    real, _ = find_set(folder / "real", "REAL")
+    scores = {
+        name: score(real, find_set(folder / name, "GENERATED")[0], folder / f"{name}.html", request)
+        for name in SETS
+    }
+    Console(width=120).print(_table(scores))
+    print(json.dumps(next(iter(scores.values()))["machine"]))
+
+
+def _table(scores: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="value (95 % interval)")
+    for column in ("metric", "real CTs", *SETS, "ranked"):
+        table.add_column(column)
+    rows = zip(*([r for r in s["metrics"] if not r["part"]] for s in scores.values()), strict=True)
+    for same in rows:
+        cells = [f"{r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})" for r in same]
+        usual = "-" if same[0]["real"] is None else f"{same[0]['real']:.3g}"
+        table.add_row(same[0]["metric"], usual, *cells, _ranked(same))
+    return table
+
+
+def _ranked(rows: Sequence[dict[str, Any]]) -> str:
+    """Return whether perfect, generated and noisier are in this order; "-" for other metrics."""
+    if rows[0]["better"] == "1" or rows[0]["metric"].startswith("share"):
+        return "-"
+    values = [abs(row["value"]) for row in rows]
+    return "yes" if values == sorted(values, reverse=rows[0]["better"] == "higher") else "NO"
+
+
+if __name__ == "__main__":
+    main()
