@@ -30,6 +30,8 @@ from fvae_deploy.score.rows import HIGHER, LOWER, ONE, POSITIVE, ZERO, Row, Rows
 from fvae_deploy.score.verdicts import auc_rows, similarity_rows
 
 Cases = Sequence[Seen]
+LARGE = 512  # vectors and features: a Fréchet distance of more takes seconds
+FEW_DRAWS = 40  # of such ones
 
 
 def metrics(
@@ -98,7 +100,11 @@ def _distances(
 ) -> Iterator[Row]:
     counts = len(sides[0][0]), len(sides[1][0])
     short = any(lacks_rank(vectors) for side in sides for vectors in side)
-    note = "fewer vectors than features" if short else ""
+    notes = ["fewer vectors than features"] if short else []
+    draws = rounds
+    if max(min(sum(map(len, v)), v[0].shape[1]) for side in sides for v in side) > LARGE:
+        draws = min(rounds, FEW_DRAWS)
+        notes += [f"{draws} draws"] if draws < rounds else []
     for title, make, limits in zip(
         TITLES[kind], (frechet, kernel), (POSITIVE, (-math.inf, math.inf)), strict=True
     ):
@@ -106,8 +112,9 @@ def _distances(
         itself = together([make(a, a) for a in sides[0]])
         if planes:
             statistic, itself = with_mean(statistic), with_mean(itself)
-        rows = Rows(f"{title} ({name})", "", LOWER, counts, note if make is frechet else "")
-        found = estimates(statistic, counts, rounds, limits=limits)
+        mine = make is frechet
+        rows = Rows(f"{title} ({name})", "", LOWER, counts, "; ".join(notes) if mine else "")
+        found = estimates(statistic, counts, draws if mine else rounds, limits=limits)
         yield from rows.of(["", *planes], found, floors(itself, counts[0]))
 
 

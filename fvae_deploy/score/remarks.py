@@ -38,7 +38,7 @@ def _few(real: Cases, generated: Cases, rows: Sequence[Row]) -> Iterator[str]:
             f"A set has only {fewest} CTs: intervals of fewer than {FEW} cases are too narrow, and "
             "differences between sets of this size may be chance."
         )
-    lacking = [row.metric for row in rows if row.note and row.part == "" and "vectors" in row.note]
+    lacking = [row.metric for row in rows if row.part == "" and "vectors" in row.note]
     for metric in dict.fromkeys(lacking):
         yield (
             f"{metric}: a set has no more vectors than features, so its covariance lacks rank and "

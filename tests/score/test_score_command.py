@@ -163,6 +163,21 @@ def test_the_features_of_a_set_do_not_depend_on_its_orientation(score, shelf, tm
     assert not any("resampled" in remark for remark in again["remarks"])
 
 
+def test_every_format_gives_the_same_score(score, shelf, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    formats = (".nrrd", ".zarr", ".dcm", ".mha")
+    for path, suffix in zip(sorted((shelf / "made").iterdir()), formats, strict=True):
+        reader = open_volume(path)
+        target = mixed / path.name.replace(".nii.gz", suffix)
+        with create_volume(target, Geometry(SHAPE, reader.geometry.affine)) as writer:
+            writer.write(np.concatenate([*reader.slabs(8)]))
+        reader.close()
+    plain, again = score("real", "made"), score("real", mixed)
+    for metric in (LATENTS, "HU by tissue: Wasserstein", "diversity"):
+        assert value(again, metric) == pytest.approx(value(plain, metric), rel=1e-5)
+
+
 def test_another_spacing_is_brought_to_the_coarser_one_and_told(score, shelf, tmp_path):
     phantoms(tmp_path / "fine", range(100, 103), (128, 128, 30))
     content = score("real", tmp_path / "fine")
@@ -207,6 +222,32 @@ def test_label_maps_of_the_generated_are_compared_with_their_masks(score, shelf)
         r for r in content["metrics"] if r["metric"] == "mask adherence: Dice" and not r["part"]
     ]
     assert row["real"] is None
+
+
+def test_totalsegmentator_labels_both_sets(score, shelf, monkeypatch):
+    """With a stand-in: what is dense is bone, and what is not air is liver."""
+    import nibabel
+
+    def totalsegmentator(source, output, ml, quiet):
+        image = nibabel.load(source)
+        hu = np.asarray(image.dataobj)
+        labels = np.where(hu > 200, 25, np.where(hu > -20, 5, 0)).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(labels, image.affine), output)
+
+    module = types.ModuleType("totalsegmentator.python_api")
+    module.totalsegmentator = totalsegmentator
+    parent = types.ModuleType("totalsegmentator")
+    parent.__spec__ = types.SimpleNamespace(name="totalsegmentator")
+    monkeypatch.setitem(sys.modules, "totalsegmentator", parent)
+    monkeypatch.setitem(sys.modules, "totalsegmentator.python_api", module)
+    maps = ("--real-labels", shelf / "real_labels", "--masks", shelf / "made_labels")
+    content = score("real", "made", "--segment", *maps)
+    rows = {row["part"]: row for row in content["metrics"] if row["metric"].endswith("Dice")}
+    assert 0 < rows["liver"]["value"] < 1
+    assert 0 < rows["liver"]["real"] < 1
+    assert rows["spleen"]["value"] == 0
+    assert {case["labels"] for case in content["generated"]} == {"TotalSegmentator"}
+    assert np.isfinite(value(content, "HU by organ: Wasserstein", "liver"))
 
 
 def test_a_damaged_ct_is_passed_over_and_told(fvae, shelf, tmp_path):
