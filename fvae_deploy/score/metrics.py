@@ -11,7 +11,6 @@ from fvae_deploy.score.distances import (
     Floats,
     Statistic,
     Vectors,
-    average,
     frechet,
     kernel,
     lacks_rank,
@@ -156,13 +155,17 @@ def _means(histograms: Floats) -> Floats:
 
 def _noise(real: Cases, generated: Cases, rounds: int) -> Iterator[Row]:
     """Yield the difference of the noise in soft tissue, and the distance of its spectra."""
-    sides = [_table([{"": one.noise} if one.noise is not None else {} for one in side], [""])
-             for side in (real, generated)]  # fmt: skip
-    counts = len(real), len(generated)
-    usual = average(sides[0])(np.ones(counts[0])).item()
-    note = "" if math.isnan(usual) else f"real CTs: {usual:.3g} HU"
-    rows = Rows("noise: difference of means", "HU", ZERO, counts, note)
-    yield from rows.of([""], estimates(mean_difference(*sides), counts, rounds), None)
+    first, second = (
+        np.array([[one.noise] for one in side if one.noise is not None])
+        for side in (real, generated)
+    )
+    if min(len(first), len(second)) >= 2:
+        counts = len(first), len(second)
+        note = f"real CTs: {first.mean():.3g} HU"
+        found = estimates(mean_difference(first, second), counts, rounds)
+        yield from Rows("noise: difference of means", "HU", ZERO, counts, note).of(
+            [""], found, None
+        )
     a, b = (np.array([one.spectrum for one in side if one.spectrum is not None])
             for side in (real, generated))  # fmt: skip
     if min(len(a), len(b)) >= 2:

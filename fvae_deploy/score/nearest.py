@@ -64,16 +64,16 @@ def diversity(distances: Near) -> Statistic:
     """Return the mean distance of two generated CTs over that of two real ones, by weights."""
 
     def ratio(real: Weights, generated: Weights) -> float:
-        return _mean_pair(distances.generated, generated) / _mean_pair(distances.real, real)
+        usual = _mean_pair(distances.real, real)
+        return _mean_pair(distances.generated, generated) / usual if usual > 0 else np.nan
 
     return ratio
 
 
 def _mean_pair(square: Floats, weight: Weights) -> float:
-    """Return the mean distance of two different CTs; NaN if only one was drawn or all agree."""
+    """Return the mean distance of two different CTs; NaN if only one was drawn."""
     pairs = weight.sum() ** 2 - np.square(weight).sum()
-    total = weight @ square @ weight
-    return float(total / pairs) if pairs > 0 and total > 0 else np.nan
+    return float(weight @ square @ weight / pairs) if pairs > 0 else np.nan
 
 
 def nearness(distances: Near) -> Statistic:

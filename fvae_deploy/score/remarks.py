@@ -96,7 +96,9 @@ def left_out(rows: Sequence[Row], networks: Collection[str]) -> list[str]:
     made = {row.metric for row in rows}
     found = []
     if "clip" not in networks:
-        found.append("FVD: give the TorchScript file of I3D (i3d_torchscript.pt) with --i3d.")
+        found.append(
+            "FVD: give I3D as TorchScript with --i3d, the file i3d_torchscript.pt of StyleGAN-V."
+        )
     elif not any(metric.startswith("FVD") for metric in made):
         found.append(f"FVD: fewer than 2 CTs of a set have {CLIP} slices.")
     if "pictures" not in networks:
@@ -104,6 +106,8 @@ def left_out(rows: Sequence[Row], networks: Collection[str]) -> list[str]:
             "FID in three planes: give a network with --features, a TorchScript file, "
             f"module:factory or {INCEPTION}."
         )
+    if "noise: difference of means" not in made:
+        found.append("Noise: fewer than 2 CTs of a set have enough even soft tissue.")
     if "noise: distance of spectra" not in made:
         found.append("Spectra of noise: fewer than 2 CTs of a set have even squares of 16 voxels.")
     if not any(metric.startswith("mask adherence") for metric in made):

@@ -154,8 +154,9 @@ def _sources(
     """Return both sets with what lies beside them.
 
     The label maps of real CTs are also masks, which shows how well real CTs keep to theirs by the
-    same segmenter; not where label maps of the generated ones are given, as those come from a
-    segmenter that the real ones were not seen by.
+    same segmenter. Not where label maps of the generated CTs are given: those come from a
+    segmenter that the real ones were not seen by. Generated CTs without one then have no mask
+    either, since thresholds would judge them.
     """
     labels = {case.name: case.labels for case in real if case.labels is not None}
     labels |= find_beside(request.real_labels, real, "--real-labels")
@@ -163,6 +164,8 @@ def _sources(
     made |= find_beside(request.generated_labels, generated, "--generated-labels")
     masks = find_beside(request.masks, generated, "--masks")
     apart = bool(made) or not masks
+    if made:
+        masks = {name: mask for name, mask in masks.items() if name in made}
     return [
         Source(
             case.name, case.ct, case.series,

@@ -224,6 +224,18 @@ def test_label_maps_of_the_generated_are_compared_with_their_masks(score, shelf)
     assert row["real"] is None
 
 
+def test_cts_without_a_label_map_are_not_judged_by_thresholds_beside_others(score, shelf, tmp_path):
+    (tmp_path / "maps").mkdir()
+    for name in ("m0.nii.gz", "m2.nii.gz"):
+        shutil.copy(shelf / "made_labels" / name, tmp_path / "maps" / name)
+    maps = ("--masks", shelf / "made_labels", "--generated-labels", tmp_path / "maps")
+    content = score("real", "made", *maps)
+    dice = [row for row in content["metrics"] if row["metric"] == "mask adherence: Dice"]
+    assert {row["generated_cases"] for row in dice} == {2}
+    assert not {"bones", "lungs and trachea"} & {row["part"] for row in dice}
+    assert "2 of 4 CTs of GENERATED have a label map or mask." in content["remarks"]
+
+
 def test_totalsegmentator_labels_both_sets(score, shelf, monkeypatch):
     """With a stand-in: what is dense is bone, and what is not air is liver."""
     import nibabel

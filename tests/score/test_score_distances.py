@@ -212,6 +212,8 @@ def test_copies_are_found_and_a_narrow_set_is_less_diverse():
         assert (close >= 0.9) == copied
         assert (ratio < 0.2) == copied
         assert diversity(distances)(*weights) == pytest.approx(wide, rel=0.15)
+    same = near(real, fresh[:1] * 10)
+    assert diversity(same)(*weights) == 0
     pairs = closest(near(real, copies))
     assert len(pairs) == 4
     assert all(g == r for g, r in pairs)
