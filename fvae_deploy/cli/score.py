@@ -134,15 +134,20 @@ def score(
     """
     from fvae_deploy.cli.tables import score_table
     from fvae_deploy.parse import millimetres
+    from fvae_deploy.report.files import Files
     from fvae_deploy.score.cases import find_set
     from fvae_deploy.score.run import Request, check_all_scored
     from fvae_deploy.score.run import score as run
+    from fvae_deploy.volume.open import protect_input
 
     request = Request(
         options, real_labels, generated_labels, masks, segment, features, i3d, clip, clip_weights,
         classifier, classifier_weights, texts,
         None if spacing is None else millimetres(spacing), bootstrap,
     )  # fmt: skip
+    for path in Files(output).all:  # a list may be named as the table beside the page
+        for source in (real, generated):
+            protect_input(path, source)
     first, damaged = find_set(real, "REAL")
     second, more = find_set(generated, "GENERATED")
     units = {"REAL": "CTs", "GENERATED": "CTs", "metrics": "parts"}

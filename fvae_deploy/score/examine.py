@@ -187,8 +187,8 @@ def _facts(
 class _Sections:
     """The parts that read a CT in blocks on its own grid.
 
-    Organs are those of the label map, else of the mask. `judged` says whether the label map is
-    compared with the mask; without one, thresholds are.
+    Organs are those of the label map, else of the mask. Beside a mask, the label map is compared
+    with it, or without one the thresholds' tissues.
     """
 
     def __init__(self, found: Survey, labels: Path | None, mask: Path | None) -> None:

@@ -52,7 +52,7 @@ def _duplicates(real: Cases, generated: Cases) -> Iterator[str]:
     for one in generated:
         if one.digest in both:
             twin = next(other for other in real if other.digest == one.digest)
-            yield f"{one.name} of GENERATED has exactly the voxels of {twin.name} of REAL."
+            yield f"{one.name} of GENERATED has the same voxels as {twin.name} of REAL."
     for role, side in (("REAL", real), ("GENERATED", generated)):
         for names in repeated([(one.name, one.digest) for one in side]):
             yield f"{role} has the same voxels {len(names)} times: {', '.join(names)}."

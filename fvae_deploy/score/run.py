@@ -133,7 +133,8 @@ def _checked(
     files = Files(output)
     files.check(request.options.overwrite)
     check_apart(real, generated)
-    given = (request.i3d, request.texts, request.clip_weights, request.classifier_weights)
+    given = (request.i3d, request.texts, request.clip_weights, request.classifier_weights,
+             request.masks, request.real_labels, request.generated_labels)  # fmt: skip
     for path in files.all:
         for source in (*(case.ct for case in (*real, *generated)), *filter(None, given)):
             protect_input(path, source)
@@ -255,6 +256,7 @@ def _examine_all(
             for path in work.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         tick(1)
+    say(f"{role}: {len(seen)} of {len(sources)} CTs read")
     if len(seen) < 2:
         raise VolumeError(
             f"expected at least 2 CTs of {role} that can be read, found {len(seen)} of "

@@ -194,7 +194,7 @@ def test_copies_of_real_cts_are_told_and_found_with_noise_too(score, shelf, tmp_
     shutil.copy(shelf / "real" / "r3.nii.gz", made / "x.nii.gz")
     shutil.copy(shelf / "made" / "m0.nii.gz", made / "y.nii.gz")
     content = score("real", made)
-    assert "x of GENERATED has exactly the voxels of r3 of REAL." in content["remarks"]
+    assert "x of GENERATED has the same voxels as r3 of REAL." in content["remarks"]
     assert content["nearest"]["pairs"][0] == {"generated": "x", "real": "r3", "distance_hu": 0}
     assert value(content, "share near a real CT") >= 0.5
     copies = changed(shelf / "real", tmp_path / "noisy_copies", noisy(40))
@@ -357,9 +357,17 @@ def test_an_older_score_and_the_inputs_are_protected(fvae, shelf, tmp_path):
     code, _, err = fvae("score", *sets, "-o", tmp_path / "score.html")
     assert (code, "pass --overwrite" in err) == (3, True)
     assert (tmp_path / "score.csv").read_text() == "older"
-    code, _, err = fvae("score", *sets, "-o", tmp_path / "score.html", "--overwrite", "--clip",
-                        "a:b", "--texts", tmp_path / "score.csv")  # fmt: skip
-    assert (code, "apart from the input" in err) == (2, True)
+    lines = ["ct", *(str(path) for path in sorted((shelf / "made").iterdir()))]
+    (tmp_path / "score.csv").write_text("\n".join(lines))
+    output = ("-o", tmp_path / "score.html", "--overwrite")
+    for arguments in (
+        (*sets, *output, "--clip", "a:b", "--texts", tmp_path / "score.csv"),
+        (*sets, *output, "--masks", tmp_path / "score.csv"),
+        (shelf / "real", tmp_path / "score.csv", *output),
+    ):
+        code, _, err = fvae("score", *arguments)
+        assert (code, "apart from the input" in err) == (2, True), arguments
+    assert (tmp_path / "score.csv").read_text() == "\n".join(lines)
 
 
 RANKED = {  # metric -> whether more is better; spectra need larger planes
