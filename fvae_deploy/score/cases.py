@@ -70,7 +70,7 @@ def find_beside(folder: Path | None, cases: Sequence[Case], option: str) -> dict
     found = {
         case.name: maps[name]
         for case in cases
-        for name in (case.name, case.name.removesuffix(CHANNEL))
+        for name in (case.name.removesuffix(CHANNEL), case.name)
         if name in maps
     }
     if not found:

@@ -16,7 +16,9 @@ from phantom_sets import SHAPE, changed, noisy, phantoms, write_i3d, write_pictu
 
 from fvae_deploy.cli import main as cli
 from fvae_deploy.organs import FINDINGS
+from fvae_deploy.report.cases import Case
 from fvae_deploy.score import run as scoring
+from fvae_deploy.score.cases import find_beside
 from fvae_deploy.volume.base import Geometry
 from fvae_deploy.volume.open import create_volume, open_volume
 
@@ -222,6 +224,17 @@ def test_label_maps_of_the_generated_are_compared_with_their_masks(score, shelf)
         r for r in content["metrics"] if r["metric"] == "mask adherence: Dice" and not r["part"]
     ]
     assert row["real"] is None
+
+
+def test_masks_are_matched_by_name_and_nnunets_channel_is_no_part_of_it(tmp_path):
+    cases = [Case(name, Path(name)) for name in ("a_0000", "b_0000", "c", "d")]
+    (tmp_path / "masks").mkdir()
+    for name in ("a.nii.gz", "b.nii", "b_0000.nii", "c.nrrd"):
+        (tmp_path / "masks" / name).touch()
+    found = find_beside(tmp_path / "masks", cases, "--masks")
+    assert {name: path.name for name, path in found.items()} == {
+        "a_0000": "a.nii.gz", "b_0000": "b_0000.nii", "c": "c.nrrd",
+    }  # fmt: skip
 
 
 def test_cts_without_a_label_map_are_not_judged_by_thresholds_beside_others(score, shelf, tmp_path):
