@@ -43,6 +43,7 @@ MAY["generation"] = {*MAY["bench"], "phantom"}
 MAY["make"] = {*MAY["api"], "api", "bench"}
 MAY["batch"] = {*MAY["generation"], "generation"}
 MAY["report"] = {*MAY["batch"], "batch", "quality"}
+MAY["score"] = {*MAY["report"], "report"}
 MAY["selftest"] = {*MAY["make"], "make"}
 MAY["server"] = {*MAY["batch"], "batch"}
 MAY["cli"] = {*MAY, "__init__"}

@@ -29,6 +29,7 @@ LEFT_OUT = {  # by what the command contains
     "fvae bench": "minutes: tests/bench",
     "fvae export": "needs weights from a hub or another's code: tests/export",
     "--segment": "needs TotalSegmentator: tests/report",
+    "--i3d": "needs I3D: tests/score",
     "--like": "needs TotalSegmentator: tests/generation/test_like.py",
     "-m generator": "needs a published generator: tests/generation",
     "--model generator": "needs a published generator: tests/generation",
@@ -87,6 +88,7 @@ def files(tmp_path_factory):
         for case in ("one", "two"):
             (folder / kind / f"{case}{suffix}").symlink_to(folder / source)
     write_masks(folder)
+    write_sets(folder)
     write_dataset(folder / "Dataset001_Liver", folder / "ct.nii.gz")
     for name in STAND_INS:
         shutil.copytree(ROOT / "fvae_deploy/bundles/tiny", folder / name)
@@ -110,6 +112,19 @@ def write_masks(folder):
     write("lesion.nii.gz", nodule)
     write("four.nii.gz", np.stack([nodule, np.zeros_like(nodule)], -1))
     write("maisi.nii.gz", np.where(labels == 5, 1, np.where(labels, 200, 0)).astype(np.uint8))
+
+
+def write_sets(folder):
+    """Write two sets of two CTs each, with the masks of both by their names."""
+    for name, source in (
+        ("real", "p.nii.gz"),
+        ("made", "recon.nii.gz"),
+        ("organs", "organs.nii.gz"),
+        ("masks", "organs.nii.gz"),
+    ):
+        (folder / name).mkdir()
+        for case in ("one", "two"):
+            shutil.copy(folder / source, folder / name / f"{case}.nii.gz")
 
 
 def write_dataset(folder, ct):
