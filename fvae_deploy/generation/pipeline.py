@@ -112,7 +112,10 @@ def generate(
     keywords
         Fields of `RunOptions` and `GenerationOptions`. `memory` bounds encoding and decoding.
 
-    Raises ConditionError for unsuitable masks and texts, and other FvaeErrors as `encode` does.
+    Raises
+    ------
+    ConditionError
+        For unsuitable masks and texts; other FvaeErrors as `encode` raises them.
     """
     sampling, others = GenerationOptions.split(sampling, keywords)
     options, output = RunOptions.of(options, others), Path(output)
