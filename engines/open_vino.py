@@ -59,7 +59,7 @@ class _Compiled:
             request.set_tensor(spec.name, tensor)
         request.infer()
         if self.part.state_outputs and self.part.state_inputs:
-            self.spare.append(tensors[1:])
+            self.spare.append(tensors[-len(states) :])
         data = self.part.outputs[: len(self.part.outputs) - len(self.part.state_outputs)]
         named = zip((spec.name for spec in self.part.state_outputs), state, strict=True)
         return {**{o.name: request.get_tensor(o.name).data for o in data}, **dict(named)}

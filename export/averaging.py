@@ -47,12 +47,17 @@ def saturated(shape: tuple[int, int, int], intensity: Intensity) -> Array:
 @torch.inference_mode()
 def run_stages(model: Model, direction: str, data: Tensor, head: int, stride: int) -> Tensor:
     """Run all stages of a direction on [1, C, T, H, W], step by step."""
+    lag = model.lag if direction == "decode" else 0
+    starts = (0, *range(head, data.shape[2], stride))
     states: dict[str, Sequence[Tensor]] = {}
     results = []
-    for start in (0, *range(head, data.shape[2], stride)):
+    for number in range(len(starts) + lag // model.geometry.temporal):
+        start = starts[min(number, len(starts) - 1)]
         x = data[:, :, start : start + (stride if start else head)].contiguous()
+        clock = [torch.tensor((number, number - len(starts) + 1))] if lag else []
         for name, stage in model.stages.items():
             if name.startswith(direction):
-                x, *states[name] = stage(x, *states.get(name, ()))
+                x, *states[name] = stage(x, *clock, *states.get(name, ()))
         results.append(x)
-    return torch.cat(results, dim=2)
+    result = torch.cat(results, dim=2)
+    return result[:, :, lag : lag + model.geometry.slices(data.shape[2])] if lag else result

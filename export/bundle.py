@@ -32,6 +32,8 @@ FILENAME = "manifest.json"
 HEAVY = 5e6
 
 TYPES = ("float32", "int64")
+CLOCK = "clock"  # input of parts that look ahead: see `Part`
+MIDDLE = (1 << 20, -(1 << 20))  # a clock far from both ends of a stream
 SIZE = r"([1-9]\d*\*)?[khwn]|[1-9]\d*"
 Dimension = int | str  # 16, or an expression in k, h, w, n: "k", "4*k", "8*h"
 
@@ -88,6 +90,11 @@ class Part:
     each on the whole output of the one before; the names of a VAE's stages begin with encode or
     decode. The first input and the first output carry the data; all further ones are state.
     Where a part returns state, its state outputs replace its state inputs, in the same order.
+
+    A part that looks ahead runs every step of a stream, also the first. Its second input is the
+    clock, two int64: the steps since the first, and since the one with the last latent frame. With
+    these it repeats frames at both ends of the volume. What it returns comes late, by `lag` frames
+    since the stream began.
     """
 
     name: str
@@ -100,6 +107,7 @@ class Part:
     mac_per_cell: int  # multiply-adds per cell of this part and latent frame
     whole: str = ""  # the reason why it needs the whole plane
     maps: bool = False  # all inputs and outputs are data of one step: there is no state
+    lag: int = 0  # frames by which results come late, in all stages up to this one
 
     @property
     def stage(self) -> str:
@@ -114,7 +122,12 @@ class Part:
     @property
     def state_inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs that carry state."""
-        return () if self.maps else self.inputs[1:]
+        return () if self.maps else self.inputs[1 + self.looks_ahead :]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether results depend on later frames, so that they come late."""
+        return len(self.inputs) > 1 and self.inputs[1].name == CLOCK
 
     @property
     def state_outputs(self) -> tuple[TensorSpec, ...]:
@@ -194,8 +207,8 @@ class Bundle:
             "an input and an output of every part": all(
                 p.inputs and p.outputs for p in self.graphs
             ),
-            "halos and contexts of at least 0, scales of at least 1": all(
-                min(p.halo or 0, p.context) >= 0 and p.scale >= 1 for p in self.graphs
+            "halos, contexts and lags of at least 0, scales of at least 1": all(
+                min(p.halo or 0, p.context, p.lag) >= 0 and p.scale >= 1 for p in self.graphs
             ),
         }
 

@@ -6,13 +6,14 @@ White noise alone would measure the engine mostly at frequencies that no volume 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import EngineError
+from fvae_deploy.export.bundle import Part, TensorSpec
 from fvae_deploy.export.generator import GeneratorManifest, NoiseParity, timestep_embedding
 from fvae_deploy.export.manifest import Intensity, Manifest, Parity
 
@@ -122,24 +123,40 @@ def stream(engine: Runner, manifest: Manifest, direction: str, data: Array) -> A
     encode = direction == "encode"
     head = geometry.first_slices if encode else geometry.first_frames
     stride = geometry.temporal if encode else 1
+    lag = 0 if encode else manifest.lag
+    starts = (0, *range(head, data.shape[2], stride))
     states: dict[str, list[Any]] = {}
     results = []
-    for start in (0, *range(head, data.shape[2], stride)):
+    for number in range(len(starts) + lag // geometry.temporal):
+        start = starts[min(number, len(starts) - 1)]
         x = np.ascontiguousarray(data[:, :, start : start + (stride if start else head)])
         for stage in manifest.stages(direction):
-            part = manifest.stage_part(stage, first=not start)
+            part = manifest.stage_part(stage, first=not number)
+            clock = number, number - len(starts) + 1
+            if not manifest.busy(stage, clock):
+                (x,) = _zeros(part, x, part.outputs[:1])
+                continue
+            state = states.pop(stage, None) or _zeros(part, x, part.state_inputs)
+            given = (x, *[np.array(clock)] * part.looks_ahead, *state)
             names = (spec.name for spec in part.inputs)
-            inputs = dict(zip(names, (x, *states.pop(stage, ())), strict=False))
-            outputs = engine.run(part.name, inputs)
+            outputs = engine.run(part.name, dict(zip(names, given, strict=False)))
             x, *states[stage] = (outputs[spec.name] for spec in part.outputs)
         results.append(x.copy())  # the engine may overwrite it in the next run
     result = np.concatenate(results, axis=2)
+    if lag:
+        result = result[:, :, lag : lag + geometry.slices(data.shape[2])]
     if not np.isfinite(result).all():
         raise EngineError(
             f"expected finite values from {direction} in {engine.name} {engine.precision}, found "
             "NaN or infinite ones: use another precision or engine for this network"
         )
     return result
+
+
+def _zeros(part: Part, x: Array, specs: Sequence[TensorSpec]) -> list[Array]:
+    """Return zeros in place of a part's tensors, for data x."""
+    h, w = (n // part.inputs[0].factor("h") for n in x.shape[-2:])
+    return [np.zeros(spec.sized(1, h, w), np.float32) for spec in specs]
 
 
 def clip(shape: tuple[int, int, int], intensity: Intensity, seed: int) -> Array:

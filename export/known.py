@@ -1,8 +1,10 @@
 """Published VAEs, those of the paper and other common ones: sources of weights, and geometry.
 
 Facts are from the paper's public scripts and the authors' pages. No weights were downloaded for
-this table, so a hub id is only confirmed when a fetch succeeds. Licences are those that the
-authors' pages name; read them there before using the weights.
+this table, so a hub id is only confirmed when a fetch succeeds. The ids of LTX-Video, LTX-2,
+Qwen-Image and VidTok are those that diffusers' documentation, the config.json files of models made
+from them, and VidTok's README name. Licences are those that the authors' pages name; read them
+there before using the weights.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ KNOWN = (
         spatial=32,
         latent_channels=128,
         licence="the authors' own: see License.txt on their page",
-        note="its decoder is not causal, so it takes windows of 65 slices; every layer is local",
+        note="its decoder looks ahead: one stream, slices come late; every layer is local",
     ),
     KnownModel(
         name="ltx2-vae",
@@ -79,7 +81,7 @@ KNOWN = (
         spatial=32,
         latent_channels=128,
         licence="LTX-2 Community License",
-        note="a causal stream, or windows if its config.json says so; every layer is local",
+        note="its decoder looks ahead as published, or is causal; one stream; every layer is local",
     ),
     KnownModel(
         name="vidtok4",

@@ -153,6 +153,27 @@ class Manifest(Bundle):
         """Return how many latent frames back a direction reaches, all stages together."""
         return sum(self.stage_part(s, first=False).context for s in self.stages(direction))
 
+    @property
+    def lag(self) -> int:
+        """How many slices late the decoder returns what it decodes; 0 unless it looks ahead."""
+        stages = self.stages("decode")
+        return self.stage_part(stages[-1], first=False).lag if stages else 0
+
+    def busy(self, stage: str, clock: tuple[int, int]) -> bool:
+        """Return whether a stage has anything to do in a step, by its clock (see `bundle.Part`).
+
+        A stage that looks ahead begins with the first frame that the stage before it returns, and
+        ends with its own last one; what it would return in other steps is not used.
+        """
+        part = self.stage_part(stage, first=False)
+        if not part.looks_ahead:
+            return True
+        stages = self.stages("encode" if stage.startswith("encode") else "decode")
+        number = stages.index(stage)
+        before = self.stage_part(stages[number - 1], first=False).lag if number else 0
+        (taken, returned) = (t.sized()[2] for t in (part.inputs[0], part.outputs[0]))
+        return clock[0] >= before // taken and clock[1] <= part.lag // returned
+
     def check_step(self, k: int | None) -> int:
         """Return the number of latent frames per step: `k`, or 1 for None.
 

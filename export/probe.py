@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, MIDDLE, Dimension, Part, TensorSpec
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.reach import PLANE, Analysis, analyse, macs
 
 BASE = {"k": 1, "h": 3, "w": 4}
+CLOCK_SPEC = TensorSpec(CLOCK, (2,), "int64")
 
 
 def parts_of(model: Model) -> tuple[Part, ...]:
@@ -32,19 +33,24 @@ def parts_of(model: Model) -> tuple[Part, ...]:
     runs = [_run(model, **size) for size in sizes]
     parts = []
     for stage, network in model.stages.items():
+        late = stage in model.lags
         signatures = {
             kind: _signature(stage, kind, [run[stage, kind] for run in runs], symbols)
-            for kind in model.kinds
+            for kind in (model.kinds[-1:] if late else model.kinds)
         }
         scale = min(_along_h(tensors[0]) for tensors in signatures[model.kinds[-1]])
         specs = {
             kind: tuple(tuple(_in_cells(t, scale) for t in side) for side in sides)
             for kind, sides in signatures.items()
         }
+        if late:
+            specs = {
+                kind: ((data, CLOCK_SPEC, *state), outputs)
+                for kind, ((data, *state), outputs) in specs.items()
+            }
         inputs, _ = specs[model.kinds[-1]]
-        data, *state = _random(inputs, PLANE, _dtype(network))
         frames = 1 if model.geometry.first_slices == 1 else model.geometry.first_frames
-        analysis = analyse(network, data, state, frames)
+        analysis = analyse(network, random_inputs(inputs, PLANE, _dtype(network)), late, frames)
         if analysis.halo is not None and model.foreign:
             analysis = local_or_whole(network, inputs, analysis)
         elif analysis.halo is not None:
@@ -62,6 +68,7 @@ def parts_of(model: Model) -> tuple[Part, ...]:
                     context=analysis.context if model.context is None else model.context,
                     mac_per_cell=_cost(network, kind, inputs, analysis),
                     whole=analysis.whole,
+                    lag=model.lags.get(stage, 0),
                 )
             )
     return tuple(parts)
@@ -71,7 +78,7 @@ def _cost(network: nn.Module, kind: str, inputs: Sequence[TensorSpec], analysis:
     """Return the multiply-adds per cell; the first frame of a causal network costs less."""
     if kind == "step" or len(inputs) > 1 or inputs[0].shape[2] != 1:
         return analysis.mac_per_cell
-    return macs(network, _random(inputs, PLANE, _dtype(network))[0], ()) // (PLANE * PLANE)
+    return macs(network, random_inputs(inputs, PLANE, _dtype(network))) // (PLANE * PLANE)
 
 
 def check_reach(stage: str, network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> None:
@@ -87,11 +94,12 @@ def check_reach(stage: str, network: nn.Module, inputs: Sequence[TensorSpec], ha
 def measure_reach(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> int:
     """Change one cell of every input; return how many cells away results change, up to halo + 1."""
     side = 2 * halo + 3
-    before = _random(inputs, side, _dtype(network))
+    before = random_inputs(inputs, side, _dtype(network))
     after = [tensor.clone() for tensor in before]
     for tensor, spec in zip(after, inputs, strict=True):
-        cell = _cell(spec, halo + 1)
-        tensor[cell] += 1 + tensor[cell].abs()
+        if spec.name != CLOCK:
+            cell = _cell(spec, halo + 1)
+            tensor[cell] += 1 + tensor[cell].abs()
     with torch.no_grad():
         results = [network(*given)[0] for given in (before, after)]
     change = (results[1] - results[0]).abs()
@@ -123,8 +131,11 @@ def local_or_whole(
 
 def _tile_equals_whole(network: nn.Module, inputs: Sequence[TensorSpec], halo: int) -> bool:
     """Return whether the plane without its first row and column gives the same beyond the halo."""
-    plane = _random(inputs, 2 * halo + 3, _dtype(network))
-    tile = [t[..., (n := _along_h(s)) :, n:] for t, s in zip(plane, inputs, strict=True)]
+    plane = random_inputs(inputs, 2 * halo + 3, _dtype(network))
+    tile = [
+        t if s.name == CLOCK else t[..., (n := _along_h(s)) :, n:]
+        for t, s in zip(plane, inputs, strict=True)
+    ]
     with torch.no_grad():
         whole, part = network(*plane)[0], network(*(t.contiguous() for t in tile))[0]
     per_cell = whole.shape[-1] // (2 * halo + 3)
@@ -153,8 +164,9 @@ def _run(model: Model, k: int, h: int, w: int) -> dict[tuple[str, str], Any]:
             for stage, network in model.stages.items():
                 if stage.startswith(direction):
                     inputs = [x, *state.get(stage, ())]
+                    clock = [torch.zeros(2, dtype=torch.int64)] * (stage in model.lags)
                     with torch.no_grad():
-                        results = network(*inputs)
+                        results = network(x, *clock, *inputs[1:])
                     sides = ([t.shape for t in inputs], [t.shape for t in results])
                     shapes[stage, kind] = sides
                     x, state[stage] = results[0], results[1:]
@@ -210,10 +222,15 @@ def _in_cells(tensor: TensorSpec, scale: int) -> TensorSpec:
     return TensorSpec(tensor.name, tuple(shape))
 
 
-def _random(inputs: Sequence[TensorSpec], side: int, dtype: torch.dtype) -> list[Tensor]:
+def random_inputs(inputs: Sequence[TensorSpec], side: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return random inputs of a part for side x side cells, in the middle of a stream."""
     seeded = torch.Generator().manual_seed(0)
-    shapes = (spec.sized(1, side, side) for spec in inputs)
-    return [torch.randn(shape, generator=seeded, dtype=dtype) for shape in shapes]
+    return [
+        torch.tensor(MIDDLE)
+        if spec.name == CLOCK
+        else torch.randn(spec.sized(1, side, side), generator=seeded, dtype=dtype)
+        for spec in inputs
+    ]
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

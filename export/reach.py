@@ -52,25 +52,28 @@ class Analysis:
     mac_per_cell: int
 
 
-def analyse(stage: nn.Module, data: Tensor, state: Sequence[Tensor], frames: int) -> Analysis:
-    """Return reach and cost of a stage, from runs on PLANE x PLANE cells and `frames` frames."""
-    tracker = _ReachTracker(data, state, frames)
+def analyse(stage: nn.Module, inputs: Sequence[Tensor], clock: bool, frames: int) -> Analysis:
+    """Return reach and cost of a stage, from runs on PLANE x PLANE cells and `frames` frames.
+
+    The inputs are data, a clock if the stage has one, and states.
+    """
+    tracker = _ReachTracker(inputs[0], inputs[1 + clock :], frames)
     with torch.inference_mode(False), torch.no_grad(), tracker:
-        outputs = stage(data, *state)
+        outputs = stage(*inputs)
     reaches = [tracker.known.get(output, Reach()) for output in outputs]
     whole = next((reach.whole for reach in reaches if reach.whole), "")
     return Analysis(
         halo=None if whole else math.ceil(max(reach.halo for reach in reaches)),
         context=math.ceil(max(reach.context for reach in reaches)),
         whole=whole,
-        mac_per_cell=macs(stage, data, state) // (PLANE * PLANE * frames),
+        mac_per_cell=macs(stage, inputs) // (PLANE * PLANE * frames),
     )
 
 
-def macs(stage: nn.Module, data: Tensor, state: Sequence[Tensor]) -> int:
+def macs(stage: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Return the multiply-adds of one run."""
     with torch.no_grad(), FlopCounterMode(display=False) as count:
-        stage(data, *state)
+        stage(*inputs)
     return int(count.get_total_flops()) // 2
 
 
@@ -111,6 +114,8 @@ class _ReachTracker(TorchDispatchMode):
             operation in (aten.bmm, aten.baddbmm) and len(reaches) > 1
         ):
             whole = whole or "attention looks at the whole plane"
+        if operation is aten.where:  # frames at either end of a volume replace its last operand
+            reaches = [self.known[args[2]]] if args[2] in self.known else reaches
         return Reach(halo, context, whole, all(reach.state for reach in reaches))
 
     def _state_length(self, tensors: Sequence[Tensor], axis: int = 0) -> Fraction:

@@ -202,7 +202,12 @@ def _check_trace(network: nn.Module, traced: nn.Module, part: Part) -> None:
     A loop over the plane is traced, without a warning, with the number of turns that it took.
     """
     seeded = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(spec.sized(**OTHER), generator=seeded) for spec in part.inputs]
+    inputs = [
+        torch.randn(spec.sized(**OTHER), generator=seeded)
+        if spec.type == "float32"
+        else torch.zeros(spec.sized(**OTHER), dtype=getattr(torch, spec.type))
+        for spec in part.inputs
+    ]
     with torch.no_grad():
         expected = network(*inputs)[0]
         try:

@@ -9,7 +9,8 @@
 For ONNX Runtime, the first and the step part become branches of one graph, and Triton keeps the
 states: a client sends frames and receives latents. A TensorRT plan has no branches, and Triton
 initialises states with zeros, which is wrong for a first frame. So with TensorRT the client passes
-the states from one request to the next.
+the states from one request to the next. So it does with a decoder that looks ahead: one graph takes
+every step, the states are zeros at first, and the client counts the clock (see `bundle.Part`).
 """
 
 from __future__ import annotations

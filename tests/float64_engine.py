@@ -36,7 +36,8 @@ class Float64:
 
     def run(self, part: str, inputs: dict[str, Any]) -> dict[str, Any]:
         spec = self.manifest.part(part)
-        given = [torch.as_tensor(inputs[i.name]).double() for i in spec.inputs]
+        given = [torch.as_tensor(inputs[i.name]) for i in spec.inputs]
+        given = [t.double() if t.is_floating_point() else t for t in given]
         with torch.inference_mode():
             outputs = self.stages[spec.stage](*given)
         return {o.name: value.numpy() for o, value in zip(spec.outputs, outputs, strict=True)}

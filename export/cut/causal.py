@@ -1,15 +1,19 @@
-"""A window's network as a causal stream, found from its graph: a first slice, then steps.
+"""A window's network as a stream, found from its graph: a first slice, then steps; or ahead.
 
 The window is traced with TURNS latent frames, in which every step of the stream occurs. `timing.py`
 finds what is known in which step, and `steps.py` writes each step as a function. The stream is
 offered if the result of every step is known in that step, if the second and the third step are the
 same function of the same states, and if longer windows, the network's own among them, give the same
 as the stream.
+
+A decoder that needs later latent frames is a stream that looks ahead (`ahead.py`): one function for
+all steps, whose result comes late. It is offered if windows of every length up to a longer one, and
+the network's own, give the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,9 @@ from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.cut.ahead import ClockAhead, StepAhead
+from fvae_deploy.export.cut.ahead_graph import AheadEmitter
+from fvae_deploy.export.cut.axes import SIZES, Triple
 from fvae_deploy.export.cut.lower import packet_name
 from fvae_deploy.export.cut.margins import margins_last
 from fvae_deploy.export.cut.step_graph import StepEmitter
@@ -26,6 +33,7 @@ from fvae_deploy.export.cut.timing import Clock, NotCausal, Timed, latest
 from fvae_deploy.export.cut.trace import Graph, trace_stage
 
 TURNS = 4  # latent frames of the window that is traced
+LENGTHS = (16, 32, 64)  # latent frames of the window in which a stream that looks ahead is found
 LONGER = 2  # more latent frames in the window that confirms the stream
 PLANE, TOLERANCE = (2, 3), 1e-4  # latent cells; of the largest value, in float32
 
@@ -104,6 +112,113 @@ def causal_stage(network: nn.Module, pace: Pace, check: bool = True, own: int = 
     return stage
 
 
+class AheadStage(nn.Module):
+    """A decoder that looks ahead, as a function (z, clock, *state) -> (slices, *state).
+
+    The slices come `lag` late.
+    """
+
+    def __init__(
+        self, network: nn.Module, step: Function, lag: int, states: Sequence[Sequence[Triple]]
+    ) -> None:
+        super().__init__()
+        self.network, self.lag = network, lag
+        self._step, self._states = step, states
+
+    def forward(self, z: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Map one latent frame, the clock, and the states of the step before; at first, zeros."""
+        clock, *states = past
+        if not states:
+            cells = z.shape[3], z.shape[4]
+            states = [z.new_zeros([_sized(n, *cells) for n in shape]) for shape in self._states]
+        return self._step(self.network, z, clock, *states)
+
+
+def _sized(sizes: Triple, h: int, w: int) -> int:
+    """Return a size for h x w cells, of a size at the traced planes that grows with one of them."""
+    (rows, columns), (taller, _), (_, wider) = SIZES
+    a, b, c = sizes
+    return int(
+        a + (b - a) // (taller - rows) * (h - rows) + (c - a) // (wider - columns) * (w - columns)
+    )
+
+
+def ahead_stage(network: nn.Module, pace: Pace, check: bool = True, own: int = 0) -> AheadStage:
+    """Find the stream of a decoder that looks ahead; parameters and errors are `causal_stage`'s."""
+    for turns in LENGTHS:
+        try:
+            stage = _ahead(network, pace, turns)
+            break
+        except NotCausal:
+            if turns == LENGTHS[-1]:
+                raise
+    if check:
+        longest = stage.lag // pace.temporal + LONGER
+        for length in sorted({*range(1, longest + 1), max(own, 1)}):
+            _confirm_ahead(network, stage, pace, length)
+    return stage
+
+
+def _ahead(network: nn.Module, pace: Pace, turns: int) -> AheadStage:
+    """Find the stream in a window of so many latent frames."""
+    graph = margins_last(trace_stage(network, pace.spec(turns)))
+    clock = ClockAhead(graph, turns)
+    found = clock.timings[graph.result].infos[0]
+    count = 1 + pace.temporal * (turns - 1)
+    if not isinstance(found, Timed) or (found.axis, len(found.steps)) != (2, count):
+        raise NotCausal(_reason(clock, graph, turns))
+    middle = turns // 2
+    plans: list[StepAhead] = []
+    states: list[Any] = []
+    for step in (middle + 2, middle + 1, middle):
+        low, high = (sum(s < at for s in found.steps) for at in (step, step + 1))
+        plans.insert(0, StepAhead(clock, graph, step, [(graph.result, low, high), *states]))
+        states = plans[0].states
+    if high - low != pace.temporal:
+        raise NotCausal("its slices do not come in equal steps")
+    if not plans[0].states:
+        raise NotCausal("its slices do not influence each other")
+    _check_cells(clock, plans[0])
+    cells = pace.spatial if pace.encode else 1
+    emitters = [AheadEmitter(plan, network, cells, turns) for plan in plans[:2]]
+    codes = [_code(emitter, plan, clock) for emitter, plan in zip(emitters, plans[:2], strict=True)]
+    if codes[0] != codes[1]:
+        raise NotCausal("its steps differ from each other")
+    function = type(torch.fx.GraphModule(network, emitters[0].graph)).forward
+    lag = pace.temporal * middle - low
+    return AheadStage(network, function, lag, _states(clock, plans[0])).eval()
+
+
+def _states(clock: Clock, plan: Step) -> list[list[Triple]]:
+    """Return the shapes of a step's states at the traced sizes of the plane."""
+    return [[(a, b, c) for a, b, c in _sizes(clock, *state)] for state in plan.states]
+
+
+def _confirm_ahead(network: nn.Module, stage: AheadStage, pace: Pace, turns: int) -> None:
+    """Raise NotCausal unless a window of `turns` latent frames gives what the stream gives."""
+    seeded = torch.Generator().manual_seed(turns)
+    z = torch.randn(pace.spec(turns).sized(1, *PLANE), generator=seeded)
+    z = z.to(next(network.parameters()).dtype)
+    found: list[Tensor] = []
+    states: list[Tensor] = []
+    with torch.no_grad():
+        try:
+            (expected,) = network(z)
+            for turn in range(turns + stage.lag // pace.temporal):
+                at = min(turn, turns - 1)
+                clock = torch.tensor((turn, turn - turns + 1))
+                result, *states = stage(z[:, :, at : at + 1], clock, *states)
+                found.append(result)
+        except (RuntimeError, BundleError) as error:
+            reason = str(error).splitlines()[0]
+            raise NotCausal(f"a window of {turns} latent frames does not run: {reason}") from error
+    joined = torch.cat(found, dim=2)[:, :, stage.lag : stage.lag + expected.shape[2]]
+    if joined.shape != expected.shape or not bool(
+        (joined - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    ):
+        raise NotCausal(f"its steps give another result than a window of {turns} latent frames")
+
+
 def _code(emitter: StepEmitter, plan: Step, clock: Clock) -> tuple[str, Any]:
     sizes = [_sizes(clock, *state) for state in plan.states]
     return emitter.graph.python_code("self").src, sizes
@@ -126,13 +241,13 @@ def _check_cells(clock: Clock, plan: Step) -> None:
             raise NotCausal(f"its state {name} is not a map of whole cells")
 
 
-def _reason(clock: Clock, graph: Graph) -> str:
+def _reason(clock: Clock, graph: Graph, turns: int = TURNS) -> str:
     """Return which operation first needs all slices, or at least later ones than it may."""
     for node in graph.nodes:
         timed = [n for n in node.inputs if isinstance(clock.timings[n].infos[0], Timed)]
         now = clock.timings[node.name].infos[0]
         sliced = packet_name(node.target) in ("slice", "select", "item")
-        if timed and not isinstance(now, Timed) and latest(now) == TURNS - 1 and not sliced:
+        if timed and not isinstance(now, Timed) and latest(now) == turns - 1 and not sliced:
             return f"{packet_name(node.target)} needs all slices of the window"
     return "its frames need later slices"
 
@@ -160,14 +275,37 @@ def _confirm(network: nn.Module, stage: CausalStage, pace: Pace, turns: int) -> 
         raise NotCausal("its steps give another result than its windows")
 
 
-def causal_stages(
-    networks: Sequence[tuple[str, nn.Module, Pace]], check: bool = True, own: int = 0
-) -> tuple[dict[str, CausalStage], str]:
+Stream = CausalStage | AheadStage
+
+
+Networks = Sequence[tuple[str, nn.Module, Pace]]
+
+
+def find_streams(networks: Networks, own: int = 0) -> tuple[dict[str, Stream], str]:
     """Return the streams of both directions, or none and the reason."""
-    found = {}
+    found: dict[str, Stream] = {}
     for name, network, pace in networks:
         try:
-            found[name] = causal_stage(network, pace, check, own)
+            try:
+                found[name] = causal_stage(network, pace, own=own)
+            except NotCausal:
+                if pace.encode:
+                    raise
+                found[name] = ahead_stage(network, pace, own=own)
         except (NotCausal, BundleError) as error:
             return {}, f"{name}: {error}"
     return found, ""
+
+
+def same_streams(networks: Networks, ahead: Collection[str]) -> dict[str, Stream]:
+    """Return the streams that were found at export; `ahead` names those that look ahead.
+
+    Raises BundleError if they are not found again.
+    """
+    try:
+        return {
+            name: (ahead_stage if name in ahead else causal_stage)(network, pace, check=False)
+            for name, network, pace in networks
+        }
+    except NotCausal as error:
+        raise BundleError(f"expected the streams found at export, found: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 from fvae_deploy.export.cut.lower import packet_name
 from fvae_deploy.export.cut.trace import Graph, Node, Ref
 
-PADS = ("constant_pad_nd", "replication_pad3d")
+PADS = ("constant_pad_nd", "replication_pad3d", "reflection_pad3d")
 
 
 def margins_last(graph: Graph) -> Graph:

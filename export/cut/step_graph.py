@@ -15,7 +15,7 @@ from fvae_deploy.export.cut.local import repeating
 from fvae_deploy.export.cut.lower import SAME, packet_name
 from fvae_deploy.export.cut.steps import Step
 from fvae_deploy.export.cut.timing import NotCausal, Timed, matrix_of
-from fvae_deploy.export.cut.timing_rules import frames_added
+from fvae_deploy.export.cut.timing_rules import frames_added, interpolates
 from fvae_deploy.export.cut.trace import Node, Ref, Sized, aten
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -29,7 +29,7 @@ class StepEmitter:
         self.graph = torch.fx.Graph()
         self.current: dict[str, Any] = {}
         self.earlier: dict[str, Any] = {}
-        data = self.graph.placeholder("x")
+        data = self._data()
         states = plan.states
         holders = [self.graph.placeholder(f"past{i}") for i in range(len(states))]
         self.earlier |= {name: p for (name, _, _), p in zip(states, holders, strict=True)}
@@ -38,6 +38,10 @@ class StepEmitter:
             self._node(node, data)
         self.graph.output(tuple(self.fetch(*wanted) for wanted in plan.wanted))
         self.graph.eliminate_dead_code()
+
+    def _data(self) -> Any:
+        """Return the data of the step, and make what comes beside it."""
+        return self.graph.placeholder("x")
 
     def _per_cell(self, data: Any, axis: int, cells: int) -> Any:
         size = self.graph.call_function(aten.sym_size.int, (data, axis))
@@ -128,9 +132,9 @@ class StepEmitter:
             return self._item(node, low, high)
         if self.plan.joins_frames(node):
             return self._joined(node, low, high)
-        moved = self._moved(node, low, high)
-        if moved is not None:
-            return moved
+        for emit in (self._between, self._moved):
+            if (moved := emit(node, low, high)) is not None:
+                return moved
         args = [self._argument(node, a, low, high) for a in node.args]
         sizes = self._sizes(node, low, high)
         if name in VIEWED:
@@ -230,6 +234,25 @@ class StepEmitter:
             value = self.fetch(source, *span)
             return self._call(node.target, value, *rest, padding, *args[5:])
         return None
+
+    def _between(self, node: Node, low: int, high: int) -> Any:
+        """Emit an interpolation between frames; None for anything else."""
+        if not packet_name(node.target).startswith(UPSAMPLED) or not interpolates(node):
+            return None
+        source, info = node.args[0], self.clock.info(node.args[0])
+        if not isinstance(info, Timed):
+            return None
+        factor = node.shapes[0][info.axis][0] // self.clock.shape(source)[info.axis]
+        if factor == 1:
+            return None
+        first, last = self.clock.timings[node.name].spans[source.name](low, high)
+        sizes = self._sizes(node, low, high)
+        sizes[info.axis] = factor * (last - first)
+        rest = [self._argument(node, a, low, high) for a in node.args[2:]]
+        value = self.fetch(source.name, first, last, "edge")
+        value = self._call(node.target, value, sizes[2:], *rest)
+        begin = low - factor * first  # those beside it would need frames that are not here
+        return self._call(aten.slice.Tensor, value, info.axis, begin, begin + high - low)
 
     def _operand(self, node: Node, ref: Ref, low: int, high: int) -> Any:
         span = self.clock.timings[node.name].spans.get(ref.name)

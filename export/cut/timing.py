@@ -145,19 +145,17 @@ class Clock:
         name = packet_name(node.target)
         if not timed and not (name == "cat" and len(set(map(latest, infos.values()))) > 1):
             return whole
-        rule = RULES.get(name) or (
+        rule = self._rule(name) or (
             pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None
         )
         try:
             found = rule(self, node, timed) if rule else None
         except NotCausal:
             found = None
-        if found is None:
-            return whole  # it may need all frames
-        first = found.infos[0]
-        found.count = len(first.steps) if isinstance(first, Timed) else 1
-        found.infos = tuple(settled(info) for info in found.infos)
-        return found
+        return self._settled(node, found) if found else whole  # it may need all frames
+
+    def _rule(self, name: str) -> Rule | None:
+        return RULES.get(name)
 
     def _piece(self, node: Node) -> Timing | None:
         """Return the timing of an item of a split."""
@@ -165,10 +163,13 @@ class Clock:
             found = RULES["item"](self, node, {})
         except NotCausal:
             return None
-        if found is not None:
-            first = found.infos[0]
-            found.count = len(first.steps) if isinstance(first, Timed) else 1
-            found.infos = tuple(settled(info) for info in found.infos)
+        return self._settled(node, found) if found else None
+
+    def _settled(self, node: Node, found: Timing) -> Timing:
+        """Return the timing with its count, and with frames of one step as one whole."""
+        first = found.infos[0]
+        found.count = len(first.steps) if isinstance(first, Timed) else 1
+        found.infos = tuple(settled(info) for info in found.infos)
         return found
 
 

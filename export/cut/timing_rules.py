@@ -111,9 +111,30 @@ def resize(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | Non
     old, new = clock.shape(Ref(name))[info.axis], shape_of(node)[info.axis]
     if old == new:
         return Timing((info,), {name: same})
-    if "nearest" not in str(node.target) or new % old:
+    if new % old:
         return None
-    return _multiplied(clock, node, name, info, new // old)
+    if "nearest" in str(node.target):
+        return _multiplied(clock, node, name, info, new // old)
+    if not interpolates(node):
+        return None
+    span = between(new // old)
+    steps = taken(fine(info, clock.shape(Ref(name))), span, new)
+    return Timing((Timed(info.axis, 1, 1, steps),), {name: span})
+
+
+def interpolates(node: Node) -> bool:
+    """Return whether an operation interpolates linearly, with corners that are not aligned."""
+    return packet_name(node.target).endswith(("linear1d", "linear3d")) and not node.args[2]
+
+
+def between(factor: int) -> Span:
+    """Return the span of frames between which `factor` times as many are interpolated."""
+
+    def span(low: int, high: int) -> tuple[int, int]:
+        first, last = (((2 * g + 1 - factor) // (2 * factor)) for g in (low, high - 1))
+        return first, last + 2
+
+    return span
 
 
 def _part(

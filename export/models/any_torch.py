@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from fvae_deploy.errors import BundleError, EngineError, UsageError
 from fvae_deploy.export.bundle import Network, Source, sha256
-from fvae_deploy.export.cut.causal import CausalStage, Pace, causal_stages
+from fvae_deploy.export.cut.causal import AheadStage, Pace, Stream, find_streams, same_streams
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.models.foreign import DIRECTIONS, build, call, load_weights
@@ -129,10 +129,10 @@ def load(
     unused = {name: _unused(stages[name], geometry) for name in DIRECTIONS}
     _drop_unused(stages, unused, values=True)
     config: dict[str, Any] = {"factory": factory, "channels": own_channels, "without": unused}
-    wanted = getattr(encoder, "as_stream", False) is True
-    streams = _streams(stages, geometry, check=True) if wanted else {}
-    if streams:
-        config["causal"] = True
+    found = _streams(stages, geometry) if getattr(encoder, "as_stream", None) is True else {}
+    lags = {name: stage.lag for name, stage in found.items() if isinstance(stage, AheadStage)}
+    if found:
+        config |= {"causal": True, "ahead": list(lags)}
         geometry = replace(geometry, first_slices=1, first_frames=1, published="windows")
     return Model(
         network=Network("any_torch", config),
@@ -141,10 +141,11 @@ def load(
         latent=LatentNormalisation(
             (0.0,) * geometry.latent_channels, (1.0,) * geometry.latent_channels
         ),
-        stages=streams or stages,
-        kinds=("first", "step") if streams else ("first",),
+        stages=found or stages,
+        kinds=("first", "step") if found else ("first",),
         foreign=True,
-        context=UNKNOWN if streams else None,
+        context=UNKNOWN if found else None,
+        lags=lags,
     ), source
 
 
@@ -162,13 +163,15 @@ def rebuild(
         with torch.device("cpu"):  # tensors that are not weights need their values
             networks = _build_pair(str(config["factory"]))
             stages = _stages(networks, config["channels"], geometry)
-            streams = _streams(stages, geometry, check=False) if config.get("causal") else {}
+            found = {}
+            if config.get("causal"):
+                found = same_streams(_paced(stages, geometry), config.get("ahead", ()))
     except BundleError as error:
         raise EngineError(
             f"{error}. Only the engine torch needs this code: use --engine openvino or onnxruntime"
         ) from error
     _drop_unused(stages, config["without"], values=False)
-    return dict(streams or stages)
+    return dict(found or stages)
 
 
 def _check_numbers(window: int, intensity: tuple[float, float]) -> None:
@@ -286,28 +289,30 @@ def _stages(
     }
 
 
-def _streams(
-    stages: Mapping[str, Stage], geometry: Geometry, check: bool
-) -> dict[str, CausalStage]:
-    """Return both stages as causal streams; raises BundleError if one of them is no stream."""
+def _paced(stages: Mapping[str, Stage], geometry: Geometry) -> list[tuple[str, Stage, Pace]]:
+    """Return both stages with their names and data."""
+    g = geometry
+    return [
+        (name, stages[name], Pace(name == "encode", count, g.spatial, g.temporal))
+        for name, count in zip(DIRECTIONS, (g.channels, g.latent_channels), strict=True)
+    ]
+
+
+def _streams(stages: Mapping[str, Stage], geometry: Geometry) -> dict[str, Stream]:
+    """Return both stages as streams; raises BundleError if one of them is no stream."""
     g = geometry
     frames = (g.window - 1) // g.temporal + 1
     whole = (g.window - 1) % g.temporal == 0 and (g.first_slices == 1 or g.first_frames == frames)
     reason = f"a window of {g.window} slices, not of 1 + {g.temporal} n"
-    paces = {
-        name: Pace(name == "encode", count, g.spatial, g.temporal)
-        for name, count in (("encode", g.channels), ("decode", g.latent_channels))
-    }
-    streams: dict[str, CausalStage] = {}
+    found: dict[str, Stream] = {}
     if g.temporal > 1 and g.window > 1 and whole:
-        named = [(n, stages[n], paces[n]) for n in DIRECTIONS]
-        streams, reason = causal_stages(named, check, frames)
-    if not streams:
+        found, reason = find_streams(_paced(stages, g), frames)
+    if not found:
         raise BundleError(
-            f"expected a network that is causal in time, since its factory sets as_stream, found "
+            f"expected a network that is a stream in time, since its factory sets as_stream, found "
             f"{reason}: remove as_stream from the factory"
         )
-    return streams
+    return found
 
 
 class _ReadTracker(TorchDispatchMode):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +56,9 @@ class Model:
     causal network has "first" and "step", one without state has one of them. `any_step` says
     whether a step may take several latent frames at once. `foreign` marks other people's code:
     if it proves not to be local, it gets the whole plane instead of an error. `context` is how many
-    latent frames back its results reach, where that does not follow from its convolutions.
+    latent frames back its results reach, where that does not follow from its convolutions. `lags`
+    are the stages that look ahead, functions (data, clock, *state) -> (data, *state), with the
+    frames by which their results come late (see `bundle.Part`).
     """
 
     network: Network
@@ -69,6 +71,12 @@ class Model:
     foreign: bool = False
     averaging: Averaging = AVERAGED
     context: int | None = None
+    lags: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def lag(self) -> int:
+        """How many slices late the decoder returns what it decodes."""
+        return list(self.lags.values())[-1] if self.lags else 0
 
 
 def rebuild(manifest: Bundle) -> dict[str, nn.Module]:

@@ -1,16 +1,17 @@
-"""The VAEs of LTX-Video and LTX-2, cut into stages: causal streams, or windows.
+"""The VAEs of LTX-Video and LTX-2, cut into stages: streams, causal or with a decoder that is late.
 
     x [1, C, 1 + 8n, H, W]  -- encode -->  z [1, D, 1 + n, H/32, W/32]  -- decode -->  x
 
 diffusers' `AutoencoderKLLTXVideo` and `AutoencoderKLLTX2Video` run a clip at once. Every
 convolution pads in time by repeating the first frame, if it is causal, or the first and the last.
-A network whose two halves are causal (LTX-2 by default) is a stream: the last frames of every
-convolution's input are its state, and only the first part repeats a frame. The first part also
-treats changes of the number of frames apart, as diffusers does: a halving repeats its first
-frames, a doubling drops them.
+A causal half (every encoder by default) is a stream: the last frames of every convolution's input
+are its state, and only the first part repeats a frame. The first part also treats changes of the
+number of frames apart, as diffusers does: a halving repeats its first frames, and a doubling drops
+its first ones.
 
-If one half is not causal (LTX-Video's decoder by default), a frame depends on later ones, and the
-network takes windows of 65 slices, each as diffusers would take it.
+In a decoder that is not causal (the default of LTX-Video) a frame depends on later ones: it is a
+stream that looks ahead, whose slices come late (`late.py`). A network whose encoder is not causal
+takes windows of 65 slices, each as diffusers would take it.
 
 A stage ends where the resolution changes. Nothing normalises over the plane and nothing attends,
 so all stages run in exact tiles.
@@ -31,6 +32,7 @@ from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
+from fvae_deploy.export.models.late import Delay, held
 from fvae_deploy.export.models.slicewise import channels_of, fold_pixels
 from fvae_deploy.export.models.tape import Tape, TapedStage
 
@@ -40,25 +42,29 @@ WINDOW = 65
 
 
 class Convolution(nn.Module):
-    """A convolution with diffusers' padding in time, and with its state if it is causal."""
+    """A convolution with diffusers' padding in time, and with its state in a stream.
 
-    def __init__(self, layer: Any, tape: Tape, causal: bool) -> None:
+    With a delay, a stream looks ahead.
+    """
+
+    def __init__(self, layer: Any, tape: Tape, causal: bool, delay: Delay | None = None) -> None:
         super().__init__()
         self.conv, self.tape, self.causal = layer.conv, tape, causal
+        self.ahead = self.conv.kernel_size[0] // 2
+        self.delay = delay.after(self.ahead) if delay else None
 
     def forward(self, x: Tensor, causal: bool | None = None) -> Tensor:
         """Convolve x [1, C, T, H, W]; `causal` is diffusers' argument and is not used."""
         width, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        if width > 1 and not self.causal:
+        if width > 1 and self.delay:
+            x = self.delay.with_past(self.tape, x, width - 1)
+        elif width > 1 and not self.causal:
             sides = (x[:, :, i:j].repeat(1, 1, width // 2, 1, 1) for i, j in ((0, 1), (-1, None)))
             first, last = sides
             x = torch.cat([first, x, last], dim=2)
         elif width > 1:
-            tape = self.tape
-            begins = x[:, :, :1].repeat(1, 1, width - 1, 1, 1) if not tape.past else None
-            past = tape.past[len(tape.next)] if begins is None else begins
-            x = torch.cat([past, x], dim=2)
-            tape.next.append(x[:, :, stride - width :])
+            x = torch.cat([self.tape.take(x, width - 1), x], dim=2)
+            self.tape.next.append(x[:, :, stride - width :])
         y: Tensor = self.conv(x)
         return y
 
@@ -66,7 +72,7 @@ class Convolution(nn.Module):
 class Downsampler(nn.Module):
     """diffusers' downsampler: pixels to channels, of the input averaged and of a convolution."""
 
-    def __init__(self, layer: Any, tape: Tape, causal: bool) -> None:
+    def __init__(self, layer: Any, tape: Tape, causal: bool, delay: Delay | None = None) -> None:
         super().__init__()
         self.conv, self.tape = Convolution(layer.conv, tape, causal), tape
         self.stride, self.group = tuple(layer.stride), layer.group_size
@@ -88,27 +94,34 @@ class Downsampler(nn.Module):
 class Upsampler(nn.Module):
     """diffusers' upsampler: a convolution, and channels to pixels; the input added if residual."""
 
-    def __init__(self, layer: Any, tape: Tape, causal: bool) -> None:
+    def __init__(self, layer: Any, tape: Tape, causal: bool, delay: Delay | None = None) -> None:
         super().__init__()
-        self.conv, self.tape = Convolution(layer.conv, tape, causal), tape
+        self.conv, self.tape = Convolution(layer.conv, tape, causal, delay), tape
         self.stride, self.residual = tuple(layer.stride), layer.residual
         t, h, w = self.stride
         self.repeats = t * h * w // layer.upscale_factor
+        self.drops = delay is None  # later, a stream that looks ahead drops them at its end
+        if delay:
+            delay.multiplied(t)
 
     def forward(self, x: Tensor, causal: bool | None = None) -> Tensor:
         """Map x [1, C, T, H, W] to more frames, rows and columns, and fewer channels."""
         y = self._unfold(self.conv(x))
-        return y + self._unfold(x).repeat(1, self.repeats, 1, 1, 1) if self.residual else y
+        if not self.residual:
+            return y
+        if self.conv.delay:
+            x = held(self.tape, x, self.conv.ahead)
+        return y + self._unfold(x).repeat(1, self.repeats, 1, 1, 1)
 
     def _unfold(self, x: Tensor) -> Tensor:
         _, _, frames, height, width = x.shape
         x = x.reshape(1, -1, *self.stride, frames, height, width)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return x if self.tape.past else x[:, :, self.stride[0] - 1 :]
+        return x[:, :, self.stride[0] - 1 :] if self.drops and not self.tape.past else x
 
 
 class NormAct(nn.Module):
-    """The norm over channels and the activation before the last convolution."""
+    """A norm over channels, and the activation before a convolution."""
 
     def __init__(self, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
@@ -120,6 +133,29 @@ class NormAct(nn.Module):
         x = self.norm(x.movedim(1, -1)).movedim(-1, 1) if self.last else self.norm(x)
         y: Tensor = self.act(x)
         return y
+
+
+class Residual(nn.Module):
+    """diffusers' residual block, whose input waits for the convolutions that look ahead."""
+
+    def __init__(self, layer: Any, tape: Tape, causal: bool, delay: Delay) -> None:
+        super().__init__()
+        self.tape, self.norm3 = tape, layer.norm3
+        self.act1, self.act2 = (NormAct(n, layer.nonlinearity) for n in (layer.norm1, layer.norm2))
+        self.conv1, self.conv2 = (
+            Convolution(conv, tape, causal, delay) for conv in (layer.conv1, layer.conv2)
+        )
+        shortcut = layer.conv_shortcut
+        self.shortcut = getattr(shortcut, "conv", shortcut)  # one frame wide
+
+    def forward(self, x: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        """Map x [1, C, T, H, W] to [1, D, T, H, W]; diffusers' further arguments are not used."""
+        y: Tensor = self.conv2(self.act2(self.conv1(self.act1(x))))
+        x = held(self.tape, x, self.conv1.ahead + self.conv2.ahead)
+        if self.norm3 is not None:
+            x = self.norm3(x.movedim(1, -1)).movedim(-1, 1)
+        waited: Tensor = x if self.shortcut is None else self.shortcut(x)
+        return y + waited
 
 
 class Patches(nn.Module):
@@ -173,7 +209,7 @@ def ltx_model(model: Any, channels: int | None = None, clamped: bool = False) ->
             f"{factors[0]}, found {factors[1]}: take the config.json of the weights"
         )
     temporal, spatial = factors[0]
-    stream = bool(config["encoder_causal"] and config["decoder_causal"])
+    stream = bool(config["encoder_causal"])
     geometry = Geometry(
         temporal=temporal,
         spatial=config["patch_size"] * spatial,
@@ -188,15 +224,17 @@ def ltx_model(model: Any, channels: int | None = None, clamped: bool = False) ->
     latent = LatentNormalisation(tuple(mean), tuple(factor / d for d in deviation))
     averaging = Averaging(clamped and config["out_channels"] > 1)
     kept = {"class": type(model).__name__, **config}
+    stages, lags = _stages(model, geometry, latent, averaging)
     return Model(
         network=Network("ltx", json.loads(json.dumps(kept))),
         geometry=geometry,
         intensity=INTENSITY,
         latent=latent,
-        stages=_stages(model, geometry, latent, averaging),
+        stages=stages,
         kinds=("first", "step") if stream else ("first",),
-        any_step=stream,
+        any_step=stream and not lags,
         averaging=averaging,
+        lags=lags,
     )
 
 
@@ -211,7 +249,7 @@ def rebuild(
     kind = options.pop("class")
     if kind not in CLASSES:
         raise ValueError(f"the class {kind!r:.40}")
-    return _stages(getattr(diffusers, kind)(**options), geometry, latent, averaging)
+    return _stages(getattr(diffusers, kind)(**options), geometry, latent, averaging)[0]
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -250,8 +288,11 @@ def _product(blocks: Any, axis: int) -> int:
 
 def _stages(
     model: Any, geometry: Geometry, latent: LatentNormalisation, averaging: Averaging
-) -> dict[str, nn.Module]:
-    """Fold the network in place and return the stages `encode0`, ... and `decode0`, ..."""
+) -> tuple[dict[str, nn.Module], dict[str, int]]:
+    """Fold the network in place and return the stages `encode0`, ... and `decode0`, ...
+
+    Returns also by how many frames the results of those stages come late that look ahead.
+    """
     encoder, decoder, patch = model.encoder, model.decoder, model.config.patch_size
     stream = geometry.first_slices == 1
     with torch.no_grad():
@@ -262,15 +303,19 @@ def _stages(
     clamp = clamp_of(averaging, geometry, INTENSITY, model.config.out_channels)
     ends = [*([] if clamp is None else [clamp]), Patches(patch, back=True)]
     stages: dict[str, nn.Module] = {}
+    lags: dict[str, int] = {}
     for direction, causal, cut in (
         ("encode", model.config.encoder_causal, _encoder_layers(encoder, patch)),
         ("decode", model.config.decoder_causal, _decoder_layers(decoder, Unscale(latent), ends)),
     ):
+        delay = Delay() if stream and not causal else None
         for i, layers in enumerate(cut):
             tape = Tape()
-            replaced = [_replaced(layer, tape, causal) for layer in layers]
-            stages[f"{direction}{i}"] = TapedStage(replaced, tape, stream)
-    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}
+            replaced = [_replaced(layer, tape, causal, delay) for layer in layers]
+            stages[f"{direction}{i}"] = TapedStage(replaced, tape, stream, delay is not None)
+            if delay:
+                lags[f"{direction}{i}"] = delay.frames
+    return {name: stage.eval().requires_grad_(False) for name, stage in stages.items()}, lags
 
 
 def _encoder_layers(encoder: Any, patch: int) -> Iterator[list[nn.Module]]:
@@ -303,17 +348,22 @@ def _decoder_layers(
     yield layers + ends
 
 
-def _replaced(layer: nn.Module, tape: Tape, causal: bool) -> nn.Module:
-    """Return the layer's replacement that uses a tape; of other layers, replace the children."""
+def _replaced(layer: nn.Module, tape: Tape, causal: bool, delay: Delay | None) -> nn.Module:
+    """Return the layer's replacement that uses a tape; of other layers, replace the children.
+
+    Children are in the order in which they run, except in residual blocks.
+    """
     for ending, replacement in (
         ("CausalConv3d", Convolution),
         ("Downsampler3d", Downsampler),
         ("Upsampler3d", Upsampler),
     ):
         if type(layer).__name__.endswith(ending):
-            return replacement(layer, tape, causal)
+            return replacement(layer, tape, causal, delay)
+    if delay and type(layer).__name__.endswith("ResnetBlock3d"):
+        return Residual(layer, tape, causal, delay)
     for name, child in list(layer.named_children()):
-        setattr(layer, name, _replaced(child, tape, causal))
+        setattr(layer, name, _replaced(child, tape, causal, delay))
     return layer
 
 

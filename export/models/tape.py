@@ -11,22 +11,38 @@ class Tape:
     def __init__(self) -> None:
         self.past: list[Tensor] = []
         self.next: list[Tensor] = []
+        self.clock: Tensor | None = None  # of a stage that looks ahead
 
-    def begin(self, past: tuple[Tensor, ...]) -> None:
+    def begin(self, past: tuple[Tensor, ...], clock: Tensor | None = None) -> None:
         """Start a run; without a past it is the first of a stream, or a window."""
-        self.past, self.next = list(past), []
+        self.past, self.next, self.clock = list(past), [], clock
+
+    def take(self, x: Tensor, count: int) -> Tensor:
+        """Return the next state, `count` frames; at first it is the first frame of x, repeated."""
+        if not self.past:
+            return x[:, :, :1].repeat(1, 1, count, 1, 1)
+        return self.past[len(self.next)]
 
 
 class TapedStage(nn.Module):
-    """Consecutive layers as one function of data and, in a stream, state."""
+    """Consecutive layers as one function of data and, in a stream, state.
 
-    def __init__(self, layers: list[nn.Module], tape: Tape, stream: bool) -> None:
+    With `ahead`, the first of the states is the clock of a stage that looks ahead.
+    """
+
+    def __init__(
+        self, layers: list[nn.Module], tape: Tape, stream: bool, ahead: bool = False
+    ) -> None:
         super().__init__()
-        self.layers, self.tape, self.stream = nn.ModuleList(layers), tape, stream
+        self.layers, self.tape = nn.ModuleList(layers), tape
+        self.stream, self.ahead = stream, ahead
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Map data [1, C, T, H, W] and states [1, C, 1 or 2, H, W] to (data, *states)."""
-        self.tape.begin(past)
+        if self.ahead:
+            self.tape.begin(past[1:], past[0])
+        else:
+            self.tape.begin(past)
         for layer in self.layers:
             x = layer(x)
         return (x, *self.tape.next) if self.stream else (x,)

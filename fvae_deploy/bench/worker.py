@@ -62,6 +62,8 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
     planned = schedule.steps(
         job["slices"], manifest.geometry.protocols[0], job["k"], manifest.geometry
     )
+    if job["direction"] == "decode":
+        planned = schedule.decoding(planned, manifest.geometry.temporal, manifest.lag)
     x = _data(manifest, job["direction"], job["side"], planned)
     reset_peak()  # making the clip does not count
     run, baseline = (_peer if job["weights"] else _engine)(job, manifest, planned, x)
@@ -167,7 +169,8 @@ def _engine(
             span, size = (
                 (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
             )
-            results.append(stream.run(pad_frames(x[:, slice(*span)], size), step.first))
+            y = stream.run(pad_frames(x[:, slice(*span)], size), step.first, step.clock)
+            results.append(y[:, step.shown] if direction == "decode" and manifest.lag else y)
         stream.close()
         return np.concatenate(results, axis=1)
 
@@ -203,7 +206,7 @@ def _data(
         slices = sum(step.depth for step in planned)
         shape = (slices, side * g.spatial, side * g.spatial)
         return clip(shape, manifest.intensity, 0)[None].repeat(g.channels, axis=0)
-    frames = sum(step.frames for step in planned)
+    frames = sum(step.frames for step in planned if step.latents[0] < step.latents[1])
     shape4 = (g.latent_channels, frames, side, side)
     return np.random.default_rng(0).standard_normal(shape4, dtype=np.float32)
 

@@ -10,6 +10,8 @@ The cost is bounded: the decoder runs over its own context and a few slices, twi
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from fvae_deploy.stream.arrays import LatentFrames
 from fvae_deploy.stream.checked import base_of
 from fvae_deploy.stream.codec import pad_frames
 from fvae_deploy.stream.run import Run
+from fvae_deploy.stream.schedule import Step
 
 SLICES = 8  # to compare, at least, if the volume has as many
 
@@ -40,43 +43,47 @@ class AddedError:
 class Sample:
     """Keeps latents of some steps as they were computed, for `measure`.
 
-    `run` is a decode of the volume that is being encoded, from step `target` on.
+    `run` is a decode of the volume that is being encoded, in the steps `encoded`.
     """
 
-    def __init__(self, run: Run, target: int) -> None:
-        self._run, self._kept = run, dict[int, LatentFrames]()
-        self._first, self._steps = target, range(0)
-        if target == len(run.steps):
+    def __init__(self, run: Run, encoded: Sequence[Step]) -> None:
+        self._run, self._kept = run, dict[tuple[int, int], LatentFrames]()  # by their frames
+        self._first, self._steps = 0, range(0)
+        begin = encoded[0].latents[0] if encoded else math.inf
+        left = [i for i, step in enumerate(run.steps) if step.latents[0] >= begin]
+        shown = [i for i in left if run.steps[i].decoded[0] < run.steps[i].decoded[1]]
+        if not shown:
             return
-        first = (target + len(run.steps)) // 2
-        entry = max(run.entry(first, "decode"), target)
-        end = run.steps[first].slices[0] + SLICES
-        stop = next((i for i, s in enumerate(run.steps) if s.slices[1] >= end), len(run.steps) - 1)
-        self._first, self._steps = first, range(entry, stop + 1)
+        self._first = shown[len(shown) // 2]
+        entry = max(run.entry(self._first, "decode"), left[0])
+        end = run.steps[self._first].decoded[0] + SLICES
+        stop = next((i for i in shown if run.steps[i].decoded[1] >= end), shown[-1])
+        self._steps = range(entry, stop + 1)
 
-    def keep(self, index: int, z: LatentFrames) -> None:
+    def keep(self, step: Step, z: LatentFrames) -> None:
         """Take the latents of a step as they were computed."""
-        if index in self._steps:
-            start, stop = self._run.steps[index].latents
-            self._kept[index] = z[:, : stop - start].copy()
+        if any(self._run.steps[i].latents == step.latents for i in self._steps):
+            self._kept[step.latents] = z[:, : step.latents[1] - step.latents[0]].copy()
 
     def measure(self, writer: LatentWriter) -> AddedError | None:
         """Decode the sample as computed and as stored; None if this run computed nothing."""
-        if not self._steps:
+        if not self._kept:
             return None
         computed = self._decode(self._kept)
-        stored = self._decode({i: writer.as_stored(z) for i, z in self._kept.items()})
+        stored = self._decode({at: writer.as_stored(z) for at, z in self._kept.items()})
         difference = np.abs(computed - stored)
         if not difference.size:
             return None
         return AddedError(float(difference.mean()), float(difference.max()), len(difference))
 
-    def _decode(self, latents: dict[int, LatentFrames]) -> NDArray[np.float32]:
+    def _decode(self, latents: dict[tuple[int, int], LatentFrames]) -> NDArray[np.float32]:
         with contextlib.closing(self._run.stream("decode")) as stream:
             frames = []
+            none = next(iter(latents.values()))[:, :0]
             for index in self._steps:
                 step = self._run.steps[index]
-                decoded = stream.run(pad_frames(latents[index], step.frames), step.first)
+                z = pad_frames(latents.get(step.latents, none), step.frames)
+                decoded = stream.run(z, step.first, step.clock)
                 if index >= self._first:
                     frames.append(base_of(self._run, step, decoded))
         return np.concatenate(frames)

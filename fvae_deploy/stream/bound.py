@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.errors import VolumeError
+from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.export.manifest import Intensity, Manifest
 from fvae_deploy.storage.residual import SliceResidual
 from fvae_deploy.volume.base import HuFrames
@@ -45,8 +45,15 @@ class Bound:
     def of(cls, max_error: float, manifest: Manifest, intensity: Intensity) -> Bound:
         """Return the bound, with a margin by what was measured between engines at export.
 
-        That was with the model's HU window; differences grow with the width of the window.
+        That was with the model's HU window; differences grow with the width of the window. Raises
+        UsageError for a decoder that looks ahead: its slices come long after the original ones.
         """
+        if manifest.lag:
+            raise UsageError(
+                f"expected --max-error with a decoder that does not look ahead, found "
+                f"{manifest.name}, which returns slices {manifest.lag} late: encode without "
+                "--max-error, or choose another --model"
+            )
         own = manifest.intensity
         wider = (intensity.hu_max - intensity.hu_min) / (own.hu_max - own.hu_min)
         measured = [row.hu_max for row in manifest.parity if row.precision == "fp32"]

@@ -57,8 +57,8 @@ def base_of(
     run: Run, step: Step, decoded: ModelFrames, *, clamp_first: bool = False
 ) -> NDArray[np.float32]:
     """Return the slices of a decoded step [C, t, H, W] in HU [t, x, y]."""
-    (x, y, _), (start, stop) = run.geometry.shape, step.slices
-    return to_hu(decoded[:, : stop - start], run.intensity, x, y, clamp_first=clamp_first)
+    x, y, _ = run.geometry.shape
+    return to_hu(decoded[:, step.shown], run.intensity, x, y, clamp_first=clamp_first)
 
 
 def bound_of(store: LatentReader) -> Bound:

@@ -202,9 +202,10 @@ class Codec(Opened[Manifest]):
                 "frames: pass the latents of whole windows"
             )
         pieces = []
-        for step in self._steps(slices, k):
+        geometry, lag = self.manifest.geometry, self.manifest.lag
+        for step in schedule.decoding(self._steps(slices, k), geometry.temporal, lag):
             z = pad_frames(latents[:, slice(*step.latents)], step.frames)
-            pieces.append(stream.run(z, step.first)[:, : step.slices[1] - step.slices[0]])
+            pieces.append(stream.run(z, step.first, step.clock)[:, step.shown])
         return np.concatenate(pieces, axis=1)
 
     def _stream(
@@ -238,9 +239,12 @@ def open_codec(
 
 
 def pad_frames(x: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
-    """Repeat the last frame of x [C, T, H, W] until there are `frames`."""
+    """Repeat the last frame of x [C, T, H, W] until there are `frames`; of none, return zeros."""
     missing = frames - x.shape[1]
-    return x if missing <= 0 else np.concatenate([x, x[:, -1:].repeat(missing, axis=1)], axis=1)
+    if missing <= 0:
+        return x
+    last = x[:, -1:] if x.shape[1] else np.zeros_like(x, shape=(len(x), 1, *x.shape[2:]))
+    return np.concatenate([x, last.repeat(missing, axis=1)], axis=1)
 
 
 def _shape_4d(array: NDArray[Any], expected: str) -> tuple[int, int, int, int]:

@@ -33,11 +33,11 @@ class DecodedSlices:
     ) -> None:
         self._writer, self._steps, self._wanted = writer, steps, wanted
         self._to_hu, self._journal = to_hu, journal
-        target = next(i for i, s in enumerate(steps) if s.slices[1] > wanted[0])
-        self.stop = next(i for i, s in enumerate(steps) if s.slices[1] >= wanted[1]) + 1
+        target = next(i for i, s in enumerate(steps) if s.decoded[1] > wanted[0])
+        self.stop = next(i for i, s in enumerate(steps) if s.decoded[1] >= wanted[1]) + 1
         self.first = self._resume(target)
         self.begin = min(self.first, self.stop - 1)  # where to decode from: at least one step
-        end = steps[self.first - 1].slices[1] if self.first > target else wanted[0]
+        end = steps[self.first - 1].decoded[1] if self.first > target else wanted[0]
         self.resumed = min(end, wanted[1]) - wanted[0]  # slices
 
     @property
@@ -48,26 +48,29 @@ class DecodedSlices:
     def _resume(self, index: int) -> int:
         """Write what an interrupted run journalled; return the first step that is missing."""
         while index < self.stop:
-            slab = self._journal.found(_name(index))
-            if slab is None:
-                break
-            self._writer.write(slab)
+            if self.slices(index):
+                slab = self._journal.found(_name(index))
+                if slab is None:
+                    break
+                self._writer.write(slab)
             index += 1
         return index
 
     def __call__(self, item: tuple[int, ModelFrames]) -> None:
         """Take the next step as (index, frames)."""
         index, x = item
-        step, (a, b) = self._steps[index], self._wanted
-        start, stop = max(step.slices[0], a), min(step.slices[1], b)
-        hu = self._to_hu(step, x)[start - step.slices[0] : stop - step.slices[0]]
+        if not self.slices(index):  # the decoder looks ahead, and has nothing yet
+            return
+        (begin, end), (a, b) = self._steps[index].decoded, self._wanted
+        start, stop = max(begin, a), min(end, b)
+        hu = self._to_hu(self._steps[index], x)[start - begin : stop - begin]
         self._journal.keep(_name(index), hu)
         self._writer.write(hu)
 
     def slices(self, index: int) -> int:
         """Return the number of slices that a step adds."""
-        (start, stop), (a, b) = self._steps[index].slices, self._wanted
-        return min(stop, b) - max(start, a)
+        (start, stop), (a, b) = self._steps[index].decoded, self._wanted
+        return max(0, min(stop, b) - max(start, a))
 
 
 def _name(index: int) -> str:

@@ -56,7 +56,7 @@ def encode_steps(
             z = stream.run(x, step.first)
             if i >= target:
                 if sample:
-                    sample.keep(i, z)
+                    sample.keep(step, z)
                 sink.put((step, slab, z, checker.decode(step, z) if checker else None))
                 tick(step.slices[1] - step.slices[0])
     decoding = {"decode": checker.seconds} if checker else {}

@@ -76,7 +76,7 @@ def encode(
     ends = [step.latents[1] for step in run.steps]
     target = next((i for i, end in enumerate(ends) if end > writer.done), len(ends))
     resumed = run.steps[target].slices[0] if target < len(ends) else slices
-    sample = Sample(decoding, target) if decoding else None
+    sample = Sample(decoding, run.steps[target:]) if decoding else None
     try:
         _check_no_output(path, options)
         progress(resumed)
@@ -175,7 +175,7 @@ def decode(
             Behind(out) as sink,
         ):
             for i, (step, z) in enumerate(clock.timed("read", slabs), start=entry):
-                x = stream.run(z, step.first)
+                x = stream.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))
@@ -249,10 +249,11 @@ def reconstruct(
             Behind(out) as sink,
         ):
             for i, (step, _, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
-                z = encoder.run(x, step.first)
+                if step.latents[0] < step.latents[1]:
+                    z = encoder.run(x, step.first)
                 if i < decode_entry:
                     continue
-                x = decoder.run(z, step.first)
+                x = decoder.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
                     progress(out.slices(i))

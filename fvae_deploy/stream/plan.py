@@ -282,7 +282,7 @@ class Stage:
                 kept += between + states * (not spill)
             else:
                 working, kept = 0, kept + working
-                if self.part.heavy:  # was measured in lean mode, without its first part
+                if self.part.heavy and not self.part.looks_ahead:  # measured without its first part
                     kept += self.memory.bytes(grid.cells)
             ways.append(Option(grid, spill, kept, working, self.seconds(grid, spill)))
         return ways

@@ -128,6 +128,8 @@ class Run:
         )
         logger.info("plan: %s", chosen.describe())
         steps = schedule.steps(z, protocol, k, network)
+        if "decode" in directions:
+            steps = schedule.decoding(steps, network.temporal, manifest.lag)
         return cls(codec, geometry, chosen, steps, plane, options, folder)
 
     def stream(self, direction: str) -> CausalStream:

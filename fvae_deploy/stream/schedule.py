@@ -11,11 +11,20 @@ network without causal state processes each window as one first step.
 
 The network remembers only `context` latent frames, so a stream may also start in the middle:
 `enter` returns the step to start at so that the step of interest is exact.
+
+A decoder that looks ahead returns slices late, by `lag` of them, since it must have seen the latent
+frames after them. `decoding` adds steps without latent frames at the end of every run, in which the
+decoder returns the rest:
+
+    14 slices, a lag of 7    step     | 0 | 1 |  2  |   3   |    4    |  5   |
+    latent frames                     | 0 | 1 |  2  |   3   |    4    |      |
+    decoded slices                    |   | 0 | 1-4 |  5-8  |  9-12   |  13  |
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -48,7 +57,9 @@ class Step:
     """One run of a `first` or `step` part.
 
     `slices` and `latents` are half-open ranges of existing slices and latent frames. The part
-    itself takes `depth` slices and `frames` latent frames, padding included.
+    itself takes `depth` slices and `frames` latent frames, padding included. The decoder returns
+    the slices `decoded`, after `skipped` frames that are to be discarded. `clock` counts the steps
+    since the first of the run, and since the one with its last latent frame (below 0 before it).
     """
 
     first: bool
@@ -56,6 +67,14 @@ class Step:
     latents: tuple[int, int]
     depth: int
     frames: int
+    decoded: tuple[int, int]
+    skipped: int = 0
+    clock: tuple[int, int] = (0, 0)
+
+    @property
+    def shown(self) -> slice:
+        """The frames of the decoder's result that are the slices `decoded`."""
+        return slice(self.skipped, self.skipped + self.decoded[1] - self.decoded[0])
 
 
 def steps(slices: int, protocol: str, k: int, geometry: Rhythm) -> list[Step]:
@@ -89,13 +108,41 @@ def _run(start: int, stop: int, latent: int, frames: int, k: int, geometry: Rhyt
     """Return the steps of one run over slices [start, stop), which has `frames` latent frames."""
     depth, head, temporal = geometry.first_slices, geometry.first_frames, geometry.temporal
     begin = min(start + depth, stop)
-    planned = [Step(True, (start, begin), (latent, latent + head), depth, head)]
+    slices = start, begin
+    planned = [Step(True, slices, (latent, latent + head), depth, head, slices)]
     for done in range(head, frames, k):
         begin = min(start + depth + temporal * (done - head), stop)
         end = min(begin + temporal * k, stop)
-        last = min(done + k, frames)
-        planned.append(Step(False, (begin, end), (latent + done, latent + last), temporal * k, k))
+        latents = latent + done, latent + min(done + k, frames)
+        planned.append(Step(False, (begin, end), latents, temporal * k, k, (begin, end)))
     return planned
+
+
+def decoding(planned: list[Step], temporal: int, lag: int) -> list[Step]:
+    """Return the steps of a decoder whose slices come `lag` late, of one latent frame each.
+
+    `temporal` are the slices that it returns in each step. Without a lag the steps are unchanged.
+    """
+    if not lag:
+        return planned
+    firsts = [index for index, step in enumerate(planned) if step.first]
+    found: list[Step] = []
+    for begin, end in zip(firsts, [*firsts[1:], len(planned)], strict=True):
+        found += _late(planned[begin:end], temporal, lag)
+    return found
+
+
+def _late(run: list[Step], temporal: int, lag: int) -> Iterator[Step]:
+    """Yield the steps of one run, and those that follow until its last slice is decoded."""
+    start, stop, frames = run[0].slices[0], run[-1].slices[1], len(run)
+    end = replace(run[-1], first=False, slices=(stop, stop), latents=(run[-1].latents[1],) * 2)
+    for number in range(max(frames, (stop - start - 1 + lag) // temporal + 1)):
+        step = run[number] if number < frames else end
+        low = start + number * temporal - lag
+        a, b = (min(max(n, start), stop) for n in (low, low + temporal))
+        clock = number, number - (frames - 1)
+        skipped = a - low if a < b else 0
+        yield replace(step, decoded=(a, b), skipped=skipped, clock=clock)
 
 
 def latent_frames(planned: list[Step]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fvae_deploy.engines.base import Engine
-from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.bundle import MIDDLE, TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
@@ -47,8 +47,11 @@ class SegmentStream:
         self._folder = folder
         self.seconds = 0.0
 
-    def run(self, x: FeatureMap, first: bool) -> FeatureMap:
-        """Map frames x [C, T, H, W] to the result, slice by slice or the whole window."""
+    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
+        """Map frames x [C, T, H, W] to the result, slice by slice or the whole window.
+
+        There is no state: `first` and `clock` are those of any stage, and make no difference.
+        """
         begin = time.perf_counter()
         data = self._part.inputs[0]
         each = [x[:, i : i + 1] for i in range(x.shape[1])] if data.factor("k") else [x]

@@ -22,7 +22,7 @@ import numpy as np
 
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.bundle import CLOCK, MIDDLE, TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.pieces import Pieces
@@ -113,24 +113,29 @@ class StageStream:
         self._states = States(engine, part.state_inputs, grid, spill)
         self.seconds = 0.0
 
-    def run(self, x: FeatureMap, first: bool) -> FeatureMap:
+    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Advance by one step: the whole map x [C, T, H, W] -> the whole result.
 
-        The result is valid until the next call.
+        `clock` is that of the step. The result is valid until the next call.
         """
         begin = time.perf_counter()
         part = self._manifest.stage_part(self._stage, first)
         if self._lean and not first:
             self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
-        stateless = len(part.inputs) == 1
+        if not self._manifest.busy(self._stage, clock):
+            plane = self._grid.height, self._grid.width
+            return np.zeros(result.sized(1, *plane)[1:], np.float32)
+        stateless = not part.state_inputs
+        given = {CLOCK: np.array(clock)} if part.looks_ahead else {}
         scale_in, scale_out = data.factor("h"), result.factor("h")
         whole: FeatureMap | None = None
         for i, tile in enumerate(self._tiles):
             rows, columns = tile.rows, tile.columns
             piece = x[None, :, :, _times(scale_in, rows.read), _times(scale_in, columns.read)]
             state = {} if stateless else self._states.take(i)
-            outputs = self._engine.run(part.name, {data.name: np.ascontiguousarray(piece), **state})
+            piece = np.ascontiguousarray(piece)
+            outputs = self._engine.run(part.name, {data.name: piece, **given, **state})
             self._states.put(i, [outputs.pop(spec.name) for spec in part.state_outputs])
             y: FeatureMap = outputs[result.name][0]
             if len(self._tiles) == 1:
@@ -188,15 +193,16 @@ class CausalStream:
             for stage in manifest.stages(direction)
         }
 
-    def run(self, x: FeatureMap, first: bool) -> FeatureMap:
+    def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Advance by one step: x [C, T, H, W] -> z [D, k, h, w], or the other way round.
 
-        `first` starts a new run. Another step without an earlier state starts from zeros; results
+        `first` starts a new run; `clock` is that of the step (see `schedule.Step`), for networks
+        that look ahead. Another step without an earlier state starts from zeros; results
         are then exact after the direction's `context` latent frames. Raises EngineError if the
         result is not finite.
         """
         for stage in self.stages.values():
-            x = stage.run(x, first)
+            x = stage.run(x, first, clock)
         if not np.isfinite(x).all():
             raise EngineError(
                 f"expected finite values from {self._engine.name} {self._engine.precision}, found "

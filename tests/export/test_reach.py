@@ -72,14 +72,14 @@ def conv(kernel: int, stride: int = 1, padding: int = 0, inside: int = 2) -> nn.
 def test_halos_are_the_sum_of_the_kernels_overhang(
     stage: nn.Module, pixels: int, halo: int
 ) -> None:
-    found = analyse(stage, torch.randn(1, 2, pixels * PLANE, pixels * PLANE), [], 1)
+    found = analyse(stage, [torch.randn(1, 2, pixels * PLANE, pixels * PLANE)], False, 1)
     assert (found.halo, found.context, found.whole) == (halo, 0, "")
 
 
 @pytest.mark.parametrize(("rate", "context"), [(1, 4), (2, 2), (4, 1)])
 def test_states_reach_back_by_their_length_in_latent_frames(rate: int, context: int) -> None:
     x = torch.randn(1, 2, rate, PLANE, PLANE)
-    found = analyse(Stateful(), x, [torch.randn(1, 2, 2, PLANE, PLANE) for _ in "ab"], 1)
+    found = analyse(Stateful(), [x, *(torch.randn(1, 2, 2, PLANE, PLANE) for _ in "ab")], False, 1)
     assert (found.halo, found.context) == (2, context)
     assert found.mac_per_cell == 2 * rate * 2 * 2 * 27
 
@@ -94,6 +94,6 @@ def test_states_reach_back_by_their_length_in_latent_frames(rate: int, context: 
 def test_layers_that_need_the_whole_plane_are_reported_with_the_reason(
     stage: nn.Module, reason: str
 ) -> None:
-    found = analyse(stage, torch.randn(1, 2, PLANE, PLANE), [], 1)
+    found = analyse(stage, [torch.randn(1, 2, PLANE, PLANE)], False, 1)
     assert found.halo is None
     assert reason in found.whole

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvae_deploy.export.manifest import Geometry
-from fvae_deploy.stream.schedule import enter, latent_frames
+from fvae_deploy.stream.schedule import decoding, enter, latent_frames
 from fvae_deploy.stream.schedule import steps as planned_steps
 
 SLICES, KS, PROTOCOL = (
@@ -133,3 +133,53 @@ def test_a_network_of_whole_windows_takes_each_as_one_first_step(slices, window)
     assert all((s.first, s.depth, s.frames) == (True, length, frames) for s in planned)
     with pytest.raises(ValueError, match="expected protocol"):
         steps(slices, "causal", 1, whole)
+
+
+LAGS = st.integers(0, 60)
+
+
+@given(SLICES, PROTOCOL, LAGS)
+def test_a_decoder_that_looks_ahead_returns_every_slice_once_in_order(slices, protocol, lag):
+    late = decoding(steps(slices, protocol, 1), 4, lag)
+    assert [z for step in late for z in range(*step.decoded)] == list(range(slices))
+    assert all(0 <= step.shown.start <= step.shown.stop <= 4 for step in late)
+
+
+@given(SLICES, PROTOCOL, LAGS)
+def test_a_decoder_that_looks_ahead_takes_the_same_latent_frames(slices, protocol, lag):
+    planned = steps(slices, protocol, 1)
+    late = decoding(planned, 4, lag)
+    assert [s.latents for s in late if s.latents[0] < s.latents[1]] == [s.latents for s in planned]
+    assert [s.slices for s in late if s.slices[0] < s.slices[1]] == [
+        s.slices for s in planned if s.slices[0] < s.slices[1]
+    ]
+    assert latent_frames(late) == latent_frames(planned)
+
+
+@given(SLICES, PROTOCOL, st.integers(1, 60))
+def test_the_frame_at_a_place_in_a_step_is_late_by_the_lag(slices, protocol, lag):
+    start, last = 0, 0
+    late = decoding(steps(slices, protocol, 1), 4, lag)
+    for i, step in enumerate(late):
+        start = step.slices[0] if step.first else start
+        last = i if step.latents[0] < step.latents[1] else last
+        since, until = step.clock
+        assert step.first == (since == 0)
+        if step.latents[0] == step.latents[1]:
+            assert until == i - last
+        else:
+            assert until <= 0
+        for place, z in zip(range(4)[step.shown], range(*step.decoded), strict=True):
+            assert z - start == 4 * since + place - lag
+
+
+def test_the_worked_example_of_a_decoder_that_looks_ahead_holds():
+    found = [(s.latents, s.decoded) for s in decoding(steps(14, "causal", 1), 4, 7)]
+    assert found == [
+        ((0, 1), (0, 0)),
+        ((1, 2), (0, 1)),
+        ((2, 3), (1, 5)),
+        ((3, 4), (5, 9)),
+        ((4, 5), (9, 13)),
+        ((5, 5), (13, 14)),
+    ]
