@@ -103,9 +103,11 @@ def _timed_steps(
 @torch.inference_mode()
 def compiling(rows: Rows, how: Setting, name: str, precision: str) -> None:
     """Compile the kernels of a network, by two steps on slices of full size."""
+    if precision not in precisions(how):
+        return
     model = model_of(name, how)
     for direction in DIRECTIONS:
-        begin, dtype = time.perf_counter(), DTYPES["fp32" if how.rehearse else precision]
+        begin, dtype = time.perf_counter(), DTYPES[precision]
         chain = chain_of(model, direction, how, dtype, kernels_of(name, how))
         stream(chain, clip_of(model, direction, side_of(how), 2, how, dtype))
         synchronize()

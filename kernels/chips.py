@@ -81,8 +81,7 @@ def rated(target: str, name: str) -> Chip | None:
     words = name.replace("-", " ").split()
     for card, (half, single, bandwidth) in CARDS.items():
         if target in CHIPS and _within(card.replace("-", " ").split(), words):
-            rates = {"half": half, "single": single, "bandwidth": bandwidth}
-            return replace(CHIPS[target], card=card, **rates)
+            return replace(CHIPS[target], card=card, half=half, single=single, bandwidth=bandwidth)
     return None
 
 
