@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "unet43")
+NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "unet43", "unet482")
 WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -40,32 +41,41 @@ UNET = {  # the form that the paper publishes, at a width of 64 instead of 224
     "context_dim": 768,
     "legacy": False,
 }
+UNETS = {"unet43": UNET, "unet482": UNET | {"model_channels": 224}}
+
+
+def build(name: str) -> nn.Module:
+    """Return the network `name` with random weights, the same in every process."""
+    torch.manual_seed(0)
+    if name.startswith("unet"):
+        from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
+
+        return UNet(DenoiserConfig.read(UNETS[name]))
+    if name.startswith("wan"):
+        from diffusers import AutoencoderKLWan
+
+        network: nn.Module = AutoencoderKLWan(**(WAN22 if name == "wan2.2" else {}))
+        with torch.no_grad():  # so that no channel saturates: a clamp would hide differences
+            network.decoder.conv_out.weight *= 0.1
+        return network
+    from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
+
+    return LeanVAE(LeanVAEConfig(latent_dim=int(name.removeprefix("leanvae"))))
 
 
 def write(name: str, target: Path) -> None:
     """Write the network `name` to a folder in diffusers' format, or to a checkpoint."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    if name == "unet43":
-        from fvae_deploy.export.models.denoiser import DenoiserConfig, UNet
-
-        weights = UNet(DenoiserConfig.read(UNET)).state_dict()
+    network = build(name)
+    if name.startswith("unet"):
+        weights = network.state_dict()
         state = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
-        torch.save({"state_dict": state, "unet_config": UNET}, target)
-        return
-    if name.startswith("wan"):
-        from diffusers import AutoencoderKLWan
-
-        network = AutoencoderKLWan(**(WAN22 if name == "wan2.2" else {}))
-        with torch.no_grad():  # so that no channel saturates: a clamp would hide differences
-            network.decoder.conv_out.weight *= 0.1
+        torch.save({"state_dict": state, "unet_config": UNETS[name]}, target)
+    elif name.startswith("wan"):
         network.save_pretrained(target)
-        return
-    from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
-
-    args = {"latent_dim": int(name.removeprefix("leanvae"))}
-    model = LeanVAE(LeanVAEConfig(**args))
-    torch.save({"args": args, "state_dict": model.state_dict()}, target)
+    else:
+        args = {"latent_dim": int(name.removeprefix("leanvae"))}
+        torch.save({"args": args, "state_dict": network.state_dict()}, target)
 
 
 if __name__ == "__main__":

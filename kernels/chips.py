@@ -7,7 +7,7 @@ accumulation. They are theoretical ceilings; none was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fvae_deploy.errors import EngineError
 
@@ -50,6 +50,40 @@ CHIPS = {
     )
 }
 
+# Dense rates of other cards, by a part of the name that the driver gives them: float16 and float32
+# in TFLOP/s, memory in GB/s. The first that fits is taken. The cards of CHIPS are among them, so
+# that a card that is missing here is not taken for another one of its chip.
+CARDS = {
+    "H200 NVL": (835, 60, 4800),
+    "H200": (989, 67, 4800),
+    "H100 NVL": (835, 60, 3900),
+    "H100 PCIe": (756, 51, 2000),
+    "H100": (989, 67, 3350),
+    "A100-PCIE-40GB": (312, 19.5, 1555),
+    "A100-SXM4-40GB": (312, 19.5, 1555),
+    "A100 80GB PCIe": (312, 19.5, 1935),
+    "A100": (312, 19.5, 2039),
+    "L40S": (362, 91.6, 864),
+    "L40": (181, 90.5, 864),
+    "L4": (121, 30.3, 300),
+    "A10": (125, 31.2, 600),
+    "B200": (2250, 75, 8000),
+    "RTX 5090": (209.5, 104.8, 1792),
+    "MI300X": (1307, 163.4, 5300),
+}
+
+
+def rated(target: str, name: str) -> Chip | None:
+    """Return a chip with the rates of the card that the driver calls `name`.
+
+    None if the card or its chip is unknown: no share of a ceiling can then be stated.
+    """
+    words = name.replace("-", " ").split()
+    for card, (half, single, bandwidth) in CARDS.items():
+        if target in CHIPS and _within(card.replace("-", " ").split(), words):
+            return replace(CHIPS[target], card=card, half=half, single=single, bandwidth=bandwidth)
+    return None
+
 
 def known(target: str) -> bool:
     """Return whether the table has this chip or one of its generation."""
@@ -75,3 +109,8 @@ def _same_generation(target: str) -> list[Chip]:
     if target in CHIPS:
         return [CHIPS[target]]
     return [chip for chip in CHIPS.values() if chip.nvidia and chip.target[:-1] == target[:-1]]
+
+
+def _within(few: list[str], many: list[str]) -> bool:
+    """Return whether words follow each other in the same order in others."""
+    return any(many[i : i + len(few)] == few for i in range(len(many)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fvae_deploy.errors import EngineError
 from fvae_deploy.kernels.blocks import Blocks
-from fvae_deploy.kernels.chips import CHIPS
+from fvae_deploy.kernels.chips import rated
 from fvae_deploy.kernels.dispatch import Kernels, named
 from fvae_deploy.kernels.record import Spec, choices, nth, record
 
@@ -34,7 +35,7 @@ class Timed:
     torch: Median  # the same computation by torch's own operations on the same tensors
     flops: float  # counted
     moved: int  # bytes, counted
-    roofline: float | None  # seconds on the card of this target in `chips`
+    roofline: float | None  # seconds at the rates of this card in `chips`; None: unknown card
 
     @property
     def best(self) -> Median | None:
@@ -56,7 +57,7 @@ def timed(kernels: Sequence[str] = ()) -> Iterator[Timed]:
     """
     require_gpu()
     target = Kernels("cuda", "triton").target
-    chip = CHIPS.get(target)
+    chip = rated(target, torch.cuda.get_device_name())
     for name, module in named(kernels).items():
         for spec, kernel in module.specs(device="cuda"):
             launches = record(spec, kernel, target)
@@ -71,6 +72,21 @@ def timed(kernels: Sequence[str] = ()) -> Iterator[Timed]:
                 roofline=chip.seconds(spec.flops, moved, launches[0].half) if chip else None,
             )
             require_context(f"{name} ({spec.name})")
+
+
+def compile_all(kernels: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Launch every specification with each of its blocks once, so that timing compiles nothing.
+
+    Yields kernel and specification after each. Failures are left to `timed`, which reports them.
+    """
+    require_gpu()
+    target = Kernels("cuda", "triton").target
+    for name, module in named(kernels).items():
+        for spec, kernel in module.specs(device="cuda"):
+            for number, _ in enumerate(choices(spec, kernel, target)):
+                with contextlib.suppress(Exception):
+                    spec.launch(run=kernel, target=target, choose=nth(number))
+            yield name, spec.name
 
 
 def _each(spec: Spec, kernel: Any, target: str) -> Iterator[Median]:

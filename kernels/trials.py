@@ -108,9 +108,13 @@ class TrialResult:
 
 
 def run_trials(
-    kernels: Sequence[str], device: str, target: str, every: bool = False
+    kernels: Sequence[str],
+    device: str,
+    target: str,
+    every: bool = False,
+    types: Sequence[torch.dtype] = tuple(TOLERANCE),
 ) -> Iterator[TrialResult]:
-    """Run the trials of these kernels, or of all kernels, in every type.
+    """Run the trials of these kernels, or of all kernels, in these types.
 
     A failed trial is reported and does not stop the others. With `every`, the interpreter tries
     the blocks of all chips. Raises EngineError if the GPU cannot compute any more after a failure.
@@ -118,7 +122,8 @@ def run_trials(
     targets = tuple(CHIPS) if INTERPRETED and every else (target,)
     for kernel in named(kernels):
         for trial in TRIALS[kernel]:
-            for dtype, limit in TOLERANCE.items():
+            for dtype in types:
+                limit = TOLERANCE[dtype]
                 largest, failure = None, ""
                 try:
                     largest = worst(trial, device, dtype, targets, every)

@@ -18,7 +18,7 @@ from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.kernels import attention, causal_conv3d, gated_linear  # noqa: E402
 from fvae_deploy.kernels.aot import compile_for  # noqa: E402
 from fvae_deploy.kernels.blocks import Blocks, Needs, fitting, product  # noqa: E402
-from fvae_deploy.kernels.chips import CHIPS, known, like  # noqa: E402
+from fvae_deploy.kernels.chips import CHIPS, known, like, rated  # noqa: E402
 from fvae_deploy.kernels.norm_silu import NONE  # noqa: E402
 from fvae_deploy.kernels.record import Recorder, choices, record  # noqa: E402
 from fvae_deploy.kernels.tuning import Tuner  # noqa: E402
@@ -199,3 +199,36 @@ def test_the_requested_blocks_are_compiled():
     assert [r.arguments["BM"] for r in launched] == [blocks.rows for blocks in offered]
     assert [r.arguments["KIND"] != NONE for r in launched] == [blocks.fused for blocks in offered]
     assert compile_for("c", spec, kernel, CHIPS["sm_89"], 1).choice == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "card", "half", "bandwidth"),
+    [
+        ("sm_90", "NVIDIA H100 80GB HBM3", "H100", 989, 3350),
+        ("sm_90", "NVIDIA H100 PCIe", "H100 PCIe", 756, 2000),
+        ("sm_90", "NVIDIA H200", "H200", 989, 4800),
+        ("sm_80", "NVIDIA A100-SXM4-80GB", "A100", 312, 2039),
+        ("sm_80", "NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB", 312, 1555),
+        ("sm_89", "NVIDIA L40S", "L40S", 362, 864),
+        ("sm_89", "NVIDIA L4", "L4", 121, 300),
+    ],
+)
+def test_a_card_has_the_rates_of_its_own_data_sheet(target, name, card, half, bandwidth):
+    chip = rated(target, name)
+    assert (chip.card, chip.half, chip.bandwidth) == (card, half, bandwidth)
+    assert chip.shared == CHIPS[target].shared
+
+
+def test_a_card_that_is_not_in_the_table_has_no_ceiling():
+    assert rated("sm_89", "NVIDIA GeForce RTX 4090") is None
+    assert rated("sm_75", "NVIDIA H100 PCIe") is None
+
+
+def test_the_cards_of_the_chips_have_the_same_rates_in_both_tables():
+    for target, chip in CHIPS.items():
+        found = rated(target, chip.card.replace(" SXM", ""))
+        assert (found.half, found.single, found.bandwidth) == (
+            chip.half,
+            chip.single,
+            chip.bandwidth,
+        )
