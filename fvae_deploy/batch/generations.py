@@ -21,6 +21,7 @@ from typing import Any
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.batch.run import SCAN_ERRORS, Begin
 from fvae_deploy.errors import ConditionError, UsageError
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
@@ -69,34 +70,36 @@ def run_generations(
 ) -> list[dict[str, Any]]:
     """Generate all rows in order; return the report or the error of each."""
     results: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        head = f"{number} of {len(rows)}: {row.output}"
-        try:
-            if not dry_run:
-                make_folders(row.output.parent)
-            report = generate(
-                row.mask,
-                row.output,
-                options,
-                sampling.with_seed(row.seed),
-                findings=row.findings,
-                report=row.report,
-                disease_mask=row.disease_mask,
-                patient=row.patient,
-                like=row.like,
-                lesions=row.lesions,
-                progress=progress,
-                dry_run=dry_run,
-            )
-        except SCAN_ERRORS as error:
-            say(f"{head} failed: {error}")
-            results.append({"output": str(row.output), "error": str(error)})
-            continue
-        if "skipped" in report:
-            say(f"{head} exists: skipped")
-        elif not dry_run:
-            say(f"{head} in {report['seconds']['total']:.1f} s")
-        results.append(report)
+    with Networks() as networks:
+        for number, row in enumerate(rows, start=1):
+            head = f"{number} of {len(rows)}: {row.output}"
+            try:
+                if not dry_run:
+                    make_folders(row.output.parent)
+                report = generate(
+                    row.mask,
+                    row.output,
+                    options,
+                    sampling.with_seed(row.seed),
+                    findings=row.findings,
+                    report=row.report,
+                    disease_mask=row.disease_mask,
+                    patient=row.patient,
+                    like=row.like,
+                    lesions=row.lesions,
+                    progress=progress,
+                    dry_run=dry_run,
+                    networks=networks,
+                )
+            except SCAN_ERRORS as error:
+                say(f"{head} failed: {error}")
+                results.append({"output": str(row.output), "error": str(error)})
+                continue
+            if "skipped" in report:
+                say(f"{head} exists: skipped")
+            elif not dry_run:
+                say(f"{head} in {report['seconds']['total']:.1f} s")
+            results.append(report)
     return results
 
 

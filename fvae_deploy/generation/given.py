@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.generator import GeneratorManifest
@@ -26,13 +28,33 @@ class Given:
     """
 
     mask: str | Path | None = None
-    patient: int | None = None  # seed of a drawn anatomy
-    like: str | Path | None = None  # a CT whose organs TotalSegmentator finds
-    shape: Sequence[int] | None = None  # voxels of the drawn mask; None: a window of the generator
+    """Organ labels."""
+    patient: int | None = None
+    """Seed of an anatomy that is drawn instead of reading a mask."""
+    like: str | Path | None = None
+    """A CT instead of a mask: TotalSegmentator, where it is installed, finds its organs."""
+    shape: Sequence[int] | None = None
+    """Voxels (x, y, z) of the drawn mask; None: those of one window of the generator."""
     findings: str | Sequence[str] | None = None
+    """One or several findings, each as text or the path of a text file. None: the generator's text
+    for a normal scan."""
     report: str | None = None
+    """A whole report instead of findings, as text or the path of a text file."""
     disease_mask: Several = None
-    lesions: str | Sequence[str] | None = None  # to be placed, in words
+    """One or several files on the grid of the mask, each as FILE (a label map with the numbers of
+    the generator's findings) or FILE=FINDINGS; see `findings`."""
+    lesions: str | Sequence[str] | None = None
+    """One or several lesions in words, such as "nodule 8mm right upper lobe". They are placed in
+    the mask by the seed; without a text they are also the text of findings."""
+
+    @classmethod
+    def split(
+        cls, mask: str | Path | None, keywords: dict[str, Any]
+    ) -> tuple[Self, dict[str, Any]]:
+        """Return the conditions with this class's fields from `keywords`, and the others."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        own = {name: value for name, value in keywords.items() if name in names}
+        return cls(mask=mask, **own), {n: v for n, v in keywords.items() if n not in names}
 
     def __post_init__(self) -> None:
         sources = {"--mask": self.mask, "--patient": self.patient, "--like": self.like}

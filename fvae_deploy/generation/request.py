@@ -15,10 +15,10 @@ from fvae_deploy.errors import BundleError
 from fvae_deploy.export.manifest import LatentNormalisation
 from fvae_deploy.generation.conditions import PaintedMask
 from fvae_deploy.generation.denoiser import Denoiser
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.noise import TorchNoise, unit_noise
 from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import Noise, Predict
-from fvae_deploy.parse import HU_WINDOWS
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.volume.base import Writer
 
@@ -46,6 +46,7 @@ class Sampling:
 class Request:
     """One generation: its networks, conditions and sampling options."""
 
+    networks: Networks
     denoiser: Denoiser
     codec: Codec
     mask: PaintedMask
@@ -139,31 +140,6 @@ def stored(x: Array, by: LatentNormalisation) -> Array:
     """Undo `normal`: [T, D, h, w] to latents [D, T, h, w] as they are stored."""
     shift, scale = (np.array(n, np.float32)[:, None, None] for n in (by.shift, by.scale))
     return np.ascontiguousarray((x / scale + shift).transpose(1, 0, 2, 3), np.float32)
-
-
-def check_vae(denoiser: Denoiser, codec: Codec) -> None:
-    """Raise BundleError unless the VAE fits the latents that the generator makes."""
-    m, vae = denoiser.manifest, codec.manifest.geometry
-    side = vae.spatial * m.multiple
-    window = codec.manifest.intensity.hu_min, codec.manifest.intensity.hu_max
-    if window != HU_WINDOWS["ct"]:
-        raise BundleError(
-            "expected a VAE with the HU window -1000 to 1000 that generators are trained with, "
-            f"found {window[0]:g} to {window[1]:g} in {codec.manifest.name}: export it without "
-            "--hu-window"
-        )
-    if m.channels != vae.latent_channels or any(n % side for n in m.plane):
-        raise BundleError(
-            f"expected a VAE with {m.channels} latent channels that encodes "
-            f"{m.plane[0]}x{m.plane[1]} pixels to a multiple of {m.multiple} cells in each "
-            f"direction, found {codec.manifest.name} with {vae.latent_channels} channels and "
-            f"{vae.spatial} pixels per cell: give --vae {m.vae}"
-        )
-    if codec.manifest.name == m.vae and m.vae_identity not in ("", codec.manifest.identity):
-        raise BundleError(
-            f"expected {m.vae} with weights {m.vae_identity}, found {codec.manifest.identity}: "
-            "give the bundle that this generator was trained with as --vae"
-        )
 
 
 def check_parts(sampling: Sampling, codec: Codec) -> None:
