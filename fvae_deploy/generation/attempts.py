@@ -19,6 +19,7 @@ from fvae_deploy.generation.survey import Survey
 from fvae_deploy.volume.base import Writer
 
 UNMEASURED = "the bundle has no ranges of its training data"
+UNJUDGED = "the bundle has no range for what was added, or it is too small to judge"
 
 
 def surveyed(
@@ -97,7 +98,12 @@ def checked(
     findings = {each.number + masks.offset: each for each in masks.findings}
 
     def judge(measures: dict[str, float]) -> None:
+        if request.change is not None:  # the rest is not the generator's
+            added = {f"organ {label}" for label in findings}
+            measures = {name: value for name, value in measures.items() if name in added}
         checks.verdicts = judged(measures, training, findings, lungs_known=known)
+        if request.change is not None and not checks.verdicts:
+            checks.reason = UNJUDGED
         if checks.failed and sampling.refuses:
             raise SampleError("; ".join(checks.failed))
 

@@ -22,12 +22,13 @@ from fvae_deploy.generation.attempts import Attempts, checked
 from fvae_deploy.generation.coding import encoded_mask
 from fvae_deploy.generation.dry_run import dry_run_report
 from fvae_deploy.generation.given import Given
+from fvae_deploy.generation.inpainting import inpaint
 from fvae_deploy.generation.networks import MODEL, Networks
 from fvae_deploy.generation.options import GenerationOptions
-from fvae_deploy.generation.preparing import open_diseases, prepared
+from fvae_deploy.generation.preparing import open_inputs, prepared, protect_inputs
 from fvae_deploy.generation.published import as_published
 from fvae_deploy.generation.request import KIND, Progress, Request, stored
-from fvae_deploy.generation.stitch import joint, starts
+from fvae_deploy.generation.stitch import joint, whole_block
 from fvae_deploy.storage.journal import Journal, journal_of, partial_facts
 from fvae_deploy.storage.latents import LatentReader, LatentWriter
 from fvae_deploy.storage.records import record
@@ -104,16 +105,18 @@ def _generate(
     attempts = Attempts(sampling, partial_facts(output) if options.resume else {})
     with contextlib.ExitStack() as stack:
         # Before the networks are opened, so that a wrong path is reported at once.
-        organs = given.open_mask(options.model or MODEL, sampling.vae)
-        stack.enter_context(contextlib.closing(organs))
-        disease = open_diseases(stack, organs, given, output)
+        inputs = open_inputs(stack, given, options.model or MODEL, sampling.vae, options)
+        outputs = given.outputs(output)
+        protect_inputs(inputs, outputs)
         replaced = options.overwrite or options.resume
-        check_output(output, overwrite=replaced, geometry=organs.geometry)
+        for each in outputs:
+            check_output(each, overwrite=replaced, geometry=inputs.organs.geometry)
         networks.open(options, sampling.vae)
-        request = prepared(networks, organs, disease, given, sampling, options, progress)
-        stack.callback(request.mask.close)
+        request = prepared(networks, inputs, given, sampling, options, progress)
+        stack.callback(request.close)
         request.sampler()  # checks its options before any work; the next line checks the output
-        create_volume(output, request.mask.written, options.dtype).abort()
+        for each in outputs:
+            create_volume(each, request.mask.written, options.dtype).abort()
         if dry_run:
             return dry_run_report(request, given.source, output, options)
         facts = {"fvae": __version__, "dtype": options.dtype, **request.facts()}
@@ -147,6 +150,8 @@ def _sample(
     result = run_report("generate", *source, (*request.remarks, *checks.remarks))
     result["as_published"] = facts["as_published"]
     result["checks"] = checks.report()
+    if request.change is not None:
+        result["change"] = request.change.report(given)
     about = _generator_report(request, given) | facts | {"seed": seed}
     return result | {"generator": about}
 
@@ -157,7 +162,9 @@ def _run(request: Request, facts: dict[str, Any], output: Path, options: RunOpti
     drawn = facts | {"seed": request.sampling.seed}
     with journal_of(output, drawn, options.resume) as journal:
         check_output(output, overwrite=options.overwrite or options.resume)
-        if request.sampling.stitch == "joint":
+        if request.change is not None:
+            outcome = inpaint(request, journal, output, options)
+        elif request.sampling.stitch == "joint":
             outcome = _jointly(request, facts["mask"], journal, output, options)
         else:
             outcome = as_published(request, journal.kept, output, options)
@@ -175,10 +182,11 @@ def _jointly(
     masks, info = encoded_mask(request, fingerprint, journal.folder, options)
     encoded = time.perf_counter()
     window = manifest.window
-    tick = request.progress("denoise", len(starts(len(masks), window)) * request.steps)
+    block = whole_block(len(masks), window)
+    tick = request.progress("denoise", len(block.windows) * request.steps)
     predict = request.predictor(lambda start: masks[start : start + window], tick)
     noise = request.noise(masks.shape, 0)
-    x = joint(predict, request.sampler(), noise, masks.shape, window, journal.kept)
+    x = joint(predict, request.sampler(), noise, masks.shape, block, journal.kept)
     request.networks.sampled()
     sampled = time.perf_counter()
     latents = journal.folder / "latents.zarr"

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fvae_deploy.errors import UsageError
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.generation.attempts import surveyed
+from fvae_deploy.generation.changing import SameGrid, change_of, region_mask
 from fvae_deploy.generation.conditions import PaintedMask, read_labels
 from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask, open_disease
-from fvae_deploy.generation.given import Given
+from fvae_deploy.generation.given import PLACED, Given
 from fvae_deploy.generation.lesions import lesion_of
 from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.options import GenerationOptions
@@ -20,70 +26,136 @@ from fvae_deploy.generation.request import Progress, Request, Sampling, check_pa
 from fvae_deploy.generation.texts import text_of
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.base import Reader
-from fvae_deploy.volume.open import protect_input
+from fvae_deploy.volume.open import open_volume, protect_input
 
 
-def open_diseases(
-    stack: contextlib.ExitStack, organs: Reader, given: Given, output: Path
-) -> list[DiseaseFile]:
-    """Open the disease masks beside the organ mask; the stack closes them."""
-    disease = [open_disease(entry) for entry in given.diseases]
-    protect_input(output, organs.path, organs.geometry.files)
-    for each in disease:
-        stack.callback(each.close)
-        protect_input(output, each.path, each.files)
-    return disease
+@dataclass(frozen=True)
+class Inputs:
+    """The open files of a generation."""
+
+    organs: Reader
+    disease: Sequence[DiseaseFile] = ()
+    ct: Reader | None = None  # to be changed
+    region: DiseaseFile | None = None  # of the change; None: where lesions are placed
+
+
+def open_inputs(
+    stack: contextlib.ExitStack, given: Given, model: str | Path, vae: Any, options: RunOptions
+) -> Inputs:
+    """Open all inputs, which the stack closes.
+
+    Raises VolumeError for files that cannot be read, ConditionError where the organ labels are not
+    on the grid of a CT to be changed.
+    """
+    ct: Reader | None = None
+    if given.change is not None:
+        assert given.like is not None
+        ct = stack.enter_context(contextlib.closing(open_volume(given.like, options.reading)))
+    shape = given.shape if ct is None else ct.geometry.shape
+    organs: Reader = stack.enter_context(contextlib.closing(given.open_mask(model, vae, shape)))
+    disease = [
+        stack.enter_context(contextlib.closing(open_disease(each))) for each in given.diseases
+    ]
+    region = None
+    if given.change is not None and str(given.change) != PLACED:
+        region = stack.enter_context(contextlib.closing(open_disease(str(given.change))))
+    return Inputs(organs if ct is None else SameGrid(organs, ct), disease, ct, region)
+
+
+def protect_inputs(inputs: Inputs, outputs: Sequence[Path]) -> None:
+    """Raise UsageError if an output would replace an input, or another output."""
+    for output in outputs:
+        for reader in (inputs.organs, *([inputs.ct] if inputs.ct else [])):
+            protect_input(output, reader.path, reader.geometry.files)
+        for each in (*inputs.disease, *([inputs.region] if inputs.region else [])):
+            protect_input(output, each.path, each.files)
+    for output, other in itertools.combinations(outputs, 2):
+        protect_input(output, other)
 
 
 def prepared(
     networks: Networks,
-    organs: Reader,
-    disease: Sequence[DiseaseFile],
+    inputs: Inputs,
     given: Given,
     sampling: GenerationOptions,
     options: RunOptions,
     progress: Progress,
 ) -> Request:
-    """Collect networks, conditions and sampling; the generator's defaults replace None."""
+    """Collect networks, conditions and sampling; the generator's defaults replace None.
+
+    Raises ConditionError for conditions that do not fit each other or the generator.
+    """
     denoiser, codec = networks.open(options, sampling.vae)
-    manifest = denoiser.manifest
+    manifest, organs = denoiser.manifest, inputs.organs
     chosen = _sampling(sampling, options, manifest)
     check_parts(chosen, codec)
-    parts = chosen.as_published
-    listed = bool(manifest.masks.findings)
+    parts, findings = chosen.as_published, manifest.masks.findings
+    anywhere = "any-affine" in parts
     masks = [
-        DiseaseMask(
-            file, organs.geometry, manifest.masks.findings, any_affine="any-affine" in parts
-        )
-        for file in disease
+        DiseaseMask(file, organs.geometry, findings, any_affine=anywhere) for file in inputs.disease
     ]
-    painted = PaintedMask(
+    paint = functools.partial(
+        PaintedMask,
         organs,
-        masks,
-        manifest.masks,
-        manifest.plane,
+        masks=manifest.masks,
+        plane=manifest.plane,
         least=codec.manifest.geometry.slices(manifest.window),
         labels=None if sampling.labels is None else read_labels(sampling.labels),
         body=sampling.body_label,
         parts=parts,
     )
-    wanted = [lesion_of(each, manifest.masks.findings) for each in given.wanted]
+    region, added = None, None
+    if inputs.region is not None:
+        region, added = region_mask(inputs.region, organs.geometry, given, findings, anywhere)
+    painted = paint([*masks, *([region] if region and added else [])])
+    wanted = [lesion_of(each, findings) for each in given.wanted]
     placed = painted.place(wanted, sampling.seed) if wanted else None
-    text = text_of(
-        placed.sentences if placed and not given.told else given.findings,
-        given.report,
-        manifest.findings,
-        published="text" in parts,
-        listed=listed,
-    )
-    texts = [text] if sampling.guidance == 1 else [text, ""]
+    told: str | Sequence[str] | None = given.findings
+    if not given.told:
+        told = placed.sentences if placed else [each.name for each in added or ()] or None
+
+    def text_for(told: str | Sequence[str] | None, report: str | None) -> str:
+        listed = bool(findings)
+        published = "text" in parts
+        return text_of(told, report, manifest.findings, published=published, listed=listed)
+
+    text = text_for(told, given.report)
+    texts, plain = [text], None
+    if sampling.guidance != 1:
+        texts.append("" if inputs.ct is None else text_for(None, None))
+        plain = None if inputs.ct is None else paint(masks)
     contexts = tuple(networks.context(t, cut="cut" in parts) for t in texts)
     request = Request(networks, denoiser, codec, painted, text, chosen, contexts, progress)
-    untold = bool(masks) and not placed and not given.told
-    shown: list[DiseaseMask | LesionMask] = [*masks, *([placed] if placed else [])]
+    shown: list[DiseaseMask | LesionMask] = [*masks, *(each for each in (region, placed) if each)]
     about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
-    about += surveyed(painted, manifest, [each.finding for each in wanted])
-    return dataclasses.replace(request, remarks=about + _remarks(request, untold))
+    about += surveyed(painted, manifest, [*(each.finding for each in wanted), *(added or ())])
+    untold = bool(masks) and told is None and given.report is None
+    remarks = about + _remarks(request, untold)
+    if inputs.ct is None:
+        return dataclasses.replace(request, remarks=remarks)
+    where = region or placed
+    assert where is not None
+    shows = bool(added or placed)
+    _check_change(chosen, shows)
+    vae = codec.manifest
+    change = change_of(inputs.ct, where, painted, vae, given, options, shown=shows)
+    remarks += (*inputs.ct.remarks, *change.remarks)
+    return dataclasses.replace(request, remarks=remarks, change=change, plain=plain)
+
+
+def _check_change(sampling: Sampling, shown: bool) -> None:
+    """Raise UsageError for options that do not go with the change of a CT."""
+    for part in ("stitch", "grid"):
+        if part in sampling.as_published:
+            raise UsageError(
+                f"expected --change without {part} as published, found it: leave it out with "
+                "--as-published none and without --stitch reference"
+            )
+    if sampling.guidance != 1 and not shown:
+        raise UsageError(
+            "expected a finding to compare with for --guidance and --change, found none: name it "
+            "with --findings, or leave --guidance out"
+        )
 
 
 def _sampling(
@@ -116,7 +188,7 @@ def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
             "There is a disease mask and no text of findings: the network got the text of a "
             "normal scan. Describe the findings with --findings."
         )
-    if request.sampling.guidance != 1 and not manifest.trained_without_text:
+    if len(request.contexts) > 1 and not request.plain and not manifest.trained_without_text:
         remarks.append(
             f"{manifest.name} was never trained without a text, which guidance compares with: "
             "its result with --guidance is outside training."

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.manifest import LatentNormalisation
+from fvae_deploy.generation.changing import Change
 from fvae_deploy.generation.conditions import PaintedMask
 from fvae_deploy.generation.denoiser import Denoiser
 from fvae_deploy.generation.networks import Networks
@@ -56,6 +57,14 @@ class Request:
     progress: Progress
     remarks: tuple[str, ...] = ()  # about the conditions, in sentences
     wrap: Callable[[Writer], Writer] = lambda writer: writer  # around the writer of the result
+    change: Change | None = None  # of a CT, instead of a whole one
+    plain: PaintedMask | None = None  # the mask without the change's finding, for guidance
+
+    def close(self) -> None:
+        """Release what was turned; networks and files are closed by who opened them."""
+        for each in (self.mask, self.plain, self.change):
+            if each is not None:
+                each.close()
 
     def sampler(self) -> Sampler:
         """Return a new sampler at the start of the noise schedule."""
@@ -89,7 +98,10 @@ class Request:
     def note(self) -> str:
         """Provenance to store in the volume, for readers who have nothing but the file."""
         manifest = self.denoiser.manifest
-        return f"drawn by {manifest.name} {manifest.identity} from an organ mask: no patient's scan"
+        name = f"{manifest.name} {manifest.identity}"
+        if self.change is not None:
+            return f"a region of this CT was drawn by {name}: no patient's scan"
+        return f"drawn by {name} from an organ mask: no patient's scan"
 
     @property
     def window_slices(self) -> int:
@@ -107,20 +119,27 @@ class Request:
             "mask": _fingerprint(self.mask),
             **asdict(self.sampling),
             "as_published": list(self.sampling.as_published),
+            **(self.change.facts() if self.change is not None else {}),
         }
 
-    def predictor(self, mask_at: Callable[[int], Array], tick: Callable[[int], None]) -> Predict:
+    def predictor(
+        self,
+        mask_at: Callable[[int], Array],
+        tick: Callable[[int], None],
+        mask_without: Callable[[int], Array] | None = None,
+    ) -> Predict:
         """Return the function that predicts for a window of the volume.
 
-        `mask_at` returns the mask latent of a window; `tick` is called after every prediction.
+        `mask_at` returns the mask latent of a window, and `mask_without` the one that guidance
+        compares with; None: the same. `tick` is called after every prediction.
         """
         guidance = np.float32(self.sampling.guidance)
 
         def predict(x: Array, place: int, t: int) -> Array:
-            mask = mask_at(place)
+            masks = (mask_at, mask_without or mask_at)
             prediction, *unconditional = (
-                self.denoiser.denoise(x, mask_latent=mask, t=t, context=context)
-                for context in self.contexts
+                self.denoiser.denoise(x, mask_latent=mask(place), t=t, context=context)
+                for context, mask in zip(self.contexts, masks, strict=False)
             )
             for without in unconditional:
                 prediction = without + guidance * (prediction - without)
