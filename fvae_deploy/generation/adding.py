@@ -38,7 +38,7 @@ class AddingWriter:
             found = next(self._planes)
             self._sum += float(frame[found > 0].sum(dtype=np.float64))
             if self._labels is not None:
-                labels = found if self._change.shown else np.zeros_like(found)
+                labels = found if self._change.added else np.zeros_like(found)
                 self._labels.write(labels.astype(np.int16)[None])
 
     def commit(self) -> None:

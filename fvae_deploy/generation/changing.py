@@ -27,8 +27,8 @@ from fvae_deploy.generation.conditions import PaintedMask
 from fvae_deploy.generation.findings import DiseaseFile, DiseaseMask
 from fvae_deploy.generation.given import Given
 from fvae_deploy.generation.labels import frames_of
-from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.region import Region, region_of
+from fvae_deploy.generation.remembered import Findings
 from fvae_deploy.generation.upright import Upright
 from fvae_deploy.storage.fingerprint import fingerprint_of
 from fvae_deploy.stream.options import RunOptions
@@ -123,8 +123,8 @@ class Change:
     """A region of a CT that is drawn anew; `close` releases the CT's planes, not its file."""
 
     ct: Reader
-    where: DiseaseMask | LesionMask
-    shown: bool  # whether the region is shown to the network as a finding
+    where: Findings
+    added: tuple[Finding, ...]  # what the region shows; nothing: as the organ labels say
     keep: bool  # whether the CT itself is kept elsewhere, instead of its reconstruction
     labels: Path | None  # file for the label map of what was added
     plane: OnPlane
@@ -136,10 +136,16 @@ class Change:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know."""
-        outside = 1 - self.looked.in_body / self.looked.voxels
-        if outside < OUTSIDE:
-            return ()
-        return (f"{outside:.0%} of the change lies outside the body.",)
+        outside, found = 1 - self.looked.in_body / self.looked.voxels, []
+        if outside > OUTSIDE:
+            found.append(f"{outside:.0%} of the change lies outside the body.")
+        plane = self.plane.geometry.shape[:2]
+        if not self.keep and plane != self.ct.geometry.shape[:2]:
+            found.append(
+                f"The whole CT is decoded from the generator's {plane[0]}x{plane[1]} pixels: pass "
+                "--keep-original to keep its own voxels elsewhere."
+            )
+        return tuple(found)
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the change, to recognise the same request again."""
@@ -150,6 +156,7 @@ class Change:
         after = self.drawn.after
         return {
             "region": str(given.change),
+            "added": [each.name for each in self.added],
             "organs": str(given.mask or given.patient or given.like),
             "keep_original": self.keep,
             "labels": self.labels and str(self.labels),
@@ -165,7 +172,7 @@ class Change:
         self.planes.close()
 
 
-def _look(ct: Reader, where: DiseaseMask | LesionMask, mask: PaintedMask) -> Looked:
+def _look(ct: Reader, where: Findings, mask: PaintedMask) -> Looked:
     """Read CT, organs and change once, slice by slice, in the order of the file."""
     limits = np.iinfo(np.int16)
     voxels, inside, total, whole = 0, 0, 0.0, True
@@ -189,7 +196,7 @@ def _look(ct: Reader, where: DiseaseMask | LesionMask, mask: PaintedMask) -> Loo
     return Looked(voxels, total / max(1, voxels), inside, whole, digest.hexdigest())
 
 
-def _check(looked: Looked, region: Region, where: DiseaseMask | LesionMask, grid: Geometry) -> None:
+def _check(looked: Looked, region: Region, where: Findings, grid: Geometry) -> None:
     """Raise ConditionError for a change of nothing, of everything, or outside the body."""
     if not looked.voxels or not region.cells:
         raise ConditionError(
@@ -269,13 +276,12 @@ def region_mask(
 
 def change_of(
     ct: Reader,
-    where: DiseaseMask | LesionMask,
+    where: Findings,
     mask: PaintedMask,
     vae: Manifest,
     given: Given,
     options: RunOptions,
-    *,
-    shown: bool,
+    added: Sequence[Finding],
 ) -> Change:
     """Look at a change in all slices.
 
@@ -294,4 +300,5 @@ def change_of(
         )
     labels = None if given.labels_out is None else Path(given.labels_out)
     plane = OnPlane(ct, mask)
-    return Change(ct, where, shown, given.keep_original, labels, plane, planes, region, looked)
+    keep = given.keep_original
+    return Change(ct, where, tuple(added), keep, labels, plane, planes, region, looked)

@@ -25,6 +25,7 @@ from fvae_deploy.generation.labels import Labels, frames_of, labels_of
 from fvae_deploy.generation.lesions import Lesion
 from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.presets import PRESETS, dataset_labels, is_dataset
+from fvae_deploy.generation.remembered import Findings, Remembered
 from fvae_deploy.generation.turning import TurningWriter, turn_to
 from fvae_deploy.generation.upright import Upright
 from fvae_deploy.organs import ORGANS, organ_label
@@ -63,7 +64,8 @@ class PaintedMask:
         self._upright = Upright(self._combined, self.native.shape, self.turn, np.int16)
         self.drawn: bool = getattr(organs, "drawn", False)
         self._organs, self._masks = organs, masks
-        self._disease: list[DiseaseMask | LesionMask] = [*disease]
+        self._disease: list[Findings] = [*disease]
+        self.added: Remembered | None = None
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
         mirrored = _mirrored(self.mask.orientation, masks.orientation)
@@ -173,8 +175,13 @@ class PaintedMask:
     def place(self, lesions: Sequence[Lesion], seed: int) -> LesionMask:
         """Place lesions in the mask, over those in disease masks; raises as `LesionMask`."""
         placed = LesionMask(lesions, self.organs, self.native, self.path, seed)
-        self._disease = [*self._disease, placed]
+        self.add(placed)
         return placed
+
+    def add(self, findings: DiseaseMask | LesionMask) -> None:
+        """Show further findings, over those that are there."""
+        self.added = Remembered(findings)
+        self._disease = [*self._disease, self.added]
 
     def _organ_labels(self, labels: Labels, index: int) -> Labels:
         """Map labels to the numbers of `organs.ORGANS`."""

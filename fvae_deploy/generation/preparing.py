@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.errors import UsageError
-from fvae_deploy.export.generator import GeneratorManifest
+from fvae_deploy.export.generator import Finding, GeneratorManifest
 from fvae_deploy.generation.attempts import surveyed
 from fvae_deploy.generation.changing import SameGrid, change_of, region_mask
 from fvae_deploy.generation.conditions import PaintedMask, read_labels
@@ -22,6 +22,7 @@ from fvae_deploy.generation.lesions import lesion_of
 from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.placing import LesionMask
+from fvae_deploy.generation.remembered import Remembered
 from fvae_deploy.generation.request import Progress, Request, Sampling, check_parts
 from fvae_deploy.generation.texts import text_of
 from fvae_deploy.stream.options import RunOptions
@@ -104,15 +105,17 @@ def prepared(
         body=sampling.body_label,
         parts=parts,
     )
-    region, added = None, None
+    wanted = [lesion_of(each, findings) for each in given.wanted]
+    region, added = None, [each.finding for each in wanted]
     if inputs.region is not None:
         region, added = region_mask(inputs.region, organs.geometry, given, findings, anywhere)
-    painted = paint([*masks, *([region] if region and added else [])])
-    wanted = [lesion_of(each, findings) for each in given.wanted]
+    painted = paint(masks)
+    if region and added:
+        painted.add(region)
     placed = painted.place(wanted, sampling.seed) if wanted else None
     told: str | Sequence[str] | None = given.findings
     if not given.told:
-        told = placed.sentences if placed else [each.name for each in added or ()] or None
+        told = placed.sentences if placed else [each.name for each in added] or None
 
     def text_for(told: str | Sequence[str] | None, report: str | None) -> str:
         listed = bool(findings)
@@ -128,22 +131,21 @@ def prepared(
     request = Request(networks, denoiser, codec, painted, text, chosen, contexts, progress)
     shown: list[DiseaseMask | LesionMask] = [*masks, *(each for each in (region, placed) if each)]
     about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
-    about += surveyed(painted, manifest, [*(each.finding for each in wanted), *(added or ())])
+    about += surveyed(painted, manifest, added)
     untold = bool(masks) and told is None and given.report is None
     remarks = about + _remarks(request, untold)
     if inputs.ct is None:
         return dataclasses.replace(request, remarks=remarks)
-    where = region or placed
+    where = painted.added or (Remembered(region) if region else None)
     assert where is not None
-    shows = bool(added or placed)
-    _check_change(chosen, shows)
+    _check_change(chosen, added)
     vae = codec.manifest
-    change = change_of(inputs.ct, where, painted, vae, given, options, shown=shows)
+    change = change_of(inputs.ct, where, painted, vae, given, options, added)
     remarks += (*inputs.ct.remarks, *change.remarks)
     return dataclasses.replace(request, remarks=remarks, change=change, plain=plain)
 
 
-def _check_change(sampling: Sampling, shown: bool) -> None:
+def _check_change(sampling: Sampling, added: Sequence[Finding]) -> None:
     """Raise UsageError for options that do not go with the change of a CT."""
     for part in ("stitch", "grid"):
         if part in sampling.as_published:
@@ -151,7 +153,7 @@ def _check_change(sampling: Sampling, shown: bool) -> None:
                 f"expected --change without {part} as published, found it: leave it out with "
                 "--as-published none and without --stitch reference"
             )
-    if sampling.guidance != 1 and not shown:
+    if sampling.guidance != 1 and not added:
         raise UsageError(
             "expected a finding to compare with for --guidance and --change, found none: name it "
             "with --findings, or leave --guidance out"
