@@ -218,20 +218,17 @@ def _check(looked: Looked, region: Region, where: Findings, grid: Geometry) -> N
 
 
 def named_findings(texts: Sequence[str], findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings that texts name: by all words of the name, or else by one of its own.
+    """Return the findings that texts name: by all words of a name, or a word of no other name.
 
-    The words of names are compared without their plural s.
+    Words are compared without their plural s, short ones not at all.
     """
     words = {word for text in texts for word in _words(text)}
     names = {finding: _words(finding.name) for finding in findings}
-    found = [finding for finding, own in names.items() if own <= words]
-    if found:
-        return found
     every = [word for own in names.values() for word in own]
     return [
         finding
         for finding, own in names.items()
-        if any(word in words for word in own if every.count(word) == 1)
+        if own <= words or any(every.count(word) == 1 for word in own & words)
     ]
 
 
