@@ -287,7 +287,9 @@ def change_of(
     """
     planes = Upright(where.planes, ct.geometry.shape, mask.turn, np.int16)
     looked = _look(ct, where, mask)
-    shares = (mask.fit.image(plane[None] > 0, 0)[0] for plane in planes.planes())
+    shares = (
+        mask.fit.image(plane[None] > 0, 0)[0] if plane.any() else None for plane in planes.planes()
+    )
     region = region_of(shares, mask.geometry.shape[2], vae)
     _check(looked, region, where, ct.geometry)
     if given.keep_original and options.dtype == "int16" and not looked.whole:

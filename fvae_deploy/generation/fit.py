@@ -53,10 +53,12 @@ class Fit:
 
         A plane of the model's own size is returned unchanged.
         """
-        rows, columns = (self._areas(axis) for axis in (0, 1))
-        image: HuFrames = np.matmul(np.matmul(rows, frames.astype(np.float32)), columns.T)
-        covered = np.outer(rows.sum(axis=1), columns.sum(axis=1)) > 0
-        image[:, ~covered] = outside
+        image: HuFrames = frames.astype(np.float32)
+        if not all(self._is_same(axis) for axis in (0, 1)):
+            rows, columns = (self._areas(axis) for axis in (0, 1))
+            image = np.matmul(np.matmul(rows, image), columns.T)
+            covered = np.outer(rows.sum(axis=1), columns.sum(axis=1)) > 0
+            image[:, ~covered] = outside
         return np.ascontiguousarray(np.flip(image, tuple(1 + axis for axis in self.mirrored)))
 
     def unflipped(self, frames: HuFrames) -> HuFrames:
@@ -78,6 +80,13 @@ class Fit:
             step = (positions[-1] - positions[0]) / last if last else float(self.mask[axis])
             to_voxels[axis, axis], to_voxels[axis, 3] = step, positions[0]
         return affine @ to_voxels
+
+    def _is_same(self, axis: int) -> bool:
+        """Return whether the model's pixels are the mask's voxels."""
+        count = self.mask[axis]
+        return count == self.plane[axis] and np.allclose(
+            self._positions(axis), np.arange(count), rtol=0, atol=1e-9
+        )
 
     def _areas(self, axis: int) -> NDArray[np.float32]:
         """Return the share of each voxel in each of the model's pixels: [pixels, voxels].

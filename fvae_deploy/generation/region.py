@@ -65,18 +65,19 @@ class Region:
         return int(np.searchsorted(starts, index, side="right")) - 1
 
 
-def region_of(shares: Iterable[NDArray[Any]], depth: int, vae: Manifest) -> Region:
+def region_of(shares: Iterable[NDArray[Any] | None], depth: int, vae: Manifest) -> Region:
     """Find the changed cells, from the changed share of every pixel [X, Y] in every slice.
 
-    `depth` slices are encoded as one causal stream; the shares may be those of fewer.
+    None is a slice without a change. `depth` slices are encoded as one causal stream; the shares
+    may be those of fewer.
     """
     geometry = vae.geometry
     steps = schedule.steps(depth, "causal", 1, geometry)
     slices = tuple(step.slices for step in steps for _ in range(*step.latents))
     cells: dict[int, Cells] = {}
     for index, share in enumerate(shares):
-        touched = share > LEAST
-        if touched.any():
+        touched = None if share is None else share > LEAST
+        if touched is not None and touched.any():
             x, y = (n // geometry.spatial for n in touched.shape)
             pooled = touched.reshape(x, geometry.spatial, y, geometry.spatial).any(axis=(1, 3))
             for number, (start, stop) in enumerate(slices):
