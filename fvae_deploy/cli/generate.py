@@ -285,7 +285,6 @@ def generate(
         "disease_mask": disease_mask, "change": change, "labels_out": labels_out,
     }  # fmt: skip
     _check_source(jobs, given)
-    given["keep_original"] = keep_original
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate as run
 
@@ -295,14 +294,12 @@ def generate(
         seed=seed, check=True if check is None and jobs is not None else check, tries=tries,
     )  # fmt: skip
     if jobs is not None:
-        _run_list(
-            jobs, output, options, sampling, terminal, report, dry_run=dry_run, keep=keep_original
-        )
+        how = {"dry_run": dry_run, "keep": keep_original}
+        _run_list(jobs, output, options, sampling, terminal, report, **how)
         return
+    given |= {"keep_original": keep_original, "dry_run": dry_run}
     with terminal.progress_bars({"denoise": "windows"}) as begin:
-        result = run(
-            given.pop("mask"), output, options, sampling, progress=begin, dry_run=dry_run, **given
-        )
+        result = run(given.pop("mask"), output, options, sampling, progress=begin, **given)
     terminal.finish(result, report)
 
 

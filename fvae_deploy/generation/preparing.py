@@ -91,15 +91,14 @@ def prepared(
     chosen = _sampling(sampling, options, manifest)
     check_parts(chosen, codec)
     parts, findings = chosen.as_published, manifest.masks.findings
-    anywhere = "any-affine" in parts
-    masks = [
-        DiseaseMask(file, organs.geometry, findings, any_affine=anywhere) for file in inputs.disease
-    ]
+    anywhere, grid = "any-affine" in parts, organs.geometry
+    masks = [DiseaseMask(file, grid, findings, any_affine=anywhere) for file in inputs.disease]
     paint = functools.partial(
         PaintedMask,
         organs,
-        masks=manifest.masks,
-        plane=manifest.plane,
+        masks,
+        manifest.masks,
+        manifest.plane,
         least=codec.manifest.geometry.slices(manifest.window),
         labels=None if sampling.labels is None else read_labels(sampling.labels),
         body=sampling.body_label,
@@ -108,41 +107,51 @@ def prepared(
     wanted = [lesion_of(each, findings) for each in given.wanted]
     region, added = None, [each.finding for each in wanted]
     if inputs.region is not None:
-        region, added = region_mask(inputs.region, organs.geometry, given, findings, anywhere)
-    painted = paint(masks)
+        region, added = region_mask(inputs.region, grid, given, findings, anywhere)
+    painted, placed = paint(), None
     if region and added:
         painted.add(region)
-    placed = painted.place(wanted, sampling.seed) if wanted else None
-    told: str | Sequence[str] | None = given.findings
-    if not given.told:
-        told = placed.sentences if placed else [each.name for each in added] or None
+    elif wanted:
+        placed = painted.place(wanted, sampling.seed)
+    names = placed.sentences if placed else [each.name for each in added] if region else []
+    told = given.findings if given.told else names or None
+    texts = _texts(told, given, inputs, chosen, manifest)
+    contexts = tuple(networks.context(text, cut="cut" in parts) for text in texts)
+    request = Request(networks, denoiser, codec, painted, texts[0], chosen, contexts, progress)
+    if inputs.ct is not None:
+        where = painted.added or Remembered(region) if region else painted.added
+        assert where is not None
+        _check_change(chosen, added)
+        change = change_of(inputs.ct, where, painted, codec.manifest, given, options, added)
+        plain = paint() if chosen.guidance != 1 else None
+        request = dataclasses.replace(request, change=change, plain=plain)
+    shown: list[DiseaseMask | LesionMask] = [*masks, *(each for each in (region, placed) if each)]
+    remarks = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
+    remarks += surveyed(painted, manifest, added)
+    untold = bool(masks) and told is None and given.report is None
+    return dataclasses.replace(request, remarks=remarks + _remarks(request, untold))
+
+
+def _texts(
+    told: str | Sequence[str] | None,
+    given: Given,
+    inputs: Inputs,
+    sampling: Sampling,
+    manifest: GeneratorManifest,
+) -> list[str]:
+    """Return the text, and with guidance the one that it compares with.
+
+    That is none, or the text of a normal scan for a change, which is compared with the organs.
+    """
 
     def text_for(told: str | Sequence[str] | None, report: str | None) -> str:
-        listed = bool(findings)
-        published = "text" in parts
+        published, listed = "text" in sampling.as_published, bool(manifest.masks.findings)
         return text_of(told, report, manifest.findings, published=published, listed=listed)
 
-    text = text_for(told, given.report)
-    texts, plain = [text], None
+    texts = [text_for(told, given.report)]
     if sampling.guidance != 1:
         texts.append("" if inputs.ct is None else text_for(None, None))
-        plain = None if inputs.ct is None else paint(masks)
-    contexts = tuple(networks.context(t, cut="cut" in parts) for t in texts)
-    request = Request(networks, denoiser, codec, painted, text, chosen, contexts, progress)
-    shown: list[DiseaseMask | LesionMask] = [*masks, *(each for each in (region, placed) if each)]
-    about = (*organs.remarks, *(remark for each in shown for remark in each.remarks))
-    about += surveyed(painted, manifest, added)
-    untold = bool(masks) and told is None and given.report is None
-    remarks = about + _remarks(request, untold)
-    if inputs.ct is None:
-        return dataclasses.replace(request, remarks=remarks)
-    where = painted.added or (Remembered(region) if region else None)
-    assert where is not None
-    _check_change(chosen, added)
-    vae = codec.manifest
-    change = change_of(inputs.ct, where, painted, vae, given, options, added)
-    remarks += (*inputs.ct.remarks, *change.remarks)
-    return dataclasses.replace(request, remarks=remarks, change=change, plain=plain)
+    return texts
 
 
 def _check_change(sampling: Sampling, added: Sequence[Finding]) -> None:
@@ -182,6 +191,8 @@ def _sampling(
 def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
     """Return what the user should know about conditions that differ from those of training."""
     manifest, remarks = request.denoiser.manifest, []
+    if request.change is not None:
+        remarks += [*request.change.ct.remarks, *request.change.remarks]
     count, most = request.denoiser.length(request.text), manifest.tokens
     if count > most:
         remarks.append(f"The text has {count} tokens: those after the first {most} were cut off.")
@@ -190,7 +201,7 @@ def _remarks(request: Request, untold: bool) -> tuple[str, ...]:
             "There is a disease mask and no text of findings: the network got the text of a "
             "normal scan. Describe the findings with --findings."
         )
-    if len(request.contexts) > 1 and not request.plain and not manifest.trained_without_text:
+    if request.sampling.guidance != 1 and not request.plain and not manifest.trained_without_text:
         remarks.append(
             f"{manifest.name} was never trained without a text, which guidance compares with: "
             "its result with --guidance is outside training."
