@@ -2,6 +2,7 @@
 # make test    check a change before it is accepted: format, lint, types, tests
 # make e2e     tests that need Debian packages (Orthanc, Chromium, npm) or minutes; run as root
 # make page    fetch NiiVue and Swagger UI, at fixed versions, for the page of fvae serve (needs npm)
+# make docs    build the documentation as a site in build/site; warnings are errors
 # make dist    build the sdist and the wheel in dist/, with the files of make page in both
 # make bench   measure throughput and peak memory of every engine that runs here
 # make clean   remove .venv, demo/, dist/ and caches
@@ -24,7 +25,7 @@ SHAPE ?= 256,256,160
 FINDINGS ?= nodule in the right lung
 export CT SHAPE FINDINGS
 
-.PHONY: demo test check e2e page dist bench clean
+.PHONY: demo test check e2e docs page dist bench clean
 
 # Old results are removed by name: a file of yours in demo/ stays.
 demo: .venv/installed-base
@@ -66,7 +67,7 @@ test: .venv/installed-dev
 check: test
 
 # Only missing packages are installed. Any npm will do, so Debian's is added only if there is none.
-DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb $(shell command -v npm >/dev/null || echo npm)
+DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb prometheus $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
@@ -75,6 +76,9 @@ e2e: .venv/installed-dev
 	fi
 	@$(MAKE) --no-print-directory page
 	$(BIN)/pytest -m e2e
+
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build -q --strict
 
 page: fvae_deploy/server/page/vendor/niivue.umd.js
 

@@ -24,6 +24,9 @@ _MODULES = {
     "encode": "api",
     "decode": "api",
     "reconstruct": "api",
+    "encode_image": "images",
+    "decode_image": "images",
+    "reconstruct_image": "images",
     "compare": "quality.fidelity",
     "generate": "generation.pipeline",
     "Denoiser": "generation.denoiser",
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from fvae_deploy.generation.denoiser import open_denoiser as open_denoiser
     from fvae_deploy.generation.networks import Networks as Networks
     from fvae_deploy.generation.pipeline import generate as generate
+    from fvae_deploy.images import decode_image as decode_image
+    from fvae_deploy.images import encode_image as encode_image
+    from fvae_deploy.images import reconstruct_image as reconstruct_image
     from fvae_deploy.phantom.torso import write_phantom as write_phantom
     from fvae_deploy.quality.fidelity import compare as compare
     from fvae_deploy.stream.codec import Codec as Codec
@@ -63,3 +69,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"fvae_deploy.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'fvae_deploy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

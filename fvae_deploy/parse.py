@@ -58,6 +58,19 @@ def voxels(text: str) -> tuple[int, int, int]:
     return x, y, z
 
 
+def millimetres(text: str) -> tuple[float, float, float]:
+    """Parse "0.75,0.75,1.5"; raises UsageError for anything but three positive numbers."""
+    try:
+        x, y, z = (float(n) for n in text.split(","))
+        if min(x, y, z) > 0 and max(x, y, z) < 1000:
+            return x, y, z
+    except ValueError:
+        pass
+    raise UsageError(
+        f"expected --spacing as x,y,z in mm, found {text!r}: write it like 0.75,0.75,1.5"
+    )
+
+
 def hu_window(given: str | Sequence[float]) -> tuple[float, float]:
     """Return the HU window of a name in HU_WINDOWS, of "LOW:HIGH", or of two numbers.
 

@@ -36,16 +36,27 @@ MAY: dict[str, set[str]] = {
 }
 MAY["stream"] = {*LAYERS, "volume", "storage"}
 MAY["api"] = {*MAY["stream"], "stream"}
+MAY["images"] = {"api"}
 MAY["training"] = {*MAY["stream"], "stream"}
 MAY["bench"] = {*MAY["api"], "api"}
 MAY["generation"] = {*MAY["bench"], "phantom"}
 MAY["make"] = {*MAY["api"], "api", "bench"}
 MAY["batch"] = {*MAY["generation"], "generation"}
 MAY["report"] = {*MAY["batch"], "batch", "quality"}
+MAY["score"] = {*MAY["report"], "report"}
 MAY["selftest"] = {*MAY["make"], "make"}
 MAY["server"] = {*MAY["batch"], "batch"}
 MAY["cli"] = {*MAY, "__init__"}
-MAY["__init__"] = {"api", "stream", "volume", "quality", "generation", "phantom", "training"}
+MAY["__init__"] = {
+    "api",
+    "images",
+    "stream",
+    "volume",
+    "quality",
+    "generation",
+    "phantom",
+    "training",
+}
 MAY["__main__"] = {"cli"}
 
 TERMINAL = {"typer", "rich"}  # imported by the command line alone

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -166,6 +168,43 @@ def test_a_power_failure_leaves_nothing_or_the_whole(
         assert found in (before, after)
     # All that happened once the output had its name is on disk too.
     assert [state.get(kind) for state in disk.states[-2:]] == [after, after]
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:4], "report.json"])
+@pytest.mark.parametrize("older", [False, True], ids=["new", "overwrites"])
+def test_ctrl_c_at_any_moment_of_publishing_leaves_nothing_or_the_whole(
+    kind, older, makers, tmp_path, monkeypatch
+):
+    output, before = tmp_path / kind, None
+    if older:
+        makers[kind](output, 1)
+        before = content(output)
+    reached = itertools.count()
+
+    def interrupting(function):
+        def run(*arguments, **keywords):
+            main = threading.current_thread() is threading.main_thread()  # gets every Ctrl-C
+            if main and next(reached) == 0:
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        return run
+
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (publish, "exchange")):
+        monkeypatch.setattr(module, name, interrupting(getattr(module, name)))
+    for moment in itertools.count():
+        reached = itertools.count(-moment)
+        try:
+            makers[kind](output, 0)
+        except KeyboardInterrupt:
+            assert {path.name for path in tmp_path.iterdir()} <= {kind}
+            if output.exists() and content(output) != before:
+                break  # it has its name, and what follows is not undone
+            assert output.exists() == older
+        else:
+            break
+    assert moment > 0
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @pytest.mark.parametrize("kind", KINDS)

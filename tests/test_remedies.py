@@ -313,6 +313,11 @@ REMEDIES = {
         "report {f}/organs.nii -r {f}/organs.nii --segment -o {f}/new.html",
         "report {f}/organs.nii -r {f}/organs.nii --labels {f}/organs.nii -o {f}/new.html",
     ),
+    "one CT in place of a set": Remedy(
+        "fvae report judges single CTs",
+        "score {f}/organs.nii {f}/ct.nii -o {f}/new.html",
+        "report {f}/organs.nii -r {f}/organs.nii -o {f}/new.html",
+    ),
     "two names of a picture": Remedy(
         "write it like First,Second",
         "compare {f}/ct.nii {f}/ct.nii --png {f}/new.png --names A",
@@ -468,6 +473,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
     "names a package to install; the extras are compared with the packages above": (
         "pip install 'fvae-deploy[",
         "pip install 'pylibjpeg",
+        "pip install pytorch-fid",
     ),
     "a network that answers with NaN; tried in tests/stream and tests/generation": (
         "use --precision fp32",
@@ -507,6 +513,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
     ),
     "names what was given wrong, and no way out of it": (
         "correct --body-label",
+        "correct the column ct or --texts",
         "fvae reads CT only",
         "Interrupted.",
         "with the JSON file that --json writes",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fvae_deploy.cli import data, deploy, generate, kernels, networks, report, serve
+from fvae_deploy.cli import data, deploy, generate, kernels, networks, report, score, serve
 from fvae_deploy.cli.batch import is_batch, only_scan, run_batch
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
@@ -329,6 +329,7 @@ def _tell_window(reconstruction: Path, window: tuple[float, float], terminal: Te
 
 
 app.add_typer(report.app)
+app.add_typer(score.app)
 app.add_typer(generate.app)
 app.add_typer(data.app)
 app.add_typer(serve.app)

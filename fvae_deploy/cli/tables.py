@@ -200,3 +200,21 @@ def report_table(content: dict[str, Any]) -> Table:
             numbers = (f"{found['mean']:.5g}", deviation, f"{found['worst']:.5g}")
             table.add_row(method, name, str(found["scans"]), *numbers, found["worst_scan"])
     return table
+
+
+def score_table(content: dict[str, Any]) -> Table:
+    """Return the table of a score: the rows that stand for whole metrics."""
+    from rich.table import Table
+
+    sizes = f"{len(content['generated'])} generated CTs against {len(content['real'])} real ones"
+    table = Table(title=sizes)
+    for column in ("metric", "value", "95 % interval", "real CTs", "better"):
+        table.add_column(column, overflow="fold")
+    for row in content["metrics"]:
+        if not row["part"]:
+            ends = (row["low"], row["high"])
+            interval = "-" if None in ends else f"{ends[0]:.3g} to {ends[1]:.3g}"
+            value = f"{row['value']:.4g} {row['unit']}".strip()
+            real = "-" if row["real"] is None else f"{row['real']:.3g}"
+            table.add_row(row["metric"], value, interval, real, row["better"])
+    return table

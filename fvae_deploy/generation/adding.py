@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from fvae_deploy.volume.base import HuFrames, Writer
 from fvae_deploy.volume.open import create_volume
 
 
-class AddingWriter:
+class AddingWriter(Writer):
     """A writer of the CT's own frames; see `Writer`.
 
     The label map gets its name just before the CT does, so a CT that exists has its labels.
@@ -45,13 +44,9 @@ class AddingWriter:
         """Finish the labels, then the CT."""
         self._planes.close()
         self._change.drawn.after = self._sum / self._change.looked.voxels
-        try:
-            if self._labels is not None:
-                self._labels.commit()
-            self._inner.commit()
-        except BaseException:
-            self.abort()
-            raise
+        if self._labels is not None:
+            self._labels.commit()
+        self._inner.commit()
 
     def abort(self) -> None:
         """Remove the partial outputs."""
@@ -60,18 +55,3 @@ class AddingWriter:
             stack.callback(self._inner.abort)
             if self._labels is not None:
                 stack.callback(self._labels.abort)
-
-    def __enter__(self) -> AddingWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Commit after success, abort after an error."""
-        if kind is None:
-            self.commit()
-        else:
-            self.abort()

@@ -190,7 +190,7 @@ class PaintedMask:
         known = {0, self._body, *(ORGANS if self._labels is None else self._labels)}
         unknown = [n for n in present if n not in known]
         if unknown:
-            wanted, remedy = "labels that the --labels file maps", "add them to it"
+            wanted, remedy = "labels that --labels maps", "map them in a JSON file of your own"
             if self._labels is None:
                 wanted, remedy = "TotalSegmentator's labels 0 to 117", "map them with --labels FILE"
                 remedy += ", or name the body's with --body-label" if self._masks.body else ""

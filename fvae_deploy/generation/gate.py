@@ -8,11 +8,8 @@ alone may put an effusion anywhere in them.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from fvae_deploy.errors import SampleError
 from fvae_deploy.export.generator import Finding, Range, Training
 from fvae_deploy.generation.labels import Labels
 from fvae_deploy.generation.measures import CLASSES, Measures, lungs
@@ -92,7 +89,7 @@ def failures(verdicts: Judged) -> list[str]:
     return found
 
 
-class CheckedWriter:
+class CheckedWriter(Writer):
     """A writer that measures what it writes; see `Writer`.
 
     `seen` brings a frame [x, y] to the model's plane; `planes` are the labels there. On commit,
@@ -107,17 +104,9 @@ class CheckedWriter:
         seen: Callable[[HuFrames], HuFrames],
         judge: Callable[[dict[str, float]], None],
     ) -> None:
+        self.path = inner.path
         self._inner, self._measures, self._planes = inner, measures, planes
         self._seen, self._judge = seen, judge
-
-    @property
-    def path(self) -> Path:
-        """Path of the output."""
-        return self._inner.path
-
-    @path.setter
-    def path(self, path: Path) -> None:
-        raise AttributeError("the path of an output does not change")
 
     def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU and measure them."""
@@ -127,11 +116,7 @@ class CheckedWriter:
 
     def commit(self) -> None:
         """Judge the volume, then finish the file."""
-        try:
-            self._judge(self._measures.result())
-        except SampleError:
-            self.abort()
-            raise
+        self._judge(self._measures.result())
         self._planes.close()
         self._inner.commit()
 
@@ -139,18 +124,3 @@ class CheckedWriter:
         """Remove the partial output."""
         self._planes.close()
         self._inner.abort()
-
-    def __enter__(self) -> CheckedWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Commit after success, abort after an error."""
-        if kind is None:
-            self.commit()
-        else:
-            self.abort()

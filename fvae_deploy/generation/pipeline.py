@@ -79,7 +79,10 @@ def generate(
         `patient`, `like`, `shape`, `lesions`. Fields of `RunOptions` and `GenerationOptions`;
         `memory` bounds encoding and decoding.
 
-    Raises ConditionError for unsuitable masks and texts, and other FvaeErrors as `encode` does.
+    Raises
+    ------
+    ConditionError
+        For unsuitable masks and texts; other FvaeErrors as `encode` raises them.
     """
     given, keywords = Given.split(mask, keywords)
     sampling, others = GenerationOptions.split(sampling, keywords)

@@ -1,14 +1,15 @@
 """Label numbers of other data sets in the numbers of TotalSegmentator, by name for --labels.
 
     totalsegmentator    the 117 classes of TotalSegmentator v2, task "total"
-    maisi               the 132 classes of MAISI and VISTA-3D
+    maisi               the 132 classes of MAISI and VISTA-3D, and 200, the rest of the body
     btcv, amos          the 13 and 15 organs of the two abdominal challenges
 
 The numbers of MAISI are those of configs/label_dict_ctmr.json in NVIDIA-Medtech/NV-Generate-CTMR
 on GitHub, compared with the list of VISTA-3D in Project-MONAI/MONAILabel. Those of BTCV and AMOS
-are in Evaluation/label_systems.py of uni-medical/A-Eval. Tumours count as the organ they lie in.
-What is no organ of TotalSegmentator becomes 0, as everything else in its masks; so do a lung and
-a lung tumour of unknown side, since lesions are placed by side.
+are in Evaluation/label_systems.py of uni-medical/A-Eval. MAISI's own masks also contain 200 for
+the body, which its list lacks (issue 2047 of Project-MONAI/tutorials). Tumours count as the organ
+they lie in. What is no organ of TotalSegmentator becomes 0, as everything else in its masks; so
+do a lung and a lung tumour of unknown side, since lesions are placed by side.
 
 `dataset_labels` reads the labels of an nnU-Net `dataset.json`, of either version.
 """
@@ -85,6 +86,7 @@ def _maisi() -> Iterator[tuple[int, str]]:
          "subclavian_artery_right", "superior_vena_cava", "thyroid_gland", "vertebrae_S1",
          NOTHING, "kidney_mass", "liver_tumor", "vertebrae_L5", "airway"), start=108,
     )  # fmt: skip
+    yield 200, NOTHING
 
 
 _ABDOMEN = ("spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach",

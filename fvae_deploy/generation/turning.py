@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ class TurnedFrames:
         self._file.close()
 
 
-class TurningWriter:
+class TurningWriter(Writer):
     """A writer whose frames are turned back before they reach the file; see `Writer`.
 
     `shape` is that of the frames it gets, `turn` leads from them to the file.
@@ -145,22 +144,3 @@ class TurningWriter:
         if self._frames is not None:
             self._frames.close()
         self._inner.abort()
-
-    def __enter__(self) -> TurningWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Commit after success, abort after an error."""
-        if kind is not None:
-            self.abort()
-            return
-        try:
-            self.commit()
-        except BaseException:
-            self.abort()
-            raise

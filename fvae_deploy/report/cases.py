@@ -94,7 +94,7 @@ def _found(source: Path) -> tuple[list[Case], list[tuple[Path, str]]]:
     if source.suffix in LISTS:
         return _listed(source), []
     if not source.is_dir() or is_zarr(source):
-        return [Case(_name(source), source)], []
+        return [Case(scan_name(source), source)], []
     scans, untaken = search("report", source, source / ".none", ".html")
     cases = [Case(_relative(scan.source, source), scan.source, scan.series) for scan in scans]
     return cases, [(one.path, one.reason) for one in untaken if one.fails]
@@ -106,7 +106,7 @@ def _listed(path: Path) -> list[Case]:
 
     return [
         Case(
-            _name(Path(row["ct"])),
+            scan_name(Path(row["ct"])),
             path.parent / row["ct"],
             row.get("series") or None,
             beside(row, "reconstruction"),
@@ -118,7 +118,8 @@ def _listed(path: Path) -> list[Case]:
     ]
 
 
-def _name(path: Path) -> str:
+def scan_name(path: Path) -> str:
+    """Return the name of a scan: its file's or folder's, without the extensions of volumes."""
     name = path.resolve().name
     for suffix in sorted((*FILES, ".zarr"), key=len, reverse=True):
         if name.lower().endswith(suffix) and len(name) > len(suffix):
@@ -128,7 +129,7 @@ def _name(path: Path) -> str:
 
 def _relative(path: Path, folder: Path) -> str:
     inner = path.relative_to(folder)
-    return str(inner.with_name(_name(path))) if inner.parts else _name(path)
+    return str(inner.with_name(scan_name(path))) if inner.parts else scan_name(path)
 
 
 def _told_apart(cases: list[Case]) -> list[Case]:

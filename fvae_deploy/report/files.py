@@ -9,8 +9,6 @@ from typing import Any
 
 from fvae_deploy.errors import OutputError, UsageError
 from fvae_deploy.report.cohort import MEASURES
-from fvae_deploy.report.page import page
-from fvae_deploy.report.pictures import Pictures
 from fvae_deploy.stream.report import write_json
 from fvae_deploy.volume.open import check_output
 from fvae_deploy.volume.publish import new_file
@@ -39,11 +37,11 @@ class Files:
         for path in self.all:
             check_output(path, overwrite=overwrite)
 
-    def write(self, content: dict[str, Any], pictures: Pictures) -> None:
-        """Write all three; raises OutputError."""
+    def write(self, content: dict[str, Any], rows: str, html: str) -> None:
+        """Write the JSON, the text of the CSV and that of the page; raises OutputError."""
         write_json(content, self.json)
-        _write(self.csv, table(content))
-        _write(self.page, page(content, pictures))
+        _write(self.csv, rows)
+        _write(self.page, html)
 
 
 def table(content: dict[str, Any]) -> str:

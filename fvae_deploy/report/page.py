@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -21,21 +22,41 @@ WINDOWS = (
 
 def page(content: dict[str, Any], pictures: Pictures) -> str:
     """Return the HTML of a report."""
-    inner = [
-        _header(content),
-        *(part for part in _chapters(content, pictures) if part),
-        tag("footer", f"Made by fvae {content['fvae']}. Every number is also in the JSON file of "
-            "the same name."),
-    ]  # fmt: skip
+    methods = [method_name(name, content["methods"]) for name in content["methods"]]
+    chapters = [part for part in _chapters(content, pictures) if part]
     data = {"pictures": pictures.planes, "blobs": pictures.blobs}
+    return document(content, "Reconstruction report", _title(content), methods, chapters, data)
+
+
+def document(
+    content: dict[str, Any],
+    kind: str,
+    title: str,
+    methods: Sequence[Markup],
+    chapters: Sequence[Markup],
+    data: dict[str, Any],
+) -> str:
+    """Return a page of sections under a header, with its style, script and data in it.
+
+    `methods` are the names, in their colours, of what is compared.
+    """
+    header = tag(
+        "header",
+        tag("p", kind, class_="kind"),
+        tag("h1", title),
+        tag("p", *methods, class_="methods"),
+        tag("nav", class_="contents"),
+    )
+    footer = tag("footer", f"Made by fvae {content['fvae']}. Every number is also in the JSON file "
+                 "of the same name.")  # fmt: skip
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     own = files("fvae_deploy.report").joinpath("page")
     style, code = (own.joinpath(n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{esc(_title(content))}</title><style>{style}</style></head><body>"
-        f"{join(*inner)}"
+        f"<title>{esc(title)}</title><style>{style}</style></head><body>"
+        f"{join(header, *chapters, footer)}"
         f'<script type="application/json" id="data">{script}</script>'
         f"<script>{code}</script></body></html>\n"
     )
@@ -64,19 +85,6 @@ def _chapters(content: dict[str, Any], pictures: Pictures) -> list[Markup]:
 def _title(content: dict[str, Any]) -> str:
     scans = content["scans"]
     return scans[0]["name"] if len(scans) == 1 else f"{len(scans)} scans"
-
-
-def _header(content: dict[str, Any]) -> Markup:
-    methods = content["methods"]
-    names = [method_name(name, methods) for name in methods]
-    links = tag("nav", class_="contents")
-    return tag(
-        "header",
-        tag("p", "Reconstruction report", class_="kind"),
-        tag("h1", _title(content)),
-        tag("p", *names, class_="methods"),
-        links,
-    )
 
 
 def _viewer(pictures: list[dict[str, Any]]) -> Markup:

@@ -20,11 +20,12 @@ from fvae_deploy.quality.fidelity import WINDOW, check_same_place
 from fvae_deploy.report.cases import Case
 from fvae_deploy.report.cohort import summarise
 from fvae_deploy.report.detectability import detectability
-from fvae_deploy.report.files import Files
+from fvae_deploy.report.files import Files, table
 from fvae_deploy.report.jpegls import JpegLs
 from fvae_deploy.report.judge import Judged, judge
 from fvae_deploy.report.lesions import choose_part
 from fvae_deploy.report.organs import Organs
+from fvae_deploy.report.page import page
 from fvae_deploy.report.pictures import Blobs, Gallery, Pictures
 from fvae_deploy.report.radiomics import Radiomics
 from fvae_deploy.report.segment import check_installed
@@ -110,7 +111,8 @@ def report(
     content["verdicts"] = verdicts(content["scans"], content["methods"])
     for picture in pictures.values():
         picture["positions"] = picture.pop("planes").result(blobs)
-    files.write(content, Pictures(list(pictures.values()), blobs, gallery))
+    shown = Pictures(list(pictures.values()), blobs, gallery)
+    files.write(content, table(content), page(content, shown))
     return content
 
 

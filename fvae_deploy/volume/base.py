@@ -133,24 +133,29 @@ class Primed:
         self._reader.close()
 
 
-class Writer(Protocol):
-    """A volume that is written in order along z; it gets its name only when complete."""
+class Writer(ABC):
+    """A volume that is written in order along z; it gets its name only when complete.
+
+    As a context manager it commits after success and aborts after any error, Ctrl-C during
+    `commit` included.
+    """
 
     path: Path
 
+    @abstractmethod
     def write(self, frames: HuFrames) -> None:
         """Append frames [t, x, y] in HU, int16 or float32."""
-        ...
 
+    @abstractmethod
     def commit(self) -> None:
         """Check that all frames were written, finish the file and give it its final name."""
-        ...
 
+    @abstractmethod
     def abort(self) -> None:
         """Remove the partial output, so that no temporary file stays behind."""
-        ...
 
-    def __enter__(self) -> Writer: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
@@ -158,8 +163,14 @@ class Writer(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Commit after success, abort after an error."""
-        ...
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abort()
+            raise
 
 
 def slab_ranges(count: int, depths: tuple[int, ...], start: int) -> Iterator[range]:
@@ -192,7 +203,7 @@ def check_finite(planes: HuFrames, first: int, path: Path) -> None:
                 )
 
 
-class FrameWriter(ABC):
+class FrameWriter(Writer):
     """Base class of all writers: checks and counts frames, and never leaves half an output.
 
     A format calls `_reserve` before it writes, and implements `_append` (store one frame),
@@ -221,7 +232,7 @@ class FrameWriter(ABC):
         self._reserved = Partial(self.path, folder=folder)
         self._partial = self._reserved.path
 
-    def _check_replaceable(self) -> None:  # noqa: B027 - files need no check
+    def _check_replaceable(self) -> None:
         """Raise OutputError if something at the path must not be replaced.
 
         Called before the first frame and again at the end, hours later.
@@ -332,17 +343,3 @@ class FrameWriter(ABC):
         return OutputError(
             f"expected to write {self.path}, found: {error.strerror or error}: {remedy}"
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.commit()
-        else:
-            self.abort()

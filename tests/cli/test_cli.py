@@ -16,7 +16,7 @@ from fvae_deploy.volume.open import open_volume
 
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
-VERBS += ["report", "serve", "token", "build", "triton", "selftest"]
+VERBS += ["report", "score", "serve", "token", "build", "triton", "selftest"]
 
 
 def voxels(path):

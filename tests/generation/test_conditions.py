@@ -117,7 +117,7 @@ def test_other_label_numbers_are_mapped(tmp_path):
     organs = np.array([0, 7, 9, 2], np.uint8).reshape(4, 1, 1)
     found = shown(painted(tmp_path, organs, labels=mapping))
     assert found.ravel().tolist() == [-1000, 5, 1, -1000]
-    with pytest.raises(ConditionError, match="--labels file maps, found 3 in slice 0"):
+    with pytest.raises(ConditionError, match="--labels maps, found 3 in slice 0"):
         shown(painted(tmp_path, np.full((2, 2, 2), 3, np.uint8), labels=mapping))
 
 

@@ -1,0 +1,1 @@
+"""fvae score: sets of generated CTs compared with sets of real ones."""
