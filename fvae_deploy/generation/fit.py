@@ -100,7 +100,8 @@ class Fit:
         low = np.maximum(positions[:, None] - half, voxel - 0.5)
         high = np.minimum(positions[:, None] + half, voxel + 0.5)
         shares = np.clip(high - low, 0, None)
-        shares[(positions < -0.5) | (positions > count - 0.5)] = 0
+        nearest = np.rint(positions - 1e-9)  # as in `labels`, so that both have the same border
+        shares[(nearest < 0) | (nearest >= count)] = 0
         total = shares.sum(axis=1, keepdims=True)
         normalised: NDArray[np.float32] = (shares / np.where(total > 0, total, 1)).astype(
             np.float32
