@@ -31,6 +31,7 @@ _MODULES = {
     "generate": "generation.pipeline",
     "Denoiser": "generation.denoiser",
     "open_denoiser": "generation.denoiser",
+    "Networks": "generation.networks",
     "open_volume": "volume.open",
     "create_volume": "volume.open",
     "write_phantom": "phantom.torso",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fvae_deploy.errors import FvaeError as FvaeError
     from fvae_deploy.generation.denoiser import Denoiser as Denoiser
     from fvae_deploy.generation.denoiser import open_denoiser as open_denoiser
+    from fvae_deploy.generation.networks import Networks as Networks
     from fvae_deploy.generation.pipeline import generate as generate
     from fvae_deploy.images import decode_image as decode_image
     from fvae_deploy.images import encode_image as encode_image

@@ -3,7 +3,8 @@
     mask,findings,disease_mask,seed,output
     a.nii.gz,"nodule in the right lung",lesion.nii.gz=nodule,0,a_nodule.nii.gz
 
-A row needs `mask`, `patient` (the seed of a drawn mask) or `like` (a CT to segment). `lesion`
+A row needs `mask`, `patient` (the seed of a drawn mask) or `like` (a CT to segment). With `change`,
+`like` is the CT of which a region is drawn anew, and `labels_out` gets the labels of it. `lesion`
 places lesions in words, `report` is a whole report instead of findings. Several disease masks and
 lesions are separated by semicolons in a CSV, and a list in JSONL; several findings are a list in
 JSONL. Paths of inputs are relative to the list, those of outputs to the output folder. With
@@ -13,6 +14,7 @@ is reported, and the batch continues.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 from fvae_deploy.batch.rows import check_apart, read_rows
 from fvae_deploy.batch.run import SCAN_ERRORS, Begin
 from fvae_deploy.errors import ConditionError, UsageError
+from fvae_deploy.generation.given import PLACED
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.options import GenerationOptions
 from fvae_deploy.generation.pipeline import generate
 from fvae_deploy.stream.options import RunOptions
@@ -28,6 +32,7 @@ from fvae_deploy.volume.publish import make_folders
 
 SOURCES = ("mask", "patient", "like")
 FIELDS = {*SOURCES, "output", "findings", "report", "disease_mask", "lesion", "seed"}
+FIELDS |= {"change", "labels_out"}
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,31 @@ class GenerationRow:
     patient: int | None = None
     like: Path | None = None
     lesions: tuple[str, ...] = ()
+    change: str | None = None
+    labels_out: Path | None = None
+    keep_original: bool = False
+
+    @property
+    def outputs(self) -> list[Path]:
+        """All files that the row writes."""
+        return [self.output, *([self.labels_out] if self.labels_out else [])]
 
 
-def read_generations(path: Path, folder: Path, seed: int = 0) -> list[GenerationRow]:
+def read_generations(
+    path: Path, folder: Path, seed: int = 0, *, keep_original: bool = False
+) -> list[GenerationRow]:
     """Read a list of generations whose outputs go to `folder`.
 
     Raises UsageError for invalid or missing rows, and for two rows with the same output.
     """
     rows = enumerate(read_rows(path, SOURCES, FIELDS), start=1)
-    generations = [_generation(row, number, path, folder, seed) for number, row in rows]
+    generations = [
+        dataclasses.replace(_generation(row, n, path, folder, seed), keep_original=keep_original)
+        for n, row in rows
+    ]
     if not generations:
         raise UsageError(f"expected rows with a column mask in {path}, found none: add a row")
-    check_apart([row.output for row in generations], path)
+    check_apart([output for row in generations for output in row.outputs], path)
     return generations
 
 
@@ -69,34 +87,40 @@ def run_generations(
 ) -> list[dict[str, Any]]:
     """Generate all rows in order; return the report or the error of each."""
     results: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        head = f"{number} of {len(rows)}: {row.output}"
-        try:
-            if not dry_run:
-                make_folders(row.output.parent)
-            report = generate(
-                row.mask,
-                row.output,
-                options,
-                sampling.with_seed(row.seed),
-                findings=row.findings,
-                report=row.report,
-                disease_mask=row.disease_mask,
-                patient=row.patient,
-                like=row.like,
-                lesions=row.lesions,
-                progress=progress,
-                dry_run=dry_run,
-            )
-        except SCAN_ERRORS as error:
-            say(f"{head} failed: {error}")
-            results.append({"output": str(row.output), "error": str(error)})
-            continue
-        if "skipped" in report:
-            say(f"{head} exists: skipped")
-        elif not dry_run:
-            say(f"{head} in {report['seconds']['total']:.1f} s")
-        results.append(report)
+    with Networks() as networks:
+        for number, row in enumerate(rows, start=1):
+            head = f"{number} of {len(rows)}: {row.output}"
+            try:
+                if not dry_run:
+                    for each in row.outputs:
+                        make_folders(each.parent)
+                report = generate(
+                    row.mask,
+                    row.output,
+                    options,
+                    sampling.with_seed(row.seed),
+                    findings=row.findings,
+                    report=row.report,
+                    disease_mask=row.disease_mask,
+                    patient=row.patient,
+                    like=row.like,
+                    lesions=row.lesions,
+                    change=row.change,
+                    labels_out=row.labels_out,
+                    keep_original=row.keep_original,
+                    progress=progress,
+                    dry_run=dry_run,
+                    networks=networks,
+                )
+            except SCAN_ERRORS as error:
+                say(f"{head} failed: {error}")
+                results.append({"output": str(row.output), "error": str(error)})
+                continue
+            if "skipped" in report:
+                say(f"{head} exists: skipped")
+            elif not dry_run:
+                say(f"{head} in {report['seconds']['total']:.1f} s")
+            results.append(report)
     return results
 
 
@@ -118,9 +142,10 @@ def _generation(
         return path.parent / str(row[name])
 
     mask = relative("mask") if row.get("mask") else None
+    change = _change(row.get("change"), path)
     patient = _whole(row, "patient", None, number, path)
     like = relative("like") if row.get("like") else None
-    source = mask or like
+    source = like if change else mask or like
     name = source.name if source else f"patient{patient}.nii.gz"
     return GenerationRow(
         mask=mask,
@@ -134,7 +159,16 @@ def _generation(
         ),
         seed=_whole(row, "seed", seed, number, path) or 0,
         report=str(row["report"]) if row.get("report") else None,
+        change=change,
+        labels_out=folder / str(row["labels_out"]) if row.get("labels_out") else None,
     )
+
+
+def _change(given: Any, path: Path) -> str | None:
+    """Return a file beside the list with what is said of it, or the word for placed lesions."""
+    if not given:
+        return None
+    return PLACED if given == PLACED else str(path.parent / str(given))
 
 
 def _whole(

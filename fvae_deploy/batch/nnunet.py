@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def augment(
     VolumeError for an invalid dataset or image.
     """
     dataset = _checked(source, target, instead)
-    _check_same_request(
+    check_same_request(
         target,
         {
             "dataset": str(source.resolve()),
@@ -137,34 +137,42 @@ def augment(
     count, seconds = 0, 0.0
     for case in dataset.cases:
         name = case.name if instead else case.name + SUFFIX
-        _link(case.label, target / "labelsTr" / (name + dataset.ending))
+        link(case.label, target / "labelsTr" / (name + dataset.ending))
         if not instead:
-            _link(case.label, target / "labelsTr" / (case.name + dataset.ending))
+            link(case.label, target / "labelsTr" / (case.name + dataset.ending))
         for channel, image in enumerate(case.images):
             if not instead:
-                _link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
+                link(image, target / "imagesTr" / f"{case.name}_{channel:04}{dataset.ending}")
             output = target / "imagesTr" / f"{name}_{channel:04}{dataset.ending}"
-            if _is_outdated(output, image):
+            if is_outdated(output, image):
                 say(output.name)
                 seconds += reconstruct(image, output, options)["seconds"]["total"]
                 count += 1
             advance(1)
-    _link_test_cases(dataset, target)
-    content = _content(dataset, target.name, instead)
+    link_test_cases(dataset, target)
+    note = "reconstructions of fvae " + ("alone" if instead else "beside the originals")
+    content = content_of(dataset, target.name, 0 if instead else len(dataset.cases), note)
     if not instead and len(dataset.cases) >= FOLDS:
-        write_json(splits([case.name for case in dataset.cases]), target / "splits_final.json")
+        names = [case.name for case in dataset.cases]
+        views = {name: [name + SUFFIX] for name in names}
+        write_json(splits(names, views), target / "splits_final.json")
     write_json(content, target / "dataset.json")
     return {"cases": content["numTraining"], "reconstructed": count, "seconds": round(seconds, 2)}
 
 
-def _checked(source: Path, target: Path, instead: bool) -> Dataset:
-    """Read the dataset; raises UsageError if names of the output are invalid or taken."""
+def check_folder_name(source: Path, target: Path) -> None:
+    """Raise UsageError for an output that nnU-Net would not accept, or that is the dataset."""
     if not re.fullmatch(r"Dataset\d{3}_\S+", target.name):
         raise UsageError(
             f"expected an output named DatasetXXX_NAME, found {target.name}: rename it"
         )
     if source.resolve() == target.resolve():
         raise UsageError(f"expected an output other than the dataset, found {target}: rename it")
+
+
+def _checked(source: Path, target: Path, instead: bool) -> Dataset:
+    """Read the dataset; raises UsageError if names of the output are invalid or taken."""
+    check_folder_name(source, target)
     dataset = Dataset.read(source)
     names = {case.name for case in dataset.cases}
     clashing = sorted(name for name in names if not instead and name + SUFFIX in names)
@@ -176,7 +184,8 @@ def _checked(source: Path, target: Path, instead: bool) -> Dataset:
     return dataset
 
 
-def _link_test_cases(dataset: Dataset, target: Path) -> None:
+def link_test_cases(dataset: Dataset, target: Path) -> None:
+    """Link images and labels for testing."""
     for folder in ("imagesTs", "labelsTs"):
         if (dataset.folder / folder).is_dir():
             (target / folder).mkdir(exist_ok=True)
@@ -186,15 +195,14 @@ def _link_test_cases(dataset: Dataset, target: Path) -> None:
                 name, ending = file.name, dataset.ending
                 if folder == "imagesTs" and name.endswith(ending) and dataset.is_unnumbered:
                     name = f"{name.removesuffix(ending)}_0000{ending}"
-                _link(file, target / folder / name)
+                link(file, target / folder / name)
 
 
-def splits(names: list[str]) -> list[dict[str, list[str]]]:
-    """Divide cases into nnU-Net's own folds; each trains on its cases and their reconstructions.
+def splits(names: list[str], views: Mapping[str, Sequence[str]]) -> list[dict[str, list[str]]]:
+    """Divide cases into nnU-Net's own folds; each trains on its cases and their `views`.
 
-    Every fold validates on the same cases as without reconstructions, never on a reconstruction,
-    so results can be compared. nnU-Net's own split would validate on reconstructions of scans
-    that it trained on.
+    Every fold validates on the same cases as without views, never on a view, so results can be
+    compared. nnU-Net's own split would validate on views of scans that it trained on.
     """
     names = sorted(names)
     order = np.arange(len(names))
@@ -203,24 +211,26 @@ def splits(names: list[str]) -> list[dict[str, list[str]]]:
     for validation in np.array_split(order, FOLDS):
         train = [name for n, name in enumerate(names) if n not in validation]
         validated = [name for n, name in enumerate(names) if n in validation]
-        folds.append({"train": train + [name + SUFFIX for name in train], "val": validated})
+        further = [view for name in train for view in views.get(name, ())]
+        folds.append({"train": train + further, "val": validated})
     return folds
 
 
-def _is_outdated(target: Path, source: Path) -> bool:
+def is_outdated(target: Path, source: Path) -> bool:
     """Return whether a file is missing or older than its source, so must be written."""
     return not target.exists() or target.stat().st_mtime_ns < source.stat().st_mtime_ns
 
 
-def _content(dataset: Dataset, name: str, instead: bool) -> dict[str, Any]:
-    """Return the new dataset.json; nnU-Net finds the cases by their names, so none is listed."""
-    factor = 1 if instead else 2
+def content_of(dataset: Dataset, name: str, further: int, note: str) -> dict[str, Any]:
+    """Return the new dataset.json with so many further cases.
+
+    nnU-Net finds the cases by their names, so none is listed.
+    """
     content = {key: value for key, value in dataset.content.items() if key != "dataset"}
-    note = "reconstructions of fvae " + ("alone" if instead else "beside the originals")
     description = "; ".join(filter(None, [str(content.get("description", "")), note]))
     return content | {
         "name": name.partition("_")[2],
-        "numTraining": factor * len(dataset.cases),
+        "numTraining": len(dataset.cases) + further,
         "description": description,
     }
 
@@ -282,9 +292,9 @@ def _labelled_cases(folder: Path, ending: str, channels: int) -> list[Case]:
     ]
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Link a file under another name, or copy it where a hard link is not possible."""
-    if not _is_outdated(target, source):
+    if not is_outdated(target, source):
         return
     recover(target)
     temporary = hidden(target)
@@ -298,7 +308,7 @@ def _link(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)  # a rename keeps a link to the same file
 
 
-def _check_same_request(target: Path, request: dict[str, Any]) -> None:
+def check_same_request(target: Path, request: dict[str, Any]) -> None:
     """Store the request in the folder; raise UsageError if the folder has other content."""
     note = target / "fvae.json"
     if target.exists() and any(target.iterdir()):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Verbs)
 SAMPLING = "Sampling"
 MASK = "Mask"
+CHANGE = "Changing a CT"
 SOURCES = ("mask", "patient", "like")
 Mask = Annotated[
     Path | None, typer.Option("--mask", help="Organ label map, with TotalSegmentator's numbers.")
@@ -54,6 +55,34 @@ Like = Annotated[
         "--like",
         help="Instead of --mask: a CT whose organs TotalSegmentator finds, where it is installed.",
         rich_help_panel=MASK,
+    ),
+]
+Change = Annotated[
+    str | None,
+    typer.Option(
+        "--change",
+        metavar="FILE[=FINDINGS]|lesion",
+        help="Draw only this region of the CT --like anew; FINDINGS as in --disease-mask, or those "
+        "of --findings. lesion: where --lesion places one. Organs: --mask, --patient, or "
+        "TotalSegmentator.",
+        rich_help_panel=CHANGE,
+    ),
+]
+KeepOriginal = Annotated[
+    bool,
+    typer.Option(
+        "--keep-original",
+        help="With --change: keep the CT's own voxels elsewhere, instead of a reconstruction.",
+        rich_help_panel=CHANGE,
+    ),
+]
+LabelsOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels-out",
+        help="With --change: also write a label map of what was added, with the generator's "
+        "numbers.",
+        rich_help_panel=CHANGE,
     ),
 ]
 Shape = Annotated[
@@ -226,6 +255,9 @@ def generate(
     whole_report: WholeReport = None,
     disease_mask: DiseaseMask = None,
     lesion: Lesion = None,
+    change: Change = None,
+    keep_original: KeepOriginal = False,
+    labels_out: LabelsOut = None,
     labels: Labels = None,
     body_label: BodyLabel = None,
     jobs: Jobs = None,
@@ -250,7 +282,7 @@ def generate(
     given: dict[str, Any] = {
         "mask": mask, "patient": patient, "like": like, "findings": findings, "lesions": lesion,
         "shape": None if shape is None else voxels(shape), "report": whole_report,
-        "disease_mask": disease_mask,
+        "disease_mask": disease_mask, "change": change, "labels_out": labels_out,
     }  # fmt: skip
     _check_source(jobs, given)
     from fvae_deploy.generation.options import GenerationOptions
@@ -262,19 +294,19 @@ def generate(
         seed=seed, check=True if check is None and jobs is not None else check, tries=tries,
     )  # fmt: skip
     if jobs is not None:
-        _run_list(jobs, output, options, sampling, terminal, report, dry_run)
+        how = {"dry_run": dry_run, "keep": keep_original}
+        _run_list(jobs, output, options, sampling, terminal, report, **how)
         return
+    given |= {"keep_original": keep_original, "dry_run": dry_run}
     with terminal.progress_bars({"denoise": "windows"}) as begin:
-        result = run(
-            given.pop("mask"), output, options, sampling, progress=begin, dry_run=dry_run, **given
-        )
+        result = run(given.pop("mask"), output, options, sampling, progress=begin, **given)
     terminal.finish(result, report)
 
 
 def _check_source(jobs: Path | None, given: dict[str, Any]) -> None:
     """Raise UsageError unless there is one source of masks; a list has its own findings."""
     sources = [name for name in SOURCES if given[name] is not None]
-    if len(sources) + (jobs is not None) != 1:
+    if given["change"] is None and len(sources) + (jobs is not None) != 1:
         found = [f"--{name}" for name in sources] + ["--jobs"] * (jobs is not None)
         raise UsageError(
             f"expected one of {', '.join(f'--{name}' for name in SOURCES)} or --jobs, found "
@@ -291,7 +323,9 @@ def _run_list(
     sampling: GenerationOptions,
     terminal: Terminal,
     report: Path | None,
+    *,
     dry_run: bool,
+    keep: bool,
 ) -> None:
     """Generate all rows of a list."""
     from fvae_deploy.batch.generations import (
@@ -300,7 +334,7 @@ def _run_list(
         run_generations,
     )
 
-    rows = read_generations(jobs, output, sampling.seed)
+    rows = read_generations(jobs, output, sampling.seed, keep_original=keep)
     with terminal.progress_bars({"denoise": "windows"}) as begin:
         results = run_generations(rows, options, sampling, terminal.say, begin, dry_run=dry_run)
     if dry_run:

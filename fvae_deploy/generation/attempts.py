@@ -19,6 +19,7 @@ from fvae_deploy.generation.survey import Survey
 from fvae_deploy.volume.base import Writer
 
 UNMEASURED = "the bundle has no ranges of its training data"
+UNJUDGED = "the bundle has no range for what was added, or it is too small to judge"
 
 
 def surveyed(
@@ -92,12 +93,21 @@ def checked(
     if sampling.check is False or training is None:
         request = dataclasses.replace(request, wrap=request.mask.wrap)
         return request, Checks("--no-check" if training is not None else UNMEASURED)
-    checks = Checks(lungs_known=known)
     masks, geometry = request.denoiser.manifest.masks, request.codec.manifest.geometry
+    added = None
+    if request.change is not None:  # the rest is not the generator's
+        added = {f"organ {each.number + masks.offset}" for each in request.change.added}
+        if not added & training.measures.keys():
+            return dataclasses.replace(request, wrap=request.mask.wrap), Checks(UNJUDGED)
+    checks = Checks(lungs_known=known)
     findings = {each.number + masks.offset: each for each in masks.findings}
 
     def judge(measures: dict[str, float]) -> None:
+        if added is not None:
+            measures = {name: value for name, value in measures.items() if name in added}
         checks.verdicts = judged(measures, training, findings, lungs_known=known)
+        if added is not None and not checks.verdicts:
+            checks.reason = UNJUDGED
         if checks.failed and sampling.refuses:
             raise SampleError("; ".join(checks.failed))
 

@@ -25,7 +25,9 @@ from fvae_deploy.generation.labels import Labels, frames_of, labels_of
 from fvae_deploy.generation.lesions import Lesion
 from fvae_deploy.generation.placing import LesionMask
 from fvae_deploy.generation.presets import PRESETS, dataset_labels, is_dataset
-from fvae_deploy.generation.turning import TurnedFrames, TurningWriter, turn_to
+from fvae_deploy.generation.remembered import Findings, Remembered
+from fvae_deploy.generation.turning import TurningWriter, turn_to
+from fvae_deploy.generation.upright import Upright
 from fvae_deploy.organs import ORGANS, organ_label
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader, Writer, slab_ranges
 
@@ -57,12 +59,13 @@ class PaintedMask:
         parts: Collection[str] = (),
     ) -> None:
         self.path, self.native = organs.path, organs.geometry
-        self._turn = turn_to(self.native.orientation, masks.orientation, self.path)
-        self.mask = self._turn.geometry(self.native) if self._turn else self.native
-        self._turned: TurnedFrames | None = None
+        self.turn = turn_to(self.native.orientation, masks.orientation, self.path)
+        self.mask = self.turn.geometry(self.native) if self.turn else self.native
+        self._upright = Upright(self._combined, self.native.shape, self.turn, np.int16)
         self.drawn: bool = getattr(organs, "drawn", False)
         self._organs, self._masks = organs, masks
-        self._disease: list[DiseaseMask | LesionMask] = [*disease]
+        self._disease: list[Findings] = [*disease]
+        self.added: Remembered | None = None
         x, y, z = self.mask.shape
         across, down, _ = self.mask.spacing
         mirrored = _mirrored(self.mask.orientation, masks.orientation)
@@ -110,9 +113,9 @@ class PaintedMask:
 
     def wrap(self, writer: Writer) -> Writer:
         """Return a writer of frames on `target` for a file on the grid `written`."""
-        if self._turn is None or self.target is not self.mask:
+        if self.turn is None or self.target is not self.mask:
             return writer
-        return TurningWriter(writer, self.mask.shape, self._turn.inverse)
+        return TurningWriter(writer, self.mask.shape, self.turn.inverse)
 
     @property
     def body_named(self) -> bool:
@@ -133,9 +136,7 @@ class PaintedMask:
 
     def close(self) -> None:
         """Release the turned mask; files are closed by who opened them."""
-        if self._turned is not None:
-            self._turned.close()
-            self._turned = None
+        self._upright.close()
 
     def planes(self, start: int = 0) -> Generator[Labels]:
         """Yield labels [X, Y] on the model's plane from `start` on, then the last one without end.
@@ -144,28 +145,12 @@ class PaintedMask:
         """
         first = min(start, self.mask.shape[2] - 1)
         plane = np.empty(0, np.int64)
-        with contextlib.closing(self._upright(first)) as upright:
+        with contextlib.closing(self._upright.planes(first)) as upright:
             for labels in upright:
-                plane = self.fit.labels(labels)
+                plane = self.fit.labels(labels.astype(np.int64, copy=False))
                 yield plane
         while True:
             yield plane
-
-    def _upright(self, first: int) -> Generator[Labels]:
-        """Yield labels with findings [x, y], with slices along the body as in training."""
-        if self._turn is None:
-            yield from self._combined(first)
-            return
-        if self._turned is None:
-            turned = TurnedFrames(self.native.shape, self._turn, np.int16)
-            try:
-                for labels in self._combined(0):
-                    turned.write(labels)
-            except BaseException:
-                turned.close()
-                raise
-            self._turned = turned
-        yield from (plane.astype(np.int64) for plane in self._turned.planes(first))
 
     def _combined(self, first: int) -> Generator[Labels]:
         """Yield labels with findings [x, y] in the order of the file."""
@@ -190,8 +175,13 @@ class PaintedMask:
     def place(self, lesions: Sequence[Lesion], seed: int) -> LesionMask:
         """Place lesions in the mask, over those in disease masks; raises as `LesionMask`."""
         placed = LesionMask(lesions, self.organs, self.native, self.path, seed)
-        self._disease = [*self._disease, placed]
+        self.add(placed)
         return placed
+
+    def add(self, findings: DiseaseMask | LesionMask) -> None:
+        """Show further findings, over those that are there."""
+        self.added = Remembered(findings)
+        self._disease = [*self._disease, self.added]
 
     def _organ_labels(self, labels: Labels, index: int) -> Labels:
         """Map labels to the numbers of `organs.ORGANS`."""

@@ -65,8 +65,8 @@ def open_disease(entry: str | Path) -> DiseaseFile:
 class DiseaseMask:
     """A file of findings on the grid of the organ mask, as one finding per voxel.
 
-    `any_affine` accepts a file whose affine differs from that of the organ mask. Raises
-    ConditionError where grid, channels or names do not fit.
+    `any_affine` accepts a file whose affine differs from that of the organ mask; `option` is the
+    one that named it. Raises ConditionError where grid, channels or names do not fit.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class DiseaseMask:
         findings: Sequence[Finding],
         *,
         any_affine: bool = False,
+        option: str = "--disease-mask",
     ) -> None:
+        self._option = option
         self.path, self._source, self._findings = file.path, file.source, findings
         self.remarks: tuple[str, ...] = ()
         self._high: dict[int, float] = {}  # the one number above 1 in a channel, if there is one
@@ -86,9 +88,15 @@ class DiseaseMask:
         if not findings:
             raise ConditionError(
                 f"expected no disease mask for this generator, which was trained without findings, "
-                f"found {self.path}: leave out --disease-mask"
+                f"found {self.path}: leave out {self._option}"
             )
         self._channels, self._labels = self._assign(_parsed(file.said, findings))
+
+    @property
+    def named(self) -> list[Finding]:
+        """The findings that were named for channels or labels; each of them if none was."""
+        numbers = {*self._channels.values(), *self._labels.values()}
+        return [each for each in self._findings if not numbers or each.number in numbers]
 
     def close(self) -> None:
         """Release the file."""
@@ -153,7 +161,7 @@ class DiseaseMask:
         kind = "channel" if isinstance(self._source, Channels) else "label"
         return ConditionError(
             f"expected {wanted} with {self.path}, found {found}: name them by {kind}, such as "
-            f"--disease-mask {self.path.name}=0:{self._findings[0].number}"
+            f"{self._option} {self.path.name}=0:{self._findings[0].number}"
         )
 
     def _mapped(self, labels: Labels, index: int) -> Labels:
@@ -162,11 +170,11 @@ class DiseaseMask:
         present = [int(n) for n in np.unique(labels) if n]
         unknown = [n for n in present if n not in known]
         if unknown:
-            wanted = "labels that --disease-mask names" if self._labels else "findings"
+            wanted = f"labels that {self._option} names" if self._labels else "findings"
             raise ConditionError(
                 f"expected {wanted} {numbers(known)} in a disease mask, found "
                 f"{', '.join(map(str, unknown[:5]))} in slice {index} of {self.path}: name them, "
-                f"such as --disease-mask {self.path.name}={unknown[0]}:{self._findings[0].number}"
+                f"such as {self._option} {self.path.name}={unknown[0]}:{self._findings[0].number}"
             )
         table = np.zeros(max(present, default=0) + 1, np.int64)
         for label in present:
@@ -200,7 +208,7 @@ class DiseaseMask:
             raise ConditionError(
                 f"expected a mask of one finding, with 0, one other number, or probabilities up to "
                 f"1, found {found} in slice {index} of {self.path}: of a label map, name the "
-                f"labels, such as --disease-mask {self.path.name}=1:{self._findings[0].number}"
+                f"labels, such as {self._option} {self.path.name}=1:{self._findings[0].number}"
             )
         if high:
             self._high[channel] = high.pop()

@@ -48,6 +48,19 @@ class Fit:
         labels: NDArray[Any] = np.where(inside[0][:, None] & inside[1][None, :], sampled, 0)
         return np.flip(labels, self.mirrored)
 
+    def image(self, frames: HuFrames, outside: float) -> HuFrames:
+        """Resample HU or shares [t, x, y] to the model's plane by area, `outside` beyond the mask.
+
+        A plane of the model's own size is returned unchanged.
+        """
+        image: HuFrames = frames.astype(np.float32)
+        if not all(self._is_same(axis) for axis in (0, 1)):
+            rows, columns = (self._areas(axis) for axis in (0, 1))
+            image = np.matmul(np.matmul(rows, image), columns.T)
+            covered = np.outer(rows.sum(axis=1), columns.sum(axis=1)) > 0
+            image[:, ~covered] = outside
+        return np.ascontiguousarray(np.flip(image, tuple(1 + axis for axis in self.mirrored)))
+
     def unflipped(self, frames: HuFrames) -> HuFrames:
         """Return frames [t, X, Y] of the model with axes that run as those of the mask."""
         return np.flip(frames, tuple(1 + axis for axis in self.mirrored))
@@ -67,6 +80,33 @@ class Fit:
             step = (positions[-1] - positions[0]) / last if last else float(self.mask[axis])
             to_voxels[axis, axis], to_voxels[axis, 3] = step, positions[0]
         return affine @ to_voxels
+
+    def _is_same(self, axis: int) -> bool:
+        """Return whether the model's pixels are the mask's voxels."""
+        count = self.mask[axis]
+        return count == self.plane[axis] and np.allclose(
+            self._positions(axis), np.arange(count), rtol=0, atol=1e-9
+        )
+
+    def _areas(self, axis: int) -> NDArray[np.float32]:
+        """Return the share of each voxel in each of the model's pixels: [pixels, voxels].
+
+        Where voxels are larger than pixels, this is linear interpolation.
+        """
+        positions, count = self._positions(axis), self.mask[axis]
+        step = abs(positions[-1] - positions[0]) / max(1, len(positions) - 1)
+        half = max(1.0, step if len(positions) > 1 else float(count)) / 2
+        voxel = np.arange(count)
+        low = np.maximum(positions[:, None] - half, voxel - 0.5)
+        high = np.minimum(positions[:, None] + half, voxel + 0.5)
+        shares = np.clip(high - low, 0, None)
+        nearest = np.rint(positions - 1e-9)  # as in `labels`, so that both have the same border
+        shares[(nearest < 0) | (nearest >= count)] = 0
+        total = shares.sum(axis=1, keepdims=True)
+        normalised: NDArray[np.float32] = (shares / np.where(total > 0, total, 1)).astype(
+            np.float32
+        )
+        return normalised
 
     def _weights(self, axis: int) -> NDArray[np.float32]:
         """Return the linear interpolation as a matrix [voxels of the mask, model's pixels]."""

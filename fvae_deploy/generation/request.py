@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.manifest import LatentNormalisation
+from fvae_deploy.generation.changing import Change
 from fvae_deploy.generation.conditions import PaintedMask
 from fvae_deploy.generation.denoiser import Denoiser
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.generation.noise import TorchNoise, unit_noise
 from fvae_deploy.generation.sampler import Sampler
 from fvae_deploy.generation.stitch import Noise, Predict
-from fvae_deploy.parse import HU_WINDOWS
 from fvae_deploy.stream.codec import Codec
 from fvae_deploy.volume.base import Writer
 
@@ -46,6 +47,7 @@ class Sampling:
 class Request:
     """One generation: its networks, conditions and sampling options."""
 
+    networks: Networks
     denoiser: Denoiser
     codec: Codec
     mask: PaintedMask
@@ -55,6 +57,14 @@ class Request:
     progress: Progress
     remarks: tuple[str, ...] = ()  # about the conditions, in sentences
     wrap: Callable[[Writer], Writer] = lambda writer: writer  # around the writer of the result
+    change: Change | None = None  # of a CT, instead of a whole one
+    plain: PaintedMask | None = None  # the mask without the change's finding, for guidance
+
+    def close(self) -> None:
+        """Release what was turned; networks and files are closed by who opened them."""
+        for each in (self.mask, self.plain, self.change):
+            if each is not None:
+                each.close()
 
     def sampler(self) -> Sampler:
         """Return a new sampler at the start of the noise schedule."""
@@ -88,7 +98,10 @@ class Request:
     def note(self) -> str:
         """Provenance to store in the volume, for readers who have nothing but the file."""
         manifest = self.denoiser.manifest
-        return f"drawn by {manifest.name} {manifest.identity} from an organ mask: no patient's scan"
+        name = f"{manifest.name} {manifest.identity}"
+        if self.change is not None:
+            return f"a region of this CT was drawn by {name}: no patient's scan"
+        return f"drawn by {name} from an organ mask: no patient's scan"
 
     @property
     def window_slices(self) -> int:
@@ -106,20 +119,27 @@ class Request:
             "mask": _fingerprint(self.mask),
             **asdict(self.sampling),
             "as_published": list(self.sampling.as_published),
+            **(self.change.facts() if self.change is not None else {}),
         }
 
-    def predictor(self, mask_at: Callable[[int], Array], tick: Callable[[int], None]) -> Predict:
+    def predictor(
+        self,
+        mask_at: Callable[[int], Array],
+        tick: Callable[[int], None],
+        mask_without: Callable[[int], Array] | None = None,
+    ) -> Predict:
         """Return the function that predicts for a window of the volume.
 
-        `mask_at` returns the mask latent of a window; `tick` is called after every prediction.
+        `mask_at` returns the mask latent of a window, and `mask_without` the one that guidance
+        compares with; None: the same. `tick` is called after every prediction.
         """
         guidance = np.float32(self.sampling.guidance)
 
         def predict(x: Array, place: int, t: int) -> Array:
-            mask = mask_at(place)
+            masks = (mask_at, mask_without or mask_at)
             prediction, *unconditional = (
-                self.denoiser.denoise(x, mask_latent=mask, t=t, context=context)
-                for context in self.contexts
+                self.denoiser.denoise(x, mask_latent=mask(place), t=t, context=context)
+                for context, mask in zip(self.contexts, masks, strict=False)
             )
             for without in unconditional:
                 prediction = without + guidance * (prediction - without)
@@ -139,31 +159,6 @@ def stored(x: Array, by: LatentNormalisation) -> Array:
     """Undo `normal`: [T, D, h, w] to latents [D, T, h, w] as they are stored."""
     shift, scale = (np.array(n, np.float32)[:, None, None] for n in (by.shift, by.scale))
     return np.ascontiguousarray((x / scale + shift).transpose(1, 0, 2, 3), np.float32)
-
-
-def check_vae(denoiser: Denoiser, codec: Codec) -> None:
-    """Raise BundleError unless the VAE fits the latents that the generator makes."""
-    m, vae = denoiser.manifest, codec.manifest.geometry
-    side = vae.spatial * m.multiple
-    window = codec.manifest.intensity.hu_min, codec.manifest.intensity.hu_max
-    if window != HU_WINDOWS["ct"]:
-        raise BundleError(
-            "expected a VAE with the HU window -1000 to 1000 that generators are trained with, "
-            f"found {window[0]:g} to {window[1]:g} in {codec.manifest.name}: export it without "
-            "--hu-window"
-        )
-    if m.channels != vae.latent_channels or any(n % side for n in m.plane):
-        raise BundleError(
-            f"expected a VAE with {m.channels} latent channels that encodes "
-            f"{m.plane[0]}x{m.plane[1]} pixels to a multiple of {m.multiple} cells in each "
-            f"direction, found {codec.manifest.name} with {vae.latent_channels} channels and "
-            f"{vae.spatial} pixels per cell: give --vae {m.vae}"
-        )
-    if codec.manifest.name == m.vae and m.vae_identity not in ("", codec.manifest.identity):
-        raise BundleError(
-            f"expected {m.vae} with weights {m.vae_identity}, found {codec.manifest.identity}: "
-            "give the bundle that this generator was trained with as --vae"
-        )
 
 
 def check_parts(sampling: Sampling, codec: Codec) -> None:

@@ -61,6 +61,7 @@ class Sampler:
         else:
             self._solver = UniPc(known, steps)
         self.timesteps = self._solver.timesteps
+        self._kind = known.prediction_type
 
     def signal(self, t: int) -> float:
         """Share of the signal's variance at time t (alpha bar); negative t count from the end."""
@@ -69,6 +70,10 @@ class Sampler:
     def start(self, noise: Array) -> Array:
         """Turn unit noise into the x of the first step: all of these solvers begin with it."""
         return noise
+
+    def towards(self, index: int, image: Array, x: Array) -> Array:
+        """Return the prediction at time `timesteps[index]` that stands for this image, given x."""
+        return self._solver.level(index).prediction(self._kind, image, x)
 
     def step(self, index: int, prediction: Array, x: Array, noise: Array | None = None) -> Array:
         """Go on from time `timesteps[index]` to the next: x and prediction of one shape.

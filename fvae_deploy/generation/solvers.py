@@ -29,6 +29,9 @@ class Solver(Protocol):
     timesteps: list[int]  # times at which the network is asked
     alphas_cumprod: Array  # share of the signal's variance at every time of the schedule
 
+    def level(self, index: int) -> Level:
+        """Return how noisy x is at time `timesteps[index]`."""
+
     def step(self, index: int, prediction: Array, x: Array, noise: Array | None) -> Array:
         """Go on from time `timesteps[index]` to the next."""
 
@@ -52,6 +55,15 @@ class Level:
         if kind == "v_prediction":
             return self.signal * x - self.noise * prediction
         return prediction
+
+    def prediction(self, kind: str, image: Array, x: Array) -> Array:
+        """Return the prediction of this kind that stands for an image; the inverse of `image`."""
+        if kind == "epsilon":
+            return np.divide(x - self.signal * image, self.noise)
+        if kind == "v_prediction":
+            velocity: Array = np.divide(self.signal * x - image, self.noise)
+            return velocity
+        return image
 
     def unit_noise(self, kind: str, prediction: Array, x: Array) -> Array:
         """Return the noise that a prediction of this kind stands for."""
@@ -91,12 +103,17 @@ class Ddim:
                 "found epsilon: use --scheduler unipc, or export the generator again"
             )
 
+    def level(self, index: int) -> Level:
+        """See `Solver`."""
+        now = self.alphas_cumprod[self.timesteps[index]]
+        return Level(np.sqrt(now), np.sqrt(ONE - now))
+
     def step(self, index: int, prediction: Array, x: Array, noise: Array | None) -> Array:
         """See `Solver`. `noise` is needed where eta is above 0."""
         t = self.timesteps[index]
         now = self.alphas_cumprod[t]
         later = self.alphas_cumprod[t - self._stride] if t >= self._stride else self._end
-        level = Level(np.sqrt(now), np.sqrt(ONE - now))
+        level = self.level(index)
         image = level.image(self._kind, prediction, x)
         direction = level.unit_noise(self._kind, prediction, x)
         if self._limit is not None:
@@ -130,6 +147,10 @@ class Multistep:
         signals = ONE / np.sqrt(np.square(ratios) + ONE)
         self._levels = [Level(s, r * s) for s, r in zip(signals, ratios, strict=True)]
         self._levels.append(Level(ONE, np.float32(0)))
+
+    def level(self, index: int) -> Level:
+        """See `Solver`."""
+        return self._levels[index]
 
     def _image(self, index: int, prediction: Array, x: Array) -> Array:
         return self._levels[index].image(self._kind, prediction, x)

@@ -18,7 +18,7 @@ frame of the window before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,36 +53,83 @@ def weights(start: int, frames: int, window: int) -> Array:
     return np.minimum(rising, falling)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Latent frames [start, stop) of a volume of `frames`, and the first frames of its windows."""
+
+    start: int
+    stop: int
+    frames: int
+    windows: tuple[int, ...]
+
+
+def whole_block(frames: int, window: int) -> Block:
+    """Return all frames of a volume with all windows."""
+    return Block(0, frames, frames, tuple(starts(frames, window)))
+
+
+def blocks(changed: Collection[int], frames: int, window: int) -> list[Block]:
+    """Return the runs of overlapping windows that contain changed frames.
+
+    What is known of a window without changed frames does not depend on it, so leaving it out
+    changes nothing.
+    """
+    found: list[Block] = []
+    for start in starts(frames, window):
+        if not any(start <= frame < start + window for frame in changed):
+            continue
+        if found and start < found[-1].stop:
+            last = found.pop()
+            found.append(Block(last.start, start + window, frames, (*last.windows, start)))
+        else:
+            found.append(Block(start, start + window, frames, (start,)))
+    return found
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a block shows where it is not changed: latents [T, D, h, w], changed [T, 1, h, w]."""
+
+    latents: Array
+    changed: NDArray[np.bool_]
+
+
 def joint(
     predict: Predict,
     sampler: Sampler,
     noise: Noise,
     shape: tuple[int, ...],
-    window: int,
+    block: Block,
     journal: Journal,
+    known: Known | None = None,
 ) -> Array:
-    """Denoise a latent volume of this shape [T, D, h, w], with T at least the window.
+    """Denoise a block of latent frames, of this shape [T, D, h, w], in all its windows.
 
-    Takes the memory of a few latent volumes.
+    Where it is known, every prediction is replaced by the one that leads there: from noise to the
+    known latents, by the sampler's own steps. Takes the memory of a few such arrays.
     """
-    frames = shape[0]
-    windows = starts(frames, window)
     x = sampler.start(noise(0))
+    window = block.stop - block.windows[-1]
 
     def average(x: Array, t: int) -> Array:
         total = np.zeros(shape, np.float32)
-        weight = np.zeros((frames, 1, 1, 1), np.float32)
-        for start in windows:
-            inside = slice(start, start + window)
-            share = weights(start, frames, window)[:, None, None, None]
+        weight = np.zeros((shape[0], 1, 1, 1), np.float32)
+        for start in block.windows:
+            inside = slice(start - block.start, start - block.start + window)
+            share = weights(start, block.frames, window)[:, None, None, None]
             total[inside] += share * predict(x[inside], start, t)
             weight[inside] += share
-        return total / weight
+        # The first frame of a block has no weight, unless the volume begins there: it is known.
+        return np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
 
     for index, t in enumerate(sampler.timesteps):
         prediction = journal(f"step{index}", partial(average, x, t))
+        if known is not None:
+            prediction = np.where(
+                known.changed, prediction, sampler.towards(index, known.latents, x)
+            )
         x = sampler.step(index, prediction, x, noise(1 + index) if sampler.eta else None)
-    return x
+    return x if known is None else np.where(known.changed, x, known.latents)
 
 
 def chained(

@@ -20,11 +20,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvae_deploy import api
 from fvae_deploy.errors import FvaeError, LatentError, OutputError, UsageError, of_system
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.parse import slice_range
 from fvae_deploy.server import requests
 from fvae_deploy.server.settings import WorkerSettings
@@ -41,6 +43,14 @@ DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS),
     *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV),
 }
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What stays open between jobs: the VAE, and the generator once a job has needed it."""
+
+    codec: Codec
+    networks: Networks
 
 
 class CancelledError(FvaeError):
@@ -65,13 +75,16 @@ def serve(folder: Path, settings: WorkerSettings) -> None:
         store = Store(folder)
         store.recover(settings.attempts)
         options = settings.options
-        with open_codec(
-            options.model or api.MODEL,
-            engine=options.engine,
-            precision=options.precision,
-            device=options.device,
-            threads=options.threads,
-        ) as codec:
+        with (
+            open_codec(
+                options.model or api.MODEL,
+                engine=options.engine,
+                precision=options.precision,
+                device=options.device,
+                threads=options.threads,
+            ) as codec,
+            Networks() as networks,
+        ):
             facts = {
                 "pid": os.getpid(),
                 "model": codec.manifest.name,
@@ -84,7 +97,7 @@ def serve(folder: Path, settings: WorkerSettings) -> None:
                 store.set_worker(facts | {"baseline": current_rss()})
                 while (job := store.claim()) is None:
                     time.sleep(IDLE)
-                run_job(store, job, codec, settings)
+                run_job(store, job, Engines(codec, networks), settings)
 
 
 def _exit_with_server() -> None:
@@ -92,11 +105,11 @@ def _exit_with_server() -> None:
     os._exit(0)
 
 
-def run_job(store: Store, job: Job, codec: Codec, settings: WorkerSettings) -> None:
+def run_job(store: Store, job: Job, engines: Engines, settings: WorkerSettings) -> None:
     """Run one job and record in the store how it ended."""
     folder, state = store.files / job.id, "failed"
     try:
-        result, report = _patiently(store, job, folder, codec, settings)
+        result, report = _patiently(store, job, folder, engines, settings)
     except CancelledError as error:
         kind, message, state = "cancelled", str(error), "cancelled"
     except FvaeError as error:
@@ -119,12 +132,12 @@ def run_job(store: Store, job: Job, codec: Codec, settings: WorkerSettings) -> N
 
 
 def _patiently(
-    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
+    store: Store, job: Job, folder: Path, engines: Engines, settings: WorkerSettings
 ) -> tuple[str, dict[str, Any]]:
     """Run a job; while the disk fails, wait and then continue from what is stored."""
     for pause in (*PAUSES, None):
         try:
-            result, report = _resume_or_restart(store, job, folder, codec, settings)
+            result, report = _resume_or_restart(store, job, folder, engines, settings)
             _to_disk(folder / result)
             return result, report
         except (FvaeError, OSError, sqlite3.OperationalError) as error:
@@ -162,22 +175,22 @@ def clear(folder: Path, job: Job | None) -> None:
 
 
 def _resume_or_restart(
-    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
+    store: Store, job: Job, folder: Path, engines: Engines, settings: WorkerSettings
 ) -> tuple[str, dict[str, Any]]:
     """Resume a job that a dead worker left; start it again if another version had begun it."""
     try:
-        return _perform(store, job, folder, codec, settings)
+        return _perform(store, job, folder, engines, settings)
     except (LatentError, UsageError):
         partial = [path for path in folder.glob("*.partial") if path.is_dir()]
         if not partial:
             raise
     for path in partial:
         shutil.rmtree(path)
-    return _perform(store, job, folder, codec, settings)
+    return _perform(store, job, folder, engines, settings)
 
 
 def _perform(
-    store: Store, job: Job, folder: Path, codec: Codec, settings: WorkerSettings
+    store: Store, job: Job, folder: Path, engines: Engines, settings: WorkerSettings
 ) -> tuple[str, dict[str, Any]]:
     """Run the verb; return the file name of the result and the run report."""
     request = requests.parse(job.verb, job.options)
@@ -187,17 +200,19 @@ def _perform(
     _remove(output)  # from a worker that died before it could record the result
     begin = _progress(store, job)
     if isinstance(request, requests.GenerateOptions):
-        report = _generate(job, folder, source, output, begin, request, options, settings)
+        report = _generate(job, folder, source, output, begin, request, options, settings, engines)
     elif isinstance(request, requests.DecodeOptions):
         slices = slice_range(request.slices) if request.slices else None
         tick = begin("decode", None)
-        report = api.decode(source, output, options, slices=slices, codec=codec, progress=tick)
+        report = api.decode(
+            source, output, options, slices=slices, codec=engines.codec, progress=tick
+        )
     else:
         assert isinstance(request, requests.CtOptions)
         run = api.encode if job.verb == "encode" else api.reconstruct
         reader = open_volume(source, options.reading)
         tick = begin(job.verb, reader.geometry.shape[2])
-        report = run(reader, output, options, codec=codec, progress=tick)
+        report = run(reader, output, options, codec=engines.codec, progress=tick)
         if output.is_dir():
             name = "result.zip"
             _pack(output, folder / name)
@@ -221,6 +236,7 @@ def _generate(
     request: requests.GenerateOptions,
     options: RunOptions,
     settings: WorkerSettings,
+    engines: Engines,
 ) -> dict[str, Any]:
     from fvae_deploy.generation.options import GenerationOptions
     from fvae_deploy.generation.pipeline import generate
@@ -241,6 +257,7 @@ def _generate(
         findings=str(findings) if findings.is_file() else None,  # a path: text could name a file
         disease_mask=disease,
         progress=begin,
+        networks=engines.networks,
     )
     report["generator"]["disease_mask"] = disease and disease.name
     return report

@@ -14,7 +14,7 @@ import pytest
 
 import fvae_deploy as fvae
 from fvae_deploy.batch import nnunet as module
-from fvae_deploy.batch.nnunet import augment, splits
+from fvae_deploy.batch.nnunet import SUFFIX, augment, splits
 from fvae_deploy.errors import UsageError, VolumeError
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.open import create_volume, open_volume
@@ -78,7 +78,7 @@ def test_reconstructions_lie_beside_the_originals_with_their_labels(dataset, fak
 
 def test_a_scan_and_its_reconstruction_lie_in_one_fold():
     names = [f"c{n:02}" for n in range(13)]
-    folds = splits(names)
+    folds = splits(names, {name: [name + SUFFIX] for name in names})
     # What scikit-learn's KFold(5, shuffle=True, random_state=12345) holds out, as nnU-Net does.
     held = [[0, 7, 9], [3, 6, 10], [8, 11, 12], [1, 4], [2, 5]]
     assert [fold["val"] for fold in folds] == [[names[n] for n in fold] for fold in held]

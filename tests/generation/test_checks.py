@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.errors import ConditionError, SampleError, UsageError  # noqa: E402
 from fvae_deploy.export.generator import GeneratorManifest, Range, Training  # noqa: E402
 from fvae_deploy.generation import attempts  # noqa: E402
-from fvae_deploy.generation.gate import failures, judged  # noqa: E402
+from fvae_deploy.generation.gate import CheckedWriter, failures, judged  # noqa: E402
 from fvae_deploy.generation.measures import Measures  # noqa: E402
 from fvae_deploy.generation.options import GenerationOptions  # noqa: E402
 from fvae_deploy.generation.survey import Survey  # noqa: E402
@@ -26,6 +27,7 @@ from fvae_deploy.phantom.patient import varied  # noqa: E402
 from fvae_deploy.phantom.torso import Torso  # noqa: E402
 from fvae_deploy.stream.codec import BUILT_IN  # noqa: E402
 from fvae_deploy.volume.base import Geometry  # noqa: E402
+from fvae_deploy.volume.open import create_volume  # noqa: E402
 
 TRAINING = GeneratorManifest.load(BUILT_IN / "tiny-ldm").training
 SHAPE = (90, 90, 70)
@@ -170,6 +172,30 @@ def test_the_gate_finds_each_kind_of_damage():
 def make(output: Path, **changes: Any) -> dict[str, Any]:
     options = {"patient": 3, "shape": (128, 128, 65), "steps": 2} | changes
     return fvae.generate(None, output, **options)
+
+
+def test_the_gate_takes_the_memory_of_a_few_slices_whatever_the_length(tmp_path, anatomy):
+    labels, affine = anatomy
+    hu = np.random.default_rng(0).normal(40, 12, SHAPE[:2]).astype(np.float32)
+    peaks = []
+    for slices in (70, 700):
+        geometry = Geometry((*SHAPE[:2], slices), affine)
+        planes = (labels[..., z % SHAPE[2]] for z in range(slices))
+        found: dict[str, float] = {}
+        tracemalloc.start()
+        with CheckedWriter(
+            create_volume(tmp_path / f"{slices}.nii", geometry),
+            Measures(8, 4),
+            planes,
+            lambda frame: frame,
+            found.update,
+        ) as writer:
+            for _ in range(slices):
+                writer.write(hu[None])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) > 20
+    assert 100_000 < peaks[1] <= 1.1 * peaks[0], peaks
 
 
 def test_a_refused_sample_is_drawn_again_and_everything_is_recorded(tmp_path, monkeypatch):

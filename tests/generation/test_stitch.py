@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from fvae_deploy.generation.noise import unit_noise
 from fvae_deploy.generation.sampler import Sampler
-from fvae_deploy.generation.stitch import chained, joint, pieces, replaced, starts, weights
+from fvae_deploy.generation.stitch import (
+    chained,
+    joint,
+    pieces,
+    replaced,
+    starts,
+    weights,
+    whole_block,
+)
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -67,7 +75,8 @@ def test_joint_windows_of_a_local_network_equal_the_whole(window, more, seed):
         return unit_noise(shape, seed, *use)
 
     in_windows, whole = (
-        joint(predict, sampler(), noise, shape, size, fresh) for size in (window, shape[0])
+        joint(predict, sampler(), noise, shape, whole_block(shape[0], size), fresh)
+        for size in (window, shape[0])
     )
     np.testing.assert_allclose(in_windows, whole, atol=2e-5)
 
@@ -84,7 +93,7 @@ def test_predictions_get_the_first_frame_of_their_window():
         sampler(1),
         lambda *use: unit_noise((11, 1, 2, 2), 0, *use),
         (11, 1, 2, 2),
-        4,
+        whole_block(11, 4),
         fresh,
     )
     assert seen == [(0, 4), (2, 4), (4, 4), (6, 4), (7, 4)]
@@ -111,7 +120,7 @@ def test_recorded_predictions_are_not_computed_again_and_the_result_is_the_same(
 
     def run() -> np.ndarray:
         if method == "joint":
-            return joint(predict, sampler(), noise, shape, 5, journal)
+            return joint(predict, sampler(), noise, shape, whole_block(shape[0], 5), journal)
         return np.concatenate(list(chained(predict, sampler, noise, 3, journal)))
 
     whole, once = run(), calls

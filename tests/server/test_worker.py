@@ -12,9 +12,10 @@ import pytest
 import zarr
 
 import fvae_deploy as fvae
+from fvae_deploy.generation.networks import Networks
 from fvae_deploy.server.settings import WorkerSettings
 from fvae_deploy.server.store import Job, Store
-from fvae_deploy.server.worker import run_job
+from fvae_deploy.server.worker import Engines, run_job
 from fvae_deploy.stream.codec import open_codec
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.nifti import NiftiWriter
@@ -23,13 +24,13 @@ OPTIONS = RunOptions(memory=300 << 20)
 
 
 @pytest.fixture
-def codec(fake_bundle):
-    with open_codec(fake_bundle, engine="fake") as opened:
-        yield opened
+def engines(fake_bundle):
+    with open_codec(fake_bundle, engine="fake") as codec, Networks() as networks:
+        yield Engines(codec, networks)
 
 
 @pytest.fixture
-def interrupted(tmp_path, write_ct, codec):
+def interrupted(tmp_path, write_ct, engines):
     """Return a store with a reconstruct job whose worker died after 41 of 80 slices."""
     store = Store(tmp_path / "server")
     folder = store.files / "a"
@@ -51,7 +52,7 @@ def interrupted(tmp_path, write_ct, codec):
             folder / "input.nii",
             folder / "result.nii",
             dataclasses.replace(OPTIONS, resume=True),
-            codec=codec,
+            codec=engines.codec,
             progress=die,
         )
     assert (folder / "result.nii.partial").is_dir()
@@ -66,16 +67,18 @@ def interrupted(tmp_path, write_ct, codec):
         pytest.param("0.0.1", range(80, 81), id="other"),
     ],
 )
-def test_a_job_resumes_or_restarts_after_an_update(interrupted, codec, tmp_path, version, computed):
+def test_a_job_resumes_or_restarts_after_an_update(
+    interrupted, engines, tmp_path, version, computed
+):
     folder = interrupted.files / "a"
     if version:
         request = folder / "result.nii.partial" / "request.json"
         request.write_text(json.dumps(json.loads(request.read_text()) | {"fvae": version}))
-    run_job(interrupted, interrupted.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    run_job(interrupted, interrupted.claim(), engines, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     job = interrupted.get("a")
     assert (job.state, job.done, job.error) == ("done", 80, None)
     assert job.report["volume"]["slices"] in computed
-    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=codec)
+    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=engines.codec)
     assert (folder / "result.nii").read_bytes() == (tmp_path / "whole.nii").read_bytes()
     assert [path.name for path in folder.iterdir()] == ["result.nii"]
 
@@ -107,38 +110,38 @@ def job(tmp_path, write_ct):
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_full_disk_costs_a_job_only_time(job, codec, tmp_path, monkeypatch, times):
+def test_a_full_disk_costs_a_job_only_time(job, engines, tmp_path, monkeypatch, times):
     calls = []
     monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01, 0.01, 0.01))
     full_until(monkeypatch, NiftiWriter, calls, times)
-    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    run_job(job, job.claim(), engines, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     done = job.get("a")
     assert (done.state, done.error) == ("done", None)
     assert done.report["volume"]["resumed"] >= 45
-    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=codec)
+    fvae.reconstruct(tmp_path / "ct.nii", tmp_path / "whole.nii", OPTIONS, codec=engines.codec)
     result = job.files / "a" / "result.nii"
     assert result.read_bytes() == (tmp_path / "whole.nii").read_bytes()
     assert [path.name for path in result.parent.iterdir()] == ["result.nii"]
 
 
-def test_a_disk_that_stays_full_fails_the_job_and_frees_its_space(job, codec, monkeypatch):
+def test_a_disk_that_stays_full_fails_the_job_and_frees_its_space(job, engines, monkeypatch):
     monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01, 0.01))
     full_until(monkeypatch, NiftiWriter, [], 99)
-    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    run_job(job, job.claim(), engines, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     assert job.get("a").state == "failed"
     assert "No space left" in job.get("a").error
     assert list((job.files / "a").iterdir()) == []
 
 
-def test_a_job_that_waits_for_space_can_be_cancelled(job, codec, monkeypatch):
+def test_a_job_that_waits_for_space_can_be_cancelled(job, engines, monkeypatch):
     monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (30,))
     full_until(monkeypatch, NiftiWriter, [], 99)
     threading.Timer(0.5, job.cancel, ("a",)).start()
-    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    run_job(job, job.claim(), engines, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     assert job.get("a").state == "cancelled"
 
 
-def test_a_full_disk_does_not_cost_an_encode_its_frames(job, codec, tmp_path, monkeypatch):
+def test_a_full_disk_does_not_cost_an_encode_its_frames(job, engines, tmp_path, monkeypatch):
     folder, failed = job.files / "b", []
     folder.mkdir()
     shutil.copy(tmp_path / "ct.nii", folder / "input.nii")
@@ -154,7 +157,7 @@ def test_a_full_disk_does_not_cost_an_encode_its_frames(job, codec, tmp_path, mo
 
     monkeypatch.setattr(zarr.Array, "__setitem__", write)
     monkeypatch.setattr("fvae_deploy.server.worker.PAUSES", (0.01,))
-    run_job(job, job.claim(), codec, WorkerSettings(OPTIONS, "tiny-ldm", 3))
+    run_job(job, job.claim(), engines, WorkerSettings(OPTIONS, "tiny-ldm", 3))
     done = job.get("b")
     assert (done.state, done.error, failed) == ("done", None, [1])
     assert done.report["volume"]["resumed"] > 0
