@@ -248,7 +248,8 @@ def segments(job: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
     opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
     programs = (p for p in manifest.programs if p.stage.startswith(job["direction"]))
     results: dict[str, list[dict[str, int]]] = {}
-    for segment in (s for program in programs for s in program.segments):
+    distinct = {s.part.name: s for program in programs for s in program.segments}
+    for segment in distinct.values():
         part = segment.part
         if part.halo is None or any(spec.factor("n") for spec in part.inputs):
             continue

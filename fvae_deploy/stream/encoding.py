@@ -38,6 +38,7 @@ def encode_steps(
     latents as they were computed.
     """
     entry = run.entry(target, "encode") if target < len(run.steps) else target
+    progress = StepProgress(tick, run.plan.pieces)
     checker = Checker(run, writer, bound, target) if bound else None
 
     def store(item: tuple[Step, HuFrames, LatentFrames, ModelFrames | None]) -> None:
@@ -47,17 +48,18 @@ def encode_steps(
             checker.store(step, slab, decoded)
 
     with (
-        contextlib.closing(run.stream("encode")) as stream,
+        contextlib.closing(run.stream("encode", progress)) as stream,
         contextlib.closing(checker) if checker else contextlib.nullcontext(),
         contextlib.closing(ahead(run.read(reader, entry, any_range=options.any_range))) as slabs,
         Behind(store) as sink,
     ):
         for i, (step, slab, x) in enumerate(clock.timed("read", slabs), start=entry):
+            progress.begin(step.slices[1] - step.slices[0] if i >= target else 0)
             z = stream.run(x, step.first)
             if i >= target:
                 if sample:
                     sample.keep(i, z)
                 sink.put((step, slab, z, checker.decode(step, z) if checker else None))
-                tick(step.slices[1] - step.slices[0])
+            progress.end()
     decoding = {"decode": checker.seconds} if checker else {}
     return {"engine": stream.seconds, **decoding, "write": sink.waited}

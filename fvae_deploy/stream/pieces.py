@@ -168,16 +168,20 @@ def ways(
     """
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
     levels = sorted(set(sizes.values()), reverse=True)
-    share = program.weight_bytes // len(program.segments)
+    share = program.weight_bytes // len(program.parts)
     costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
     for level in (math.inf, *levels):
         filed = frozenset(name for name, size in sizes.items() if size >= level)
         resident = _resident(program, sizes, filed)
+        waiting: dict[str, int] = {}  # at most, while a part runs: all its runs have the same tiles
+        for cost, beside in zip(costs, resident, strict=True):
+            name = cost.segment.part.name
+            waiting[name] = max(beside, waiting.get(name, 0))
         wholes = (c.working(math.prod(c.cells)) for c in costs)
         limit = max(map(sum, zip(wholes, resident, strict=True)))
         seen = set()
         while True:
-            tiles = tuple(c.extent(limit - r) for c, r in zip(costs, resident, strict=True))
+            tiles = tuple(c.extent(limit - waiting[c.segment.part.name]) for c in costs)
             if tiles not in seen:
                 yield from _kept(program, costs, tiles, filed, resident)
             seen.add(tiles)
@@ -215,7 +219,7 @@ def _kept(
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])
-        dropped = len(order) - count
+        dropped = sum(c.segment.part.name not in keep for c in costs)
         yield Pieces(
             costs[0].plane,
             tiles,

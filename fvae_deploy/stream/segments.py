@@ -26,7 +26,7 @@ from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.maps import Array, MapStore, at
-from fvae_deploy.stream.pieces import Pieces
+from fvae_deploy.stream.pieces import Costs, Pieces
 from fvae_deploy.stream.statistics import Passes
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.stream.tiles import Grid, Tile
@@ -35,16 +35,26 @@ Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in th
 
 
 class SegmentStream:
-    """One stage without state, run in segments; the counterpart of `StageStream`."""
+    """One stage without state, run in segments; the counterpart of `StageStream`.
+
+    `advance` is called with the share of a run's work that was done since the last call.
+    """
 
     def __init__(
-        self, engine: Engine, manifest: Manifest, stage: str, pieces: Pieces, folder: Path | None
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        stage: str,
+        pieces: Pieces,
+        folder: Path | None,
+        advance: Callable[[float], None] = lambda share: None,
     ) -> None:
         program = manifest.program(stage)
         assert program is not None
         self._engine, self._program, self._pieces = engine, program, pieces
         self._part = manifest.stage_part(stage, first=False)
-        self._folder = folder
+        self._folder, self._advance = folder, advance
+        self._share = 1.0  # of a run's work that one of its passes through the segments is
         self.seconds = 0.0
 
     def run(self, x: FeatureMap, first: bool) -> FeatureMap:
@@ -52,6 +62,7 @@ class SegmentStream:
         begin = time.perf_counter()
         data = self._part.inputs[0]
         each = [x[:, i : i + 1] for i in range(x.shape[1])] if data.factor("k") else [x]
+        self._share = 1 / len(each)
         result = np.concatenate([self._one(piece) for piece in each], axis=1)
         self.seconds += time.perf_counter() - begin
         return result
@@ -103,6 +114,7 @@ class SegmentStream:
             }
             return tile, {name: np.ascontiguousarray(value) for name, value in found.items()}
 
+        work = Costs(segment, self._pieces.plane, None).mac * grid.cells / max(1, self._pieces.mac)
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
         ahead_of = grid.count > 1 and any(store.in_file for store in maps.values())
         behind = grid.count > 1 and bool(self._pieces.filed.intersection(segment.outputs))
@@ -118,6 +130,7 @@ class SegmentStream:
                 if behind:  # the engine's memory is used again while they wait
                     kept = [(name, index, value.copy()) for name, index, value in kept]
                 keep(kept)
+                self._advance(self._share * work)
         state.finish_passes()
         self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
 
