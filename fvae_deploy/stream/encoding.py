@@ -13,6 +13,7 @@ from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Progress, Run, Stopwatch
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
+from fvae_deploy.stream.within import StepProgress
 from fvae_deploy.volume.base import HuFrames, Reader
 
 
