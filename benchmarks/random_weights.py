@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "unet43")
+NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "sd", "flux", "unet43")
 WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -28,7 +28,13 @@ WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "latents_std": [1.0] * 48,
 }
 
-
+FLUX = {  # what FLUX.1 publishes beside the sizes that it shares with Stable Diffusion
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
 UNET = {  # the form that the paper publishes, at a width of 64 instead of 224
     "in_channels": 32,
     "out_channels": 16,
@@ -52,6 +58,18 @@ def write(name: str, target: Path) -> None:
         weights = UNet(DenoiserConfig.read(UNET)).state_dict()
         state = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
         torch.save({"state_dict": state, "unet_config": UNET}, target)
+        return
+    if name in ("sd", "flux"):
+        from diffusers import AutoencoderKL
+
+        network = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            **(FLUX if name == "flux" else {}),
+        )
+        network.save_pretrained(target)
         return
     if name.startswith("wan"):
         from diffusers import AutoencoderKLWan

@@ -253,8 +253,8 @@ def segments(job: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
         part = segment.part
         if part.halo is None or any(spec.factor("n") for spec in part.inputs):
             continue
-        for live in (TILE_BYTES, 4 * TILE_BYTES):
-            side = max(2 * part.halo + 1, math.isqrt(live // max(1, segment.cell_bytes)), 4)
+        least = math.isqrt(TILE_BYTES // max(1, segment.cell_bytes))
+        for side in (max(2 * part.halo + 1, least, 4) * factor for factor in (1, 2)):
             inputs = {s.name: np.ones(s.sized(1, side, side), np.float32) for s in part.inputs}
             trim()
             before, peaks = current_rss(), []

@@ -20,6 +20,7 @@ from fvae_deploy.stream.tiles import fit, smallest
 # An engine's memory for a tile over that of the maps alive in it, where it was not measured:
 # copies in other layouts.
 ENGINE = 4.0
+LEAST = 0.5  # and at least: where weights are large, what a cell adds is lost in what was measured
 COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and inputs
 COMPILING = 0.1  # seconds to compile a segment
 CALL = 3e-4  # seconds to start a segment on a tile
@@ -94,7 +95,8 @@ class Costs:
         """Bytes for a further cell of a tile."""
         engine = ENGINE * self.segment.cell_bytes
         if self.line is not None:
-            engine = self.line.per_cell + WAITING * self.input_bytes
+            engine = max(self.line.per_cell, LEAST * self.segment.cell_bytes)
+            engine += WAITING * self.input_bytes
         return (
             engine + WAITING * self.output_bytes + self.segment.pair_bytes * math.prod(self.plane)
         )
