@@ -82,15 +82,32 @@ class SegmentStream:
             state.maps[program.data] = source
             state.pass_over({program.data: data})
             state.finish_passes()
-            for segment, extent in zip(program.segments, self._pieces.tiles, strict=True):
+            after = (*program.segments[1:], None)
+            for segment, extent, following in zip(
+                program.segments, self._pieces.tiles, after, strict=True
+            ):
                 self._segment(state, segment, extent)
-                for name in segment.done:
-                    state.maps.pop(name).close()
+                self._free(state, segment, following)
             h, w = (self._part.scale * n for n in plane)
             shape = self._part.outputs[0].sized(1, h, w)[1:]
             return state.maps[program.result].whole().reshape(shape).copy()
         finally:
             state.close()
+
+    def _free(self, state: _State, segment: Segment, following: Segment | None) -> None:
+        """Free the maps that are done, but keep memory that fits what the next segment writes.
+
+        The system clears memory that is new, page by page.
+        """
+        names = set(following.outputs if following else ()) - self._pieces.filed
+        specs = [spec for spec in self._program.maps if spec.name in names]
+        wanted = [math.prod(spec.sized(1, *self._pieces.plane)) for spec in specs]
+        state.spares.clear()
+        for name in segment.done:
+            memory = state.maps.pop(name).close()
+            if memory is not None and memory.size in wanted:
+                wanted.remove(memory.size)
+                state.spares.append(memory)
 
     def _segment(self, state: _State, segment: Segment, extent: tuple[int, int]) -> None:
         """Run one segment over tiles of `extent` cells."""
@@ -154,13 +171,17 @@ class SegmentStream:
             kept.append((name, at(spec, *keep), value))
         return kept
 
-    def store(self, name: str) -> MapStore | None:
-        """Return a new store for a map; None if nothing reads it."""
+    def store(self, name: str, spares: list[Array]) -> MapStore | None:
+        """Return a new store for a map, in spare memory if it fits; None if nothing reads it."""
         spec = self._program.map(name)
         if spec is None:
             return None
-        folder = self._folder if name in self._pieces.filed else None
-        return MapStore(spec, self._pieces.plane, folder)
+        if name in self._pieces.filed:
+            return MapStore(spec, self._pieces.plane, self._folder)
+        size = math.prod(spec.sized(1, *self._pieces.plane))
+        fitting = [i for i, memory in enumerate(spares) if memory.size == size]
+        spare = spares.pop(fitting[0]) if fitting else None
+        return MapStore(spec, self._pieces.plane, None, spare)
 
     def passes(self, names: Mapping[str, Any]) -> Passes:
         """Return the passes over these maps."""
@@ -175,6 +196,7 @@ class _State:
         self._stream, self._plane = stream, plane
         self.maps: dict[str, MapStore] = {}
         self.small: dict[str, Array] = {}
+        self.spares: list[Array] = []  # memory of the maps that the last segment was done with
         self._passes: Passes | None = None
 
     def whole(self, spec: TensorSpec, name: str) -> Array:
@@ -188,7 +210,7 @@ class _State:
         """Take tiles of maps into the passes over them, and write those that are read later."""
         self.pass_over({name: tile for name, _, tile in tiles})
         for name, index, tile in tiles:
-            store = self.maps.get(name) or self._stream.store(name)
+            store = self.maps.get(name) or self._stream.store(name, self.spares)
             if store is not None:
                 self.maps[name] = store
                 store.write(index, tile)

@@ -393,6 +393,25 @@ def test_windows_of_foreign_code_run_in_segments(
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+def test_a_window_in_segments_shows_how_far_it_is(
+    window_bundle: Path, tmp_path: Path, write_ct: Callable[..., np.ndarray], monkeypatch: Any
+) -> None:
+    write_ct(tmp_path / "ct.nii.gz", (40, 33, 6))
+    monkeypatch.setattr("fvae_deploy.stream.plan._measured", lambda *a: Memory(
+        "onnxruntime", "fp32", a[-1], 1 << 30, 1))  # fmt: skip
+    told: list[int] = []
+    fvae.reconstruct(
+        tmp_path / "ct.nii.gz",
+        tmp_path / "out.nii.gz",
+        model=window_bundle,
+        engine="onnxruntime",
+        memory="200MiB",
+        progress=told.append,
+    )
+    assert sum(told) == 6
+    assert len([count for count in told if count]) > 2  # one for every window would be 2
+
+
 def test_export_drops_segments_that_give_another_result(bundle: Path) -> None:
     from fvae_deploy.make.segments import segments_agree
 
