@@ -10,12 +10,15 @@ docs/any-vae.md names. Speed and memory do not depend on the weights, but fideli
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fvae_deploy.export.models.foreign import call
 
 CONTRAST = 0.3  # deviation of a decoded clip, so that no picture saturates
 
@@ -85,8 +88,6 @@ def wfvae(settle: bool = True) -> nn.Module:
 
 def _found(name: str) -> Path:
     """Return a file of the authors' code, in the folder that holds their modules."""
-    import sys
-
     return next(file for folder in sys.path if (file := Path(folder or ".") / name).is_file())
 
 
@@ -100,10 +101,7 @@ def _settled(network: nn.Module, last: nn.Module, window: int) -> nn.Module:
                 weight.normal_(0, weight[0].numel() ** -0.5 / 2, generator=seeded)
         x = torch.rand((1, 3, window, 32, 64), generator=seeded) * 2 - 1
         network.eval()
-        z = network.encode(x)
-        z = z.latent_dist if hasattr(z, "latent_dist") else z
-        y = network.decode(z.mode() if hasattr(z, "mode") else z)
-        y = getattr(y, "sample", y)
+        y = call(network, "decode", call(network, "encode", x))
         scale = CONTRAST / float(y.std())
         for weights in last.parameters():
             weights *= scale

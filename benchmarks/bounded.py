@@ -70,7 +70,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         stream = CausalStream(
             engine, manifest, direction, grids, folder=Path(folder), advance=progress.add, **facts
         )
-        window = schedule.steps(manifest.geometry.window, "windows", 1, manifest.geometry)
+        geometry = manifest.geometry
+        slices = geometry.window if geometry.temporal > 1 else 1  # a network for slices takes one
+        window = schedule.steps(slices, "windows", 1, geometry)
         x = _data(manifest, direction, plane[0], window)
         begin, busy, moved = time.perf_counter(), os.times(), _moved()
         results = []
@@ -78,7 +80,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             span, size = (
                 (step.slices, step.depth) if direction == "encode" else (step.latents, step.frames)
             )
-            progress.begin(1000)
+            progress.begin(1000 // len(window))
             results.append(stream.run(pad_frames(x[:, slice(*span)], size), step.first))
         stream.close()
     seconds, after = time.perf_counter() - begin, os.times()
