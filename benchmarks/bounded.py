@@ -71,8 +71,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             engine, manifest, direction, grids, folder=Path(folder), advance=progress.add, **facts
         )
         geometry = manifest.geometry
-        slices = geometry.window if geometry.temporal > 1 else 1  # a network for slices takes one
-        window = schedule.steps(slices, "windows", 1, geometry)
+        window = (
+            schedule.steps(geometry.window, "windows", 1, geometry)
+            if geometry.temporal > 1
+            else schedule.steps(1, "causal", 1, geometry)  # a network for slices takes one
+        )
         x = _data(manifest, direction, plane[0], window)
         begin, busy, moved = time.perf_counter(), os.times(), _moved()
         results = []
