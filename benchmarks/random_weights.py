@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "unet43", "unet482")
+NAMES = ("wan2.1", "wan2.2", "leanvae4", "leanvae16", "sd", "flux", "unet43", "unet482")
 WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -29,7 +29,13 @@ WAN22 = {  # the configuration that Wan2.2-TI2V-5B publishes
     "latents_std": [1.0] * 48,
 }
 
-
+FLUX = {  # what FLUX.1 publishes beside the sizes that it shares with Stable Diffusion
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
 UNET = {  # the form that the paper publishes, at a width of 64 instead of 224
     "in_channels": 32,
     "out_channels": 16,
@@ -58,6 +64,16 @@ def build(name: str) -> nn.Module:
         with torch.no_grad():  # so that no channel saturates: a clamp would hide differences
             network.decoder.conv_out.weight *= 0.1
         return network
+    if name in ("sd", "flux"):
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            **(FLUX if name == "flux" else {}),
+        )
     from fvae_deploy.export.models.lean_vae import LeanVAE, LeanVAEConfig
 
     return LeanVAE(LeanVAEConfig(latent_dim=int(name.removeprefix("leanvae"))))
@@ -71,7 +87,7 @@ def write(name: str, target: Path) -> None:
         weights = network.state_dict()
         state = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
         torch.save({"state_dict": state, "unet_config": UNETS[name]}, target)
-    elif name.startswith("wan"):
+    elif name.startswith(("wan", "sd", "flux")):
         network.save_pretrained(target)
     else:
         args = {"latent_dim": int(name.removeprefix("leanvae"))}

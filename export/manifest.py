@@ -130,8 +130,7 @@ class Manifest(Bundle):
     @property
     def graphs(self) -> tuple[Part, ...]:
         """All parts that have a graph: those of whole stages, then those of segments."""
-        segments = (segment for program in self.programs for segment in program.segments)
-        return (*self.parts, *(segment.part for segment in segments))
+        return (*self.parts, *(part for program in self.programs for part in program.parts))
 
     def program(self, stage: str) -> Program | None:
         """Return how a stage runs in segments; None if it was not cut."""

@@ -38,7 +38,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Segment:
-    """One part over the plane; its inputs and outputs by the names of maps and passes.
+    """One part over the plane; its inputs and outputs by the names of maps and passes, in order.
 
     An output that no later segment reads is not kept: it only goes through passes. `done` are the
     maps that are not needed after this segment. `cell_bytes`, `plane_bytes` and `pair_bytes` are
@@ -68,6 +68,11 @@ class Program:
     passes: tuple[Pass, ...]
     weight_bytes: int  # of all segments together
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of all segments; segments that compute the same share one."""
+        return tuple({s.part.name: s.part for s in self.segments}.values())
+
     def map(self, name: str) -> TensorSpec | None:
         """Return a map's spec; None if it is none, but only goes through passes, or is small."""
         return next((spec for spec in self.maps if spec.name == name), None)
@@ -90,4 +95,4 @@ class Program:
     @property
     def whole(self) -> tuple[str, ...]:
         """Reasons of the segments that need the whole plane."""
-        return tuple(s.part.whole for s in self.segments if s.part.whole)
+        return tuple(part.whole for part in self.parts if part.whole)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
@@ -13,9 +14,9 @@ from fvae_deploy.export.cut import local, passes, views  # noqa: F401  (they reg
 from fvae_deploy.export.cut.emit import Emitter
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, lower
 from fvae_deploy.export.cut.parts import costs_of, part_of, spec
-from fvae_deploy.export.cut.phases import Phase, is_spatial, scale_of, split
+from fvae_deploy.export.cut.phases import Phase, depth_first, is_spatial, split
 from fvae_deploy.export.cut.storage import Storage
-from fvae_deploy.export.cut.trace import trace_stage
+from fvae_deploy.export.cut.trace import Ref, trace_stage
 from fvae_deploy.export.program import Pass, Program, Segment
 
 
@@ -45,41 +46,69 @@ def cut_part(network: nn.Module, part: Part) -> Cut:
 def cut_stage(network: nn.Module, stage: str, data: TensorSpec) -> Cut:
     """Cut a stage of one input and one result; `data` is its input's spec in latent cells.
 
-    Its parts are called STAGE-0, STAGE-1 and so on. Raises BundleError, with the reason, if the
-    stage cannot be traced or its numbers depend on the plane in a way that parts cannot follow.
+    Its parts are called STAGE-0, STAGE-1 and so on; segments that compute the same, as those of
+    every chunk of frames do, share one. Raises BundleError, with the reason, if the stage cannot be
+    traced or its numbers depend on the plane in a way that parts cannot follow.
     """
     graph = trace_stage(network, data)
     try:
         ops, result = lower(graph)
         phases, storage = split(ops, result), Storage.of(ops, result)
-        made = [Emitter(phase, storage).module() for phase in phases]
+        kinds = [_kind(phase, storage) for phase in phases]
+        distinct: dict[Hashable, Phase] = {}
+        for kind, phase in zip(kinds, phases, strict=True):
+            distinct.setdefault(kind, phase)
+        modules: dict[str, nn.Module] = {}
+        parts: dict[Hashable, Part] = {}
+        for i, (kind, phase) in enumerate(distinct.items()):
+            parts[kind] = part_of(phase, f"{stage}-{i}", storage)
+            modules[f"{stage}-{i}"] = Emitter(phase, storage).module()
     except BundleMisfit as error:
         raise BundleError(f"expected a stage {stage} that can be cut, found: {error}") from error
-    modules = {f"{stage}-{i}": module for i, module in enumerate(made)}
-    return Cut(_program(stage, ops, phases, result, storage), modules)
+    named = [(phase, parts[kind]) for phase, kind in zip(phases, kinds, strict=True)]
+    return Cut(_program(stage, ops, named, result, storage), modules)
+
+
+def _kind(phase: Phase, storage: Storage) -> Hashable:
+    """Return what a phase computes: equal for phases that differ in nothing but names."""
+    made = {op.name: op for op in (*phase.inputs, *phase.ops)}
+    taken = {op.name for op in phase.inputs}
+    needs = {name: [] if name in taken else op.inputs for name, op in made.items()}
+    numbers: dict[str, int] = {}
+    described: list[Hashable] = []
+    for name in (n for op in phase.outputs for n in depth_first(needs, op.name)):
+        if name in numbers:
+            continue
+        op = made[name]
+        leaves, structure = tree_flatten(((), {}) if name in taken else (op.args, dict(op.kwargs)))
+        given = tuple(numbers[v.name] if isinstance(v, Ref) else repr(v) for v in leaves)
+        target = op.target == "gather" if name in taken else str(op.target)
+        stored = storage.axes(op) if op.axes else ()
+        described.append((target, op.axes, stored, given, str(structure)))
+        numbers[name] = len(numbers)
+    ends = tuple(numbers[op.name] for op in phase.outputs)
+    return tuple(described), tuple(numbers[op.name] for op in phase.inputs), ends, phase.whole
 
 
 def _program(
-    stage: str, ops: Mapping[str, Op], phases: list[Phase], result: str, storage: Storage
-) -> Program:
+    stage: str, ops: Mapping[str, Op], phases: list[tuple[Phase, Part]], result: str,
+    storage: Storage,
+) -> Program:  # fmt: skip
     source = next(op for op in ops.values() if op.target == "input")
-    used = {op.name: op for phase in phases for op in phase.inputs}
+    used = {op.name: op for phase, _ in phases for op in phase.inputs}
     kept = {_stored(op) for op in used.values() if op.target != "reduce"} | {result}
-    written = [op for phase in phases for op in phase.outputs]
+    written = [op for phase, _ in phases for op in phase.outputs]
     maps = [op for op in (source, *written) if op.name in kept and is_spatial(op)]
-    last = {_stored(op): i for i, phase in enumerate(phases) for op in phase.inputs}
+    last = {_stored(op): i for i, (phase, _) in enumerate(phases) for op in phase.inputs}
     segments = []
-    for i, phase in enumerate(phases):
+    for i, (phase, part) in enumerate(phases):
         done = (op.name for op in maps if last.get(op.name) == i and op.name != result)
-        costs = costs_of(phase, scale_of(phase))
-        names = tuple(_input_name(op) for op in phase.inputs)
-        outputs = tuple(op.name for op in phase.outputs)
-        part = part_of(phase, f"{stage}-{i}", storage)
+        costs = costs_of(phase, part.scale)
         segments.append(
             Segment(
                 part,
-                names,
-                outputs,
+                tuple(_input_name(op) for op in phase.inputs),
+                tuple(op.name for op in phase.outputs),
                 tuple(done),
                 cell_bytes=costs.cell_bytes,
                 plane_bytes=costs.plane_bytes,
@@ -87,6 +116,7 @@ def _program(
                 pair_mac=costs.pair_mac,
             )
         )
+    weights = {n.name: n.value for phase, _ in phases for n in phase.ops if n.value is not None}
     return Program(
         stage=stage,
         data=source.name,
@@ -94,9 +124,7 @@ def _program(
         maps=tuple(spec(op.name, storage.axes(op)) for op in maps),
         segments=tuple(segments),
         passes=tuple(_pass(op, ops, storage) for op in used.values() if op.target == "reduce"),
-        weight_bytes=sum(
-            op.value.nbytes for phase in phases for op in phase.ops if op.value is not None
-        ),
+        weight_bytes=sum(value.nbytes for value in weights.values()),
     )
 
 

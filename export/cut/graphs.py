@@ -14,8 +14,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from fvae_deploy.export.bundle import Part
 from fvae_deploy.export.exporter import dynamic, plain_proto, run_exporter
-from fvae_deploy.export.program import Program, Segment
+from fvae_deploy.export.program import Program
 
 EXAMPLE = {"h": 11, "w": 12, "n": 5}  # cells for tracing; all of them stay symbolic
 
@@ -45,8 +46,8 @@ def trace_segments(
     reason, if one cannot be exported.
     """
     example, shapes, names, results = [], [], [], []
-    for i, segment in enumerate(program.segments):
-        part = segment.part
+    parts = program.parts
+    for i, part in enumerate(parts):
         symbols = {s: torch.export.Dim(f"{s}{i}", min=1, max=1 << 24) for s in EXAMPLE}
         for spec in part.inputs:
             example.append(torch.zeros(spec.sized(**EXAMPLE)))
@@ -54,8 +55,8 @@ def trace_segments(
             names.append(f"{i}.{spec.name}")
         results += [f"{i}.{spec.name}" for spec in part.outputs]
     together = _SideBySide(
-        [modules[segment.part.name] for segment in program.segments],
-        [len(segment.inputs) for segment in program.segments],
+        [modules[part.name] for part in parts],
+        [len(part.inputs) for part in parts],
     )
     proto = plain_proto(
         run_exporter(
@@ -69,18 +70,15 @@ def trace_segments(
         )
     )
     producers = {name: node for node in proto.graph.node for name in node.output}
-    return {
-        segment.part.file: _taken_out(proto, producers, i, segment)
-        for i, segment in enumerate(program.segments)
-    }
+    return {part.file: _taken_out(proto, producers, i, part) for i, part in enumerate(parts)}
 
 
 def _taken_out(
-    proto: onnx.ModelProto, producers: Mapping[str, Any], number: int, segment: Segment
+    proto: onnx.ModelProto, producers: Mapping[str, Any], number: int, part: Part
 ) -> onnx.ModelProto:
     """Return the graph of one segment."""
     prefix = f"{number}."
-    todo = [prefix + spec.name for spec in segment.part.outputs]
+    todo = [prefix + spec.name for spec in part.outputs]
     used: set[str] = set()
     while todo:
         name = todo.pop()
@@ -100,7 +98,7 @@ def _taken_out(
             return re.sub(r"^segments\.\d+\.", "", name)
         return name and f"inner.{name}"  # an input may have the name of another operation
 
-    graph = onnx.GraphProto(name=segment.part.name)
+    graph = onnx.GraphProto(name=part.name)
     for node in proto.graph.node:
         if used.intersection(node.output):
             copy = graph.node.add()

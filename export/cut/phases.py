@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fvae_deploy.export.cut.axes import padded, spatial
+from fvae_deploy.export.cut.axes import SIZES, padded, spatial
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, crossed
 
+CELLS = math.prod(SIZES[0])
 BEFORE = -1  # the phase of the stage's input
-FAR = 6  # elements that a phase may reach before it ends where the graph is narrow
+FAR = 6  # elements that a phase may reach before it ends where the graph is narrow,
+NEAR = 2  # and at least; with many numbers at a place, tiles are small, and a halo costs more
+NUMBERS = 512  # at a place, up to which it is FAR
+BESIDE = 0.25  # a place is narrow if what else is alive there has at most this share of its bytes;
+WIDE = 1.0  # and this one where a phase would reach twice as far
 
 
 @dataclass
@@ -26,33 +33,66 @@ class Phase:
 def split(ops: dict[str, Op], result: str) -> list[Phase]:
     """Assign every operation to phases, as late as possible; returns those that return anything.
 
-    Raises BundleMisfit if a map would have to be stored that is no whole number of cells.
+    What shares no map, such as the frames that a network takes one chunk after the other, is apart.
+    Phases are in an order in which few maps wait. Raises BundleMisfit if a map would have to be
+    stored that is no whole number of cells.
     """
     number = _numbers(ops, result)
-    passes = (op for op in ops.values() if op.target == "reduce" and op.name in number)
+    passes = [op for op in ops.values() if op.target == "reduce" and op.name in number]
     pinned = {name for op in passes for name in op.inputs}
+    together = [set(op.inputs) for op in passes]  # both factors of a product
     demanded: dict[str, None] = {result: None, **dict.fromkeys(pinned)}
-    phases = []
+    phases: list[Phase] = []
+    order = {name: i for i, name in enumerate(ops)}
     for phase in range(max(number.values()), BEFORE, -1):
         outputs = [name for name in demanded if number[name] == phase]
         outputs = [name for name in outputs if ops[name].target != "input"]
-        if not outputs:
-            continue
-        taken, inputs = _collect(ops, number, phase, outputs, pinned | {result})
-        order = {name: i for i, name in enumerate(ops)}
-        inside = [ops[name] for name in sorted(taken, key=order.__getitem__)]
-        boundary = [ops[name] for name in sorted(inputs, key=order.__getitem__)]
-        for op in boundary:
-            demanded.update(dict.fromkeys(_sources(op)))
-        whole = next((op.whole for op in inside if op.whole), "")
-        phases.append(Phase(inside, boundary, [ops[name] for name in outputs], whole))
+        collect = functools.partial(_collect, ops, number, phase, pinned=pinned | {result})
+        for group in _apart(ops, outputs, collect, together):
+            taken, inputs = collect(group)
+            inside = [ops[name] for name in sorted(taken, key=order.__getitem__)]
+            boundary = [ops[name] for name in sorted(inputs, key=order.__getitem__)]
+            for op in boundary:
+                demanded.update(dict.fromkeys(_sources(op)))
+            whole = next((op.whole for op in inside if op.whole), "")
+            phases.append(Phase(inside, boundary, [ops[name] for name in group], whole))
     stored = {op.name for phase in phases for op in phase.outputs}
     for op in (ops[name] for name in stored):
         if padded(op.axes[0]):
             raise BundleMisfit(f"{op.name} is a map with elements beyond the plane")
         if crossed(op):
             raise BundleMisfit(f"{op.name} is a map that has rows or columns twice")
-    return phases[::-1]
+    return _ordered(phases[::-1], result)
+
+
+def _apart(
+    ops: dict[str, Op],
+    outputs: list[str],
+    collect: Callable[[list[str]], tuple[set[str], set[str]]],
+    together: Sequence[set[str]],
+) -> list[list[str]]:
+    """Group the outputs of a phase: those that share work, or a map other than the input."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name in outputs:
+        taken, inputs = collect([name])
+        work = {n for n in taken if ops[n].data and not ops[n].cheap}
+        maps = {n for i in inputs for n in _sources(ops[i]) if ops[n].target != "input"}
+        shared = {name}.union(work, maps, *(names for names in together if name in names))
+        joined = [group for group in groups if group[1] & shared]
+        groups = [group for group in groups if not group[1] & shared]
+        names = [n for group, _ in joined for n in group]
+        groups.append(([*names, name], shared.union(*(keys for _, keys in joined))))
+    return [names for names, _ in groups]
+
+
+def _ordered(phases: list[Phase], result: str) -> list[Phase]:
+    """Return the phases so that each runs shortly before it is needed."""
+    made = {op.name: str(i) for i, phase in enumerate(phases) for op in phase.outputs}
+    needs = {
+        str(i): [made[n] for op in phase.inputs for n in _sources(op) if n in made]
+        for i, phase in enumerate(phases)
+    }
+    return [phases[int(i)] for i in depth_first(needs, made[result])]
 
 
 def _sources(op: Op) -> list[str]:
@@ -79,44 +119,86 @@ def _distance(op: Op, consumer: Op, ends: set[str]) -> int:
 def _ends(ops: dict[str, Op], result: str) -> set[str]:
     """Return the operations at which a phase ends lest its halo becomes wide.
 
-    They are those through whose results alone, beside maps that are stored anyway, all that follows
-    depends on what came before; at a change of resolution, those on the smaller map.
+    They are those through whose results alone, beside maps that are small or stored anyway, all
+    that follows depends on what came before; at a change of resolution, those on the smaller map.
     """
-    data = [op for op in ops.values() if op.data and is_spatial(op)]
+    needs = {name: op.inputs for name, op in ops.items()}
+    late = (ops[name] for name in depth_first(needs, result))
+    data = [op for op in late if op.data and is_spatial(op)]
     last = {name: i for i, op in enumerate(data) for name in op.inputs}
+    elements = {op.name: math.prod(n for n, _, _ in op.shapes[0]) for op in data}
     sizes = {op.name: scale_of(Phase([op], [], [])) for op in data}
+    users: dict[str, list[Op]] = {op.name: [] for op in data}
+    for op in data:
+        for name in op.inputs:
+            users.get(name, []).append(op)
     ends: set[str] = set()
     reach: dict[str, Fraction] = {}
     live: set[str] = set()
     passes = (op for op in ops.values() if op.target in ("reduce", "gather"))
     stored = {name for op in passes for name in op.inputs}
+    early = _earliest(ops, ends)
     for i, op in enumerate(data):
         inputs = [name for name in op.inputs if name in reach]
-        far = max((reach[name] for name in inputs if name not in ends), default=Fraction(0))
+        near = (n for n in inputs if n not in ends and early[n] == early[op.name])
+        far = max((reach[name] for name in near), default=Fraction(0))
         reach[op.name] = Fraction(0) if op.whole else far + op.overhang
         if op.target == "input" or (op.cheap and stored.issuperset(inputs)):
             stored.add(op.name)  # or computed again from what is stored
         live = {name for name in (*live, op.name) if last.get(name, 0) > i}
-        if live - stored != {op.name} or padded(op.axes[0]) or op.name == result:
+        beside = live - stored - {op.name}
+        if op.name not in live - stored or padded(op.axes[0]) or op.name == result:
             continue
+        after, *others = users[op.name]
+        if not others and after.cheap and elements[after.name] <= elements[op.name]:
+            continue  # the phase may as well end after that
         grows = i + 1 < len(data) and sizes[data[i + 1].name] > sizes[op.name]
         shrinks = any(sizes[name] > sizes[op.name] for name in inputs)
         finest = max(sizes[name] for name in (op.name, *inputs))
-        if reach[op.name] * finest >= (FAR / 2 if grows or shrinks else FAR):
+        numbers = max(1, elements[op.name] / (CELLS * sizes[op.name] ** 2))
+        allowed = max(NEAR, FAR * min(1, (NUMBERS / numbers) ** 0.5))
+        far = reach[op.name] * finest / (allowed / 2 if grows or shrinks else allowed)
+        share = WIDE if far >= 2 else BESIDE
+        if far >= 1 and sum(elements[name] for name in beside) <= share * elements[op.name]:
             ends.add(op.name)
-            stored.add(op.name)
+            stored |= live
     return ends
+
+
+def depth_first(needs: Mapping[str, Sequence[str]], result: str) -> list[str]:
+    """Return what a result needs, itself last, each shortly before the first that takes it.
+
+    `needs` is in an order in which all could run. Of several inputs, the one with the longest way
+    behind it is first. So a branch beside a network's trunk is computed where it joins it.
+    """
+    depth: dict[str, int] = {}
+    for name, inputs in needs.items():
+        depth[name] = 1 + max((depth[n] for n in inputs), default=0)
+    ordered: dict[str, None] = {}
+    todo = [result]
+    while todo:
+        missing = [n for n in needs[todo[-1]] if n not in ordered]
+        if todo[-1] in ordered or not missing:
+            ordered[todo.pop()] = None
+        else:
+            todo.append(max(missing, key=depth.__getitem__))
+    return list(ordered)
+
+
+def _earliest(ops: dict[str, Op], ends: set[str]) -> dict[str, int]:
+    """Return the first phase in which every operation could run."""
+    early: dict[str, int] = {}
+    for name, op in ops.items():
+        inputs = (ops[n] for n in op.inputs if ops[n].data and ops[n].target != "input")
+        least = max([0, *(early[i.name] + _distance(i, op, ends) for i in inputs)])
+        early[name] = BEFORE if op.target == "input" else least
+    return early
 
 
 def _numbers(ops: dict[str, Op], result: str) -> dict[str, int]:
     """Return the phase of every operation that depends on the input."""
     ends = _ends(ops, result)
-    early: dict[str, int] = {}
-    for name, op in ops.items():
-        inputs = [ops[n] for n in op.inputs if ops[n].data]
-        early[name] = BEFORE if op.target == "input" else max(
-            [0, *(early[i.name] + _distance(i, op, ends) for i in inputs if i.target != "input")]
-        )  # fmt: skip
+    early = _earliest(ops, ends)
     number: dict[str, int] = {result: early[result]}
     for name in reversed(ops):
         op = ops[name]

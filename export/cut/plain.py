@@ -20,7 +20,7 @@ from fvae_deploy.export.program import Pass, Segment
 def run_plain(
     cut: Cut, x: Tensor, shape: tuple[int, ...], plane: tuple[int, int], tile: int
 ) -> Tensor:
-    """Run a program on x, for a plane of latent cells, in tiles that keep `tile` cells of a part.
+    """Run a program on x, for a plane of latent cells, in tiles that keep `tile` latent cells.
 
     Returns the result in the given shape.
     """
@@ -49,7 +49,7 @@ def _segment(
     part = segment.part
     height, width = (part.scale * n for n in plane)
     halo = max(height, width) if part.halo is None else part.halo
-    step = max(height, width) if part.halo is None else tile
+    step = max(height, width) if part.halo is None else tile * part.scale
     for top in range(0, height, step):
         for left in range(0, width, step):
             rows = _span(top, step, halo, height)

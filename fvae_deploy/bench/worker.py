@@ -251,12 +251,13 @@ def segments(job: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
     opened = open_engine(bundle, manifest, job["engine"], "cpu", job["precision"])
     programs = (p for p in manifest.programs if p.stage.startswith(job["direction"]))
     results: dict[str, list[dict[str, int]]] = {}
-    for segment in (s for program in programs for s in program.segments):
+    distinct = {s.part.name: s for program in programs for s in program.segments}
+    for segment in distinct.values():
         part = segment.part
         if part.halo is None or any(spec.factor("n") for spec in part.inputs):
             continue
-        for live in (TILE_BYTES, 4 * TILE_BYTES):
-            side = max(2 * part.halo + 1, math.isqrt(live // max(1, segment.cell_bytes)), 4)
+        least = math.isqrt(TILE_BYTES // max(1, segment.cell_bytes))
+        for side in (max(2 * part.halo + 1, least, 4) * factor for factor in (1, 2)):
             inputs = {s.name: np.ones(s.sized(1, side, side), np.float32) for s in part.inputs}
             trim()
             before, peaks = current_rss(), []

@@ -26,6 +26,7 @@ from fvae_deploy.make.segments import segment_memory, segments_agree
 from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.version import __version__
 
+MOST = 1e12  # multiply-adds of a run that measures memory: half a minute on two cores
 MEASURED = ("openvino", "onnxruntime", "torch")
 
 Progress = Callable[[str], None]
@@ -144,7 +145,7 @@ def measure_bundle(
     # Heavy networks are measured on small planes: half precision takes hours on a CPU without it.
     heavy = any(part.heavy for part in manifest.parts)
     clip: dict[str, Any] = {"size": (5, 6), "steps": 1} if heavy else {"size": (9, 12), "steps": 2}
-    sides = (8, 16) if heavy else (32, 64)
+    sides = _sides(manifest) if heavy else (32, 64)
     reference = open_engine(folder, manifest, "torch")
 
     wrong: set[str] = set()  # stages whose segments do not give what the whole stage gives
@@ -173,6 +174,14 @@ def measure_bundle(
     return dataclasses.replace(
         manifest, parity=tuple(errors), memory=tuple(lines), programs=programs
     )
+
+
+def _sides(manifest: Manifest) -> tuple[int, int]:
+    """Return the sides, in latent cells, of two planes on which a heavy network is measured."""
+    g = manifest.geometry
+    frames = g.first_frames if g.first_slices > 1 else 1
+    work = frames * max(part.mac_per_cell * part.scale**2 for part in manifest.parts)
+    return (8, 16) if work * 16**2 <= MOST else (4, 8)
 
 
 def _compare_engines(

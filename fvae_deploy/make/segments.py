@@ -34,8 +34,8 @@ def segments_agree(engine: Engine, manifest: Manifest, program: Program) -> bool
     *_, smallest = ways(program, PLANE)
     folder = Path(tempfile.gettempdir())
     found = SegmentStream(engine, manifest, stage, smallest, folder).run(x, True)
-    for each in program.segments:
-        engine.release(each.part.name, compiled=True)
+    for each in program.parts:
+        engine.release(each.name, compiled=True)
     return bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
 
 

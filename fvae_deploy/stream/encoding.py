@@ -13,6 +13,7 @@ from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Progress, Run, Stopwatch
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
+from fvae_deploy.stream.within import StepProgress
 from fvae_deploy.volume.base import HuFrames, Reader
 
 
@@ -38,6 +39,7 @@ def encode_steps(
     latents as they were computed.
     """
     entry = run.entry(target, "encode") if target < len(run.steps) else target
+    progress = StepProgress(tick, run.plan.pieces)
     checker = Checker(run, writer, bound, target) if bound else None
 
     def store(item: tuple[Step, HuFrames, LatentFrames, ModelFrames | None]) -> None:
@@ -47,17 +49,18 @@ def encode_steps(
             checker.store(step, slab, decoded)
 
     with (
-        contextlib.closing(run.stream("encode")) as stream,
+        contextlib.closing(run.stream("encode", progress)) as stream,
         contextlib.closing(checker) if checker else contextlib.nullcontext(),
         contextlib.closing(ahead(run.read(reader, entry, any_range=options.any_range))) as slabs,
         Behind(store) as sink,
     ):
         for i, (step, slab, x) in enumerate(clock.timed("read", slabs), start=entry):
+            progress.begin(step.slices[1] - step.slices[0] if i >= target else 0)
             z = stream.run(x, step.first)
             if i >= target:
                 if sample:
                     sample.keep(step, z)
                 sink.put((step, slab, z, checker.decode(step, z) if checker else None))
-                tick(step.slices[1] - step.slices[0])
+            progress.end()
     decoding = {"decode": checker.seconds} if checker else {}
     return {"engine": stream.seconds, **decoding, "write": sink.waited}

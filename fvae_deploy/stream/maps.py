@@ -36,10 +36,17 @@ def at(spec: TensorSpec, rows: Range, columns: Range) -> tuple[slice, ...]:
 class MapStore:
     """One map of a plane of (h, w) latent cells; tiles are given in cells of `scale` each.
 
-    With a folder, the map is in a file.
+    With a folder, the map is in a file. `spare` is memory of as many elements, of a map that is
+    done.
     """
 
-    def __init__(self, spec: TensorSpec, plane: tuple[int, int], folder: Path | None) -> None:
+    def __init__(
+        self,
+        spec: TensorSpec,
+        plane: tuple[int, int],
+        folder: Path | None,
+        spare: Array | None = None,
+    ) -> None:
         self.spec = spec
         self._shape = spec.sized(1, *plane)
         symbols = [str(size).rpartition("*")[2] for size in spec.shape]
@@ -49,6 +56,7 @@ class MapStore:
         self._folder = folder
         self._file: BinaryIO | None = None
         self._array: Array | None = None
+        self._spare, self._own = spare, False
         self._type = np.dtype(np.float32)
 
     @property
@@ -78,7 +86,7 @@ class MapStore:
                 if tile.shape == self._shape:
                     self._array = tile
                     return
-                self._array = np.empty(self._shape, tile.dtype)
+                self._array = self._memory(tile.dtype)
             self._array[index] = tile
             return
         if self._file is None:
@@ -95,11 +103,19 @@ class MapStore:
         """Return the whole map."""
         return self.read((slice(None),) * len(self._shape))
 
-    def close(self) -> None:
-        """Free the memory or the file."""
-        self._array = None
+    def close(self) -> Array | None:
+        """Free the file; returns the memory, None where it is the engine's or there is none."""
+        array, self._array = self._array, None
         if self._file is not None:
             self._file.close()
+        return array if self._own else None
+
+    def _memory(self, kind: np.dtype[Any]) -> Array:
+        """Return memory for the map, that of another map if it fits."""
+        spare, self._spare, self._own = self._spare, None, True
+        if spare is not None and spare.dtype == kind:
+            return spare.reshape(self._shape)
+        return np.empty(self._shape, kind)
 
     def _ordered(self, index: tuple[slice, ...]) -> list[tuple[slice, int]]:
         """Return the index and the size of every axis in the order of the file."""

@@ -20,6 +20,7 @@ from fvae_deploy.stream.tiles import fit, smallest
 # An engine's memory for a tile over that of the maps alive in it, where it was not measured:
 # copies in other layouts.
 ENGINE = 4.0
+LEAST = 0.5  # and at least: where weights are large, what a cell adds is lost in what was measured
 COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and inputs
 COMPILING = 0.1  # seconds to compile a segment
 CALL = 3e-4  # seconds to start a segment on a tile
@@ -94,7 +95,8 @@ class Costs:
         """Bytes for a further cell of a tile."""
         engine = ENGINE * self.segment.cell_bytes
         if self.line is not None:
-            engine = self.line.per_cell + WAITING * self.input_bytes
+            engine = max(self.line.per_cell, LEAST * self.segment.cell_bytes)
+            engine += WAITING * self.input_bytes
         return (
             engine + WAITING * self.output_bytes + self.segment.pair_bytes * math.prod(self.plane)
         )
@@ -168,16 +170,20 @@ def ways(
     """
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
     levels = sorted(set(sizes.values()), reverse=True)
-    share = program.weight_bytes // len(program.segments)
+    share = program.weight_bytes // len(program.parts)
     costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
     for level in (math.inf, *levels):
         filed = frozenset(name for name, size in sizes.items() if size >= level)
         resident = _resident(program, sizes, filed)
+        waiting: dict[str, int] = {}  # at most, while a part runs: all its runs have the same tiles
+        for cost, beside in zip(costs, resident, strict=True):
+            name = cost.segment.part.name
+            waiting[name] = max(beside, waiting.get(name, 0))
         wholes = (c.working(math.prod(c.cells)) for c in costs)
         limit = max(map(sum, zip(wholes, resident, strict=True)))
         seen = set()
         while True:
-            tiles = tuple(c.extent(limit - r) for c, r in zip(costs, resident, strict=True))
+            tiles = tuple(c.extent(limit - waiting[c.segment.part.name]) for c in costs)
             if tiles not in seen:
                 yield from _kept(program, costs, tiles, filed, resident)
             seen.add(tiles)
@@ -215,7 +221,7 @@ def _kept(
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])
-        dropped = len(order) - count
+        dropped = sum(c.segment.part.name not in keep for c in costs)
         yield Pieces(
             costs[0].plane,
             tiles,

@@ -37,6 +37,7 @@ from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.run import Outcome, Progress, Run, Stopwatch, facts_of
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.threads import Behind, ahead
+from fvae_deploy.stream.within import StepProgress
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader, Writer
 from fvae_deploy.volume.open import check_output, create_volume
@@ -164,21 +165,23 @@ def decode(
         out = DecodedSlices(writer, run.steps, (a, b), convert, slab_journal)
         progress(out.resumed)
         entry = run.entry(out.begin, "decode")
+        within = StepProgress(progress, run.plan.pieces)
 
         def latents() -> Iterator[tuple[Step, LatentFrames]]:
             for step in run.steps[entry : out.stop]:
                 yield step, pad_frames(store.read(*step.latents), step.frames)
 
         with (
-            contextlib.closing(run.stream("decode")) as stream,
+            contextlib.closing(run.stream("decode", within)) as stream,
             contextlib.closing(ahead(latents())) as slabs,
             Behind(out) as sink,
         ):
             for i, (step, z) in enumerate(clock.timed("read", slabs), start=entry):
+                within.begin(out.slices(i) if i >= out.first else 0)
                 x = stream.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
-                    progress(out.slices(i))
+                within.end()
     seconds = clock.seconds(engine=stream.seconds, write=sink.waited)
     outcome = run.outcome(out.computed, out.resumed, seconds)
     return dataclasses.replace(outcome, bound=bound_of(bounded) if bounded else None)
@@ -238,17 +241,19 @@ def reconstruct(
     ):
         out = DecodedSlices(writer, run.steps, (0, slices), _to_hu(run, Target(geometry)), journal)
         progress(out.resumed)
+        within = StepProgress(progress, run.plan.pieces)
         decode_entry = run.entry(out.begin, "decode")
         encode_entry = run.entry(decode_entry, "encode")
         with (
-            contextlib.closing(run.stream("encode")) as encoder,
-            contextlib.closing(run.stream("decode")) as decoder,
+            contextlib.closing(run.stream("encode", within)) as encoder,
+            contextlib.closing(run.stream("decode", within)) as decoder,
             contextlib.closing(
                 ahead(run.read(reader, encode_entry, any_range=options.any_range))
             ) as slabs,
             Behind(out) as sink,
         ):
             for i, (step, _, x) in enumerate(clock.timed("read", slabs), start=encode_entry):
+                within.begin(out.slices(i) if i >= out.first else 0)
                 if step.latents[0] < step.latents[1]:
                     z = encoder.run(x, step.first)
                 if i < decode_entry:
@@ -256,7 +261,7 @@ def reconstruct(
                 x = decoder.run(z, step.first, step.clock)
                 if i >= out.first:
                     sink.put((i, x))
-                    progress(out.slices(i))
+                within.end()
         if not options.any_range:
             run.clipping.check_is_ct()
         if changed := _change(reader, facts["input"]):

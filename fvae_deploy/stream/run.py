@@ -29,6 +29,7 @@ from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import Plan, plan
 from fvae_deploy.stream.schedule import Step
 from fvae_deploy.stream.stages import CausalStream
+from fvae_deploy.stream.within import StepProgress
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.base import Geometry, HuFrames, Reader
 
@@ -132,7 +133,7 @@ class Run:
             steps = schedule.decoding(steps, network.temporal, manifest.lag)
         return cls(codec, geometry, chosen, steps, plane, options, folder)
 
-    def stream(self, direction: str) -> CausalStream:
+    def stream(self, direction: str, progress: StepProgress | None = None) -> CausalStream:
         """Open one direction of the codec as a causal stream."""
         self.codec.settle({**self.plan.grids, **self.plan.pieces}, self.plan.k)
         return CausalStream(
@@ -144,6 +145,7 @@ class Run:
             self.folder,
             lean=self.plan.lean,
             pieces=self.plan.pieces,
+            **({"advance": progress.add} if progress else {}),
         )
 
     @property

@@ -26,7 +26,7 @@ from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.maps import Array, MapStore, at
-from fvae_deploy.stream.pieces import Pieces
+from fvae_deploy.stream.pieces import Costs, Pieces
 from fvae_deploy.stream.statistics import Passes
 from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.stream.tiles import Grid, Tile
@@ -35,16 +35,26 @@ Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in th
 
 
 class SegmentStream:
-    """One stage without state, run in segments; the counterpart of `StageStream`."""
+    """One stage without state, run in segments; the counterpart of `StageStream`.
+
+    `advance` is called with the share of a run's work that was done since the last call.
+    """
 
     def __init__(
-        self, engine: Engine, manifest: Manifest, stage: str, pieces: Pieces, folder: Path | None
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        stage: str,
+        pieces: Pieces,
+        folder: Path | None,
+        advance: Callable[[float], None] = lambda share: None,
     ) -> None:
         program = manifest.program(stage)
         assert program is not None
         self._engine, self._program, self._pieces = engine, program, pieces
         self._part = manifest.stage_part(stage, first=False)
-        self._folder = folder
+        self._folder, self._advance = folder, advance
+        self._share = 1.0  # of a run's work that one of its passes through the segments is
         self.seconds = 0.0
 
     def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
@@ -55,6 +65,7 @@ class SegmentStream:
         begin = time.perf_counter()
         data = self._part.inputs[0]
         each = [x[:, i : i + 1] for i in range(x.shape[1])] if data.factor("k") else [x]
+        self._share = 1 / len(each)
         result = np.concatenate([self._one(piece) for piece in each], axis=1)
         self.seconds += time.perf_counter() - begin
         return result
@@ -74,15 +85,32 @@ class SegmentStream:
             state.maps[program.data] = source
             state.pass_over({program.data: data})
             state.finish_passes()
-            for segment, extent in zip(program.segments, self._pieces.tiles, strict=True):
+            after = (*program.segments[1:], None)
+            for segment, extent, following in zip(
+                program.segments, self._pieces.tiles, after, strict=True
+            ):
                 self._segment(state, segment, extent)
-                for name in segment.done:
-                    state.maps.pop(name).close()
+                self._free(state, segment, following)
             h, w = (self._part.scale * n for n in plane)
             shape = self._part.outputs[0].sized(1, h, w)[1:]
             return state.maps[program.result].whole().reshape(shape).copy()
         finally:
             state.close()
+
+    def _free(self, state: _State, segment: Segment, following: Segment | None) -> None:
+        """Free the maps that are done, but keep memory that fits what the next segment writes.
+
+        The system clears memory that is new, page by page.
+        """
+        names = set(following.outputs if following else ()) - self._pieces.filed
+        specs = [spec for spec in self._program.maps if spec.name in names]
+        wanted = [math.prod(spec.sized(1, *self._pieces.plane)) for spec in specs]
+        state.spares.clear()
+        for name in segment.done:
+            memory = state.maps.pop(name).close()
+            if memory is not None and memory.size in wanted:
+                wanted.remove(memory.size)
+                state.spares.append(memory)
 
     def _segment(self, state: _State, segment: Segment, extent: tuple[int, int]) -> None:
         """Run one segment over tiles of `extent` cells."""
@@ -106,6 +134,7 @@ class SegmentStream:
             }
             return tile, {name: np.ascontiguousarray(value) for name, value in found.items()}
 
+        work = Costs(segment, self._pieces.plane, None).mac * grid.cells / max(1, self._pieces.mac)
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
         ahead_of = grid.count > 1 and any(store.in_file for store in maps.values())
         behind = grid.count > 1 and bool(self._pieces.filed.intersection(segment.outputs))
@@ -121,6 +150,7 @@ class SegmentStream:
                 if behind:  # the engine's memory is used again while they wait
                     kept = [(name, index, value.copy()) for name, index, value in kept]
                 keep(kept)
+                self._advance(self._share * work)
         state.finish_passes()
         self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
 
@@ -144,13 +174,17 @@ class SegmentStream:
             kept.append((name, at(spec, *keep), value))
         return kept
 
-    def store(self, name: str) -> MapStore | None:
-        """Return a new store for a map; None if nothing reads it."""
+    def store(self, name: str, spares: list[Array]) -> MapStore | None:
+        """Return a new store for a map, in spare memory if it fits; None if nothing reads it."""
         spec = self._program.map(name)
         if spec is None:
             return None
-        folder = self._folder if name in self._pieces.filed else None
-        return MapStore(spec, self._pieces.plane, folder)
+        if name in self._pieces.filed:
+            return MapStore(spec, self._pieces.plane, self._folder)
+        size = math.prod(spec.sized(1, *self._pieces.plane))
+        fitting = [i for i, memory in enumerate(spares) if memory.size == size]
+        spare = spares.pop(fitting[0]) if fitting else None
+        return MapStore(spec, self._pieces.plane, None, spare)
 
     def passes(self, names: Mapping[str, Any]) -> Passes:
         """Return the passes over these maps."""
@@ -165,6 +199,7 @@ class _State:
         self._stream, self._plane = stream, plane
         self.maps: dict[str, MapStore] = {}
         self.small: dict[str, Array] = {}
+        self.spares: list[Array] = []  # memory of the maps that the last segment was done with
         self._passes: Passes | None = None
 
     def whole(self, spec: TensorSpec, name: str) -> Array:
@@ -178,7 +213,7 @@ class _State:
         """Take tiles of maps into the passes over them, and write those that are read later."""
         self.pass_over({name: tile for name, _, tile in tiles})
         for name, index, tile in tiles:
-            store = self.maps.get(name) or self._stream.store(name)
+            store = self.maps.get(name) or self._stream.store(name, self.spares)
             if store is not None:
                 self.maps[name] = store
                 store.write(index, tile)

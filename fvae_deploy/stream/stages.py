@@ -11,9 +11,10 @@ budget requires it, in an unnamed file.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -163,7 +164,8 @@ class CausalStream:
 
     States of the stages in `spilled` are stored in a file in `folder`, not in memory. With `lean`,
     heavy stages release their working memory after every run, for the next stage to use. Stages in
-    `pieces` run in segments.
+    `pieces` run in segments, and call `advance` with their name and the share of a step's work that
+    they did since the last call.
     """
 
     def __init__(
@@ -177,10 +179,13 @@ class CausalStream:
         *,
         lean: bool = False,
         pieces: Mapping[str, Pieces] = MappingProxyType({}),
+        advance: Callable[[str, float], None] = lambda stage, share: None,
     ) -> None:
         self._engine = engine
         self.stages: dict[str, StageStream | SegmentStream] = {
-            stage: SegmentStream(engine, manifest, stage, pieces[stage], folder)
+            stage: SegmentStream(
+                engine, manifest, stage, pieces[stage], folder, functools.partial(advance, stage)
+            )
             if stage in pieces
             else StageStream(
                 engine,

@@ -80,7 +80,7 @@ def test_a_halo_that_is_too_narrow_changes_results(name: str) -> None:
     narrow = dataclasses.replace(segment, part=narrow)
     program = dataclasses.replace(cut.program, segments=(narrow,))
     with pytest.raises(AssertionError):
-        compare(network, Cut(program, cut.modules), (1,), (4, 4), 4)
+        compare(network, Cut(program, cut.modules), (1,), (4, 4), 1)
 
 
 @pytest.mark.parametrize("down", [False, True])
@@ -130,3 +130,82 @@ def test_each_layer_of_a_window_is_cut(name: str) -> None:
     assert cut.program.whole == ()
     for plane, tile in (((3, 2), 1), ((2, 4), 3), ((1, 1), 1)):
         compare(network, cut, (1, 4), plane, tile)
+
+
+class Beside(nn.Module):
+    """A trunk of wide residual blocks; a narrow branch leaves it early and joins it late."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.begin, self.end = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.branch = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, 1, 1))
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Any) -> tuple[Any]:
+        y = self.begin(x)
+        kept = self.branch(y[:, :1])
+        for block in self.blocks:
+            y = y + block(y)
+        return (self.end(y) + kept,)
+
+
+def test_a_branch_beside_the_trunk_does_not_keep_segments_from_ending() -> None:
+    network = seeded(lambda: Beside(20))
+    cut = cut_of(network, 1)
+    halos = [segment.part.halo for segment in cut.program.segments]
+    assert len(halos) > 5
+    assert max(halos) <= 14  # 12, and what lies between two narrow places; in one segment: 42
+    for plane, tile in (((3, 4), 1), ((2, 5), 3)):
+        compare(network, cut, (1,), plane, tile)
+
+
+class Chunks(nn.Module):
+    """Four frames at a time through the same layers, as code does that saves memory."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.window = Window(layers, [True] * len(layers))
+
+    def forward(self, x: Any) -> tuple[Any]:
+        return (torch.cat([self.window(chunk)[0] for chunk in x.split(4, dim=2)], 2),)
+
+
+@given(
+    layers=st.lists(st.sampled_from(list(MOVING)), min_size=1, max_size=3),
+    chunks=st.integers(2, 3),
+    plane=st.tuples(*[st.integers(1, 4)] * 2),
+    tile=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_chunks_of_frames_equal_the_whole(
+    layers: list[str], chunks: int, plane: tuple[int, int], tile: int, seed: int
+) -> None:
+    network = seeded(lambda: Chunks([MOVING[name](4) for name in layers]), seed)
+    cut = cut_of(network, 1, 4 * chunks)
+    compare(network, cut, (1, 4 * chunks), plane, tile)
+
+
+def most_alive(program: Any) -> int:
+    alive, most = {program.data}, 0
+    for segment in program.segments:
+        alive |= set(segment.outputs)
+        most = max(most, len(alive))
+        alive -= set(segment.done)
+    return most
+
+
+def test_chunks_run_one_after_the_other_and_share_their_parts() -> None:
+    def layers() -> list[nn.Module]:
+        pairs = ((nn.Conv3d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)) for _ in range(4))
+        return [layer for pair in pairs for layer in pair]
+
+    one, five = (cut_of(seeded(lambda: Chunks(layers())), 1, 4 * n) for n in (1, 5))
+    assert len(five.program.segments) > 4 * len(one.program.segments) - 5
+    assert len(five.program.parts) <= len(one.program.parts) + 5  # what takes or gives all frames
+    assert most_alive(five.program) <= most_alive(one.program) + 6  # the ends of all chunks
+    network = seeded(lambda: Chunks(layers()))
+    compare(network, five, (1, 20), (3, 4), 2)

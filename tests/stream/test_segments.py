@@ -30,6 +30,7 @@ from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa:
 from fvae_deploy.export.program import Pass  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.parse import parse_bytes  # noqa: E402
+from fvae_deploy.stream.maps import MapStore, at  # noqa: E402
 from fvae_deploy.stream.pieces import Pieces, ways  # noqa: E402
 from fvae_deploy.stream.plan import plan  # noqa: E402
 from fvae_deploy.stream.segments import SegmentStream  # noqa: E402
@@ -191,6 +192,23 @@ def test_statistics_of_strips_are_those_of_the_map(
         expected = getattr(flat, kinds[kind])(axis=1)
         assert found.shape == expected.shape
         assert np.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_takes_the_memory_of_one_that_is_done() -> None:
+    first, second = TensorSpec("a", (1, "h", "w", 4)), TensorSpec("b", (1, "2*h", "2*w", 1))
+    store = MapStore(first, (3, 5), None)
+    store.write(at(first, (0, 2), (0, 5)), np.ones((1, 2, 5, 4), np.float32))
+    memory = store.close()
+    assert memory is not None
+    again = MapStore(second, (3, 5), None, memory)
+    rows = np.arange(60, dtype=np.float32).reshape(1, 6, 10, 1)
+    for start in (0, 3):
+        again.write((slice(None), slice(start, start + 3)), rows[:, start : start + 3])
+    assert np.array_equal(again.whole(), rows)
+    assert np.shares_memory(again.whole(), memory)
+    whole = MapStore(second, (3, 5), None, memory)
+    whole.write((slice(None),) * 4, rows)  # an engine's memory, which is not ours to keep
+    assert whole.close() is None
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +409,25 @@ def test_windows_of_foreign_code_run_in_segments(
     for stream in cut:
         found = stream.run(x, True)
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_window_in_segments_shows_how_far_it_is(
+    window_bundle: Path, tmp_path: Path, write_ct: Callable[..., np.ndarray], monkeypatch: Any
+) -> None:
+    write_ct(tmp_path / "ct.nii.gz", (40, 33, 6))
+    monkeypatch.setattr("fvae_deploy.stream.plan._measured", lambda *a: Memory(
+        "onnxruntime", "fp32", a[-1], 1 << 30, 1))  # fmt: skip
+    told: list[int] = []
+    fvae.reconstruct(
+        tmp_path / "ct.nii.gz",
+        tmp_path / "out.nii.gz",
+        model=window_bundle,
+        engine="onnxruntime",
+        memory="200MiB",
+        progress=told.append,
+    )
+    assert sum(told) == 6
+    assert len([count for count in told if count]) > 2  # one for every window would be 2
 
 
 def test_export_drops_segments_that_give_another_result(bundle: Path) -> None:
