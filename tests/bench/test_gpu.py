@@ -63,7 +63,6 @@ def test_jobs_that_measure_run_one_after_the_other_and_those_without_time_are_na
     first, second, third = run(tmp_path, part)["parts"]["part"]
     assert first["outcome"] == "done"
     assert second["outcome"].startswith("stopped after")
-    assert second["seconds"] < 20
     assert third["outcome"] == "no time left"
 
 
