@@ -78,7 +78,8 @@ def test_an_interrupt_leaves_the_results_so_far_and_no_process(tmp_path, number,
     path, file = tmp_path / "gpu.json", tmp_path / "pid"
     jobs = ("faulty_jobs:measure:3", f"faulty_jobs:start_and_sleep:{file}")
     part = f"gpu.Part('a', 60, {jobs!r}, '')"
-    program = f"import gpu, sys; gpu.PARTS = ({part},); sys.exit(gpu.main())"
+    program = "import gpu, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += f"gpu.PARTS = ({part},); sys.exit(gpu.main())"  # a job in the background ignores it
     process = subprocess.Popen(
         [sys.executable, "-c", program, "-o", str(path)],
         env=os.environ | {"PYTHONPATH": f"{BARE}{os.pathsep}{ROOT / 'benchmarks'}"},
