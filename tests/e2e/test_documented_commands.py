@@ -87,6 +87,8 @@ def files(tmp_path_factory):
         (folder / kind).mkdir()
         for case in ("one", "two"):
             (folder / kind / f"{case}{suffix}").symlink_to(folder / source)
+    for name in ("normal.nii.gz", "made.nii.gz"):
+        (folder / name).symlink_to(folder / "ct.nii.gz")
     write_masks(folder)
     write_sets(folder)
     write_dataset(folder / "Dataset001_Liver", folder / "ct.nii.gz")
