@@ -295,3 +295,9 @@ def test_every_test_that_a_page_names_exists():
     assert len(named) > 20
     missing = [name for name in sorted(named) if not list(ROOT.glob(name))]
     assert missing == []
+
+
+def test_no_two_files_of_tests_have_the_same_name():
+    """Pytest imports them by their names alone, and does not collect the second."""
+    names = [path.name for path in sources(ROOT / "tests") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
