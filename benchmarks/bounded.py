@@ -1,4 +1,4 @@
-"""Run one window of a bundle within memory budgets and whole, and compare; one case per process.
+"""Run windows of a bundle within memory budgets and whole, and compare; one case per process.
 
     python benchmarks/bounded.py build/wfvae --size 128 --case 1GiB --case whole --case torch
 
@@ -36,11 +36,12 @@ from fvae_deploy.stream.stages import CausalStream, whole_grids
 from fvae_deploy.stream.within import StepProgress
 
 TORCH = ("torch", "float64")
+KEYS = ("bundle", "size", "slices", "engine", "folder")  # of a job, as the options are called
 HEADINGS = ("direction", "case", "s", "processor s", "peak MiB", "file GB", "plan", "error")
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Pass one window through one direction; the result is saved to a file."""
+    """Pass windows through one direction; the result is saved to a file."""
     bundle, case, direction = Path(job["bundle"]), job["case"], job["direction"]
     manifest = Manifest.load(bundle, verify=False)
     plane = (job["size"] // manifest.geometry.spatial,) * 2
@@ -72,7 +73,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         )
         geometry = manifest.geometry
         window = (
-            schedule.steps(geometry.window, "windows", 1, geometry)
+            schedule.steps(job["slices"] or geometry.window, "windows", 1, geometry)
             if geometry.temporal > 1
             else schedule.steps(1, "causal", 1, geometry)  # a network for slices takes one
         )
@@ -128,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", help="a folder of a bundle")
     parser.add_argument("--size", type=int, default=128, help="side of a slice in pixels")
+    parser.add_argument("--slices", type=int, help="a whole number of windows; default one")
     parser.add_argument("--case", action="append", required=True)
     parser.add_argument("--direction", choices=("encode", "decode"), action="append")
     parser.add_argument("--engine", default="openvino")
@@ -142,7 +144,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as results:
             rows = []
             for i, case in enumerate(options.case):
-                job = {key: getattr(options, key) for key in ("bundle", "size", "engine", "folder")}
+                job = {key: getattr(options, key) for key in KEYS}
                 job |= {"case": case, "direction": direction, "result": f"{results}/{i}.npy"}
                 command = [sys.executable, __file__, options.bundle, "--case", case]
                 command += ["--job", json.dumps(job)]

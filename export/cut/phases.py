@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from fvae_deploy.export.cut.axes import SIZES, padded, spatial
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, crossed
+from fvae_deploy.export.cut.trace import aten
 
 CELLS = math.prod(SIZES[0])
 BEFORE = -1  # the phase of the stage's input
@@ -134,6 +135,7 @@ def _ends(ops: dict[str, Op], result: str) -> set[str]:
             users.get(name, []).append(op)
     ends: set[str] = set()
     reach: dict[str, Fraction] = {}
+    roots: dict[str, set[str]] = {}
     live: set[str] = set()
     passes = (op for op in ops.values() if op.target in ("reduce", "gather"))
     stored = {name for op in passes for name in op.inputs}
@@ -145,6 +147,9 @@ def _ends(ops: dict[str, Op], result: str) -> set[str]:
         reach[op.name] = Fraction(0) if op.whole else far + op.overhang
         if op.target == "input" or (op.cheap and stored.issuperset(inputs)):
             stored.add(op.name)  # or computed again from what is stored
+        roots[op.name] = _roots(op, roots, ends | stored)
+        if op.target is aten.cat.default and _joins_less(op, roots, ends | stored, elements):
+            ends |= {n for n in op.inputs if n in roots and not padded(ops[n].axes[0])}
         live = {name for name in (*live, op.name) if last.get(name, 0) > i}
         beside = live - stored - {op.name}
         if op.name not in live - stored or padded(op.axes[0]) or op.name == result:
@@ -163,6 +168,28 @@ def _ends(ops: dict[str, Op], result: str) -> set[str]:
             ends.add(op.name)
             stored |= live
     return ends
+
+
+def _roots(op: Op, roots: Mapping[str, set[str]], kept: set[str]) -> set[str]:
+    """Return the maps that an operation's inputs are computed from in its phase."""
+    return set().union(*({name} if name in kept else roots.get(name, ()) for name in op.inputs))
+
+
+def _joins_less(
+    op: Op, roots: Mapping[str, set[str]], kept: set[str], elements: Mapping[str, int]
+) -> bool:
+    """Return whether a concatenation joins results that come from separate maps and are smaller.
+
+    Those of a network's chunks of frames are. Stored, they spare the maps: else the last ones of
+    all chunks wait for the last chunk.
+    """
+    inputs = [name for name in dict.fromkeys(op.inputs) if name in roots]
+    sources = [_roots(op, {name: roots[name]}, kept & {name}) for name in inputs]
+    separate = len(set().union(*sources)) == sum(map(len, sources)) and all(sources)
+    if len(inputs) < 2 or not separate:
+        return False
+    of = sum(elements[n] for n in set().union(*sources))
+    return sum(elements[n] for n in inputs) <= BESIDE * of
 
 
 def depth_first(needs: Mapping[str, Sequence[str]], result: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import pytest
@@ -189,13 +191,37 @@ def test_chunks_of_frames_equal_the_whole(
     compare(network, cut, (1, 4 * chunks), plane, tile)
 
 
-def most_alive(program: Any) -> int:
+def most_alive(program: Any, sizes: Mapping[str, int] | None = None) -> int:
+    """Return the most maps that wait at a time, or the sum of their sizes."""
     alive, most = {program.data}, 0
     for segment in program.segments:
         alive |= set(segment.outputs)
-        most = max(most, len(alive))
+        most = max(most, len(alive) if sizes is None else sum(sizes.get(n, 0) for n in alive))
         alive -= set(segment.done)
     return most
+
+
+class Narrowing(nn.Module):
+    """Chunks of two frames through wide layers to one channel, as decoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = [nn.Conv3d(1, 32, 3, padding=1), nn.GroupNorm(2, 32), nn.Conv3d(32, 32, 3, 1, 1)]
+        self.layers = nn.Sequential(*wide, nn.GroupNorm(2, 32), nn.Conv3d(32, 1, 3, padding=1))
+
+    def forward(self, x: Any) -> tuple[Any]:
+        return (torch.cat([self.layers(chunk) for chunk in x.split(2, dim=2)], 2),)
+
+
+def test_the_last_map_of_a_chunk_does_not_wait_for_the_other_chunks() -> None:
+    network = seeded(Narrowing)
+    most = []
+    for chunks in (1, 4):
+        cut = cut_of(network, 1, 2 * chunks)
+        sizes = {spec.name: prod(int(n) for n in spec.sized(1, 1, 1)) for spec in cut.program.maps}
+        most.append(most_alive(cut.program, sizes))
+        compare(network, cut, (1, 2 * chunks), (3, 4), 2)
+    assert most[1] <= 1.5 * most[0]  # kept until the end, it would be more than twice as much
 
 
 def test_chunks_run_one_after_the_other_and_share_their_parts() -> None:
