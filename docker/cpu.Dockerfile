@@ -6,12 +6,14 @@
 #       reconstruct ct.nii.gz -o recon.nii.gz
 #
 # This file was checked with hadolint; the image was not built.
-FROM python:3.12-slim-bookworm AS build
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[cpu,serve]'
 
-FROM python:3.12-slim-bookworm
+FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/fvae /opt/fvae
 # A new volume takes its owner from the folder in the image.
 RUN useradd --uid 10001 --create-home fvae && \
