@@ -5,7 +5,11 @@
 #   docker run --rm --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:cpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz
 #
-# This file was checked with hadolint; the image was not built.
+# A registry of your own: --build-arg PYTHON_IMAGE=registry.local/python:3.12-slim-bookworm. It may be
+# any image with Python 3.11 or later and its module venv.
+#
+# Built with buildah on Debian 12 with Python 3.11 (1.06 GB), and run by runc as user 10001 on a read-only
+# root: phantom, reconstruct, generate, doctor, and serve with a job. The default image was not at hand.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

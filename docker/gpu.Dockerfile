@@ -6,6 +6,8 @@
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:gpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz --model bundle --engine tensorrt --device cuda -p fp16
 #
+# A registry of your own: --build-arg PYTHON_IMAGE=registry.local/python:3.12-slim-bookworm.
+#
 # The host provides the driver (NVIDIA Container Toolkit); pip installs the CUDA libraries. This file
 # was checked with hadolint; the image was not built.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
