@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("organs", type=Path, help="a folder of label maps, .nii.gz")
     parser.add_argument("--window", type=int, default=3, help="latent frames")
     parser.add_argument("--held-out", type=int, default=3, help="scans to test on, the last ones")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-2)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
