@@ -1,7 +1,7 @@
-r"""A VAE of your own in thirty lines, its training in a second, and the factory that fvae calls.
+r"""A small VAE, its training in a second, and the factory that fvae calls.
 
-    python examples/block_vae.py ct.nii.gz -o weights.safetensors
-    PYTHONPATH=examples fvae export -m block_vae:vae --weights weights.safetensors --window 16 -o mine
+    cp examples/block_vae.py . && python block_vae.py ct.nii.gz -o weights.safetensors
+    fvae export -m block_vae:vae --weights weights.safetensors --window 16 -o mine
     fvae reconstruct ct.nii.gz -o recon.nii.gz --model mine
 
 The network is linear: a block of 4x8x8 voxels becomes 16 numbers and comes back. Its weights are

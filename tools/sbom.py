@@ -31,7 +31,7 @@ from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fetch_vendor import PACKAGES  # noqa: E402
+from fetch_vendor import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 VENDORED = {"swagger-ui-dist": "Apache-2.0", "@niivue/niivue": "BSD-2-Clause"}

@@ -198,10 +198,12 @@ def test_a_refusal_comes_before_the_upload(proxy, server, certificate, token, le
     secret = server.token if token == "right" else "wrong"
     head = "POST /v1/reconstruct HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Authorization: Bearer {secret}\r\nContent-Length: {length}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=15) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as connection:
-            connection.sendall(head.encode())
-            first = connection.recv(64)
+    with (
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=15) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(head.encode())
+        first = connection.recv(64)
     assert first.split()[1] == status
 
 
