@@ -1,8 +1,9 @@
 # make demo    encode and decode a CT, generate another one, draw both (CT=path: use your own CT)
 # make test    check a change before it is accepted: format, lint, types, tests
-# make e2e     tests that need Debian packages (Orthanc, Chromium, npm) or minutes; run as root
+# make e2e     tests that need Debian packages (Orthanc, nginx, Chromium, npm) or minutes; run as root
 # make page    fetch NiiVue and Swagger UI, at fixed versions, for the page of fvae serve (needs npm)
 # make docs    build the documentation as a site in build/site; warnings are errors
+# make sbom    list all dependencies with their licences, as a table and as CycloneDX, in build/sbom
 # make dist    build the sdist and the wheel in dist/, with the files of make page in both
 # make bench   measure throughput and peak memory of every engine that runs here
 # make clean   remove .venv, demo/, dist/ and caches
@@ -25,7 +26,7 @@ SHAPE ?= 256,256,160
 FINDINGS ?= nodule in the right lung
 export CT SHAPE FINDINGS
 
-.PHONY: demo test check e2e docs page dist bench clean
+.PHONY: demo test check e2e docs page sbom dist bench clean
 
 # Old results are removed by name: a file of yours in demo/ stays.
 demo: .venv/installed-base
@@ -67,7 +68,7 @@ test: .venv/installed-dev
 check: test
 
 # Only missing packages are installed. Any npm will do, so Debian's is added only if there is none.
-DEBIAN := chromium dicom3tools orthanc orthanc-dicomweb prometheus $(shell command -v npm >/dev/null || echo npm)
+DEBIAN := chromium dicom3tools nginx orthanc orthanc-dicomweb prometheus $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
@@ -80,15 +81,19 @@ e2e: .venv/installed-dev
 docs: .venv/installed-dev
 	$(BIN)/mkdocs build -q --strict
 
+sbom: .venv/installed-dev
+	$(BIN)/python tools/sbom.py -o build/sbom
+
 page: fvae_deploy/server/page/vendor/niivue.umd.js
 
 fvae_deploy/server/page/vendor/niivue.umd.js: tools/fetch_vendor.py
 	$(PYTHON) tools/fetch_vendor.py
 
-# The wheel is built from the sdist, so files left in build/ do not get into it.
+# The wheel is built from the sdist, so files left in build/ do not get into it. Both are the same
+# bytes for the same commit.
 dist: page | .venv/bin/python
 	@$(PIP) 'build>=1.2'
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python tools/build_dist.py -o dist
 
 bench: .venv/installed-dev
 	$(BIN)/fvae bench --peer tools/train_tiny/tiny.safetensors

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-PAGES += [str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*/README.md")]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [
+    str(path.relative_to(ROOT))
+    for pattern in ("docs/*.md", "docs/tutorials/*.md", "tools/*/README.md")
+    for path in ROOT.glob(pattern)
+]
 
 
 @dataclass(frozen=True)

@@ -240,19 +240,20 @@ def doctor(terminal: Terminal) -> None:
     Example: `fvae doctor`
     """
     from fvae_deploy.engines.base import AUTO, ENGINES, choose, obstacle, precisions
-    from fvae_deploy.engines.devices import problems, remarks
+    from fvae_deploy.engines.devices import CHECKS, problems, remarks
     from fvae_deploy.stream.report import machine
 
     facts = machine()
     terminal.print(f"fvae {__version__}, Python {facts['python']}, {facts['system']}")
     terminal.print(f"{facts['cores']} cores, {facts['processor']}")
     terminal.print("on the CPU:")
-    for name in AUTO["cpu"]:
+    added = [name for name in ENGINES if name not in CHECKS]  # by a program, in this process
+    for name in (*AUTO["cpu"], *added):
         problem = obstacle(name)
         verdict = f"runs: {', '.join(precisions(name))}" if problem is None else problem
         terminal.print(f"  {name:12} {verdict}")
     terminal.print("on a GPU (of these, the authors ran only torch on one, an H100):")
-    for name in ENGINES:
+    for name in CHECKS:
         device = "gpu" if name == "openvino" else "cuda"
         lacking = problems(name) or ["nothing is missing: fvae selftest --gpu tries it"]
         for i, line in enumerate([*lacking, *remarks(name)]):

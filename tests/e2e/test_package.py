@@ -126,6 +126,30 @@ def test_sdist_and_tree_give_the_same_wheel(built: dict[str, Path]) -> None:
     assert members(built["wheel"]) == members(built["wheel from the tree"])
 
 
+def test_two_builds_of_the_same_files_give_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "SOURCE_DATE_EPOCH", "1700000000")
+    for number, mask in enumerate((0o022, 0o077)):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(source, copy, symlinks=True, ignore=RESULTS, copy_function=shutil.copyfile)
+        if number:  # checked out at another time, by a careful user
+            for path in copy.rglob("*"):
+                os.utime(path, (1.5e9, 1.5e9), follow_symlinks=False)
+                if path.is_file() and not path.is_symlink():
+                    path.chmod(0o600)
+        before = os.umask(mask)
+        try:
+            tool = copy / "tools" / "build_dist.py"
+            run(sys.executable, tool, "-o", tmp_path / str(number), folder=tmp_path)
+        finally:
+            os.umask(before)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "01")
+    assert sorted(Path(name).suffix for name in one) == [".gz", ".whl"]
+    assert [name for name in one if one[name] != two[name]] == []
+    assert set(one) == set(two)
+
+
 def test_the_sdist_holds_no_tests_and_no_links(built: dict[str, Path]) -> None:
     with tarfile.open(built["sdist"]) as archive:
         inside = archive.getmembers()
