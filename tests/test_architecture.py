@@ -37,6 +37,7 @@ MAY: dict[str, set[str]] = {
 MAY["stream"] = {*LAYERS, "volume", "storage"}
 MAY["api"] = {*MAY["stream"], "stream"}
 MAY["images"] = {"api"}
+MAY["viewing"] = {*MAY["api"], "api"}
 MAY["training"] = {*MAY["stream"], "stream"}
 MAY["bench"] = {*MAY["api"], "api"}
 MAY["generation"] = {*MAY["bench"], "phantom"}
