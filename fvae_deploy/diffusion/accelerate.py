@@ -16,7 +16,6 @@ from fvae_deploy.stream.codec import Codec, open_codec
 if TYPE_CHECKING:
     from fvae_deploy.diffusion.engine_vae import EngineVAE
 
-CLASSES = ("AutoencoderKL",)
 EXACT = 1e-3  # of the largest value: how far float32 results may lie apart
 ROUNDED = 0.1  # the same where either side computes in half precision
 Pipeline = TypeVar("Pipeline")
@@ -33,8 +32,8 @@ def accelerate(
 ) -> Pipeline:
     """Replace the VAE of a diffusers pipeline by the same network in an engine of fvae.
 
-    The first time, the VAE is exported, which takes torch's exporter a minute or more. A small
-    picture then goes through both, and a VAE whose results differ is not replaced.
+    The first time, the VAE is exported, in a minute or more. A small picture then goes through
+    both, and a VAE whose results differ is not replaced.
 
     Parameters
     ----------
@@ -67,11 +66,7 @@ def accelerate(
     vae: Any = getattr(pipeline, "vae", None)
     if isinstance(vae, EngineVAE):
         return pipeline
-    if type(vae).__name__ not in CLASSES:
-        raise UsageError(
-            f"expected a pipeline whose vae is an {CLASSES[0]}, found {type(vae).__name__}: use "
-            "the pipeline as it is"
-        )
+    _check_class(vae)
     codec = open_codec(
         _bundle(vae, bundle), engine=engine, precision=precision, device=device, threads=threads
     )
@@ -83,6 +78,14 @@ def accelerate(
         raise
     pipeline.vae = replaced  # type: ignore[attr-defined]
     return pipeline
+
+
+def _check_class(vae: Any) -> None:
+    if type(vae).__name__ != "AutoencoderKL":
+        raise UsageError(
+            f"expected a pipeline whose vae is an AutoencoderKL, found {type(vae).__name__}: use "
+            "the pipeline as it is"
+        )
 
 
 def _bundle(vae: Any, bundle: str | Path | None) -> str | Path:

@@ -69,7 +69,7 @@ def fingerprint(vae: Any) -> str:
     for name, tensor in sorted(_state(vae).items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
-        found.update(flat.view(torch.uint8).numpy())
+        found.update(flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
