@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fvae_deploy.errors import BundleError, UsageError
 from fvae_deploy.optional import require
 from fvae_deploy.storage.cache import cache_folder
-from fvae_deploy.stream.codec import Codec, open_codec
+from fvae_deploy.stream.codec import BUILT_IN, Codec, open_codec
 
 if TYPE_CHECKING:
     from fvae_deploy.diffusion.engine_vae import EngineVAE
@@ -93,7 +93,8 @@ def _bundle(vae: Any, bundle: str | Path | None) -> str | Path:
 
     if bundle is None:
         return kept_bundle(vae, cache_folder() / "pipelines")
-    if not str(bundle).startswith("hf:") and not Path(bundle).exists():
+    named = str(bundle).startswith("hf:") or (BUILT_IN / str(bundle)).exists()
+    if not named and not Path(bundle).exists():
         export_moments(vae, Path(bundle))
     return bundle
 

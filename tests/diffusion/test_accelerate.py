@@ -146,7 +146,8 @@ def test_a_vae_is_exported_once_and_another_one_anew(cache):
     assert len(list((cache / "pipelines").iterdir())) == len(before) + 1
 
 
-def test_a_bundle_has_a_folder_of_its_own_and_must_be_that_of_the_pipeline(tmp_path):
+def test_a_bundle_has_a_folder_of_its_own_and_must_be_that_of_the_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     fvae.accelerate(tiny_pipeline(TEXT), bundle=tmp_path / "vae")
     weights = (tmp_path / "vae" / "weights.safetensors").stat().st_mtime_ns
     again = fvae.accelerate(tiny_pipeline(TEXT), bundle=str(tmp_path / "vae"))
@@ -164,6 +165,7 @@ def test_a_bundle_has_a_folder_of_its_own_and_must_be_that_of_the_pipeline(tmp_p
         BundleError, match=r"found tiny at .* with a lean_vae network of other sizes"
     ):
         fvae.accelerate(other, bundle="tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
 def test_what_cannot_be_accelerated_is_refused():
