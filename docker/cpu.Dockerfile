@@ -5,13 +5,19 @@
 #   docker run --rm --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:cpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz
 #
-# This file was checked with hadolint; the image was not built.
-FROM python:3.12-slim-bookworm AS build
+# A registry of your own: --build-arg PYTHON_IMAGE=registry.local/python:3.12-slim-bookworm. It may be
+# any image with Python 3.11 or later and its module venv.
+#
+# Built with buildah on Debian 12 with Python 3.11 (1.06 GB), and run by runc as user 10001 on a read-only
+# root: phantom, reconstruct, generate, doctor, and serve with a job. The default image was not at hand.
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[cpu,serve]'
 
-FROM python:3.12-slim-bookworm
+FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/fvae /opt/fvae
 # A new volume takes its owner from the folder in the image.
 RUN useradd --uid 10001 --create-home fvae && \

@@ -6,15 +6,19 @@
 #   docker run --rm --gpus all --read-only --tmpfs /tmp -u "$(id -u)" -v "$PWD:/data" fvae:gpu \
 #       reconstruct ct.nii.gz -o recon.nii.gz --model bundle --engine tensorrt --device cuda -p fp16
 #
+# A registry of your own: --build-arg PYTHON_IMAGE=registry.local/python:3.12-slim-bookworm.
+#
 # The host provides the driver (NVIDIA Container Toolkit); pip installs the CUDA libraries. This file
 # was checked with hadolint; the image was not built.
-FROM python:3.12-slim-bookworm AS build
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY . .
 # The gpu extra brings onnxruntime-gpu. Never add onnxruntime: the two overwrite each other.
 RUN python -m venv /opt/fvae && /opt/fvae/bin/pip install --no-cache-dir '.[gpu,serve]'
 
-FROM python:3.12-slim-bookworm
+FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/fvae /opt/fvae
 # A new volume takes its owner from the folder in the image.
 RUN useradd --uid 10001 --create-home fvae && \

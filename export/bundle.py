@@ -298,6 +298,20 @@ def origin_of(folder: Path) -> str | None:
         return "a hub"  # whatever the file says, it is only written by a pull
 
 
+def own_files(folder: Path) -> str:
+    """Return a pattern of the relative paths of a bundle's files, as its manifest names them.
+
+    Engines that were built for it are among them. Only the list of files is read, so that a bundle
+    of another version can be replaced too; of a damaged manifest, only its own name is returned.
+    """
+    try:
+        names = list(map(str, json.loads((folder / FILENAME).read_bytes())["files"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        names = []
+    listed = "|".join(map(re.escape, (FILENAME, ORIGIN, *names)))
+    return rf"{listed}|engines/\w+/(timings|\w+/[\w.-]+\.(engine|json))"
+
+
 def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in blocks."""
     with path.open("rb") as file:

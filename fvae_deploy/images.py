@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as typed_nibabel
 import numpy as np
@@ -24,6 +24,7 @@ from fvae_deploy import api
 from fvae_deploy.errors import UsageError, VolumeError
 
 nibabel: Any = typed_nibabel  # most of its functions have no types
+Image = TypeVar("Image")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class _Kind:
     read: Callable[[Path], Any]
 
 
-def reconstruct_image(image: Any, **options: Any) -> Any:
+def reconstruct_image(image: Image, **options: Any) -> Image:
     """Encode and decode a CT; return an image of the same kind in the same place.
 
     Parameters
@@ -55,7 +56,8 @@ def reconstruct_image(image: Any, **options: Any) -> Any:
     with _file(kind, image) as source:
         target = source.with_name(f"result{kind.suffix}")
         api.reconstruct(source, target, **options)
-        return kind.read(target)
+        result: Image = kind.read(target)
+        return result
 
 
 def encode_image(image: Any, output: str | Path, **options: Any) -> dict[str, Any]:

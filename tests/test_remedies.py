@@ -287,6 +287,11 @@ REMEDIES = {
         f"decode {{f}}/z.zarr -o {{f}}/new.nii {F} --slices 4:6",
     ),
     "Ray for one scan": Remedy("leave --ray out", f"{CT} --ray local:1", CT),
+    "workers on a GPU": Remedy(
+        "leave --workers out",
+        f"encode {{f}}/corrected -o {{f}}/outs {F} --workers 2 --device cuda",
+        f"encode {{f}}/corrected -o {{f}}/outs {F}",
+    ),
     "one output for several files": Remedy(
         "give a folder as --output for all",
         f"reconstruct {{f}}/corrected -o {{f}}/new.nii {F}",
@@ -479,6 +484,9 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "use --precision fp32",
     ),
     "a class of Python, tried in tests/training": ("create some with fvae encode",),
+    "a worker that is killed; tried in tests/batch/test_processes.py": (
+        "lower --memory or --workers",
+    ),
     "a network whose latents exceed float16; tried in tests/stream": (
         "pass --latent-dtype float32",
     ),

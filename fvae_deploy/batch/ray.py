@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fvae_deploy.batch.run import ScanResult, open_for_batch, open_scan, run_scan, silent
+from fvae_deploy.batch.run import ScanResult, Worker
 from fvae_deploy.batch.scans import Scan
 from fvae_deploy.errors import EngineError, UsageError, VolumeError
 from fvae_deploy.optional import require
@@ -25,19 +25,6 @@ from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.volume.open import check_output
 
 RETRIES = 3  # per scan, after its worker died
-
-
-class Worker:
-    """A Ray actor: one engine, one scan at a time."""
-
-    def __init__(self, verb: str, scans: list[Scan], options: RunOptions) -> None:
-        self._verb, self._options = verb, options
-        self._codec = open_for_batch(verb, scans, options)
-
-    def run(self, scan: Scan) -> ScanResult:
-        """Run one scan."""
-        opened = open_scan(self._verb, scan, self._options)
-        return run_scan(self._verb, scan, opened, self._codec, self._options, silent)
 
 
 def run_on_ray(

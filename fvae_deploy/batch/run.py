@@ -108,6 +108,19 @@ def run_scans(
     return results
 
 
+class Worker:
+    """One of several that run the scans of a batch: one engine, one scan at a time."""
+
+    def __init__(self, verb: str, scans: list[Scan], options: RunOptions) -> None:
+        self._verb, self._options = verb, options
+        self._codec = open_for_batch(verb, scans, options)
+
+    def run(self, scan: Scan) -> ScanResult:
+        """Run one scan."""
+        opened = open_scan(self._verb, scan, self._options)
+        return run_scan(self._verb, scan, opened, self._codec, self._options, silent)
+
+
 def open_for_batch(verb: str, scans: list[Scan], options: RunOptions) -> Codec:
     """Open the codec of a batch; for decode, with the model named in the first readable store."""
     model = options.model or api.MODEL

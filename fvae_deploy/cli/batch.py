@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,27 @@ if TYPE_CHECKING:
     from fvae_deploy.batch.run import ScanResult
     from fvae_deploy.batch.scans import Scan
 
-__all__ = ["is_batch", "only_scan", "run_batch"]
+__all__ = ["Spread", "is_batch", "only_scan", "run_batch"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the scans of a batch run: on Ray, in processes of this machine, or in this process."""
+
+    ray: str | None
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        if self.ray is not None and self.workers is not None:
+            raise UsageError("expected --ray or --workers, found both: leave one of them out")
+
+    def check_one_scan(self) -> None:
+        """Raise UsageError if it was given for one scan."""
+        for name in ("ray", "workers"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"expected a batch with --{name}, found one scan: leave --{name} out"
+                )
 
 
 def run_batch(
@@ -27,7 +48,7 @@ def run_batch(
     extension: str,
     options: RunOptions,
     terminal: Terminal,
-    ray: str | None,
+    spread: Spread,
     report: Path | None,
     dry_run: bool,
 ) -> None:
@@ -48,7 +69,7 @@ def run_batch(
 
     make_folders(output)
     begin = time.perf_counter()
-    results = _run(verb, scans, options, terminal, ray)
+    results = _run(verb, scans, options, terminal, spread)
     content = summary(verb, results, time.perf_counter() - begin)
     content["not_taken"] = [one.to_dict() for one in untaken]
     note = output / f"fvae-{verb}.json"
@@ -61,12 +82,16 @@ def run_batch(
 
 
 def _run(
-    verb: str, scans: list[Scan], options: RunOptions, terminal: Terminal, ray: str | None
+    verb: str, scans: list[Scan], options: RunOptions, terminal: Terminal, spread: Spread
 ) -> list[ScanResult]:
-    if ray is not None:
+    if spread.ray is not None:
         from fvae_deploy.batch.ray import run_on_ray
 
-        return run_on_ray(ray, verb, scans, options, say=terminal.say)
+        return run_on_ray(spread.ray, verb, scans, options, say=terminal.say)
+    if spread.workers is not None:
+        from fvae_deploy.batch.processes import run_in_processes
+
+        return run_in_processes(spread.workers, verb, scans, options, say=terminal.say)
     from fvae_deploy.batch.run import run_scans
 
     with terminal.progress_bars() as bars:

@@ -60,11 +60,12 @@ def pull(
     Example: `fvae pull hf:OWNER/NAME -o bundle`
     """
     require("huggingface_hub", extra="hub")
+    from fvae_deploy.export.bundle import own_files
     from fvae_deploy.export.hub_bundles import pull as run
     from fvae_deploy.export.model_card import licence_of
     from fvae_deploy.storage.folders import new_folder
 
-    with new_folder(output, overwrite=overwrite, marker="manifest.json") as folder:
+    with new_folder(output, overwrite=overwrite, own=own_files) as folder:
         bundle, commit = run(place, folder, terminal.say)
     terminal.print(
         f"{output}: {bundle.name} of commit {commit}, all {len(bundle.files)} hashes right; "

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fvae_deploy.cli import data, deploy, generate, hub, kernels, networks, report, score, serve
-from fvae_deploy.cli.batch import is_batch, only_scan, run_batch
+from fvae_deploy.cli.batch import Spread, is_batch, only_scan, run_batch
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.cli.options import (
@@ -28,6 +28,7 @@ from fvae_deploy.cli.options import (
     Report,
     Verbose,
     Version,
+    Workers,
     or_list,
 )
 from fvae_deploy.cli.streams import failure, make_lasting
@@ -83,6 +84,7 @@ def encode(
     ] = None,
     list_: ListSeries = False,
     ray: Ray = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     report: Report = None,
 ) -> None:
@@ -94,10 +96,11 @@ def encode(
         _list(ct, terminal, report)
         return
     assert output is not None  # or --list
+    spread = Spread(ray, workers)
     if is_batch(ct, output):
-        run_batch("encode", ct, output, ".zarr", options, terminal, ray, report, dry_run)
+        run_batch("encode", ct, output, ".zarr", options, terminal, spread, report, dry_run)
         return
-    _run_one("encode", ct, output, options, terminal, ray, report, dry_run)
+    _run_one("encode", ct, output, options, terminal, spread, report, dry_run)
 
 
 @command(
@@ -127,6 +130,7 @@ def decode(
     ] = None,
     extension: Extension = ".nii.gz",
     ray: Ray = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     report: Report = None,
 ) -> None:
@@ -134,15 +138,15 @@ def decode(
 
     Example: `fvae decode ct.zarr -o crop.nii.gz --slices 100:140`; batch: `fvae decode lat -o cts`
     """
-    wanted = slice_range(slices) if slices else None
+    wanted, spread = slice_range(slices) if slices else None, Spread(ray, workers)
     if is_batch(latents, output):
         if wanted:
             raise UsageError(
                 "expected one latent store with --slices, found a batch: leave --slices out"
             )
-        run_batch("decode", latents, output, extension, options, terminal, ray, report, dry_run)
+        run_batch("decode", latents, output, extension, options, terminal, spread, report, dry_run)
         return
-    _check_no_ray(ray)
+    spread.check_one_scan()
     from fvae_deploy import api
     from fvae_deploy.storage.latents import LatentReader
 
@@ -178,6 +182,7 @@ def reconstruct(
     list_: ListSeries = False,
     extension: Extension = ".nii.gz",
     ray: Ray = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     report: Report = None,
 ) -> None:
@@ -189,14 +194,15 @@ def reconstruct(
         _list(ct, terminal, report)
         return
     assert output is not None  # or --list
+    spread = Spread(ray, workers)
     if is_batch(ct, output):
-        run_batch("reconstruct", ct, output, extension, options, terminal, ray, report, dry_run)
+        run_batch("reconstruct", ct, output, extension, options, terminal, spread, report, dry_run)
         return
     if options.resume and is_remote(output):
         raise UsageError(
             "expected an output on disk with --resume, found a URL: choose a local path"
         )
-    _run_one("reconstruct", ct, output, options, terminal, ray, report, dry_run)
+    _run_one("reconstruct", ct, output, options, terminal, spread, report, dry_run)
 
 
 def _run_one(
@@ -205,12 +211,12 @@ def _run_one(
     output: Path,
     options: RunOptions,
     terminal: Terminal,
-    ray: str | None,
+    spread: Spread,
     report: Path | None,
     dry_run: bool,
 ) -> None:
     """Encode or reconstruct one CT, which may come from a DICOMweb server."""
-    _check_no_ray(ray)
+    spread.check_one_scan()
     from fvae_deploy import api
     from fvae_deploy.volume.open import open_volume
 
@@ -241,11 +247,6 @@ def _list(ct: Path, terminal: Terminal, report: Path | None) -> None:
     terminal.show(series_table(facts))
     for remark in remarks:
         terminal.print(remark)
-
-
-def _check_no_ray(ray: str | None) -> None:
-    if ray is not None:
-        raise UsageError("expected a batch with --ray, found one scan: leave --ray out")
 
 
 Clipped = Annotated[

@@ -111,6 +111,7 @@ def export(
     Example: `fvae export -m wan2.1 -o wan21`
     """
     require("torch", "onnx", "onnxscript", "safetensors", "diffusers", "transformers")
+    from fvae_deploy.export.bundle import own_files
     from fvae_deploy.export.generators import is_generator
     from fvae_deploy.export.sources import Foreign
     from fvae_deploy.storage.folders import new_folder
@@ -123,8 +124,7 @@ def export(
     else:
         given = {"--config": bool(config), "--text": bool(text), "--generator": bool(generator)}
         _check_absent(given, f"a VAE, {model}")
-    foreign = (weights, window, _range(value_range))
-    with new_folder(output, overwrite=overwrite, marker="manifest.json") as folder:
+    with new_folder(output, overwrite=overwrite, own=own_files) as folder:
         if is_generator(Path(model)):
             more = {"config": config, "text": text, "generator": generator}
             _export_generator(Path(model), folder, name, opset, terminal, **more)
@@ -132,7 +132,7 @@ def export(
             facts: dict[str, Any] = {
                 "channels": channels,
                 "hu_window": hu_window,
-                "foreign": Foreign(*foreign),
+                "foreign": Foreign(weights, window, _range(value_range)),
             }
             _export_vae(model, folder, name, opset, terminal, **facts)
 

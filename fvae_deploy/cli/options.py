@@ -268,6 +268,15 @@ Ray = Annotated[
         "--ray", help="Batch mode on Ray: address of a cluster, or local:N for N local workers."
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Batch mode in this many processes, each with a share of the cores. With --memory, "
+        "the budget of each.",
+    ),
+]
 Extension = Annotated[
     str, typer.Option("--extension", help="Batch mode: file extension of the outputs.")
 ]

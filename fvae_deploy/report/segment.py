@@ -26,7 +26,8 @@ def check_installed() -> None:
 def segment(found: Survey, volume: Path, output: Path, noise: float = 0.0) -> Path:
     """Label the organs of a volume on the grid of `found`; return the label map, a NIfTI file.
 
-    `noise` of this deviation in HU is added first, for the segmenter's repeatability.
+    `noise` of this deviation in HU is added first, for the segmenter's repeatability. Raises
+    EngineError with the reason if TotalSegmentator fails.
     """
     from totalsegmentator.python_api import totalsegmentator
 
@@ -41,5 +42,12 @@ def segment(found: Survey, volume: Path, output: Path, noise: float = 0.0) -> Pa
         for slab in reader.slabs(depth):
             writer.write(with_noise(slab, z, noise))
             z += len(slab)
-    totalsegmentator(str(source), str(output), ml=True, quiet=True)
+    try:
+        totalsegmentator(str(source), str(output), ml=True, quiet=True)
+    except (Exception, SystemExit) as error:  # a program of its own: it raises whatever it likes
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise EngineError(
+            f"expected TotalSegmentator to label {volume}, found {reason}: run TotalSegmentator on "
+            "it alone, or pass --labels"
+        ) from error
     return output

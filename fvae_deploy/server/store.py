@@ -18,6 +18,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fvae_deploy.errors import VolumeError
+
+VERSION = 1  # of the tables; 0: those of fvae 0.1, which are the same
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, key TEXT, verb TEXT NOT NULL, kind TEXT NOT NULL,
@@ -73,14 +76,30 @@ class _Connection(sqlite3.Connection):
 
 
 class Store:
-    """Jobs, tokens and totals of one folder; safe to use from several threads and processes."""
+    """Jobs, tokens and totals of one folder; safe to use from several threads and processes.
+
+    Raises VolumeError for a store that is damaged, or that a later version of fvae has written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self._local = threading.local()
-        self._sql.executescript(SCHEMA)
+        try:
+            ((found,),) = self._rows("PRAGMA user_version")
+            if found <= VERSION:
+                self._sql.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION};")
+        except sqlite3.DatabaseError as error:
+            raise VolumeError(
+                f"expected a job store in {folder}, found: {error}: restore store.db, or choose "
+                "another --folder"
+            ) from None
+        if found > VERSION:
+            raise VolumeError(
+                f"expected a job store of version {VERSION} at most, found {found} in {folder}: "
+                "install the version of fvae that made it, or choose another --folder"
+            )
 
     @property
     def files(self) -> Path:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.volume.publish import Partial, publish_folder
+from fvae_deploy.volume.publish import Partial, foreign, publish_folder
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool, own: Callable[[Path], str]) -> Iterator[Path]:
     """Yield the folder to write, which takes the place of `path` at the end.
 
-    An existing folder is replaced only with `overwrite`, and only if it holds the file `marker`,
-    so that nothing else is ever removed. Raises BundleError otherwise.
+    An existing folder is replaced only with `overwrite`, and only if it holds nothing but what fvae
+    wrote: `own` returns the pattern of the relative paths of those files. So nothing of a user's is
+    ever removed. Raises BundleError otherwise.
     """
     if not os.path.lexists(path):
         yield path
@@ -25,10 +26,11 @@ def new_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         raise BundleError(
             f"expected a new folder, found {path} exists: choose another name or pass --overwrite"
         )
-    if not (path / marker).is_file():
+    other = foreign(path, own(path)) if path.is_dir() else path
+    if other is not None:
         raise BundleError(
-            f"expected a folder with {marker} to overwrite, found {path} without it: choose "
-            "another name"
+            f"expected only files of fvae in {path} to overwrite, found {other.name}: move it, or "
+            "choose another name"
         )
     path = Path(os.path.realpath(path))
     fresh = Partial(path, folder=True)

@@ -22,6 +22,7 @@ from fvae_deploy.export.hub_bundles import kept
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.storage.cache import cache_folder
 from fvae_deploy.stream import schedule
+from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.pieces import Pieces
 from fvae_deploy.stream.stages import CausalStream, whole_grids
 from fvae_deploy.stream.tiles import Grid
@@ -154,11 +155,11 @@ class Codec(Opened[Manifest]):
     @alone
     def encode(
         self,
-        frames: NDArray[np.float32],
+        frames: ModelFrames,
         *,
         k: int | None = None,
         grids: Mapping[str, Grid] | None = None,
-    ) -> Any:
+    ) -> LatentFrames:
         """Encode a clip [C, T, H, W] in the model's range to latents [D, t, h, w].
 
         C is the bundle's number of channels; H and W are multiples of its spatial factor. T may
@@ -183,11 +184,11 @@ class Codec(Opened[Manifest]):
     @alone
     def decode(
         self,
-        latents: NDArray[np.float32],
+        latents: LatentFrames,
         *,
         k: int | None = None,
         grids: Mapping[str, Grid] | None = None,
-    ) -> Any:
+    ) -> ModelFrames:
         """Decode latents [D, t, h, w] to a clip [C, 1 + 4 (t - 1), H, W] in the model's range.
 
         Raises VolumeError for another number of latent channels, or windows that are not whole.

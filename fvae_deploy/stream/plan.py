@@ -31,6 +31,7 @@ HEADROOM = 1.1  # allocators round up and keep some of what they freed
 SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
+SHARE = 0.6  # of the free memory that a run takes without a budget
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
 
 
@@ -78,7 +79,7 @@ def plan(
     tiles of those sizes. With `segments`, a stage that was cut may run in segments. Raises
     PlanError with the least budget that is enough, or if no tile of a stage fits the plane.
     """
-    budget = int(0.6 * available_bytes()) if memory is None else memory
+    budget = int(SHARE * available_bytes()) if memory is None else memory
     stages = [
         Stage.of(
             manifest,

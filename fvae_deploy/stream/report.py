@@ -138,6 +138,13 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     }
 
 
+def cores() -> tuple[int, ...]:
+    """Return the numbers of the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
 def machine() -> dict[str, Any]:
     """Return the facts of this machine and the versions of the packages in use."""
     versions = {}
@@ -149,9 +156,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(cores()),
         "python": platform.python_version(),
         "packages": versions,
     }

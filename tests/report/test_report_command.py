@@ -235,6 +235,36 @@ def test_the_report_replaces_no_input(fvae, fake, tmp_path):
     assert "apart from the input" in err
 
 
+def stand_in(monkeypatch, function):
+    """Install a module that is called as TotalSegmentator is."""
+    module = types.ModuleType("totalsegmentator.python_api")
+    module.totalsegmentator = function
+    parent = types.ModuleType("totalsegmentator")
+    parent.__spec__ = types.SimpleNamespace(name="totalsegmentator")
+    monkeypatch.setitem(sys.modules, "totalsegmentator", parent)
+    monkeypatch.setitem(sys.modules, "totalsegmentator.python_api", module)
+
+
+@pytest.mark.parametrize("error", [ValueError("no weights\nat all"), SystemExit("no network")])
+def test_a_segmenter_that_fails_gives_one_line(fvae, tmp_path, monkeypatch, error):
+    def totalsegmentator(source, output, ml, quiet):
+        raise error
+
+    stand_in(monkeypatch, totalsegmentator)
+    for name in ("a.nii", "b.nii"):
+        store(tmp_path / name, body(QUICK))
+    r = tmp_path / "r.html"
+    code, _, err = fvae(
+        "report", tmp_path / "a.nii", "-r", tmp_path / "b.nii", "--segment", "-o", r
+    )
+    assert code == 3  # no scan could be judged
+    assert f"found {type(error).__name__} no " in err
+    assert "Traceback" not in err
+    assert (
+        type(error).__name__ in json.loads(r.with_suffix(".json").read_text())["scans"][0]["error"]
+    )
+
+
 def test_segment_lets_totalsegmentator_label_both_volumes(fvae, tmp_path, monkeypatch):
     """With a stand-in that labels what exceeds 20 HU; the original is labelled twice."""
     import nibabel
@@ -248,12 +278,7 @@ def test_segment_lets_totalsegmentator_label_both_volumes(fvae, tmp_path, monkey
         labels = ((hu > 20) & (hu < 300)).astype(np.uint8) * 5
         nibabel.save(nibabel.Nifti1Image(labels, image.affine), output)
 
-    module = types.ModuleType("totalsegmentator.python_api")
-    module.totalsegmentator = totalsegmentator
-    parent = types.ModuleType("totalsegmentator")
-    parent.__spec__ = types.SimpleNamespace(name="totalsegmentator")
-    monkeypatch.setitem(sys.modules, "totalsegmentator", parent)
-    monkeypatch.setitem(sys.modules, "totalsegmentator.python_api", module)
+    stand_in(monkeypatch, totalsegmentator)
     a = body(QUICK)
     store(tmp_path / "a.nii", a)
     store(tmp_path / "b.nii", (a + 30 * ball(QUICK, (4, 50, 30), 9)).astype(np.int16))

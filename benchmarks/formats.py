@@ -1,0 +1,92 @@
+"""Copy, encode and reconstruct one CT in every format, and measure what the format costs.
+
+    python benchmarks/formats.py                        # 512x512x1200
+    python benchmarks/formats.py --shape 512,512,300 --format nii --format nii.gz
+
+A synthetic torso is drawn once. `copy` reads it and writes it in slabs of 16 slices, in the same
+format. `encode` and `reconstruct` are commands, program start included; their `waited` is what the
+network's thread did not compute: it waited for slices to be read or written, and for the start.
+Each cell is one run. The page cache is warm for reading; writing ends with a flush to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fvae_deploy.phantom.torso import write_phantom
+from fvae_deploy.stream.report import machine
+from fvae_deploy.volume.open import create_volume, open_volume
+
+FORMATS = ("nii", "nii.gz", "nrrd", "mha", "zarr", "dcm")
+SLAB = 16  # slices
+HEADINGS = (
+    "format", "GB", "copy, s", "encode, s", "waited, s", "peak MiB",
+    "reconstruct, s", "waited, s", "peak MiB",
+)  # fmt: skip
+
+
+def copy(source: Path, target: Path) -> float:
+    """Write a volume in the format of the target's suffix; returns seconds."""
+    begin = time.perf_counter()
+    reader = open_volume(source)
+    try:
+        with create_volume(target, reader.geometry) as writer:
+            for slab in reader.slabs(SLAB):
+                writer.write(slab)
+    finally:
+        reader.close()
+    return time.perf_counter() - begin
+
+
+def command(verb: str, source: Path, output: Path, model: str) -> tuple[float, float, float]:
+    """Run a command; returns seconds, of these not computing, and its peak in MiB."""
+    report = output.with_name(f"{verb}.json")
+    words = [verb, source, "-o", output, "--model", model, "--json", report, "--overwrite", "-q"]
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fvae_deploy", *map(str, words)], check=True)
+    seconds = time.perf_counter() - begin
+    facts = json.loads(report.read_text())
+    busy = sum(facts["seconds"].get(stage, 0.0) for stage in ("encode", "decode"))
+    return seconds, seconds - busy, facts["memory"]["peak_rss_bytes"] / 2**20
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def main() -> None:
+    """Print the table, a row after each format."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-m", "--model", default="tiny", help="built-in name or bundle")
+    parser.add_argument("--shape", default="512,512,1200")
+    parser.add_argument("--format", action="append", choices=FORMATS)
+    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
+    options = parser.parse_args()
+    x, y, z = (int(n) for n in options.shape.split(","))
+    print(f"{options.shape}, {machine()['processor']}, {machine()['cores']} cores")
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        drawn = folder / "drawn.nii"
+        write_phantom(drawn, (x, y, z))
+        for suffix in options.format or FORMATS:
+            source, output = folder / f"ct.{suffix}", folder / f"recon.{suffix}"
+            copy(drawn, source)
+            copied = copy(source, output)
+            row = [suffix, f"{size_of(source) / 1e9:.2f}", f"{copied:.1f}"]
+            for verb, target in (("encode", folder / "latents.zarr"), ("reconstruct", output)):
+                seconds, waited, peak = command(verb, source, target, options.model)
+                row += [f"{seconds:.1f}", f"{waited:.1f}", f"{peak:.0f}"]
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
