@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from fvae_deploy.engines.base import check_inputs
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.bundle import Bundle, Part
+from fvae_deploy.export.bundle import Bundle, Part, origin_of
 from fvae_deploy.export.cut.cutter import cut_part
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.models.family import ON_KERNELS, fill, on_kernels, rebuild
@@ -60,6 +60,7 @@ class EagerEngine:
         # Reported: `triton` for the hand-written kernels, `reference` for torch's operations.
         uses_kernels = self._kernels.triton and manifest.network.family in ON_KERNELS
         self.kernels = "triton" if uses_kernels else "reference"
+        _check_code(bundle, manifest)
         self._manifest = manifest
         self._weights = bundle / "weights.safetensors"
         self._empty = rebuild(manifest)
@@ -143,6 +144,17 @@ class EagerEngine:
             self._device, self._dtype if kind == "float32" else torch.int64
         )
         return tensor
+
+
+def _check_code(bundle: Path, manifest: Bundle) -> None:
+    """Raise EngineError for a pulled bundle whose network torch would build with other code."""
+    origin = origin_of(bundle)
+    if manifest.network.family == "any_torch" and origin is not None:
+        raise EngineError(
+            f"expected a network that fvae can build, found {manifest.name} from {origin}, for "
+            "which torch would run code that the bundle only names: use --engine openvino or "
+            "onnxruntime"
+        )
 
 
 def open(

@@ -26,6 +26,7 @@ from fvae_deploy.errors import BundleError
 
 SCHEMA = 3
 FILENAME = "manifest.json"
+ORIGIN = "origin.json"  # in a bundle that was pulled from a hub, and in no other
 
 # A part with more multiply-adds per latent cell is heavy: compiling it and allocating its working
 # memory again cost little compared with a run, so neither is kept while other parts run.
@@ -261,17 +262,19 @@ class Bundle:
 
     def verify(self, folder: Path) -> None:
         """Compare every file's sha256; raises BundleError for the first that differs."""
+        pulled = origin_of(folder) is not None
+        remedy = "remove the folder and fetch it" if pulled else "export the bundle"
         for name, expected in self.files.items():
             try:
                 digest = sha256(folder / name)
             except OSError as error:
                 raise BundleError(
-                    f"expected {name} in bundle {folder}, found {error.strerror}: export it again"
+                    f"expected {name} in bundle {folder}, found {error.strerror}: {remedy} again"
                 ) from None
             if digest != expected:
                 raise BundleError(
                     f"expected sha256 {expected[:12]}… of {name} in bundle {folder}, found "
-                    f"{digest[:12]}…: the file was changed or damaged, export the bundle again"
+                    f"{digest[:12]}…: the file was changed or damaged, {remedy} again"
                 )
 
 
@@ -281,6 +284,18 @@ def kind_of(folder: Path) -> str:
         return str(json.loads((folder / FILENAME).read_bytes())["kind"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
+
+
+def origin_of(folder: Path) -> str | None:
+    """Return from where a bundle was pulled, as hf:OWNER/NAME@COMMIT; None if it was exported."""
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    try:
+        origin = json.loads(path.read_bytes())
+        return f"{origin['id']}@{origin['revision']}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "a hub"  # whatever the file says, it is only written by a pull
 
 
 def own_files(folder: Path) -> str:
@@ -293,7 +308,7 @@ def own_files(folder: Path) -> str:
         names = list(map(str, json.loads((folder / FILENAME).read_bytes())["files"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         names = []
-    listed = "|".join(map(re.escape, (FILENAME, *names)))
+    listed = "|".join(map(re.escape, (FILENAME, ORIGIN, *names)))
     return rf"{listed}|engines/\w+/(timings|\w+/[\w.-]+\.(engine|json))"
 
 

@@ -152,6 +152,7 @@ class GeneratorManifest(Bundle):
             )
             == 1,
             "a shift and a scale for every channel": len(lengths) == 1 and min(lengths) > 0,
+            "a VAE that is not on a hub": not self.vae.startswith("hf:"),  # never a download
             "a window of at least 2 frames": self.window >= 2,
             "a plane, steps and an eta of at least 1, 1 and 0": min(*self.plane, self.steps) >= 1
             and self.eta >= 0,

@@ -90,32 +90,50 @@ def fetch(
     Raises BundleError.
     """
     place = parse(text)
-    hub = _library()
+    hub = library()
     offline = hub.constants.HF_HUB_OFFLINE
-    with _one_line(hub, place):
-        commit, listing = (_look_in_cache if offline else _look_on_hub)(hub, place)
+    with one_line(hub, place):
+        commit, listing = look(hub, place)
         names = _choose_files(place, listing, required, offline)
         more = [name for name in _inside(place, optional) if name in listing]
-        paths = {name: _download(hub, place, commit, name, progress) for name in [*names, *more]}
-        digests = {name: _verify(path, listing[name], place) for name, path in paths.items()}
-        if place.revision != commit and not offline:
-            # So that the cache records the commit of this branch, for use offline.
-            hub.hf_hub_download(place.repo, names[0], revision=place.revision)
+        paths = {name: download(hub, place, commit, name, progress) for name in [*names, *more]}
+        digests = {name: verify(path, listing[name], place) for name, path in paths.items()}
+        record(hub, place, commit, names[0])
     first = paths[names[0]]
     return first if place.is_file else first.parent, Source(place.id, commit, digests[names[-1]])
 
 
-def _library() -> ModuleType:
-    """Import huggingface_hub; raises BundleError if it is not installed."""
+def library(extra: str = "export") -> ModuleType:
+    """Import huggingface_hub; raises BundleError if it is not installed.
+
+    `extra` is the extra of fvae-deploy that the caller needs anyway.
+    """
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
         raise BundleError(
-            "expected the library huggingface_hub, found none: pip install 'fvae-deploy[export]'"
+            f"expected the library huggingface_hub, found none: pip install 'fvae-deploy[{extra}]'"
         ) from None
     return huggingface_hub
+
+
+def look(hub: ModuleType, place: Place, anchor: str = "config.json") -> tuple[str, dict[str, str]]:
+    """Return the revision's commit, and its files with their hashes.
+
+    With HF_HUB_OFFLINE, it is what an earlier fetch left in the cache; the file `anchor` of the
+    folder must be there then. Raises BundleError if it is not, and the library's errors.
+    """
+    if hub.constants.HF_HUB_OFFLINE:
+        return _look_in_cache(hub, place, anchor)
+    return _look_on_hub(hub, place)
+
+
+def record(hub: ModuleType, place: Place, commit: str, name: str) -> None:
+    """Make the cache know the commit of this branch, for use offline."""
+    if place.revision != commit and not hub.constants.HF_HUB_OFFLINE:
+        hub.hf_hub_download(place.repo, name, revision=place.revision)
 
 
 def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
@@ -132,9 +150,9 @@ def _look_on_hub(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
     return info.sha, files
 
 
-def _look_in_cache(hub: ModuleType, place: Place) -> tuple[str, dict[str, str]]:
+def _look_in_cache(hub: ModuleType, place: Place, anchor: str) -> tuple[str, dict[str, str]]:
     """Return the commit and the files that an earlier fetch left in the cache."""
-    anchor = place.path if place.is_file else f"{place.path}/config.json".removeprefix("/")
+    anchor = place.path if place.is_file else f"{place.path}/{anchor}".removeprefix("/")
     cached = hub.try_to_load_from_cache(place.repo, anchor, revision=place.revision)
     if not isinstance(cached, str):
         raise BundleError(
@@ -164,6 +182,10 @@ def _choose_files(
     weights = [name for name in listing if name.startswith(folder) and name.endswith(FILES)]
     weights.sort(key=lambda name: ("vae" not in name.lower(), name))
     remedy = "unset HF_HUB_OFFLINE" if offline else "name a file or folder that exists there"
+    if missing == "config.json" and {"manifest.json", "weights.safetensors"} <= listing.keys():
+        raise BundleError(
+            f"expected weights at hf:{place.repo}, found a bundle: fetch it with fvae pull"
+        )
     if f"{missing}.index.json" in listing:
         remedy = "sharded weights are not supported, save them again as one file"
     raise BundleError(
@@ -177,7 +199,7 @@ def _inside(place: Place, names: Sequence[str]) -> list[str]:
     return [f"{place.path}/{name}".removeprefix("/") for name in names]
 
 
-def _download(
+def download(
     hub: ModuleType, place: Place, commit: str, name: str, progress: Callable[[str], None]
 ) -> Path:
     """Download a file unless it is cached; return its path in the cache."""
@@ -194,7 +216,7 @@ def _download(
     return Path(hub.hf_hub_download(place.repo, name, revision=commit))
 
 
-def _verify(path: Path, listed: str, place: Place) -> str:
+def verify(path: Path, listed: str, place: Place) -> str:
     """Return a file's sha256; raises BundleError and removes the file if the hash is wrong.
 
     The hub lists large files by their sha256, small ones by git's sha1. The cache names files
@@ -219,7 +241,7 @@ def _verify(path: Path, listed: str, place: Place) -> str:
 
 
 @contextmanager
-def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
+def one_line(hub: ModuleType, place: Place, writing: bool = False) -> Iterator[None]:
     """Turn any exception of the library into a BundleError of one line.
 
     Exceptions of its HTTP client, which differ by version, reach us too, so all are caught.
@@ -229,11 +251,31 @@ def _one_line(hub: ModuleType, place: Place) -> Iterator[None]:
     except BundleError:
         raise
     except Exception as error:
-        offline = isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__
-        found, remedy = _explain(hub, place, offline or error)
+        inner: BaseException = error
+        wraps = (hub.errors.LocalEntryNotFoundError, RuntimeError)
+        while isinstance(inner, wraps) and inner.__cause__ is not None:
+            inner = inner.__cause__
+        found, remedy = (_explain_writing if writing else _explain)(hub, place, inner)
+        if writing and (token := hub.get_token()):  # a client may quote the header that holds it
+            found = found.replace(token, "…")
+        way = "to be written at" if writing else "from"
         raise BundleError(
-            f"expected {place.id} from {hub.constants.ENDPOINT}, found {found}: {remedy}"
+            f"expected {place.id} {way} {hub.constants.ENDPOINT}, found {found}: {remedy}"
         ) from None
+
+
+def _explain_writing(hub: ModuleType, place: Place, error: BaseException) -> tuple[str, str]:
+    """Return the same for an upload, of which nothing is seen before it is complete."""
+    page = f"{hub.constants.ENDPOINT}/{place.repo}"
+    status = error.response.status_code if isinstance(error, hub.errors.HfHubHTTPError) else 0
+    if isinstance(error, hub.errors.RepositoryNotFoundError):
+        return "no such repository", "check the name, or pass --create to make it, private"
+    if status in (401, 403):
+        return f"HTTP {status}", f"set HF_TOKEN to a token that may write to {page}"
+    if status == 412:
+        return "another commit that was made meanwhile", "look at it and run again"
+    found, remedy = _explain(hub, place, error)
+    return found, remedy if status else "nothing was changed there, run again"
 
 
 def _explain(hub: ModuleType, place: Place, error: BaseException) -> tuple[str, str]:

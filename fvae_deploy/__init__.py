@@ -38,6 +38,7 @@ _MODULES = {
     "LatentDataset": "training.dataset",
     "EncodeLatentd": "training.transforms",
     "DecodeLatentd": "training.transforms",
+    "accelerate": "diffusion.accelerate",
     "FvaeError": "errors",
 }
 __all__ = ["__version__", *_MODULES]
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fvae_deploy.api import decode as decode
     from fvae_deploy.api import encode as encode
     from fvae_deploy.api import reconstruct as reconstruct
+    from fvae_deploy.diffusion.accelerate import accelerate as accelerate
     from fvae_deploy.errors import FvaeError as FvaeError
     from fvae_deploy.generation.denoiser import Denoiser as Denoiser
     from fvae_deploy.generation.denoiser import open_denoiser as open_denoiser

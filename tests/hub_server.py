@@ -8,10 +8,14 @@ and files, the large ones by a redirect to another host (here localhost for 127.
         hub.cut_at = 1000  # every answer ends after byte 1000 of the file
         ...                # a process with HF_ENDPOINT=hub.url
         hub.requests       # what was asked: ("GET", "/cdn/...", "bytes=1000-")
+
+It takes uploads as well, from whoever sends the token of `writers`: small files within a commit,
+large ones beforehand, by LFS. A commit is made whole or not at all.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -33,6 +37,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
 
 def hash_of(name: str, content: bytes) -> str:
@@ -55,6 +60,12 @@ class Hub:
         self.claimed_size: int | None = None  # what is said to be a large file's size
         self.status = 0  # the answer to whoever asks for a file
         self.api_status = 0  # the answer to whoever asks for a listing
+        self.writers = {"hf_writer"}  # tokens that may write
+        self.readers = {"hf_reader"}  # tokens that may only read
+        self.uploads: dict[str, bytes] = {}  # large files by sha256, before a commit names them
+        self.cards: list[str] = []  # model cards that were given to be checked
+        self.cut_upload = False  # the connection ends in the middle of every large file
+        self.on_commit: Callable[[], object] = lambda: None  # happens before each commit
         self.on_listing: Callable[[], object] = lambda: None  # happens after each listing
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
@@ -112,8 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
-        self.hub.headers.append({name.lower(): value for name, value in self.headers.items()})
+        self._remember(path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._list(match[1], unquote(match[2] or "main"))
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -122,6 +132,108 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_large(self.hub.find(match[1]))
         else:
             self._answer(404)
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        self._remember(path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if path == "/api/validate-yaml":
+            self.hub.cards.append(json.loads(body)["content"])
+            self._answer(200, b'{"errors": [], "warnings": []}')
+        elif not self._may_write():
+            return
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            if self._files(match[1], "main") is not None:
+                files = [one["path"] for one in json.loads(body)["files"]]
+                modes = [
+                    {
+                        "path": name,
+                        "uploadMode": "lfs" if name.endswith(LARGE) else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for name in files
+                ]
+                self._answer(200, json.dumps({"files": modes}).encode())
+        elif re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            answer = {"transfer": "basic", "objects": objects}
+            self._answer(200, json.dumps(answer).encode())
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self.hub.on_commit()
+            self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self._answer(404)
+
+    def do_PUT(self) -> None:
+        path = urlsplit(self.path).path
+        self._remember(path)
+        size = int(self.headers["Content-Length"])
+        if self.hub.cut_upload:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        content = self.rfile.read(size)
+        oid = path.removeprefix("/lfs/")
+        if hashlib.sha256(content).hexdigest() != oid:
+            self._answer(400)
+            return
+        self.hub.uploads[oid] = content
+        self._answer(200)
+
+    def _remember(self, path: str) -> None:
+        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        self.hub.headers.append({name.lower(): value for name, value in self.headers.items()})
+
+    def _may_write(self) -> bool:
+        """Whether the token may write; if not, the answer is given."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token in self.hub.writers:
+            return True
+        if token in self.hub.readers:
+            self._answer(403, headers={"X-Error-Message": "You don't have the rights"})
+        else:
+            message = "Invalid credentials in Authorization header"
+            self._answer(401, headers={"X-Error-Message": message})
+        return False
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        repo = f"{asked['organization']}/{asked['name']}"
+        url = json.dumps({"url": f"{self.hub.url}/{repo}"}).encode()
+        if repo in self.hub.repositories:
+            self._answer(409, url)
+            return
+        self.hub.publish(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.hub.repositories[repo].private = asked.get("visibility") == "private" or bool(
+            asked.get("private")
+        )
+        self._answer(200, url)
+
+    def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        found = self._files(repo, "main")
+        if found is None:
+            return
+        parent, files = found
+        files = dict(files)
+        if lines[0]["value"].get("parentCommit", parent) != parent:
+            self._answer(412, b'{"error": "A commit has happened since. Please refresh."}')
+            return
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.uploads[value["oid"]]
+            else:
+                assert line["key"] == "deletedFile"
+                del files[value["path"]]
+        commit = self.hub.publish(repo, files)
+        answer = {"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit}
+        self._answer(200, json.dumps({"success": True, **answer}).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

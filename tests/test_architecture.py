@@ -37,6 +37,8 @@ MAY: dict[str, set[str]] = {
 MAY["stream"] = {*LAYERS, "volume", "storage"}
 MAY["api"] = {*MAY["stream"], "stream"}
 MAY["images"] = {"api"}
+MAY["viewing"] = {*MAY["api"], "api"}
+MAY["diffusion"] = {*MAY["stream"], "stream"}
 MAY["training"] = {*MAY["stream"], "stream"}
 MAY["bench"] = {*MAY["api"], "api"}
 MAY["generation"] = {*MAY["bench"], "phantom"}
@@ -56,6 +58,7 @@ MAY["__init__"] = {
     "generation",
     "phantom",
     "training",
+    "diffusion",
 }
 MAY["__main__"] = {"cli"}
 

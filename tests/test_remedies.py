@@ -498,6 +498,10 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "give --tls-cert and --tls-key",
         "expected a Ray cluster",
     ),
+    "needs a hub; tried in tests/export/test_hub_bundles.py": (
+        "fetch it with fvae pull",
+        "name a repository that fvae push wrote",
+    ),
     "a full disk; tried in tests/server/test_full_disk.py": ("then continue with --resume",),
     "weights or code of others; tried in tests/export": (
         "--model module:factory",

@@ -15,6 +15,10 @@ These operations are folded into weights:
 - replicated input channels into the first layer, and averaged output channels into the last one
   where they are not clamped first;
 - upsampling into smaller convolutions.
+
+For pipelines of diffusers the bundle keeps what `AutoencoderKL` itself returns: `moments`, mean and
+log-variance of the posterior, as 2 * D latent channels without a normalisation, of which the
+decoder reads the first D.
 """
 
 from __future__ import annotations
@@ -53,10 +57,16 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias
 
 
-def kl_model(model: AutoencoderKL, channels: int | None = None, clamped: bool = False) -> Model:
+def kl_model(
+    model: AutoencoderKL,
+    channels: int | None = None,
+    clamped: bool = False,
+    moments: bool = False,
+) -> Model:
     """Take the network as two stages, folding it in place; `channels` is 1 for gray.
 
-    With `clamped`, output channels are clamped to the model's range before they are averaged.
+    With `clamped`, output channels are clamped to the model's range before they are averaged. With
+    `moments`, latents are mean and log-variance.
 
     Raises BundleError for blocks that are not of this family, or input and output channels
     that differ and are not folded.
@@ -69,14 +79,17 @@ def kl_model(model: AutoencoderKL, channels: int | None = None, clamped: bool = 
                 f"expected {name} among {', '.join(known)}, found {', '.join(foreign)}: export "
                 "it from Python code with --model module:factory"
             )
+    count = config["latent_channels"] * (2 if moments else 1)
     geometry = Geometry(
         temporal=1,
         spatial=2 ** (len(config["block_out_channels"]) - 1),
-        latent_channels=config["latent_channels"],
+        latent_channels=count,
         channels=channels_of(config, channels),
         window=65,
     )
-    latent = _normalisation(config)
+    latent = LatentNormalisation((0.0,) * count, (1.0,) * count)
+    if not moments:
+        latent = _normalisation(config)
     averaging = Averaging(clamped and config["out_channels"] > 1)
     return Model(
         network=Network("kl", json.loads(json.dumps(config))),
@@ -128,7 +141,10 @@ def _stages(
     with torch.no_grad():
         shift, scale = (torch.tensor(v, dtype=torch.float64) for v in (latent.shift, latent.scale))
         _fold_posterior(encoder.conv_out, model.quant_conv, shift, scale)
-        first = _fold_inverse(model.post_quant_conv, decoder.conv_in.weight.dtype, shift, scale)
+        inner = decoder.conv_in
+        first = _fold_inverse(
+            model.post_quant_conv, inner.in_channels, inner.weight.dtype, shift, scale
+        )
         if geometry.channels == 1:
             fold_gray(encoder.conv_in, None if averaging.clamped else decoder.conv_out)
         for block in decoder.up_blocks:
@@ -145,7 +161,10 @@ def _stages(
 
 
 def _fold_posterior(last: nn.Conv2d, quant: nn.Conv2d | None, shift: Tensor, scale: Tensor) -> None:
-    """Make the encoder return (mean - shift) * scale; the mean is the first half of its output."""
+    """Make the encoder return (mean - shift) * scale; the mean is the first half of its output.
+
+    Of moments, which have twice the channels, it returns both halves.
+    """
     assert last.bias is not None
     count, dtype = len(shift), last.weight.dtype
     weight, bias = last.weight.double(), last.bias.double()
@@ -160,16 +179,19 @@ def _fold_posterior(last: nn.Conv2d, quant: nn.Conv2d | None, shift: Tensor, sca
 
 
 def _fold_inverse(
-    quant: nn.Conv2d | None, dtype: torch.dtype, shift: Tensor, scale: Tensor
+    quant: nn.Conv2d | None, channels: int, dtype: torch.dtype, shift: Tensor, scale: Tensor
 ) -> nn.Conv2d:
-    """Return the decoder's first 1x1 convolution, with stored / scale + shift folded into it."""
-    count = len(shift)
-    first = nn.Conv2d(count, count, 1) if quant is None else quant
-    assert first.bias is not None
-    mix = torch.eye(count, dtype=torch.float64)
-    bias = torch.zeros(count, dtype=torch.float64)
+    """Return the decoder's first 1x1 convolution, with stored / scale + shift folded into it.
+
+    It has one input for each of `shift`, of which those beyond `channels`, log-variances, count
+    nothing.
+    """
+    mix, bias = torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     if quant is not None:
-        mix, bias = first.weight[:, :, 0, 0].double(), first.bias.double()
+        assert quant.bias is not None
+        mix, bias = quant.weight[:, :, 0, 0].double(), quant.bias.double()
+    mix = torch.cat([mix, mix.new_zeros(channels, len(shift) - channels)], dim=1)
+    first = nn.Conv2d(len(shift), channels, 1)
     first.weight = nn.Parameter((mix / scale)[:, :, None, None].to(dtype))
     first.bias = nn.Parameter((bias + mix @ shift).to(dtype))
     return first

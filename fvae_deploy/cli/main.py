@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fvae_deploy.cli import data, deploy, generate, kernels, networks, report, score, serve
+from fvae_deploy.cli import data, deploy, generate, hub, kernels, networks, report, score, serve
 from fvae_deploy.cli.batch import Spread, is_batch, only_scan, run_batch
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
@@ -336,6 +336,7 @@ app.add_typer(data.app)
 app.add_typer(serve.app)
 app.add_typer(networks.app)
 app.add_typer(deploy.app)
+app.add_typer(hub.app)
 app.add_typer(
     kernels.app,
     name="kernels",

@@ -55,7 +55,7 @@ def _model(default: str, environment: str | None) -> Any:
             "--model",
             "-m",
             envvar=environment,
-            help=f"Built-in model or folder of a bundle. [default: {default}]",
+            help=f"Built-in model, folder of a bundle, or hf:OWNER/NAME. [default: {default}]",
             rich_help_panel=COMPUTE,
         ),
     ]

@@ -75,6 +75,8 @@ class LatentInfo:
             low, high = (float(n) for n in attributes["hu_window"])
             if not -math.inf < low < high < math.inf:
                 raise ValueError(f"HU window {low} to {high}")
+            if str(attributes["model"]).startswith("hf:"):  # a store never starts a download
+                raise ValueError("a model of a hub")
             tile = tuple(int(n) for n in attributes["tile"])
             affine = np.array(attributes["affine"], dtype=np.float64).reshape(4, 4)
             geometry = Geometry((x, y, z), affine, header)

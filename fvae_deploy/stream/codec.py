@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from fvae_deploy.engines.base import choose, obstacle, open_engine, precision_problem
 from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
+from fvae_deploy.export.hub import is_hub_id
+from fvae_deploy.export.hub_bundles import kept
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.storage.cache import cache_folder
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.pieces import Pieces
@@ -34,15 +37,20 @@ BUILT_IN = Path(__file__).parents[1] / "bundles"
 
 
 def bundle_path(model: str | Path) -> Path:
-    """Return the folder of a built-in model or a bundle; raises BundleError if there is none."""
+    """Return the folder of a built-in model or a bundle; raises BundleError if there is none.
+
+    A bundle on a hub, hf:OWNER/NAME[@REVISION], is pulled into the cache unless it is there.
+    """
+    if is_hub_id(str(model)):
+        return kept(str(model), cache_folder() / "hub", logger.info)
     if isinstance(model, str) and (BUILT_IN / model / "manifest.json").is_file():
         return BUILT_IN / model
     path = Path(model)
     if not path.is_dir():
         names = ", ".join(sorted(p.parent.name for p in BUILT_IN.glob("*/manifest.json")))
         raise BundleError(
-            f"expected a built-in model ({names}) or the folder of a bundle, found {model}: "
-            "run fvae models for a list, or create a bundle with fvae export"
+            f"expected a built-in model ({names}), the folder of a bundle or hf:OWNER/NAME, found "
+            f"{model}: run fvae models for a list, or create a bundle with fvae export"
         )
     return path
 
@@ -230,7 +238,7 @@ def open_codec(
     device: str = "cpu",
     threads: int | None = None,
 ) -> Codec:
-    """Open a built-in model or a bundle folder.
+    """Open a built-in model, a bundle folder, or a bundle on a hub, hf:OWNER/NAME[@REVISION].
 
     Raises BundleError for a missing or damaged bundle, and EngineError for an engine, device or
     precision that cannot run here. Each message contains the remedy.

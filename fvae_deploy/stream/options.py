@@ -28,7 +28,7 @@ class RunOptions:
     """
 
     model: str | Path | None = None
-    """Name of a built-in model or folder of a bundle; None: the verb's default."""
+    """Built-in model, folder of a bundle, or hf:OWNER/NAME; None: the verb's default."""
     engine: str = "auto"
     """Name of an engine; auto: the first installed engine that supports `precision`."""
     precision: str = "fp32"

@@ -17,6 +17,7 @@ from fvae_deploy.volume.open import open_volume
 VERBS = ["encode", "decode", "reconstruct", "compare", "export"]
 VERBS += ["models", "doctor", "bench", "phantom", "generate", "augment", "kernels"]
 VERBS += ["report", "score", "serve", "token", "build", "triton", "selftest"]
+VERBS += ["push", "pull"]
 
 
 def voxels(path):

@@ -1,0 +1,1 @@
+"""Volumes and latents as layers of a viewer: a reader for napari, which `napari.yaml` describes."""
