@@ -98,7 +98,7 @@ class Store:
         if found > VERSION:
             raise VolumeError(
                 f"expected a job store of version {VERSION} at most, found {found} in {folder}: "
-                "install the version of fvae that made it, or choose another --folder"
+                "install the version that made it, or choose another --folder"
             )
 
     @property
