@@ -26,6 +26,9 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
     LegacyConvertedEnhancedCTImageStorage,
     MediaStorageDirectoryStorage,
 )
@@ -66,6 +69,8 @@ _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture, and with .1 to .4 i
 _SCREENS = {"SCREEN SAVE", "CSA REPORT", "DOSE REPORT", "DOSE_INFO", "PROTOCOL"}
 _CUT = "could not decode its pixels, which are cut"
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # of encapsulated pixel data
+_MARKED = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes)
+_EOI, _PADDED = b"\xff\xd9", 16  # what their pictures end with; bytes that are read to find it
 
 
 class DamagedError(Exception):
@@ -271,12 +276,21 @@ def _check_pixels(
     size = file.seek(0, 2)
     if length == 0xFFFFFFFF:
         file.seek(start)
+        ends: list[bytes] = []  # of the items: a table, then one or more for each frame
         while (tag := file.read(4)) == _ITEM:
             step = file.read(4)
             if len(step) < 4 or file.seek(struct.unpack("<I", step)[0], 1) > size:
                 break
+            last = min(_PADDED, struct.unpack("<I", step)[0])
+            file.seek(-last, 1)
+            ends.append(file.read(last))
         if tag != _END:
             raise DamagedError(_CUT)
+        # Decoders fill up a picture that is cut within an item that is whole.
+        each = len(ends) == 1 + (values.get("NumberOfFrames") or 1)
+        frames = ends[1:] if each else ends[-1:]
+        if syntax in _MARKED and not all(end.rstrip(b"\0").endswith(_EOI) for end in frames):
+            raise DamagedError(f"{_CUT}: they have no end marker")
         return
     counts = [values.get(name) for name in ("Rows", "Columns", "BitsAllocated")]
     counts += [values.get(name) or 1 for name in ("NumberOfFrames", "SamplesPerPixel")]

@@ -11,6 +11,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID
 
 from fvae_deploy.errors import VolumeError
 from fvae_deploy.volume.dicom_header import Image, one_line
@@ -145,7 +146,8 @@ class Slice:
         if image.syntax.is_compressed or image.offset is None or bits not in (8, 16, 32):
             # pydicom decodes one frame of a file, but inflates deflated files only as a whole.
             source = pydicom.dcmread(image.path) if image.offset is None else image.path
-            pixels = pixel_array(source, index=image.frame, raw=True)
+            plugin = _plugin(image.syntax)
+            pixels = pixel_array(source, index=image.frame, raw=True, decoding_plugin=plugin)
             return pixels, pixels
         columns, rows = self.shape
         order = "<" if image.syntax.is_little_endian else ">"
@@ -159,6 +161,16 @@ class Slice:
         raw = np.frombuffer(content, kind).reshape(rows, columns).astype(kind.newbyteorder("="))
         unused = bits - self.bits
         return raw, (raw << unused) >> unused if unused > 0 else raw
+
+
+def _plugin(syntax: UID) -> str:
+    """Return pylibjpeg if it decodes a transfer syntax, else "", for any that pydicom finds.
+
+    pydicom would prefer GDCM where that is installed, and GDCM 3.2 ends the process on damaged
+    JPEG 2000 data, with no error that could be caught.
+    """
+    plugins = get_decoder(syntax).available_plugins if syntax.is_compressed else ()
+    return "pylibjpeg" if "pylibjpeg" in plugins else ""
 
 
 def check_decoder(image: Image) -> None:

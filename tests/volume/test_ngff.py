@@ -159,7 +159,7 @@ class TestAxes:
             (["a", "y", "x"], (2, 5, 6), "found a (2), y (5), x (6)"),
             (["q", "z", "y", "x"], (1, 2, 5, 6), "found q (1)"),
             (["dim_0", "dim_1", "dim_2"], (2, 5, 6), "found dim_0 (2)"),
-            (["z", "y"], (2, 5, 6), "2"),
+            (["z", "y"], (2, 5, 6), "z, y"),
         ],
     )
     @pytest.mark.parametrize("kind", ["multiscales", "_ARRAY_DIMENSIONS"])
