@@ -115,7 +115,12 @@ def _taken_out(
                 copied = kept.add()
                 copied.CopyFrom(each)
                 copied.name = renamed(each.name)
-    whole = onnx.ModelProto()
-    whole.CopyFrom(proto)
-    whole.graph.CopyFrom(graph)
-    return whole
+    # A copy of `proto` whose graph is replaced would keep the memory of all its weights.
+    return onnx.ModelProto(
+        ir_version=proto.ir_version,
+        opset_import=proto.opset_import,
+        producer_name=proto.producer_name,
+        producer_version=proto.producer_version,
+        functions=proto.functions,
+        graph=graph,
+    )
