@@ -9,7 +9,6 @@ engines, and speeds are relative to the peer in the same precision.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -182,8 +181,9 @@ def _job(
         "k": work.k,
         "repeats": work.repeats,
         "weights": str(weights) if _is_peer(case) else None,
+        "memory": case.memory,
         "tiles": {},
-        "grids": {},
+        "segments": {},
         "spilled": [],
         "lean": False,
     }
@@ -197,32 +197,36 @@ def _job(
         precision=case.precision,
         memory=case.memory,
         k=work.k,
+        segments=case.memory is not None,
     )
     whole = all(grid.count == 1 for grid in planned.grids.values())
     job["lean"] = planned.lean if case.memory else planned.lean or not whole
     job["tiles"] = dict.fromkeys(planned.grids, 1)
     if case.memory:  # without a budget the whole plane is run, even if memory is short
         job["tiles"] = {name: grid.count for name, grid in planned.grids.items()}
-        job["grids"] = {name: dataclasses.astuple(grid) for name, grid in planned.grids.items()}
+        job["segments"] = {name: len(way.tiles) for name, way in planned.pieces.items()}
         job["spilled"] = sorted(planned.spilled)
     return job
 
 
 def _run_modes(jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return how a case runs: tiles per stage, spilled stages, and directions in lean mode."""
+    """Return how a case runs: tiles and segments per stage, and what is spilled or lean."""
     return {
         "tiles": {stage: n for job in jobs.values() for stage, n in job["tiles"].items()},
+        "segments": {stage: n for job in jobs.values() for stage, n in job["segments"].items()},
         "spilled": [stage for job in jobs.values() for stage in job["spilled"]],
         "lean": [direction for direction, job in jobs.items() if job["lean"]],
     }
 
 
 def _label(case: Case, jobs: dict[str, dict[str, Any]]) -> str:
-    """Return a case's name in the table; with a budget it tells whether the plan has tiles."""
+    """Return a case's name in the table; with a budget it tells how the plan cuts the plane."""
     if not case.memory:
         return case.engine
-    tiled = any(n > 1 for n in _run_modes(jobs)["tiles"].values())
-    return f"{case.engine} {'tiled' if tiled else 'whole'}"
+    modes = _run_modes(jobs)
+    if modes["segments"]:
+        return f"{case.engine} in segments"
+    return f"{case.engine} {'tiled' if any(n > 1 for n in modes['tiles'].values()) else 'whole'}"
 
 
 def _is_peer(case: Case) -> bool:

@@ -27,9 +27,9 @@ from fvae_deploy.export.check import clip
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.codec import pad_frames
+from fvae_deploy.stream.plan import plan
 from fvae_deploy.stream.rss import current_rss, peak_rss, reset_peak
 from fvae_deploy.stream.stages import CausalStream, StageStream, whole_grids
-from fvae_deploy.stream.tiles import Grid
 
 TILE_BYTES = 8 << 20  # of the maps alive in the smaller tile that measures a segment
 
@@ -156,14 +156,17 @@ def _engine(
     opened = open_engine(
         Path(job["bundle"]), manifest, job["engine"], job["device"], job["precision"]
     )
-    grids = whole_grids(manifest, (direction,), (job["side"], job["side"]))
-    grids |= {name: Grid(h, w, tuple(e), halo) for name, (h, w, e, halo) in job["grids"].items()}
+    plane = (job["side"], job["side"])
+    grids, how = whole_grids(manifest, (direction,), plane), {"lean": job["lean"]}
+    if job["memory"] is not None:
+        names = {"engine": job["engine"], "precision": job["precision"]}
+        memory = {"memory": job["memory"], "k": job["k"], "segments": True}
+        chosen = plan(manifest, (direction,), plane, **names, **memory)
+        grids, how["pieces"], how["spilled"] = chosen.grids, chosen.pieces, chosen.spilled
 
     def run() -> NDArray[np.float32]:
         spill = Path(tempfile.gettempdir())
-        stream = CausalStream(
-            opened, manifest, direction, grids, job["spilled"], spill, lean=job["lean"]
-        )
+        stream = CausalStream(opened, manifest, direction, grids, folder=spill, **how)
         results = []
         for step in planned:
             span, size = (

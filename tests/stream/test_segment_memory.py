@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the export extra")
 from random_image_vae import KL, random_image_vae  # noqa: E402
 
+from fvae_deploy.bench.run import Case, Work, bench  # noqa: E402
+from fvae_deploy.errors import PlanError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest  # noqa: E402
@@ -23,7 +26,7 @@ from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa:
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.make.segments import segment_memory  # noqa: E402
 from fvae_deploy.stream.pieces import ways  # noqa: E402
-from fvae_deploy.stream.plan import HEADROOM, LIBRARIES  # noqa: E402
+from fvae_deploy.stream.plan import HEADROOM, LIBRARIES, plan  # noqa: E402
 
 SIDE = 512  # latent cells; this network does not halve, so a map of 32 channels is 32 MiB
 RUN = """
@@ -87,3 +90,19 @@ def test_segments_stay_within_their_prediction(bundle: Path) -> None:
         assert tiles > 1
         assert filed or budget > 200 << 20
         assert peak < HEADROOM * (predicted + LIBRARIES)  # as a plan counts
+
+
+def test_bench_measures_a_network_in_segments(bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    manifest = Manifest.load(bundle)
+    facts: Any = {"engine": "openvino", "precision": "fp32", "memory": 1, "segments": True}
+    with pytest.raises(PlanError) as found:
+        plan(manifest, ("encode",), (SIDE, SIDE), **facts)
+    least = int(re.findall(r"at least (\d+) MiB", str(found.value))[0]) << 20
+    cases = [Case("openvino"), Case("openvino", memory=2 * least)]
+    work = Work(size=SIDE, slices=1, rounds=1, repeats=0)
+    whole, tight = bench(bundle, manifest, cases, work)
+    assert (whole["engine"], whole["segments"]) == ("openvino", {})
+    assert tight["engine"] == "openvino in segments"
+    assert tight["segments"]
+    assert tight["peak_mib"] < whole["peak_mib"]
