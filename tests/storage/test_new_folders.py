@@ -25,6 +25,7 @@ def replace(bundle: Path) -> None:
 
 
 def test_a_bundle_and_the_engines_built_for_it_are_replaced(bundle: Path) -> None:
+    (bundle / "origin.json").touch()  # of a bundle from a hub
     engines = bundle / "engines" / "sm_89"
     (engines / "fp16").mkdir(parents=True)
     for name in ("timings", "fp16/encode_step.any.engine", "fp16/encode_step.1x64x64.json"):
