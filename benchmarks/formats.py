@@ -52,7 +52,7 @@ def command(verb: str, source: Path, output: Path, model: str) -> tuple[float, f
     subprocess.run([sys.executable, "-m", "fvae_deploy", *map(str, words)], check=True)
     seconds = time.perf_counter() - begin
     facts = json.loads(report.read_text())
-    busy = sum(facts["seconds"].get(stage, 0.0) for stage in ("encode", "decode"))
+    busy = sum(facts["seconds"].get(stage, 0.0) for stage in ("engine", "encode", "decode"))
     return seconds, seconds - busy, facts["memory"]["peak_rss_bytes"] / 2**20
 
 

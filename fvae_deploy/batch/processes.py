@@ -3,8 +3,8 @@
     scans --> this process --> worker 1: engine --> results
                            --> worker 2: engine
 
-One process does not keep many cores busy: it reads and writes between the steps of a network, and
-small networks do not divide well. The weights are mapped from their file, of which all processes
+This is meant for many cores, over which one small network does not divide well; on two cores it
+gains nothing. The weights are mapped from their file, of which all processes
 share one copy in memory. A worker that dies fails its scan, and another takes its place. A scan
 gives the same bytes as in a run of its own with the same budget. On Ctrl-C, only this process is
 interrupted: it ends the workers, which leave nothing half-written.
