@@ -287,9 +287,11 @@ def _check_pixels(
         if tag != _END:
             raise DamagedError(_CUT)
         # Decoders fill up a picture that is cut within an item that is whole.
-        each = len(ends) == 1 + (values.get("NumberOfFrames") or 1)
-        frames = ends[1:] if each else ends[-1:]
-        if syntax in _MARKED and not all(end.rstrip(b"\0").endswith(_EOI) for end in frames):
+        frames = [end for end in ends[1:] if end]  # some writers add an empty item
+        if len(frames) != (values.get("NumberOfFrames") or 1):
+            frames = frames[-1:]
+        marked = frames and all(end.rstrip(b"\0").endswith(_EOI) for end in frames)
+        if syntax in _MARKED and not marked:
             raise DamagedError(f"{_CUT}: they have no end marker")
         return
     counts = [values.get(name) for name in ("Rows", "Columns", "BitsAllocated")]

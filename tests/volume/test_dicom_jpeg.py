@@ -88,3 +88,25 @@ def test_a_cut_lossless_jpeg_is_refused(tmp_path: Path, kept: float) -> None:
         data["PixelData"].VR = "OB"
         data.save_as(tmp_path / f"{k}.dcm")
     assert "1.dcm" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("frames", ["x", r"1\2", ""])
+def test_fragments_an_empty_item_and_odd_numbers_of_frames(tmp_path: Path, frames: str) -> None:
+    """One picture in two items, and an empty one after it, is whole; its last item decides."""
+    pixels = pixels_of(12, signed=False)
+    for k in range(3):
+        data = put(tmp_path / f"{k}.dcm", k, pixels, BitsStored=12, HighBit=11)
+        coded = lossless_jpeg(pixels, 12)
+        half = len(coded) // 4 * 2
+        items = [b"", coded[:half], coded[half:] + b"\0" * (len(coded) % 2), b""]
+        data.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        data.PixelData = b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(i)) + i for i in items)
+        data["PixelData"].VR = "OB"
+        data["PixelData"].is_undefined_length = True
+        if frames:
+            data.add_new("NumberOfFrames", "LO", frames)
+        data.save_as(tmp_path / f"{k}.dcm")
+    if not frames:
+        assert values(tmp_path).shape[0] == 3
+    else:
+        assert "Traceback" not in refusal(tmp_path)
