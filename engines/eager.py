@@ -104,14 +104,16 @@ class EagerEngine:
     def _segment(self, part: Part) -> torch.nn.Module:
         """Return a segment of a stage, which is cut again as at export."""
         if part.name not in self._stages:
-            name = part.name.rpartition("-")[0]
             assert isinstance(self._manifest, Manifest)
-            whole = self._manifest.stage_part(name, first=False)
-            cut = cut_part(self._filled(name), whole)
-            if cut.program != self._manifest.program(name):
+            program = next(p for p in self._manifest.programs if part in p.parts)
+            first = program.stage.endswith("_first")
+            whole = self._manifest.stage_part(program.of, first)
+            cut = cut_part(self._filled(program.of), whole, program.stage)
+            if cut.program != program:
                 raise EngineError(
-                    f"expected stage {name} to be cut as at export, found other segments with "
-                    f"torch {torch.__version__}: export the bundle again, or use another engine"
+                    f"expected stage {program.of} to be cut as at export, found other segments "
+                    f"with torch {torch.__version__}: export the bundle again, or use another "
+                    "engine"
                 )
             for key, module in cut.modules.items():
                 self._stages[key] = module.to(self._device, self._dtype)

@@ -49,7 +49,7 @@ def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
     `version` is that of fvae. Raises BundleError if the network cannot be cut into parts.
     """
     model = loaded.model
-    parts, programs, segments = cut_whole_stages(model.stages, parts_of(model))
+    parts, programs, segments = cut_whole_stages(model.stages, parts_of(model), model.foreign)
     manifest = Manifest(
         schema=SCHEMA,
         kind=Manifest.KIND,

@@ -132,9 +132,10 @@ class Manifest(Bundle):
         """All parts that have a graph: those of whole stages, then those of segments."""
         return (*self.parts, *(part for program in self.programs for part in program.parts))
 
-    def program(self, stage: str) -> Program | None:
+    def program(self, stage: str, first: bool = False) -> Program | None:
         """Return how a stage runs in segments; None if it was not cut."""
-        return next((program for program in self.programs if program.stage == stage), None)
+        names = (stage, self.stage_part(stage, first).name)
+        return next((program for program in self.programs if program.stage in names), None)
 
     def stages(self, direction: str) -> tuple[str, ...]:
         """Return the stages' names of "encode" or "decode", in the order in which they run."""

@@ -4,6 +4,8 @@
                     |      ^
                     +-- a pass: mean and variance of the whole map
 
+A part with states has a program of its own. States are maps that one step leaves for the next.
+
 A map is an array that all tiles of a segment write together, and that later segments read. Maps
 hold one slice (or one window); their specs count latent cells. A segment reads tiles of maps, whole
 maps as n cells in a row (the keys and values of attention), and small arrays from passes.
@@ -58,7 +60,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Program:
-    """A stage in segments: the first one reads the map `data`, the last one writes `result`."""
+    """A stage in segments: the first one reads the map `data`, the last one writes `result`.
+
+    Of a stage with states, `stage` is the name of the part. Its maps `next` become the maps `past`
+    of the following step, in the same order; a first step has no `past`.
+    """
 
     stage: str
     data: str
@@ -67,6 +73,13 @@ class Program:
     segments: tuple[Segment, ...]
     passes: tuple[Pass, ...]
     weight_bytes: int  # of all segments together
+    past: tuple[str, ...] = ()
+    next: tuple[str, ...] = ()
+
+    @property
+    def of(self) -> str:
+        """Name of the stage that this program runs, or runs a step of."""
+        return self.stage.removesuffix("_first").removesuffix("_step")
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -79,7 +92,7 @@ class Program:
 
     def sound(self) -> bool:
         """Return whether every map and pass exists when it is read, and the result is written."""
-        there = {self.data}
+        there = {self.data, *self.past}
         for segment in self.segments:
             there |= {p.name for p in self.passes if {p.source, p.other or p.source} <= there}
             if not there.issuperset(segment.inputs):
@@ -90,7 +103,15 @@ class Program:
             ):
                 return False
             there |= set(segment.outputs)
-        return self.result in there and all(p.kind in KINDS for p in self.passes)
+        maps = {spec.name for spec in self.maps}
+        left = {self.result, *self.next} <= there and maps >= {self.result, *self.past, *self.next}
+        return left and all(p.kind in KINDS for p in self.passes)
+
+    def continues(self, other: Program) -> bool:
+        """Return whether this step can take the states that another one leaves."""
+        sides = ((self, self.past), (other, other.next))
+        past, left = ([(m := p.map(n)) and m.shape for n in names] for p, names in sides)
+        return past == left
 
     @property
     def whole(self) -> tuple[str, ...]:

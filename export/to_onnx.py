@@ -87,11 +87,13 @@ def write_bundle(draft: BundleDraft[Kind], folder: Path, options: ExportOptions 
             _point_into(proto, offsets, f"{part.stage}.")
             onnx.save(proto, str(temporary / part.file))
         for program in manifest.programs if isinstance(manifest, Manifest) else ():
+            if program not in getattr(manifest, "programs", ()):
+                continue  # the first step could not be exported, so the stage runs whole
             options.progress(f"exporting {len(program.segments)} segments of {program.stage}")
             try:
                 _write_segments(draft, program, offsets, temporary, options.opset)
             except BundleError as error:  # the stage still runs whole
-                options.progress(f"{program.stage} only runs whole: {error}")
+                options.progress(f"{program.of} only runs whole: {error}")
                 manifest = _without(manifest, program)
         for file, text in draft.texts.items():
             (temporary / file).write_text(text, encoding="utf-8")
@@ -121,14 +123,14 @@ def _write_segments(
     """Write the graphs of a program; raises BundleError, having written none, if one fails."""
     protos = trace_segments(program, draft.segments, opset)
     for proto in protos.values():
-        _point_into(proto, offsets, f"{program.stage}.")
+        _point_into(proto, offsets, f"{program.of}.")
     for file, proto in protos.items():
         onnx.save(proto, str(folder / file))
 
 
 def _without(manifest: Any, program: Program) -> Any:
     """Return the manifest of a VAE of which one stage runs whole only."""
-    others = tuple(each for each in manifest.programs if each != program)
+    others = tuple(each for each in manifest.programs if each.of != program.of)
     return dataclasses.replace(manifest, programs=others)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,32 +28,42 @@ class Cut:
     modules: Mapping[str, nn.Module]
 
 
-def cut_part(network: nn.Module, part: Part) -> Cut:
-    """Cut the stage that a part runs without state, for one slice or one window at a time."""
-    data = part.inputs[0]
+def cut_part(network: nn.Module, part: Part, name: str) -> Cut:
+    """Cut what a part runs, for one slice or one window or one step of a stream at a time.
+
+    The program is called `name`.
+    """
+    return cut_stage(network, name, *(_in_latent_cells(t, part.scale) for t in part.inputs))
+
+
+def _in_latent_cells(tensor: TensorSpec, scale: int) -> TensorSpec:
+    """Return an input's spec, whose sizes are in cells of `scale` each, for one latent frame."""
     shape: list[Dimension] = []
-    for dimension in data.shape:
+    for dimension in tensor.shape:
         factor, _, symbol = str(dimension).rpartition("*")
-        size = int(factor or 1) * (part.scale if symbol in ("h", "w") else 1)
+        size = int(factor or 1) * (scale if symbol in ("h", "w") else 1)
         if symbol == "k":
             dimension = size
         elif symbol in ("h", "w"):
             dimension = f"{size}*{symbol}" if size > 1 else symbol
         shape.append(dimension)
-    return cut_stage(network, part.stage, TensorSpec(data.name, tuple(shape)))
+    return TensorSpec(tensor.name, tuple(shape))
 
 
-def cut_stage(network: nn.Module, stage: str, data: TensorSpec) -> Cut:
-    """Cut a stage of one input and one result; `data` is its input's spec in latent cells.
+def cut_stage(network: nn.Module, stage: str, data: TensorSpec, *states: TensorSpec) -> Cut:
+    """Cut a function of data, and of states from the step before if there are any.
 
-    Its parts are called STAGE-0, STAGE-1 and so on; segments that compute the same, as those of
-    every chunk of frames do, share one. Raises BundleError, with the reason, if the stage cannot be
-    traced or its numbers depend on the plane in a way that parts cannot follow.
+    Specs are in latent cells. The first result is the data, and all others are states. Parts are
+    called STAGE-0, STAGE-1 and so on; segments that compute the same, as those of every chunk of
+    frames do, share one. Raises BundleError, with the reason, if the stage cannot be traced or its
+    numbers depend on the plane in a way that parts cannot follow.
     """
-    graph = trace_stage(network, data)
+    graph = trace_stage(network, data, *states)
     try:
-        ops, result = lower(graph)
-        phases, storage = split(ops, result), Storage.of(ops, result)
+        ops, results = lower(graph)
+        if len(set(results)) < len(results):
+            raise BundleMisfit("two of its results are the same")
+        phases, storage = split(ops, results), Storage.of(ops, "x", results[0])
         kinds = [_kind(phase, storage) for phase in phases]
         distinct: dict[Hashable, Phase] = {}
         for kind, phase in zip(kinds, phases, strict=True):
@@ -66,7 +76,8 @@ def cut_stage(network: nn.Module, stage: str, data: TensorSpec) -> Cut:
     except BundleMisfit as error:
         raise BundleError(f"expected a stage {stage} that can be cut, found: {error}") from error
     named = [(phase, parts[kind]) for phase, kind in zip(phases, kinds, strict=True)]
-    return Cut(_program(stage, ops, named, result, storage), modules)
+    past = tuple(spec.name for spec in states)
+    return Cut(_program(stage, ops, named, results, past, storage), modules)
 
 
 def _kind(phase: Phase, storage: Storage) -> Hashable:
@@ -91,18 +102,18 @@ def _kind(phase: Phase, storage: Storage) -> Hashable:
 
 
 def _program(
-    stage: str, ops: Mapping[str, Op], phases: list[tuple[Phase, Part]], result: str,
-    storage: Storage,
+    stage: str, ops: Mapping[str, Op], phases: list[tuple[Phase, Part]], results: Sequence[str],
+    past: Sequence[str], storage: Storage,
 ) -> Program:  # fmt: skip
-    source = next(op for op in ops.values() if op.target == "input")
+    given = [op for op in ops.values() if op.target == "input"]
     used = {op.name: op for phase, _ in phases for op in phase.inputs}
-    kept = {_stored(op) for op in used.values() if op.target != "reduce"} | {result}
+    kept = {_stored(op) for op in used.values() if op.target != "reduce"}.union(results, past)
     written = [op for phase, _ in phases for op in phase.outputs]
-    maps = [op for op in (source, *written) if op.name in kept and is_spatial(op)]
+    maps = [op for op in (*given, *written) if op.name in kept and is_spatial(op)]
     last = {_stored(op): i for i, (phase, _) in enumerate(phases) for op in phase.inputs}
     segments = []
     for i, (phase, part) in enumerate(phases):
-        done = (op.name for op in maps if last.get(op.name) == i and op.name != result)
+        done = (op.name for op in maps if last.get(op.name) == i and op.name not in results)
         costs = costs_of(phase, part.scale)
         segments.append(
             Segment(
@@ -119,12 +130,14 @@ def _program(
     weights = {n.name: n.value for phase, _ in phases for n in phase.ops if n.value is not None}
     return Program(
         stage=stage,
-        data=source.name,
-        result=result,
+        data=given[0].name,
+        result=results[0],
         maps=tuple(spec(op.name, storage.axes(op)) for op in maps),
         segments=tuple(segments),
         passes=tuple(_pass(op, ops, storage) for op in used.values() if op.target == "reduce"),
         weight_bytes=sum(value.nbytes for value in weights.values()),
+        past=tuple(past),
+        next=tuple(results[1:]),
     )
 
 

@@ -205,8 +205,8 @@ def packet_name(target: Any) -> str:
     )
 
 
-def lower(graph: Graph) -> tuple[dict[str, Op], str]:
-    """Return all operations lowered, and the name of the result."""
+def lower(graph: Graph) -> tuple[dict[str, Op], tuple[str, ...]]:
+    """Return all operations lowered, and the names of the results."""
     state = Lowering()
     for node in graph.nodes:
         node = renamed(node, state.renamed)
@@ -220,8 +220,7 @@ def lower(graph: Graph) -> tuple[dict[str, Op], str]:
             state.renamed[node.name] = node.args[0]
             continue
         state.renamed[node.name] = _lowered(state, node)
-    last = state.renamed[graph.result]
-    return state.ops, last.name
+    return state.ops, tuple(state.renamed[name].name for name in graph.results)
 
 
 def renamed(node: Node, names: Mapping[str, Any]) -> Node:

@@ -21,7 +21,7 @@ def margins_last(graph: Graph) -> Graph:
     for node in graph.nodes:
         for each in _deferred(node, nodes) or _apart(node, nodes):
             nodes[each.name] = each
-    return Graph(list(nodes.values()), graph.result)
+    return Graph(list(nodes.values()), graph.results)
 
 
 def _is_margin(node: Node) -> bool:

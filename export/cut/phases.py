@@ -31,24 +31,25 @@ class Phase:
     whole: str = ""
 
 
-def split(ops: dict[str, Op], result: str) -> list[Phase]:
+def split(ops: dict[str, Op], results: Sequence[str]) -> list[Phase]:
     """Assign every operation to phases, as late as possible; returns those that return anything.
 
-    What shares no map, such as the frames that a network takes one chunk after the other, is apart.
-    Phases are in an order in which few maps wait. Raises BundleMisfit if a map would have to be
-    stored that is no whole number of cells.
+    The first result is the data; states are computed as early as possible. What shares no map, such
+    as the frames that a network takes one chunk after the other, is apart. Phases are in an order
+    in which few maps wait. Raises BundleMisfit if a map would have to be stored that is no whole
+    number of cells.
     """
-    number = _numbers(ops, result)
+    number = _numbers(ops, results)
     passes = [op for op in ops.values() if op.target == "reduce" and op.name in number]
-    pinned = {name for op in passes for name in op.inputs}
+    pinned = {name for op in passes for name in op.inputs}.union(results)
     together = [set(op.inputs) for op in passes]  # both factors of a product
-    demanded: dict[str, None] = {result: None, **dict.fromkeys(pinned)}
+    demanded = dict.fromkeys((*results, *pinned))
     phases: list[Phase] = []
     order = {name: i for i, name in enumerate(ops)}
     for phase in range(max(number.values()), BEFORE, -1):
         outputs = [name for name in demanded if number[name] == phase]
         outputs = [name for name in outputs if ops[name].target != "input"]
-        collect = functools.partial(_collect, ops, number, phase, pinned=pinned | {result})
+        collect = functools.partial(_collect, ops, number, phase, pinned=pinned)
         for group in _apart(ops, outputs, collect, together):
             taken, inputs = collect(group)
             inside = [ops[name] for name in sorted(taken, key=order.__getitem__)]
@@ -63,7 +64,7 @@ def split(ops: dict[str, Op], result: str) -> list[Phase]:
             raise BundleMisfit(f"{op.name} is a map with elements beyond the plane")
         if crossed(op):
             raise BundleMisfit(f"{op.name} is a map that has rows or columns twice")
-    return _ordered(phases[::-1], result)
+    return _ordered(phases[::-1], results)
 
 
 def _apart(
@@ -86,14 +87,15 @@ def _apart(
     return [names for names, _ in groups]
 
 
-def _ordered(phases: list[Phase], result: str) -> list[Phase]:
+def _ordered(phases: list[Phase], results: Sequence[str]) -> list[Phase]:
     """Return the phases so that each runs shortly before it is needed."""
     made = {op.name: str(i) for i, phase in enumerate(phases) for op in phase.outputs}
     needs = {
         str(i): [made[n] for op in phase.inputs for n in _sources(op) if n in made]
         for i, phase in enumerate(phases)
     }
-    return [phases[int(i)] for i in depth_first(needs, made[result])]
+    ends = (made[name] for name in results if name in made)  # a state may be an input, unchanged
+    return [phases[int(i)] for i in depth_first(needs, *ends)]
 
 
 def _sources(op: Op) -> list[str]:
@@ -117,14 +119,14 @@ def _distance(op: Op, consumer: Op, ends: set[str]) -> int:
     return int(bool(op.whole) != bool(consumer.whole)) if op.whole or consumer.whole else 0
 
 
-def _ends(ops: dict[str, Op], result: str) -> set[str]:
+def _ends(ops: dict[str, Op], results: Sequence[str]) -> set[str]:
     """Return the operations at which a phase ends lest its halo becomes wide.
 
     They are those through whose results alone, beside maps that are small or stored anyway, all
     that follows depends on what came before; at a change of resolution, those on the smaller map.
     """
     needs = {name: op.inputs for name, op in ops.items()}
-    late = (ops[name] for name in depth_first(needs, result))
+    late = (ops[name] for name in depth_first(needs, *results))
     data = [op for op in late if op.data and is_spatial(op)]
     last = {name: i for i, op in enumerate(data) for name in op.inputs}
     elements = {op.name: math.prod(n for n, _, _ in op.shapes[0]) for op in data}
@@ -138,7 +140,7 @@ def _ends(ops: dict[str, Op], result: str) -> set[str]:
     roots: dict[str, set[str]] = {}
     live: set[str] = set()
     passes = (op for op in ops.values() if op.target in ("reduce", "gather"))
-    stored = {name for op in passes for name in op.inputs}
+    stored = {name for op in passes for name in op.inputs}.union(results)
     early = _earliest(ops, ends)
     for i, op in enumerate(data):
         inputs = [name for name in op.inputs if name in reach]
@@ -152,7 +154,7 @@ def _ends(ops: dict[str, Op], result: str) -> set[str]:
             ends |= {n for n in op.inputs if n in roots and not padded(ops[n].axes[0])}
         live = {name for name in (*live, op.name) if last.get(name, 0) > i}
         beside = live - stored - {op.name}
-        if op.name not in live - stored or padded(op.axes[0]) or op.name == result:
+        if op.name not in live - stored or padded(op.axes[0]):
             continue
         after, *others = users[op.name]
         if not others and after.cheap and elements[after.name] <= elements[op.name]:
@@ -192,12 +194,23 @@ def _joins_less(
     return sum(elements[n] for n in inputs) <= BESIDE * of
 
 
-def depth_first(needs: Mapping[str, Sequence[str]], result: str) -> list[str]:
+def depth_first(needs: Mapping[str, Sequence[str]], result: str, *others: str) -> list[str]:
     """Return what a result needs, itself last, each shortly before the first that takes it.
 
     `needs` is in an order in which all could run. Of several inputs, the one with the longest way
-    behind it is first. So a branch beside a network's trunk is computed where it joins it.
+    behind it is first. So a branch beside a network's trunk is computed where it joins it. What
+    only other results need, and these themselves, are computed as soon as what they take is there.
     """
+    ordered = _depth_first(needs, result)
+    for other in others:
+        there = {name: i for i, name in enumerate(ordered)}
+        added = [name for name in _depth_first(needs, other) if name not in there]
+        place = 1 + max((there.get(n, -1) for name in added for n in needs[name]), default=-1)
+        ordered[place:place] = added
+    return ordered
+
+
+def _depth_first(needs: Mapping[str, Sequence[str]], result: str) -> list[str]:
     depth: dict[str, int] = {}
     for name, inputs in needs.items():
         depth[name] = 1 + max((depth[n] for n in inputs), default=0)
@@ -222,11 +235,11 @@ def _earliest(ops: dict[str, Op], ends: set[str]) -> dict[str, int]:
     return early
 
 
-def _numbers(ops: dict[str, Op], result: str) -> dict[str, int]:
+def _numbers(ops: dict[str, Op], results: Sequence[str]) -> dict[str, int]:
     """Return the phase of every operation that depends on the input."""
-    ends = _ends(ops, result)
+    ends = _ends(ops, results)
     early = _earliest(ops, ends)
-    number: dict[str, int] = {result: early[result]}
+    number = {name: early[name] for name in results}
     for name in reversed(ops):
         op = ops[name]
         if name not in number or not op.data:

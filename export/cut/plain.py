@@ -6,7 +6,7 @@ It is what the cutter is tested with, and export checks every program with it be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,24 +18,32 @@ from fvae_deploy.export.program import Pass, Segment
 
 
 def run_plain(
-    cut: Cut, x: Tensor, shape: tuple[int, ...], plane: tuple[int, int], tile: int
-) -> Tensor:
+    cut: Cut,
+    x: Tensor,
+    shape: tuple[int, ...],
+    plane: tuple[int, int],
+    tile: int,
+    past: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor]]:
     """Run a program on x, for a plane of latent cells, in tiles that keep `tile` latent cells.
 
-    Returns the result in the given shape.
+    Returns the result in the given shape, and the states as they are stored, which are the `past`
+    of the next step.
     """
     program = cut.program
     specs = {spec.name: spec for spec in program.maps}
     maps = {program.data: x.reshape(_sized(specs[program.data], plane))}
+    maps |= dict(zip(program.past, past, strict=True))
     values: dict[str, Tensor] = {}
-    _passes(program.passes, program.data, maps, values)
+    for name in (program.data, *program.past):
+        _passes(program.passes, name, maps, values)
     for segment in program.segments:
         _segment(cut.modules[segment.part.name], segment, maps, values, plane, tile)
         for name in segment.outputs:
             _passes(program.passes, name, maps, values)
         for name in segment.done:
             del maps[name]
-    return maps[program.result].reshape(shape)
+    return maps[program.result].reshape(shape), [maps[name] for name in program.next]
 
 
 def _sized(spec: TensorSpec, plane: tuple[int, int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import Part
@@ -20,47 +20,72 @@ TOLERANCE = 1e-4  # of the largest value, in float32
 Stages = tuple[tuple[Part, ...], tuple[Program, ...], dict[str, nn.Module]]
 
 
-def cut_whole_stages(stages: Mapping[str, nn.Module], parts: Sequence[Part]) -> Stages:
-    """Cut every stage that needs the whole plane and has no state.
+def cut_whole_stages(
+    stages: Mapping[str, nn.Module], parts: Sequence[Part], streams: bool
+) -> Stages:
+    """Cut every stage that needs the whole plane; one with states only with `streams`.
 
     Returns the parts, the programs, and the segments' modules by the names of their parts. A stage
-    that cannot be cut stays whole: its part then says why.
+    that cannot be cut stays whole: its parts then say why.
     """
     described, programs = list(parts), []
     segments: dict[str, nn.Module] = {}
-    for number, part in enumerate(parts):
-        alone = [p for p in parts if p.stage == part.stage] == [part]
-        if not part.whole or not alone or len(part.inputs) > 1:
+    for stage, network in stages.items():
+        own = [part for part in parts if part.stage == stage]
+        with_states = len(own) > 1 or len(own[0].inputs) > 1
+        if not own[0].whole or (with_states and not streams):
             continue
-        network = stages[part.stage]
         try:
-            cut = cut_part(network, part)
-            confirm(network, part, cut)
+            cuts = cut_steps(network, own)
+            confirm(network, own, cuts)
         except BundleError as error:
             reason = str(error).partition(", found")[2].lstrip(": ")
-            described[number] = dataclasses.replace(
-                part, whole=f"{part.whole}; it is not cut: {reason}"
-            )
+            for i, part in enumerate(described):
+                if part in own:
+                    whole = f"{part.whole}; it is not cut: {reason}"
+                    described[i] = dataclasses.replace(part, whole=whole)
             continue
-        programs.append(cut.program)
-        segments.update(cut.modules)
+        for cut in cuts:
+            programs.append(cut.program)
+            segments.update(cut.modules)
     return tuple(described), tuple(programs), segments
 
 
-def confirm(network: nn.Module, part: Part, cut: Cut) -> None:
-    """Raise BundleError unless segments in small tiles give what the whole stage gives."""
-    h, w = (part.scale * n for n in PLANE)
-    seeded = torch.Generator().manual_seed(0)
-    x = torch.randn(part.inputs[0].sized(1, h, w), generator=seeded)
-    x = x.to(next(network.parameters()).dtype)
-    with torch.no_grad():
-        expected = network(x)[0]
-    try:
-        found = run_plain(cut, x, tuple(expected.shape), PLANE, TILE)
-    except RuntimeError as error:  # of torch
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"expected segments of {part.stage} that run, found: {reason}") from error
-    if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
-        raise BundleError(
-            f"expected segments of {part.stage} that give what the stage gives, found others"
-        )
+def cut_steps(network: nn.Module, parts: Sequence[Part]) -> list[Cut]:
+    """Cut a stage without state as a whole, or the first step and the others of one with states.
+
+    Raises BundleError, with the reason, if it cannot be cut.
+    """
+    if any(part.looks_ahead for part in parts):
+        raise BundleError("expected steps that depend on earlier slices alone, found a look ahead")
+    if len(parts) == 1:
+        return [cut_part(network, parts[0], parts[0].stage)]
+    first, step = (cut_part(network, part, part.name) for part in parts)
+    if not all(step.program.continues(cut.program) for cut in (first, step)):
+        raise BundleError("expected states that every step stores alike, found others")
+    return [first, step]
+
+
+def confirm(network: nn.Module, parts: Sequence[Part], cuts: Sequence[Cut]) -> None:
+    """Raise BundleError unless segments in small tiles give what the whole stage gives.
+
+    Of a stage with states, a first step and two further ones are compared.
+    """
+    stage, seeded = parts[0].stage, torch.Generator().manual_seed(0)
+    past: list[Tensor] = []
+    kept: list[Tensor] = []
+    for part, cut in [*zip(parts, cuts, strict=True), *zip(parts[1:], cuts[1:], strict=True)]:
+        h, w = (part.scale * n for n in PLANE)
+        x = torch.randn(part.inputs[0].sized(1, h, w), generator=seeded)
+        x = x.to(next(network.parameters()).dtype)
+        with torch.no_grad():
+            expected, *past = network(x, *past)
+        try:
+            found, kept = run_plain(cut, x, tuple(expected.shape), PLANE, TILE, kept)
+        except RuntimeError as error:  # of torch
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"expected segments of {stage} that run, found: {reason}") from error
+        if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
+            raise BundleError(
+                f"expected segments of {stage} that give what the stage gives, found others"
+            )

@@ -24,13 +24,13 @@ class Storage:
     channels: Mapping[str, int]
 
     @classmethod
-    def of(cls, ops: Mapping[str, Op], result: str) -> Storage:
-        """Choose for all maps of a stage; its input and its result keep their order."""
-        kept = {result}
+    def of(cls, ops: Mapping[str, Op], data: str, result: str) -> Storage:
+        """Choose for all maps of a stage; its data and its result keep their order."""
+        kept = {data, result}
         for op in ops.values():
             if op.target == "reduce" and _keeps_order(op, ops[op.args[0].name]):
                 kept.update(op.inputs)
-        able = (op for op in ops.values() if op.target != "input" and op.name not in kept)
+        able = (op for op in ops.values() if op.name not in kept)
         return cls({op.name: len(op.axes[0][0]) for op in able if channels_last(op)})
 
     def axes(self, op: Op) -> Axes:

@@ -60,10 +60,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """All operations of a stage in the order in which they run, and the name of its result."""
+    """All operations of a stage in the order in which they run, and the names of its results."""
 
     nodes: list[Node]
-    result: str
+    results: tuple[str, ...]
+
+    @property
+    def result(self) -> str:
+        """The name of the first result; further ones are states."""
+        return self.results[0]
 
 
 @dataclass
@@ -81,11 +86,11 @@ class _Call:
 class _Recorder(TorchDispatchMode):
     """Records the operations of one run, by the identities of their tensors."""
 
-    def __init__(self, network: nn.Module, x: Tensor) -> None:
+    def __init__(self, network: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = [_Call("x", "input", (), {}, [tuple(x.shape)])]
-        self.names = {id(x): "x"}
-        self._alive = [x]  # so that no identity is used twice
+        self.calls = [_Call(n, "input", (), {}, [tuple(x.shape)]) for n, x in inputs.items()]
+        self.names = {id(x): name for name, x in inputs.items()}
+        self._alive = list(inputs.values())  # so that no identity is used twice
         state = [*network.named_parameters(), *network.named_buffers()]
         self._weights = {id(tensor): name for name, tensor in state}
 
@@ -128,12 +133,14 @@ class _Recorder(TorchDispatchMode):
         return Ref(self.names[id(value)])
 
 
-def trace_stage(network: nn.Module, data: TensorSpec) -> Graph:
-    """Trace a stage of one input, whose spec is in latent cells.
+def trace_stage(network: nn.Module, data: TensorSpec, *states: TensorSpec) -> Graph:
+    """Trace a stage of data and states, whose specs are in latent cells.
 
     Raises BundleError if its code cannot be traced, or is another at another size.
     """
-    runs = [_record(network, data.sized(1, h, w)) for h, w in SIZES]
+    named = {"x": data} | {spec.name: spec for spec in states}
+    shapes = ({n: spec.sized(1, h, w) for n, spec in named.items()} for h, w in SIZES)
+    runs = [_record(network, each) for each in shapes]
     lists = [calls for calls, _ in runs]
     if len({tuple((c.name, str(c.target)) for c in calls) for calls in lists}) > 1:
         raise BundleError("expected the same operations for every size of the plane, found others")
@@ -141,24 +148,26 @@ def trace_stage(network: nn.Module, data: TensorSpec) -> Graph:
     return _without_unused(nodes, runs[0][1])
 
 
-def _record(network: nn.Module, shape: tuple[int, ...]) -> tuple[list[_Call], str]:
-    """Run a stage once, without values; returns its operations and the name of its result."""
+def _record(
+    network: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[_Call], tuple[str, ...]]:
+    """Run a stage once, without values; returns its operations and the names of its results."""
     dtype = next(network.parameters()).dtype
-    functional = torch.func.functionalize(lambda x: network(x)[0], remove="mutations")
+    functional = torch.func.functionalize(lambda *given: tuple(network(*given)), remove="mutations")
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.inference_mode(False), torch.no_grad(), fake:
-            x = torch.empty(shape, dtype=dtype)
-            with _Recorder(network, x) as recorder:
-                result = functional(x)
+            given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            with _Recorder(network, given) as recorder:
+                results = functional(*given.values())
     except Exception as error:  # code that is traced raises whatever it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BundleError(
             f"expected code that can be traced without values, found: {reason}"
         ) from (error)
-    if id(result) not in recorder.names:
-        raise BundleError("expected a result that depends on the input, found a constant")
-    return recorder.calls, recorder.names[id(result)]
+    if any(id(result) not in recorder.names for result in results):
+        raise BundleError("expected results that depend on the input, found a constant")
+    return recorder.calls, tuple(recorder.names[id(result)] for result in results)
 
 
 def _node(calls: Sequence[_Call]) -> Node:
@@ -182,9 +191,9 @@ def _merge(triple: Sequence[Any]) -> Any:
     return tree_unflatten(merged, structure[0])
 
 
-def _without_unused(nodes: list[Node], result: str) -> Graph:
-    needed = {result}
+def _without_unused(nodes: list[Node], results: tuple[str, ...]) -> Graph:
+    needed = {*results, *(node.name for node in nodes if node.target == "input")}
     for node in reversed(nodes):
         if node.name in needed:
             needed.update(node.inputs)
-    return Graph([node for node in nodes if node.name in needed], result)
+    return Graph([node for node in nodes if node.name in needed], results)

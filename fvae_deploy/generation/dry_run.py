@@ -11,7 +11,8 @@ from fvae_deploy.generation.request import Request
 from fvae_deploy.generation.stitch import starts
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.options import RunOptions
-from fvae_deploy.stream.plan import MAC_SECOND, Plan
+from fvae_deploy.stream.pieces import MAC_SECOND
+from fvae_deploy.stream.plan import Plan
 from fvae_deploy.stream.report import plan_report
 from fvae_deploy.stream.run import Run
 

@@ -153,7 +153,7 @@ def measure_bundle(
     def compare(engine: Engine) -> Parity:
         if engine.precision == "fp32":
             agree = functools.partial(segments_agree, engine, manifest)
-            wrong.update(p.stage for p in manifest.programs if not agree(p))
+            wrong.update(s for s in {p.of for p in manifest.programs} if not agree(s))
         return parity(reference, engine, manifest, **clip)
 
     for engine, precision, row in _compare_engines(
@@ -170,7 +170,7 @@ def measure_bundle(
             lines += segment_memory(folder, engine)
     for stage in sorted(wrong):
         progress(f"{stage} only runs whole: its segments gave another result")
-    programs = tuple(p for p in manifest.programs if p.stage not in wrong)
+    programs = tuple(p for p in manifest.programs if p.of not in wrong)
     return dataclasses.replace(
         manifest, parity=tuple(errors), memory=tuple(lines), programs=programs
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -12,7 +13,6 @@ from fvae_deploy.bench.run import DIRECTIONS
 from fvae_deploy.bench.worker import in_process
 from fvae_deploy.engines.base import Engine
 from fvae_deploy.export.manifest import Manifest, Memory
-from fvae_deploy.export.program import Program
 from fvae_deploy.stream.pieces import ways
 from fvae_deploy.stream.segments import SegmentStream
 from fvae_deploy.stream.stages import StageStream, whole_grids
@@ -21,22 +21,38 @@ PLANE = (4, 5)  # latent cells
 TOLERANCE = 1e-3  # of the largest value
 
 
-def segments_agree(engine: Engine, manifest: Manifest, program: Program) -> bool:
-    """Run a stage of noise whole, and in the smallest tiles with its maps in a file; compare."""
-    stage = program.stage
-    part = manifest.stage_part(stage, first=False)
-    h, w = (part.scale * n for n in PLANE)
-    shape = part.inputs[0].sized(1, h, w)[1:]
-    x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+def segments_agree(engine: Engine, manifest: Manifest, stage: str) -> bool:
+    """Run a stage of noise whole, and in the smallest tiles with its maps in a file; compare.
+
+    Of a stage with states, three steps are compared.
+    """
     direction = "encode" if stage.startswith("encode") else "decode"
     grid = whole_grids(manifest, (direction,), PLANE)[stage]
-    expected = StageStream(engine, manifest, stage, grid).run(x, True).copy()
-    *_, smallest = ways(program, PLANE)
-    folder = Path(tempfile.gettempdir())
-    found = SegmentStream(engine, manifest, stage, smallest, folder).run(x, True)
-    for each in program.parts:
-        engine.release(each.name, compiled=True)
-    return bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
+    first, step = (manifest.program(stage, first) for first in (True, False))
+    assert first is not None
+    assert step is not None
+    *_, smallest = ways(step, PLANE, first=first if step.past else None)
+    random = np.random.default_rng(0)
+    agree = True
+    with (
+        contextlib.closing(StageStream(engine, manifest, stage, grid)) as whole,
+        contextlib.closing(
+            SegmentStream(engine, manifest, stage, smallest, Path(tempfile.gettempdir()))
+        ) as segments,
+    ):
+        for number in range(3 if step.past else 1):
+            part = manifest.stage_part(stage, first=number == 0)
+            h, w = (part.scale * n for n in PLANE)
+            shape = part.inputs[0].sized(1, h, w)[1:]
+            x = random.standard_normal(shape, dtype=np.float32)
+            expected = whole.run(x, number == 0).copy()
+            found = segments.run(x, number == 0)
+            most = TOLERANCE * np.abs(expected).max()
+            agree &= bool(np.abs(found - expected).max() <= most)
+    for program in (first, step):
+        for each in program.parts:
+            engine.release(each.name, compiled=True)
+    return agree
 
 
 def segment_memory(folder: Path, engine: str) -> list[Memory]:

@@ -99,6 +99,10 @@ class MapStore:
                 written = os.pwrite(self._file.fileno(), left, offset + len(line) - len(left))
                 left = left[written:]
 
+    def write_zeros(self) -> None:
+        """Write the whole map as zeros."""
+        self.write((slice(None),) * len(self._shape), np.zeros(self._shape, np.float32))
+
     def whole(self) -> Array:
         """Return the whole map."""
         return self.read((slice(None),) * len(self._shape))

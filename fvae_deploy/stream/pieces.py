@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from fvae_deploy.export.bundle import TensorSpec
@@ -24,6 +24,8 @@ LEAST = 0.5  # and at least: where weights are large, what a cell adds is lost i
 COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and inputs
 COMPILING = 0.1  # seconds to compile a segment
 CALL = 3e-4  # seconds to start a segment on a tile
+SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
+MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
 ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
 WAITING = 3  # tiles of inputs that are in use or read ahead, and of outputs that wait
@@ -46,6 +48,12 @@ class Pieces:
     moved: int  # bytes written to the file and read from it
     starting: float  # seconds of every run for compiling, and for starting on tiles
     whole: tuple[str, ...] = ()  # why segments need the whole plane
+    first: Pieces | None = None  # of a stage with states, how its first step runs
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of a run, on a nominal machine."""
+        return SEGMENTED * self.mac / MAC_SECOND + self.moved / FILE_SECOND + self.starting
 
     def describe(self) -> str:
         """Return the way in a few words."""
@@ -163,17 +171,39 @@ def ways(
     program: Program,
     plane: tuple[int, int],
     memory: Mapping[str, Memory] = MappingProxyType({}),
+    first: Program | None = None,
 ) -> Iterator[Pieces]:
     """Yield ways from most memory to least: smaller tiles, and more maps in the file.
 
-    `memory` is what was measured, by the names of parts.
+    `memory` is what was measured, by the names of parts. Of a stage with states, `program` is a
+    step and `first` the first one, whose segments are not kept. Its states wait in memory or in the
+    file, all of them alike.
     """
+    if first is None:
+        yield from _ways(program, plane, memory, False)
+        return
+    for spilled in (False, True):
+        able = (way for way in _ways(first, plane, memory, spilled) if not way.keep)
+        begins: list[Pieces] = []
+        for way in sorted(able, key=lambda way: (way.seconds, way.working)):
+            if not begins or way.working < begins[-1].working:
+                begins.append(way)
+        for way in _ways(program, plane, memory, spilled):
+            begin = next((b for b in begins if b.working <= way.working), begins[-1])
+            yield replace(way, first=begin, working=max(begin.working, way.working))
+
+
+def _ways(
+    program: Program, plane: tuple[int, int], memory: Mapping[str, Memory], spilled: bool
+) -> Iterator[Pieces]:
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
-    levels = sorted(set(sizes.values()), reverse=True)
+    states = frozenset(program.past + program.next)
+    levels = sorted({size for name, size in sizes.items() if name not in states}, reverse=True)
     share = program.weight_bytes // len(program.parts)
     costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
     for level in (math.inf, *levels):
-        filed = frozenset(name for name, size in sizes.items() if size >= level)
+        large = {name for name, size in sizes.items() if size >= level}
+        filed = frozenset(large - states | states if spilled else large - states)
         resident = _resident(program, sizes, filed)
         waiting: dict[str, int] = {}  # at most, while a part runs: all its runs have the same tiles
         for cost, beside in zip(costs, resident, strict=True):
@@ -185,7 +215,8 @@ def ways(
         while True:
             tiles = tuple(c.extent(limit - waiting[c.segment.part.name]) for c in costs)
             if tiles not in seen:
-                yield from _kept(program, costs, tiles, filed, resident)
+                beside = _state_bytes(program, sizes, filed)
+                yield from _kept(program, costs, tiles, filed, resident, beside)
             seen.add(tiles)
             if not limit:
                 break
@@ -193,13 +224,19 @@ def ways(
 
 
 def _resident(program: Program, sizes: Mapping[str, int], filed: frozenset[str]) -> list[int]:
-    """Return the bytes of the maps in memory while each segment runs."""
-    alive, resident = {program.data}, []
+    """Return the bytes of the maps in memory while each segment runs, beside a set of states."""
+    alive, resident = {program.data, *program.past}, []
+    states = _state_bytes(program, sizes, filed)
     for segment in program.segments:
         alive |= {name for name in segment.outputs if name in sizes}
-        resident.append(sum(sizes.get(name, 0) for name in alive - filed))
+        resident.append(max(0, sum(sizes.get(name, 0) for name in alive - filed) - states))
         alive -= set(segment.done)
     return resident
+
+
+def _state_bytes(program: Program, sizes: Mapping[str, int], filed: frozenset[str]) -> int:
+    """Return the bytes of the states that wait in memory for the next step."""
+    return sum(sizes[name] for name in program.next if name not in filed)
 
 
 def _kept(
@@ -208,8 +245,12 @@ def _kept(
     tiles: tuple[Extent, ...],
     filed: frozenset[str],
     resident: list[int],
+    states: int,
 ) -> Iterator[Pieces]:
-    """Yield ways with all segments compiled for good, with fewer of them, and with none."""
+    """Yield ways with all segments compiled for good, with fewer of them, and with none.
+
+    The `states`' bytes are kept in any case.
+    """
     pairs = list(zip(costs, tiles, strict=True))
     counts = [c.count(tile) for c, tile in pairs]
     computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
@@ -229,7 +270,7 @@ def _kept(
             filed,
             most,
             keep,
-            sum(kept[name] for name in keep),
+            states + sum(kept[name] for name in keep),
             mac,
             moved,
             CALL * sum(counts) + COMPILING * dropped,

@@ -23,14 +23,12 @@ from fvae_deploy.export.program import Program
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream import pieces
 from fvae_deploy.stream.limits import available_bytes
-from fvae_deploy.stream.pieces import Pieces
+from fvae_deploy.stream.pieces import FILE_SECOND, MAC_SECOND, Pieces
 from fvae_deploy.stream.tiles import Grid, fit, smallest
 
 SLABS = 4  # one being produced, two waiting, one in use
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
-SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
-MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 SHARE = 0.6  # of the free memory that a run takes without a budget
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
 
@@ -89,7 +87,7 @@ def plan(
             engine,
             precision,
             tuple(extents.get(stage, ())),
-            manifest.program(stage) if segments else None,
+            segments,
         )
         for direction in directions
         for stage in manifest.stages(direction)
@@ -190,6 +188,7 @@ class Stage:
     map_bytes: int  # of one cell, input and output
     extents: tuple[tuple[int, int], ...] = ()  # of the tiles that it may use; empty: any
     program: Program | None = None  # how it may run in segments
+    first: Program | None = None  # and its first step, if it has states
     segments: Mapping[str, Memory] = field(default_factory=dict)  # what they take, by their parts
 
     @classmethod
@@ -202,10 +201,12 @@ class Stage:
         engine: str,
         precision: str,
         extents: tuple[tuple[int, int], ...] = (),
-        program: Program | None = None,
+        segments: bool = False,
     ) -> Stage:
         """Collect the facts from a manifest, for a plane of latent cells."""
         part = manifest.stage_part(name, first=False)
+        program = manifest.program(name) if segments and not extents else None
+        first = manifest.program(name, first=True) if program and program.past else None
         return cls(
             name,
             part,
@@ -216,8 +217,9 @@ class Stage:
             // (2 if precision in ("bf16", "fp16") else 1),
             sum(_bytes(spec.sized(k, 1, 1)) for spec in (part.inputs[0], part.outputs[0])),
             extents,
-            None if extents else program,
-            {} if program is None else _of_segments(manifest, program, engine, precision),
+            program,
+            first,
+            _of_segments(manifest, (program, first), engine, precision),
         )
 
     @property
@@ -295,9 +297,9 @@ class Stage:
         slices = self.k if self.part.inputs[0].factor("k") else 1
         plane = (self.plane[0] // self.part.scale, self.plane[1] // self.part.scale)
         found = []
-        for way in pieces.ways(self.program, plane, self.segments):
-            seconds = SEGMENTED * way.mac / MAC_SECOND + way.moved / FILE_SECOND + way.starting
-            found.append(Option(self.whole, False, way.kept, way.working, slices * seconds, way))
+        for way in pieces.ways(self.program, plane, self.segments, self.first):
+            seconds = slices * way.seconds
+            found.append(Option(self.whole, False, way.kept, way.working, seconds, way))
         found.sort(key=lambda o: (o.seconds, o.working, o.kept))
         best: list[Option] = []
         for option in found:
@@ -307,10 +309,10 @@ class Stage:
 
 
 def _of_segments(
-    manifest: Manifest, program: Program, engine: str, precision: str
+    manifest: Manifest, programs: Sequence[Program | None], engine: str, precision: str
 ) -> dict[str, Memory]:
-    """Return the memory of a program's segments as measured with this engine, or in its fp32."""
-    names = {segment.part.name for segment in program.segments}
+    """Return the memory of programs' segments as measured with this engine, or in its fp32."""
+    names = {part.name for program in programs if program for part in program.parts}
     found: dict[str, Memory] = {}
     for wanted in ("fp32", precision):
         lines = (m for m in manifest.memory if (m.engine, m.precision) == (engine, wanted))

@@ -5,8 +5,8 @@
                       +--> passes: means and variances of the whole map, in float64
 
 Results are those of the whole stage. A group norm takes the statistics of the whole map; the keys
-of an attention are read whole for every tile of queries. Threads read the next tile from the file
-and write the last one while the engine computes.
+of an attention are read whole for every tile of queries. States are maps that wait for the next
+step. Threads read the next tile from the file and write the last one while the engine computes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in th
 
 
 class SegmentStream:
-    """One stage without state, run in segments; the counterpart of `StageStream`.
+    """One stage, run in segments; the counterpart of `StageStream`.
 
     `advance` is called with the share of a run's work that was done since the last call.
     """
@@ -49,10 +49,9 @@ class SegmentStream:
         folder: Path | None,
         advance: Callable[[float], None] = lambda share: None,
     ) -> None:
-        program = manifest.program(stage)
-        assert program is not None
-        self._engine, self._program, self._pieces = engine, program, pieces
-        self._part = manifest.stage_part(stage, first=False)
+        self._engine, self._manifest, self._stage, self._ways = engine, manifest, stage, pieces
+        self._states: list[MapStore] = []
+        self._select(first=True)
         self._folder, self._advance = folder, advance
         self._share = 1.0  # of a run's work that one of its passes through the segments is
         self.seconds = 0.0
@@ -60,9 +59,12 @@ class SegmentStream:
     def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Map frames x [C, T, H, W] to the result, slice by slice or the whole window.
 
-        There is no state: `first` and `clock` are those of any stage, and make no difference.
+        `first` starts a new run of a stage with states; `clock` makes no difference.
         """
         begin = time.perf_counter()
+        if first:
+            self.close()
+        self._select(first)
         data = self._part.inputs[0]
         each = [x[:, i : i + 1] for i in range(x.shape[1])] if data.factor("k") else [x]
         self._share = 1 / len(each)
@@ -71,7 +73,17 @@ class SegmentStream:
         return result
 
     def close(self) -> None:
-        """Do nothing: maps are gone after every run."""
+        """Delete the states; all other maps are gone after every run."""
+        for store in self._states:
+            store.close()
+        self._states = []
+
+    def _select(self, first: bool) -> None:
+        """Turn to the segments of the first step, or of a later one."""
+        program = self._manifest.program(self._stage, first)
+        assert program is not None
+        self._program, self._part = program, self._manifest.stage_part(self._stage, first)
+        self._pieces = self._ways.first if first and self._ways.first else self._ways
 
     def _one(self, x: FeatureMap) -> FeatureMap:
         program, plane = self._program, self._pieces.plane
@@ -85,6 +97,7 @@ class SegmentStream:
             state.maps[program.data] = source
             state.pass_over({program.data: data})
             state.finish_passes()
+            self._continue(state)
             after = (*program.segments[1:], None)
             for segment, extent, following in zip(
                 program.segments, self._pieces.tiles, after, strict=True
@@ -93,9 +106,23 @@ class SegmentStream:
                 self._free(state, segment, following)
             h, w = (self._part.scale * n for n in plane)
             shape = self._part.outputs[0].sized(1, h, w)[1:]
+            self._states = [state.maps.pop(name) for name in program.next]
             return state.maps[program.result].whole().reshape(shape).copy()
         finally:
             state.close()
+
+    def _continue(self, state: _State) -> None:
+        """Take the states of the step before, or zeros if there was none."""
+        past, self._states = self._states, []
+        for i, name in enumerate(self._program.past):
+            store = past[i] if past else self.store(name, [])
+            assert store is not None
+            state.maps[name] = store
+            if not past:
+                store.write_zeros()
+            if any(p.source == name for p in self._program.passes):
+                state.pass_over({name: store.whole()})
+                state.finish_passes()
 
     def _free(self, state: _State, segment: Segment, following: Segment | None) -> None:
         """Free the maps that are done, but keep memory that fits what the next segment writes.

@@ -94,7 +94,7 @@ def in_tiles(network: Any, front: tuple[int, ...], way: Pieces, cut: Any, folder
     result = TensorSpec("z", outside)
     part = Part("encode_first", "", (data,), (result,), 1, None, 0, 1)
     manifest: Any = SimpleNamespace(
-        program=lambda stage: cut.program, stage_part=lambda stage, first: part
+        program=lambda stage, first: cut.program, stage_part=lambda stage, first: part
     )
     stream = SegmentStream(Float64Segments(cut), manifest, "encode", way, folder)
     frames = x[0] if x.ndim == 5 else x
@@ -436,9 +436,9 @@ def test_export_drops_segments_that_give_another_result(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     program = manifest.programs[1]
     engine = open_engine(bundle, manifest, "onnxruntime")
-    assert segments_agree(engine, manifest, program)
+    assert segments_agree(engine, manifest, program.stage)
     # Means and variances of other groups.
     passes = tuple(dataclasses.replace(p, kind="max") for p in program.passes)
     other = dataclasses.replace(program, passes=passes)
     spoiled = dataclasses.replace(manifest, programs=(manifest.programs[0], other))
-    assert not segments_agree(engine, spoiled, other)
+    assert not segments_agree(engine, spoiled, other.stage)
