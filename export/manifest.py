@@ -198,6 +198,12 @@ class Manifest(Bundle):
         window, model = (i.hu_min, i.hu_max), (i.model_min, i.model_max)
         return super().rules() | {
             "segments and passes of maps that are there": all(p.sound() for p in self.programs),
+            "states that every step takes as the one before leaves them": all(
+                step.continues(left)
+                for step in self.programs
+                for left in self.programs
+                if step.past and step.of == left.of
+            ),
             "a geometry of at least 1": min(dataclasses.astuple(g)[:-1]) >= 1,
             "causal or windows as the published protocol": g.published in ("causal", "windows"),
             "a shift and a scale for every latent channel": len(channels) == 1,

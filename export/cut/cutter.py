@@ -61,8 +61,6 @@ def cut_stage(network: nn.Module, stage: str, data: TensorSpec, *states: TensorS
     graph = trace_stage(network, data, *states)
     try:
         ops, results = lower(graph)
-        if len(set(results)) < len(results):
-            raise BundleMisfit("two of its results are the same")
         phases, storage = split(ops, results), Storage.of(ops, "x", results[0])
         kinds = [_kind(phase, storage) for phase in phases]
         distinct: dict[Hashable, Phase] = {}

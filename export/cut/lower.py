@@ -206,7 +206,10 @@ def packet_name(target: Any) -> str:
 
 
 def lower(graph: Graph) -> tuple[dict[str, Op], tuple[str, ...]]:
-    """Return all operations lowered, and the names of the results."""
+    """Return all operations lowered, and the names of the results.
+
+    A state that is an input as it came, or the same as another result, is copied.
+    """
     state = Lowering()
     for node in graph.nodes:
         node = renamed(node, state.renamed)
@@ -220,7 +223,14 @@ def lower(graph: Graph) -> tuple[dict[str, Op], tuple[str, ...]]:
             state.renamed[node.name] = node.args[0]
             continue
         state.renamed[node.name] = _lowered(state, node)
-    return state.ops, tuple(state.renamed[name].name for name in graph.results)
+    results: list[str] = []
+    for name in graph.results:
+        ref = state.renamed[name]
+        if state.ops[ref.name].target == "input" or ref.name in results:
+            copied, axes = f"{ref.name}_left", state.axes(ref)
+            ref = state.add(copied, aten.clone.default, (ref,), axes, cheap=True)
+        results.append(ref.name)
+    return state.ops, tuple(results)
 
 
 def renamed(node: Node, names: Mapping[str, Any]) -> Node:

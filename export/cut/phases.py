@@ -94,8 +94,7 @@ def _ordered(phases: list[Phase], results: Sequence[str]) -> list[Phase]:
         str(i): [made[n] for op in phase.inputs for n in _sources(op) if n in made]
         for i, phase in enumerate(phases)
     }
-    ends = (made[name] for name in results if name in made)  # a state may be an input, unchanged
-    return [phases[int(i)] for i in depth_first(needs, *ends)]
+    return [phases[int(i)] for i in depth_first(needs, *(made[name] for name in results))]
 
 
 def _sources(op: Op) -> list[str]:
