@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -28,6 +29,8 @@ SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
 ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
+FINER = 0.95  # of the memory that maps need, at which more of them in the file are another way
+TIGHT = 0.8  # of the most memory that maps need at once: filing a map there helps too
 WAITING = 3  # tiles of inputs that are in use or read ahead, and of outputs that wait
 
 Extent = tuple[int, int]  # rows and columns of cells that a tile computes
@@ -42,6 +45,7 @@ class Pieces:
     most: int  # tiles of the segment that has most
     filed: frozenset[str]  # maps that wait in the file
     working: int  # bytes during a run
+    spare: tuple[int, ...]  # bytes of these that every segment leaves
     keep: frozenset[str]  # parts that stay compiled
     kept: int  # bytes between runs: weights, compiled segments and their inputs
     mac: int  # multiply-adds of a run
@@ -145,6 +149,14 @@ class Costs:
             return -(-inner // -(-inner // kept)) + 2 * halo, width
         return _fitting(height, width, halo, _rounded(cells))
 
+    @property
+    def strip(self) -> int:
+        """Cells of a strip of the plane that is long enough for its halo."""
+        height, width = self.cells
+        halo = self.segment.part.halo
+        rows = height if halo is None else (STRIP + 2) * max(1, halo)
+        return min(rows, height) * width
+
     def traffic(self, computed: int, filed: frozenset[str]) -> int:
         """Return the bytes of maps that are read from the file and written to it.
 
@@ -198,12 +210,10 @@ def _ways(
 ) -> Iterator[Pieces]:
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
     states = frozenset(program.past + program.next)
-    levels = sorted({size for name, size in sizes.items() if name not in states}, reverse=True)
     share = program.weight_bytes // len(program.parts)
     costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
-    for level in (math.inf, *levels):
-        large = {name for name, size in sizes.items() if size >= level}
-        filed = frozenset(large - states | states if spilled else large - states)
+    for maps in _filings(program, sizes, costs):
+        filed = maps | states if spilled else maps
         resident = _resident(program, sizes, filed)
         waiting: dict[str, int] = {}  # at most, while a part runs: all its runs have the same tiles
         for cost, beside in zip(costs, resident, strict=True):
@@ -221,6 +231,42 @@ def _ways(
             if not limit:
                 break
             limit = int(0.7 * limit) if limit > 1 << 16 else 0
+
+
+def _filings(
+    program: Program, sizes: Mapping[str, int], costs: list[Costs]
+) -> Iterator[frozenset[str]]:
+    """Yield sets of maps to wait in the file, from none to all, each with less in memory at most.
+
+    Where most is needed, beside a strip of the segment that runs, the map is filed that frees
+    memory in most such places for each time that it is written or read.
+    """
+    states = {*program.past, *program.next}
+    able = {name for name in sizes if name not in states}
+    alive: list[set[str]] = []
+    now: set[str] = set()
+    for segment in program.segments:
+        now |= able.intersection(segment.outputs)
+        alive.append(set(now))
+        now -= set(segment.done)
+    reads = Counter(name for segment in program.segments for name in set(segment.inputs))
+    strips = [c.working(c.strip) for c in costs]
+    filed: frozenset[str] = frozenset()
+    told = math.inf
+    while True:
+        needs = [b + n for b, n in zip(_resident(program, sizes, filed), strips, strict=True)]
+        most = max(needs)
+        if most <= FINER * told:
+            told = most
+            yield filed
+        there = alive[needs.index(most)] - filed
+        if not there:
+            break
+        tight = [names for names, need in zip(alive, needs, strict=True) if need > TIGHT * most]
+        relief = {n: sum(n in names for names in tight) / (1 + reads[n]) for n in there}
+        filed |= {max((relief[n], sizes[n], n) for n in there)[-1]}
+    if filed != able:
+        yield frozenset(able)
 
 
 def _resident(program: Program, sizes: Mapping[str, int], filed: frozenset[str]) -> list[int]:
@@ -254,8 +300,9 @@ def _kept(
     pairs = list(zip(costs, tiles, strict=True))
     counts = [c.count(tile) for c, tile in pairs]
     computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
-    working = (r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True))
+    working = [r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True)]
     most = max(working)
+    spare = tuple(most - each for each in working)
     mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
     moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
     kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
@@ -269,6 +316,7 @@ def _kept(
             max(counts),
             filed,
             most,
+            spare,
             keep,
             states + sum(kept[name] for name in keep),
             mac,

@@ -98,12 +98,10 @@ class SegmentStream:
             state.pass_over({program.data: data})
             state.finish_passes()
             self._continue(state)
-            after = (*program.segments[1:], None)
-            for segment, extent, following in zip(
-                program.segments, self._pieces.tiles, after, strict=True
-            ):
+            pairs = zip(program.segments, self._pieces.tiles, strict=True)
+            for number, (segment, extent) in enumerate(pairs):
                 self._segment(state, segment, extent)
-                self._free(state, segment, following)
+                self._free(state, number)
             h, w = (self._part.scale * n for n in plane)
             shape = self._part.outputs[0].sized(1, h, w)[1:]
             self._states = [state.maps.pop(name) for name in program.next]
@@ -124,20 +122,29 @@ class SegmentStream:
                 state.pass_over({name: store.whole()})
                 state.finish_passes()
 
-    def _free(self, state: _State, segment: Segment, following: Segment | None) -> None:
-        """Free the maps that are done, but keep memory that fits what the next segment writes.
+    def _free(self, state: _State, number: int) -> None:
+        """Free the maps that are done, but keep memory for later maps, as far as there is room.
 
         The system clears memory that is new, page by page.
         """
-        names = set(following.outputs if following else ()) - self._pieces.filed
-        specs = [spec for spec in self._program.maps if spec.name in names]
-        wanted = [math.prod(spec.sized(1, *self._pieces.plane)) for spec in specs]
-        state.spares.clear()
-        for name in segment.done:
+        for name in self._program.segments[number].done:
             memory = state.maps.pop(name).close()
-            if memory is not None and memory.size in wanted:
-                wanted.remove(memory.size)
+            if memory is not None:
                 state.spares.append(memory)
+        found, state.spares = state.spares, []
+        room = self._pieces.spare[min(number + 1, len(self._pieces.spare) - 1)]
+        for after, segment in enumerate(self._program.segments[number + 1 :]):
+            for size in map(self._size, segment.outputs):
+                fitting = next((i for i, memory in enumerate(found) if memory.size == size), None)
+                if fitting is None or (after and 4 * size > room):
+                    continue
+                room -= 4 * size if after else 0  # what the next segment writes is counted there
+                state.spares.append(found.pop(fitting))
+
+    def _size(self, name: str) -> int:
+        """Return the elements of a map that is written to memory; 0 for anything else."""
+        spec = None if name in self._pieces.filed else self._program.map(name)
+        return math.prod(spec.sized(1, *self._pieces.plane)) if spec else 0
 
     def _segment(self, state: _State, segment: Segment, extent: tuple[int, int]) -> None:
         """Run one segment over tiles of `extent` cells."""
