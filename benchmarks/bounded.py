@@ -5,9 +5,9 @@
 A case is a memory budget, `whole` (the engine, whole planes), `torch` (the authors' code in
 float32) or `float64` (the same in float64). For a bundle of foreign code, torch cases need that
 code on PYTHONPATH. Prints a Markdown table: seconds, seconds of processors, peak MiB beyond the
-libraries, bytes written to the file of maps and read from it, and the largest error against the
-last case, in deviations of its result. A case that is stopped has printed how far it came, and its
-peak so far, on stderr.
+libraries, bytes written to the file of maps and read from it, and the error against the last case,
+root mean square and largest, in deviations of its result. A case that is stopped has printed how
+far it came, and its peak so far, on stderr.
 """
 
 from __future__ import annotations
@@ -152,8 +152,9 @@ def main() -> None:
                 rows.append(json.loads(run.stdout.splitlines()[-1]))
             found = [np.load(f"{results}/{i}.npy").astype(np.float64) for i in range(len(rows))]
         for case, row, value in zip(options.case, rows, found, strict=True):
-            error = np.abs(value - found[-1]).max() / found[-1].std()
-            row |= {"direction": direction, "case": case, "error": f"{error:.1e}"}
+            error = np.abs(value - found[-1]) / found[-1].std()
+            errors = f"{np.sqrt((error**2).mean()):.1e}, {error.max():.1e}"
+            row |= {"direction": direction, "case": case, "error": errors}
             print(f"| {' | '.join(str(row[key]) for key in HEADINGS)} |", flush=True)
 
 

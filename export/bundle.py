@@ -83,6 +83,9 @@ class TensorSpec:
         return True
 
 
+CLOCK_SPEC = TensorSpec(CLOCK, (2,), "int64")
+
+
 @dataclass(frozen=True)
 class Part:
     """One exported graph: a stage of a network, for the first frames, for later ones or for all.

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import CLOCK, MIDDLE, Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, CLOCK_SPEC, MIDDLE, Dimension, Part, TensorSpec
 from fvae_deploy.export.models.family import Model
 from fvae_deploy.export.reach import PLANE, Analysis, analyse, macs
 
 T = TypeVar("T")
 BASE = {"k": 1, "h": 3, "w": 4}
-CLOCK_SPEC = TensorSpec(CLOCK, (2,), "int64")
 
 
 def parts_of(model: Model) -> tuple[Part, ...]:

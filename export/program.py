@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fvae_deploy.export.bundle import Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, Part, TensorSpec
 
 KINDS = ("mean", "variance", "sum", "max", "min", "product")
 
@@ -92,7 +92,7 @@ class Program:
 
     def sound(self) -> bool:
         """Return whether every map and pass exists when it is read, and the result is written."""
-        there = {self.data, *self.past}
+        there = {self.data, CLOCK, *self.past}
         for segment in self.segments:
             there |= {p.name for p in self.passes if {p.source, p.other or p.source} <= there}
             if not there.issuperset(segment.inputs):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fvae_deploy.errors import BundleError
-from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, Dimension, Part, TensorSpec
 from fvae_deploy.export.cut import local, passes, views  # noqa: F401  (they register their rules)
 from fvae_deploy.export.cut.emit import Emitter
 from fvae_deploy.export.cut.lower import BundleMisfit, Op, lower
@@ -47,11 +47,11 @@ def _in_latent_cells(tensor: TensorSpec, scale: int) -> TensorSpec:
         elif symbol in ("h", "w"):
             dimension = f"{size}*{symbol}" if size > 1 else symbol
         shape.append(dimension)
-    return TensorSpec(tensor.name, tuple(shape))
+    return TensorSpec(tensor.name, tuple(shape), tensor.type)
 
 
 def cut_stage(network: nn.Module, stage: str, data: TensorSpec, *states: TensorSpec) -> Cut:
-    """Cut a function of data, and of states from the step before if there are any.
+    """Cut a function of data, and of a clock and states from the step before if there are any.
 
     Specs are in latent cells. The first result is the data, and all others are states. Parts are
     called STAGE-0, STAGE-1 and so on; segments that compute the same, as those of every chunk of
@@ -74,7 +74,7 @@ def cut_stage(network: nn.Module, stage: str, data: TensorSpec, *states: TensorS
     except BundleMisfit as error:
         raise BundleError(f"expected a stage {stage} that can be cut, found: {error}") from error
     named = [(phase, parts[kind]) for phase, kind in zip(phases, kinds, strict=True)]
-    past = tuple(spec.name for spec in states)
+    past = tuple(spec.name for spec in states if spec.name != CLOCK)
     return Cut(_program(stage, ops, named, results, past, storage), modules)
 
 

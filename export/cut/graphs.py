@@ -50,7 +50,8 @@ def trace_segments(
     for i, part in enumerate(parts):
         symbols = {s: torch.export.Dim(f"{s}{i}", min=1, max=1 << 24) for s in EXAMPLE}
         for spec in part.inputs:
-            example.append(torch.zeros(spec.sized(**EXAMPLE)))
+            kind = getattr(torch, spec.type)
+            example.append(torch.zeros(spec.sized(**EXAMPLE), dtype=kind))
             shapes.append(dynamic(spec, symbols))
             names.append(f"{i}.{spec.name}")
         results += [f"{i}.{spec.name}" for spec in part.outputs]

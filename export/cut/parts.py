@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fvae_deploy.export.bundle import Dimension, Part, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, CLOCK_SPEC, Dimension, Part, TensorSpec
 from fvae_deploy.export.cut.axes import SIZES, Atom, Axes
 from fvae_deploy.export.cut.emit import VIEWED
 from fvae_deploy.export.cut.lower import Op, packet_name
@@ -119,7 +119,10 @@ def _work(op: Op, phase: Phase) -> int:
 def part_of(phase: Phase, name: str, storage: Storage) -> Part:
     """Describe a phase as a part of a bundle."""
     scale = scale_of(phase)
-    inputs = tuple(spec(op.name, storage.axes(op), scale) for op in phase.inputs)
+    inputs = tuple(
+        CLOCK_SPEC if op.name == CLOCK else spec(op.name, storage.axes(op), scale)
+        for op in phase.inputs
+    )
     outputs = tuple(spec(f"{op.name}_", storage.axes(op), scale) for op in phase.outputs)
     return Part(
         name=name,

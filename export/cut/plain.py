@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvae_deploy.export.bundle import TensorSpec
+from fvae_deploy.export.bundle import CLOCK, TensorSpec
 from fvae_deploy.export.cut.cutter import Cut
 from fvae_deploy.export.program import Pass, Segment
 
@@ -24,6 +24,7 @@ def run_plain(
     plane: tuple[int, int],
     tile: int,
     past: Sequence[Tensor] = (),
+    clock: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a program on x, for a plane of latent cells, in tiles that keep `tile` latent cells.
 
@@ -34,7 +35,7 @@ def run_plain(
     specs = {spec.name: spec for spec in program.maps}
     maps = {program.data: x.reshape(_sized(specs[program.data], plane))}
     maps |= dict(zip(program.past, past, strict=True))
-    values: dict[str, Tensor] = {}
+    values = {} if clock is None else {CLOCK: clock}
     for name in (program.data, *program.past):
         _passes(program.passes, name, maps, values)
     for segment in program.segments:

@@ -56,32 +56,32 @@ def cut_steps(network: nn.Module, parts: Sequence[Part]) -> list[Cut]:
 
     Raises BundleError, with the reason, if it cannot be cut.
     """
-    if any(part.looks_ahead for part in parts):
-        raise BundleError("expected steps that depend on earlier slices alone, found a look ahead")
-    if len(parts) == 1:
-        return [cut_part(network, parts[0], parts[0].stage)]
-    first, step = (cut_part(network, part, part.name) for part in parts)
-    if not all(step.program.continues(cut.program) for cut in (first, step)):
+    states = len(parts) > 1 or parts[0].looks_ahead
+    cuts = [cut_part(network, part, part.name if states else part.stage) for part in parts]
+    if not all(cuts[-1].program.continues(cut.program) for cut in cuts):
         raise BundleError("expected states that every step stores alike, found others")
-    return [first, step]
+    return cuts
 
 
 def confirm(network: nn.Module, parts: Sequence[Part], cuts: Sequence[Cut]) -> None:
     """Raise BundleError unless segments in small tiles give what the whole stage gives.
 
-    Of a stage with states, a first step and two further ones are compared.
+    Of a stage with states, three steps are compared.
     """
     stage, seeded = parts[0].stage, torch.Generator().manual_seed(0)
+    dtype = next(network.parameters()).dtype
     past: list[Tensor] = []
-    kept: list[Tensor] = []
-    for part, cut in [*zip(parts, cuts, strict=True), *zip(parts[1:], cuts[1:], strict=True)]:
+    kept = _zeros(cuts[0].program, dtype)
+    for number in range(3 if cuts[-1].program.past else 1):
+        place = min(number, len(parts) - 1)
+        part, cut = parts[place], cuts[place]
         h, w = (part.scale * n for n in PLANE)
-        x = torch.randn(part.inputs[0].sized(1, h, w), generator=seeded)
-        x = x.to(next(network.parameters()).dtype)
+        x = torch.randn(part.inputs[0].sized(1, h, w), generator=seeded).to(dtype)
+        clock = torch.tensor((number, number - 2)) if part.looks_ahead else None
         with torch.no_grad():
-            expected, *past = network(x, *past)
+            expected, *past = network(x, *([] if clock is None else [clock]), *past)
         try:
-            found, kept = run_plain(cut, x, tuple(expected.shape), PLANE, TILE, kept)
+            found, kept = run_plain(cut, x, tuple(expected.shape), PLANE, TILE, kept, clock)
         except RuntimeError as error:  # of torch
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected segments of {stage} that run, found: {reason}") from error
@@ -89,3 +89,9 @@ def confirm(network: nn.Module, parts: Sequence[Part], cuts: Sequence[Cut]) -> N
             raise BundleError(
                 f"expected segments of {stage} that give what the stage gives, found others"
             )
+
+
+def _zeros(program: Program, dtype: torch.dtype) -> list[Tensor]:
+    """Return what a program takes as states if there was no step before."""
+    specs = [spec for name in program.past if (spec := program.map(name))]
+    return [torch.zeros(spec.sized(1, *PLANE), dtype=dtype) for spec in specs]

@@ -134,13 +134,12 @@ class _Recorder(TorchDispatchMode):
 
 
 def trace_stage(network: nn.Module, data: TensorSpec, *states: TensorSpec) -> Graph:
-    """Trace a stage of data and states, whose specs are in latent cells.
+    """Trace a stage of data, of a clock if it looks ahead, and of states; specs in latent cells.
 
     Raises BundleError if its code cannot be traced, or is another at another size.
     """
     named = {"x": data} | {spec.name: spec for spec in states}
-    shapes = ({n: spec.sized(1, h, w) for n, spec in named.items()} for h, w in SIZES)
-    runs = [_record(network, each) for each in shapes]
+    runs = [_record(network, named, plane) for plane in SIZES]
     lists = [calls for calls, _ in runs]
     if len({tuple((c.name, str(c.target)) for c in calls) for calls in lists}) > 1:
         raise BundleError("expected the same operations for every size of the plane, found others")
@@ -149,7 +148,7 @@ def trace_stage(network: nn.Module, data: TensorSpec, *states: TensorSpec) -> Gr
 
 
 def _record(
-    network: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+    network: nn.Module, specs: Mapping[str, TensorSpec], plane: tuple[int, int]
 ) -> tuple[list[_Call], tuple[str, ...]]:
     """Run a stage once, without values; returns its operations and the names of its results."""
     dtype = next(network.parameters()).dtype
@@ -157,7 +156,11 @@ def _record(
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.inference_mode(False), torch.no_grad(), fake:
-            given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            kinds = {"float32": dtype, "int64": torch.int64}
+            given = {
+                name: torch.empty(spec.sized(1, *plane), dtype=kinds[spec.type])
+                for name, spec in specs.items()
+            }
             with _Recorder(network, given) as recorder:
                 results = functional(*given.values())
     except Exception as error:  # code that is traced raises whatever it likes

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fvae_deploy.engines.base import Engine
-from fvae_deploy.export.bundle import MIDDLE, TensorSpec
+from fvae_deploy.export.bundle import CLOCK, MIDDLE, TensorSpec
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.export.program import Segment
 from fvae_deploy.stream.arrays import FeatureMap
@@ -59,7 +59,7 @@ class SegmentStream:
     def run(self, x: FeatureMap, first: bool, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         """Map frames x [C, T, H, W] to the result, slice by slice or the whole window.
 
-        `first` starts a new run of a stage with states; `clock` makes no difference.
+        `first` starts a new run of a stage with states; `clock` is that of the step.
         """
         begin = time.perf_counter()
         if first:
@@ -68,7 +68,7 @@ class SegmentStream:
         data = self._part.inputs[0]
         each = [x[:, i : i + 1] for i in range(x.shape[1])] if data.factor("k") else [x]
         self._share = 1 / len(each)
-        result = np.concatenate([self._one(piece) for piece in each], axis=1)
+        result = np.concatenate([self._one(piece, clock) for piece in each], axis=1)
         self.seconds += time.perf_counter() - begin
         return result
 
@@ -85,9 +85,10 @@ class SegmentStream:
         self._program, self._part = program, self._manifest.stage_part(self._stage, first)
         self._pieces = self._ways.first if first and self._ways.first else self._ways
 
-    def _one(self, x: FeatureMap) -> FeatureMap:
+    def _one(self, x: FeatureMap, clock: tuple[int, int] = MIDDLE) -> FeatureMap:
         program, plane = self._program, self._pieces.plane
         state = _State(self, plane)
+        state.small[CLOCK] = np.array(clock)
         try:
             spec = program.map(program.data)
             assert spec is not None

@@ -124,9 +124,6 @@ class StageStream:
         if self._lean and not first:
             self._engine.release(f"{self._stage}_first", compiled=True)
         data, result = part.inputs[0], part.outputs[0]
-        if not self._manifest.busy(self._stage, clock):
-            plane = self._grid.height, self._grid.width
-            return np.zeros(result.sized(1, *plane)[1:], np.float32)
         stateless = not part.state_inputs
         given = {CLOCK: np.array(clock)} if part.looks_ahead else {}
         scale_in, scale_out = data.factor("h"), result.factor("h")
@@ -181,7 +178,7 @@ class CausalStream:
         pieces: Mapping[str, Pieces] = MappingProxyType({}),
         advance: Callable[[str, float], None] = lambda stage, share: None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._manifest, self._grids = engine, manifest, grids
         self.stages: dict[str, StageStream | SegmentStream] = {
             stage: SegmentStream(
                 engine, manifest, stage, pieces[stage], folder, functools.partial(advance, stage)
@@ -206,8 +203,13 @@ class CausalStream:
         are then exact after the direction's `context` latent frames. Raises EngineError if the
         result is not finite.
         """
-        for stage in self.stages.values():
-            x = stage.run(x, first, clock)
+        for name, stage in self.stages.items():
+            if self._manifest.busy(name, clock):
+                x = stage.run(x, first, clock)
+                continue
+            grid = self._grids[name]
+            result = self._manifest.stage_part(name, first).outputs[0]
+            x = np.zeros(result.sized(1, grid.height, grid.width)[1:], np.float32)
         if not np.isfinite(x).all():
             raise EngineError(
                 f"expected finite values from {self._engine.name} {self._engine.precision}, found "

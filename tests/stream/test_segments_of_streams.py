@@ -14,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
+from ahead_layers import AHEAD, DOUBLED, Doubling  # noqa: E402
 from causal_layers import CAUSAL, Halving  # noqa: E402
 from cut_layers import apart, seeded  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
@@ -22,8 +23,8 @@ from hypothesis import strategies as st  # noqa: E402
 import fvae_deploy as fvae  # noqa: E402
 from fvae_deploy.engines.base import open_engine  # noqa: E402
 from fvae_deploy.errors import BundleError  # noqa: E402
-from fvae_deploy.export.bundle import Part, TensorSpec  # noqa: E402
-from fvae_deploy.export.cut.causal import Pace, causal_stage  # noqa: E402
+from fvae_deploy.export.bundle import CLOCK_SPEC, Part, TensorSpec  # noqa: E402
+from fvae_deploy.export.cut.causal import Pace, ahead_stage, causal_stage  # noqa: E402
 from fvae_deploy.export.cut.stages import confirm, cut_steps  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
 from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
@@ -34,6 +35,7 @@ from fvae_deploy.stream.stages import StageStream, whole_grids  # noqa: E402
 
 SPATIAL, STEPS = 4, 4
 ENGINES = ("openvino", "onnxruntime", "torch")
+PLANES = ((2, 3), (3, 3), (2, 4))
 
 
 class Float64Segments:
@@ -72,10 +74,9 @@ def in_cells(name: str, small: Any, tall: Any, wide: Any) -> TensorSpec:
 
 def parts_of_stream(stage: Any) -> list[Part]:
     """The first step and the others of an encoder, as whole parts."""
-    planes = ((2, 3), (3, 3), (2, 4))
     runs = []
     with torch.no_grad():
-        for h, w in planes:
+        for h, w in PLANES:
             x = torch.zeros(1, 1, 3, SPATIAL * h, SPATIAL * w, dtype=torch.float64)
             first = stage(x[:, :, :1])
             step = stage(x[:, :, 1:], *first[1:])
@@ -83,18 +84,33 @@ def parts_of_stream(stage: Any) -> list[Part]:
     shapes = [[[t.shape for t in s] if isinstance(s, tuple) else s.shape for s in r] for r in runs]
     first_x, first_out, step_x, step_out = zip(*shapes, strict=True)
 
-    def several(prefix: str, given: Any, begin: int = 1) -> tuple[TensorSpec, ...]:
-        each = zip(*(shapes[begin:] for shapes in given), strict=True)
-        return tuple(in_cells(f"{prefix}{i}", *three) for i, three in enumerate(each))
-
-    def part(name: str, inputs: Any, outputs: Any) -> Part:
-        return Part(name, "", inputs, outputs, 1, None, 1, 1, "attention")
-
     past = several("past", first_out)
     return [
-        part("encode_first", (in_cells("x", *first_x),), several("next", first_out, 0)),
-        part("encode_step", (in_cells("x", *step_x), *past), several("next", step_out, 0)),
+        whole("encode_first", (in_cells("x", *first_x),), several("next", first_out, 0)),
+        whole("encode_step", (in_cells("x", *step_x), *past), several("next", step_out, 0)),
     ]
+
+
+def part_that_looks_ahead(stage: Any) -> Part:
+    """All steps of a decoder, as a whole part."""
+    outputs = []
+    with torch.no_grad():
+        for plane in PLANES:
+            z = torch.zeros(1, 2, 1, *plane, dtype=torch.float64)
+            outputs.append([t.shape for t in stage(z, torch.tensor((0, 0)))])
+    data = TensorSpec("z", (1, 2, 1, "h", "w"))
+    return whole(
+        "decode_step", (data, CLOCK_SPEC, *several("past", outputs)), several("next", outputs, 0)
+    )
+
+
+def several(prefix: str, given: Any, begin: int = 1) -> tuple[TensorSpec, ...]:
+    each = zip(*(shapes[begin:] for shapes in given), strict=True)
+    return tuple(in_cells(f"{prefix}{i}", *three) for i, three in enumerate(each))
+
+
+def whole(name: str, inputs: Any, outputs: Any) -> Part:
+    return Part(name, "", inputs, outputs, 1, None, 1, 1, "attention")
 
 
 def drawn(data: Any, program: Any, plane: tuple[int, int], states: bool) -> Pieces:
@@ -162,6 +178,64 @@ def test_steps_in_segments_equal_those_of_the_stage(
     stream.close()
 
 
+@given(
+    data=st.data(),
+    before=st.lists(st.sampled_from(list(AHEAD)), max_size=2),
+    doubled=st.sampled_from(list(DOUBLED)),
+    after=st.lists(
+        st.sampled_from([*AHEAD, "attention in a frame", "group norm of frames"]), max_size=2
+    ),
+    plane=st.tuples(*[st.integers(2, 5)] * 2),
+    frames=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_steps_that_look_ahead_in_segments_equal_those_of_the_stage(
+    data: Any,
+    before: list[str],
+    doubled: str,
+    after: list[str],
+    plane: tuple[int, int],
+    frames: int,
+    seed: int,
+    tmp_path_factory: Any,
+) -> None:
+    layers = CAUSAL | AHEAD
+    network = seeded(
+        lambda: Doubling(
+            [layers[n](4) for n in [*before, "zeros"]],
+            DOUBLED[doubled](4),
+            [layers[n](4) for n in after],
+            True,
+        ),
+        seed,
+    )
+    stage = ahead_stage(network, Pace(False, 2, 1, 2), check=False)
+    part = part_that_looks_ahead(stage)
+    cuts = cut_steps(stage, [part])
+    confirm(stage, [part], cuts)
+    program = cuts[0].program
+    way = drawn(data, program, plane, data.draw(st.booleans()))
+    manifest: Any = SimpleNamespace(
+        program=lambda name, first: program, stage_part=lambda name, first: part
+    )
+    stream = SegmentStream(
+        Float64Segments(*cuts),  # type: ignore[arg-type]
+        manifest,
+        "decode",
+        way,
+        tmp_path_factory.getbasetemp(),
+    )
+    states: list[Any] = []
+    for step in range(frames + stage.lag // 2):
+        z, clock = torch.randn(1, 2, 1, *plane, dtype=torch.float64), (step, step - frames + 1)
+        with torch.no_grad():
+            expected, *states = stage(z, torch.tensor(clock), *states)
+        found = stream.run(z[0].numpy(), step == 0, clock)
+        assert apart(torch.as_tensor(found), expected[0]) < 1e-10
+    stream.close()
+
+
 def test_segments_that_give_something_else_are_refused() -> None:
     stage = causal_stage(
         seeded(lambda: Halving([CAUSAL["attention in a frame"](4)], [True])),
@@ -211,16 +285,17 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(
             Causal(1, 4, 3), nn.SiLU(), Causal(4, 4, 3, (2, 2, 2)), Frame(4), Causal(4, 2, 3)
         )
-        self.inner, self.frame, self.outer = Causal(2, 4, 3), Frame(4), Causal(4, 1, 3)
+        self.inner, self.frame, self.outer = INNER, Frame(4), Causal(4, 1, 3)
 
     def encode(self, x):
         return self.encoder(x)
 
     def decode(self, z):
         y = self.frame(self.inner(z))
-        rest = F.interpolate(y[:, :, 1:], scale_factor=(2, 1, 1))
-        y = F.interpolate(torch.cat([y[:, :, :1], rest], 2), scale_factor=(1, 2, 2))
-        return self.outer(y)
+        if z.shape[2] > 1:
+            rest = F.interpolate(y[:, :, 1:], scale_factor=(2, 1, 1))
+            y = torch.cat([y[:, :, :1], rest], 2)
+        return self.outer(F.interpolate(y, scale_factor=(1, 2, 2)))
 
 
 def load():
@@ -231,15 +306,20 @@ def load():
 '''
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+INNER = {"causal": "Causal(2, 4, 3)", "ahead": "nn.Conv3d(2, 4, 3, padding=1)"}
+
+
+@pytest.fixture(scope="module", params=list(INNER))
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from fvae_deploy.export.models.any_torch import load
 
-    folder = tmp_path_factory.mktemp("streams")
-    (folder / "stream_vae.py").write_text(VAE)
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / f"{request.param}_stream_vae.py").write_text(
+        VAE.replace("INNER", INNER[request.param])
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        model, source = load("stream_vae:load", window=5)
+        model, source = load(f"{request.param}_stream_vae:load", window=5)
         export_bundle(LoadedModel(model, source, "n", "d", "l"), folder / "bundle", version="0")
         yield folder / "bundle"
 
@@ -247,7 +327,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_stream_is_exported_with_segments_of_both_kinds_of_step(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     stages = [program.stage for program in manifest.programs]
-    assert stages == ["encode_first", "encode_step", "decode_first", "decode_step"]
+    assert stages == [part.name for part in manifest.parts]
+    assert len(stages) == (3 if manifest.lag else 4)
     for direction in ("encode", "decode"):
         first, step = (manifest.program(direction, first) for first in (True, False))
         assert first is not None
@@ -273,11 +354,15 @@ def test_every_engine_runs_steps_in_segments_as_the_whole(
         whole = StageStream(opened, manifest, direction, grid)
         cut = SegmentStream(opened, manifest, direction, way, bundle.parent)
         for number in (0, 1, 2, 0, 1):
+            if not number:  # slices before the lag of a stream depend on what was there
+                whole.close()
+                cut.close()
             part = manifest.stage_part(direction, first=not number)
             h, w = (part.scale * n for n in plane)
             x = random.standard_normal(part.inputs[0].sized(1, h, w)[1:], dtype=np.float32)
-            expected = whole.run(x, not number).copy()
-            error = np.abs(cut.run(x, not number) - expected).max()
+            clock = number, number - 2
+            expected = whole.run(x, not number, clock).copy()
+            error = np.abs(cut.run(x, not number, clock) - expected).max()
             assert error < 1e-5 * np.abs(expected).max()
         cut.close()
         whole.close()
@@ -335,6 +420,7 @@ def test_a_bundle_whose_states_do_not_fit_is_refused(bundle: Path, tmp_path: Pat
     manifest = Manifest.load(bundle)
     for change in (
         {"past": manifest.programs[1].past[1:]},
+        {"past": ("nothing", *manifest.programs[1].past[1:])},
         {"next": manifest.programs[1].next[1:]},
         {"next": ("nothing", *manifest.programs[1].next[1:])},
     ):
