@@ -56,6 +56,7 @@ class Segment:
     plane_bytes: int
     pair_bytes: int
     pair_mac: int = 0  # multiply-adds for a pair
+    weight_bytes: int = 0  # 0 in bundles of earlier versions
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def _program(
                 plane_bytes=costs.plane_bytes,
                 pair_bytes=costs.pair_bytes,
                 pair_mac=costs.pair_mac,
+                weight_bytes=_weight_bytes([phase]),
             )
         )
-    weights = {n.name: n.value for phase, _ in phases for n in phase.ops if n.value is not None}
     return Program(
         stage=stage,
         data=given[0].name,
@@ -133,10 +133,16 @@ def _program(
         maps=tuple(spec(op.name, storage.axes(op)) for op in maps),
         segments=tuple(segments),
         passes=tuple(_pass(op, ops, storage) for op in used.values() if op.target == "reduce"),
-        weight_bytes=sum(value.nbytes for value in weights.values()),
+        weight_bytes=_weight_bytes([phase for phase, _ in phases]),
         past=tuple(past),
         next=tuple(results[1:]),
     )
+
+
+def _weight_bytes(phases: Sequence[Phase]) -> int:
+    """Return the bytes of all weights that phases use."""
+    weights = {op.name: op.value for phase in phases for op in phase.ops if op.value is not None}
+    return sum(value.nbytes for value in weights.values())
 
 
 def _stored(op: Op) -> str:

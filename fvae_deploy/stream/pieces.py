@@ -23,7 +23,8 @@ from fvae_deploy.stream.tiles import fit, smallest
 ENGINE = 4.0
 LEAST = 0.5  # and at least: where weights are large, what a cell adds is lost in what was measured
 COMPILED = 2 << 20  # bytes of a compiled segment, besides its weights and inputs
-COMPILING = 0.1  # seconds to compile a segment
+PACKED = 2  # the weights of a compiled segment over those in the bundle: 1 to 2.3 were measured
+COMPILING, PACKED_SECOND = 0.1, 2e8  # seconds to compile a segment; bytes/s of its weights
 CALL = 3e-4  # seconds to start a segment on a tile
 SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
 MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
@@ -73,7 +74,7 @@ class Costs:
     segment: Segment
     plane: tuple[int, int]
     line: Memory | None  # as measured, with the weights
-    weights: int = 0  # bytes of the weights, about, where nothing was measured
+    weights: int = 0  # bytes of the weights
 
     @functools.cached_property
     def cells(self) -> Extent:
@@ -116,7 +117,7 @@ class Costs:
     @functools.cached_property
     def fixed(self) -> float:
         """Bytes for a tile without cells."""
-        fixed = 2 * self.weights if self.line is None else self.line.fixed
+        fixed = (1 + PACKED) * self.weights if self.line is None else self.line.fixed
         return fixed + ENGINE * self.segment.plane_bytes * math.prod(self.plane)
 
     def working(self, cells: int) -> int:
@@ -132,7 +133,7 @@ class Costs:
         inputs = self.segment.part.inputs
         small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
         small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
-        own = COMPILED + self.weights if self.line is None else self.line.kept
+        own = COMPILED + PACKED * self.weights if self.line is None else self.line.kept
         return self.input_bytes * cells + small + own
 
     def extent(self, limit: float) -> Extent:
@@ -148,6 +149,11 @@ class Costs:
             kept = min(kept, ENOUGH * max(1, halo))
             return -(-inner // -(-inner // kept)) + 2 * halo, width
         return _fitting(height, width, halo, _rounded(cells))
+
+    @property
+    def compiling(self) -> float:
+        """Seconds to compile the segment."""
+        return COMPILING + self.weights / PACKED_SECOND
 
     @property
     def strip(self) -> int:
@@ -211,7 +217,9 @@ def _ways(
     sizes = {spec.name: _bytes(spec, plane) for spec in program.maps if spec.name != program.data}
     states = frozenset(program.past + program.next)
     share = program.weight_bytes // len(program.parts)
-    costs = [Costs(s, plane, memory.get(s.part.name), share) for s in program.segments]
+    costs = [
+        Costs(s, plane, memory.get(s.part.name), s.weight_bytes or share) for s in program.segments
+    ]
     for maps in _filings(program, sizes, costs):
         filed = maps | states if spilled else maps
         resident = _resident(program, sizes, filed)
@@ -309,7 +317,7 @@ def _kept(
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])
-        dropped = sum(c.segment.part.name not in keep for c in costs)
+        dropped = sum(c.compiling for c in costs if c.segment.part.name not in keep)
         yield Pieces(
             costs[0].plane,
             tiles,
@@ -321,7 +329,7 @@ def _kept(
             states + sum(kept[name] for name in keep),
             mac,
             moved,
-            CALL * sum(counts) + COMPILING * dropped,
+            CALL * sum(counts) + dropped,
             program.whole,
         )
 
