@@ -41,7 +41,7 @@ def floating(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of convolutions of 64 channels, without ranges."""
     torch.manual_seed(0)
     network = diffusers.AutoencoderTiny(**NETWORK).eval()
-    loaded = LoadedModel(cut(network, None), "sixty-four", "", "", Source("", "", ""), False)
+    loaded = LoadedModel(cut(network, None), Source("", "", ""), "sixty-four", "", "")
     folder = tmp_path_factory.mktemp("int8") / "floating"
     export_bundle(loaded, folder, version="test")
     return folder
