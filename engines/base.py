@@ -90,7 +90,7 @@ ENGINES = {
 }
 AUTO = {"cpu": ("openvino", "onnxruntime", "torch"), "cuda": ("tensorrt", "onnxruntime", "torch")}
 PRECISIONS = ("fp32", "bf16", "fp16")
-QUANTISED = ("int8", "fp8")  # need engines that were built ahead and calibrated with CTs
+QUANTISED = ("int8", "fp8")  # need a bundle or engines that were calibrated with CTs
 
 
 def missing(name: str) -> str | None:
@@ -130,14 +130,16 @@ def obstacle(name: str) -> str | None:
 
 def offered(name: str) -> tuple[str, ...]:
     """Return the precisions that an engine accepts on at least one device."""
-    return (*PRECISIONS, *QUANTISED) if name == "tensorrt" else PRECISIONS
+    more = {"tensorrt": QUANTISED, "openvino": ("int8",)}
+    return (*PRECISIONS, *more.get(name, ()))
 
 
 def precisions(name: str, device: str = "cpu") -> list[str]:
     """Return the precisions in which an engine computes on a device of this machine.
 
     Opens no bundle. Empty if the engine does not have the device. TensorRT on a GPU returns all
-    that can be built: only opening a bundle shows which were. Raises EngineError with the remedy
+    that can be built: only opening a bundle shows which were; the same holds for OpenVINO's int8.
+    Raises EngineError with the remedy
     if the engine cannot run on this machine.
     """
     able: list[str] = load(name).precisions(device)

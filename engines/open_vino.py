@@ -3,6 +3,9 @@
 States stay in OpenVINO's own buffers. The tensors of a consumed state become the outputs of the
 next run, so a stream allocates nothing after its first two steps. At half precision, states are
 stored in half precision as well: this halves their memory and avoids conversions in every step.
+
+At int8, the convolutions that a bundle has ranges for are computed in int8 (see `int8.py`), all
+else in bfloat16 where the processor has it, otherwise in float32.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import openvino as ov  # noqa: E402
 from openvino.preprocess import PrePostProcessor  # noqa: E402
 
 from fvae_deploy.engines.base import check_inputs  # noqa: E402
+from fvae_deploy.engines.int8 import apply_int8, supported  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.bundle import Bundle, Part  # noqa: E402
+from fvae_deploy.export.int8 import Layer, read  # noqa: E402
 
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
@@ -110,12 +115,18 @@ class OpenVINOEngine:
                 f"expected an OpenVINO device among {', '.join(self._core.available_devices)}, "
                 f"found {device!r}: choose one of them"
             )
-        able = self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
-        if CAPABILITY[precision] not in able:
+        able = precisions(device)
+        if precision not in able:
+            remedy = "fp32" if precision != "int8" or "bf16" not in able else "bf16"
             raise EngineError(
                 f"expected a {device} that computes in {precision}, found one with "
-                f"{', '.join(c for c in able if c in CAPABILITY.values())}: use --precision fp32"
+                f"{', '.join(able)}: use --precision {remedy}"
             )
+        self._layers: dict[str, dict[str, Layer]] = {}
+        self._float = precision  # of the layers that are not in int8
+        if precision == "int8":
+            self._layers = read(bundle, manifest)
+            self._float = "bf16" if "bf16" in able else "fp32"
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def run(self, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,10 +165,12 @@ class OpenVINOEngine:
     def _compile(self, part: Part, shapes: tuple[tuple[int, ...], ...]) -> _Compiled:
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({i.name: list(s) for i, s in zip(part.inputs, shapes, strict=True)})
+        if part.name in self._layers:
+            apply_int8(model, part, self._layers[part.name])
         if self._device == "CPU":
             apply_winograd(model)
         # Without this hint, OpenVINO uses bfloat16 on every CPU that supports it.
-        element = TYPES[self.precision]
+        element = TYPES[self._float]
         options = {
             "INFERENCE_PRECISION_HINT": element,
             "PERFORMANCE_HINT": "LATENCY",
@@ -203,9 +216,13 @@ def open(
 
 
 def precisions(device: str = "cpu") -> list[str]:
-    """Return the precisions in which a device of this machine computes; empty without it."""
+    """Return the precisions in which a device of this machine computes; empty without it.
+
+    int8 only computes bundles that were calibrated for it.
+    """
     core = ov.Core()
     if device.upper() not in core.available_devices:
         return []
     able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
-    return [precision for precision, name in CAPABILITY.items() if name in able]
+    floats = [precision for precision, name in CAPABILITY.items() if name in able]
+    return [*floats, "int8"] if device.upper() == "CPU" and supported() else floats

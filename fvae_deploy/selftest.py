@@ -97,7 +97,8 @@ def cases(device: str) -> Iterator[tuple[str, str]]:
     """Yield the engines and precisions to try; on a GPU every precision of every installed one."""
     for name in AUTO[device]:
         if lacking(name, device) is None:
-            supported = precisions(name) if device == "cpu" else PRECISIONS
+            able = precisions(name) if device == "cpu" else PRECISIONS
+            supported = tuple(p for p in able if p in PRECISIONS)  # others need calibrated bundles
             tried = ("fp32",) if name == "onnxruntime" else supported
             yield from ((name, precision) for precision in tried)
 

@@ -41,7 +41,8 @@ class Case:
     @property
     def ceiling(self) -> tuple[str, str]:
         """Device and precision of the ceiling that its speed is compared with."""
-        return self.device, "fp16" if self.precision in QUANTISED else self.precision
+        half = "bf16" if self.device == "cpu" else "fp16"
+        return self.device, half if self.precision in QUANTISED else self.precision
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ Channels = Annotated[
     ),
 ]
 
+Calibrate = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibrate",
+        help="CT from which convolutions get ranges for --precision int8; may be repeated.",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -101,6 +108,7 @@ def export(
             rich_help_panel=FOREIGN,
         ),
     ] = "-1,1",
+    calibrate: Calibrate = None,
     config: Config = None,
     text: Text = None,
     generator: Generator = None,
@@ -119,7 +127,7 @@ def export(
     if is_generator(Path(model)):
         given = {"--channels": channels != "published", "--weights": weights is not None}
         given |= {"--window": window != 65, "--range": value_range != "-1,1"}
-        given["--hu-window"] = hu_window is not None
+        given |= {"--hu-window": hu_window is not None, "--calibrate": bool(calibrate)}
         _check_absent(given, f"a generator, {model}")
     else:
         given = {"--config": bool(config), "--text": bool(text), "--generator": bool(generator)}
@@ -132,6 +140,7 @@ def export(
             facts: dict[str, Any] = {
                 "channels": channels,
                 "hu_window": hu_window,
+                "calibration": calibrate or (),
                 "foreign": Foreign(weights, window, _range(value_range)),
             }
             _export_vae(model, folder, name, opset, terminal, **facts)

@@ -90,7 +90,8 @@ COMMON = {
                 "-p",
                 names=lambda: (*PRECISIONS, *QUANTISED),
                 envvar="FVAE_PRECISION",
-                help="Numeric precision of the network. int8 and fp8 need engines from fvae build.",
+                help="Numeric precision of the network. int8 needs a bundle from fvae export "
+                "--calibrate; on a GPU, int8 and fp8 need engines from fvae build.",
                 rich_help_panel=COMPUTE,
             ),
         ],

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fvae_deploy.bench.run import DIRECTIONS
 from fvae_deploy.bench.worker import in_process
-from fvae_deploy.engines.base import Engine, missing, open_engine, precisions
+from fvae_deploy.engines.base import PRECISIONS, Engine, missing, open_engine, precisions
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.averaging import measured
-from fvae_deploy.export.bundle import Bundle
+from fvae_deploy.export.bundle import Bundle, sha256
 from fvae_deploy.export.check import noise_parity, parity
 from fvae_deploy.export.draft import LoadedModel
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.generators import load_generator
+from fvae_deploy.export.int8 import FILE, write
 from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
+from fvae_deploy.make.calibration import calibrate
 from fvae_deploy.make.segments import segment_memory, segments_agree
 from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.version import __version__
@@ -42,6 +44,7 @@ def make_bundle(
     foreign: Foreign | None = None,
     hu_window: str | tuple[float, float] | None = None,
     opset: int = 18,
+    calibration: Sequence[Path] = (),
     progress: Progress = lambda message: None,
 ) -> Manifest:
     """Export a VAE to a new bundle and measure it in every engine that runs on this machine.
@@ -49,8 +52,9 @@ def make_bundle(
     `model`, `channels` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX
     operator set. `hu_window` are the HU that become the model's range unless a run says otherwise
     (see `parse.hu_window`); None: -1000 to 1000. For `gray`, the export also measures what
-    averaging first costs. The folder appears when everything is measured. Raises BundleError for
-    weights or a folder that do not fit.
+    averaging first costs. `calibration` are CTs from which convolutions get ranges for int8. The
+    folder appears when everything is measured. Raises BundleError for weights or a folder that do
+    not fit.
     """
     progress("loading weights")
     loaded = load(str(model), channels=channels, foreign=foreign, progress=progress)
@@ -58,11 +62,34 @@ def make_bundle(
         loaded = _with_window(loaded, *parse_window(hu_window))
     if channels == "gray" and not loaded.model.foreign:
         loaded = _with_averaging_error(loaded, str(model), progress)
-    options = ExportOptions(
-        opset, progress, lambda where, manifest: measure_bundle(where, manifest, progress)
-    )
+
+    def measure(where: Path, manifest: Manifest) -> Manifest:
+        if calibration:
+            manifest = calibrated(where, manifest, calibration, progress)
+        return measure_bundle(where, manifest, progress)
+
+    options = ExportOptions(opset, progress, measure)
     loaded = dataclasses.replace(loaded, name=name or loaded.name)
     return export_bundle(loaded, folder, version=__version__, options=options)
+
+
+def calibrated(
+    folder: Path, manifest: Manifest, cts: Sequence[Path], progress: Progress
+) -> Manifest:
+    """Choose ranges for int8 from CTs and store them; returns the manifest with their file.
+
+    Raises EngineError on a machine that does not compute in int8, which could not measure it.
+    """
+    if "int8" not in precisions("openvino"):
+        raise EngineError(
+            "expected a CPU that computes in int8 (AVX-VNNI, AVX-512 VNNI or AMX) for --calibrate, "
+            "found none: export on such a machine, or leave it out"
+        )
+    progress("choosing ranges for int8")
+    write(folder, calibrate(folder, cts, progress))
+    manifest = dataclasses.replace(manifest, files=manifest.files | {FILE: sha256(folder / FILE)})
+    manifest.save(folder)
+    return manifest
 
 
 def make_generator_bundle(
@@ -197,7 +224,8 @@ def _compare_engines(
     A precision other than fp32 in which the network overflows is reported and skipped.
     """
     names = [name for name in MEASURED if missing(name) is None]
-    for name, precision in [(n, p) for n in names for p in precisions(n)]:
+    calibrated = (*PRECISIONS, "int8") if FILE in manifest.files else PRECISIONS
+    for name, precision in [(n, p) for n in names for p in precisions(n) if p in calibrated]:
         if heavy and name == "torch" and precision != "fp32":
             progress(f"{name} {precision} is not measured: it would take hours on a CPU")
             continue
