@@ -28,6 +28,7 @@ from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.compiled import SMALL, CompiledGraphs, processor  # noqa: E402
 from fvae_deploy.engines.frames import frame_name, split_states  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
+from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
 from fvae_deploy.export.bundle import Bundle, Part, sha256  # noqa: E402
@@ -36,7 +37,8 @@ from fvae_deploy.version import __version__  # noqa: E402
 logger = logging.getLogger("fvae")
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
-CODE = ("open_vino.py", "frames.py", "winograd.py")  # rewrites graphs before they are compiled
+# What rewrites graphs before they are compiled.
+CODE = ("open_vino.py", "frames.py", "shuffle.py", "winograd.py")
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -249,6 +251,7 @@ class OpenVINOEngine:
         if self._device == "CPU":
             apply_winograd(model)
             model, depths = split_states(model, part)
+            apply_final_shuffle(model)
         model = _typed(_states_first(model), part, element, depths)
         compiled = self._core.compile_model(model, self._device, options)
         unmap(self._bundle / "weights.safetensors")

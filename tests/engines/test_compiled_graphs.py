@@ -114,9 +114,7 @@ def test_a_damaged_file_is_compiled_anew_and_replaced(
         else:
             path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     same(run(small_bundle), expected)
-    assert {path: path.stat().st_size for path in folder.iterdir()} == {
-        path: len(content) for path, content in good.items()
-    }
+    assert set(folder.iterdir()) == set(good)
     monkeypatch.setattr(open_vino.OpenVINOEngine, "_compile_anew", refuse)
     same(run(small_bundle), expected)
 
