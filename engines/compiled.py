@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,24 @@ class CompiledGraphs:
         length = content.index(b"\n", 32) - 32
         return json.loads(bytes(rest[:length])), rest[length + 1 :]
 
-    def store(self, facts: dict[str, Any], notes: dict[str, Any], graph: bytes) -> None:
-        """Keep a graph and notes on it; does nothing if the folder cannot be written."""
-        rest = json.dumps(notes).encode() + b"\n" + graph
+    def store(
+        self, facts: dict[str, Any], notes: dict[str, Any], export: Callable[[], bytes]
+    ) -> None:
+        """Keep what `export` returns, with notes; does nothing if the folder cannot be written."""
         begun = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             number, name = tempfile.mkstemp(suffix=BEGUN, dir=self._folder)
             begun = Path(name)
             with open(number, "wb") as file:
+                rest = json.dumps(notes).encode() + b"\n" + export()
                 file.write(hashlib.sha256(rest).digest())
                 file.write(rest)
             begun.replace(self._path(facts))
             self._shrink()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.info("compiled graph not kept in %s: %s", self._folder, error)
+        finally:
             if begun is not None:
                 with contextlib.suppress(OSError):
                     begun.unlink(missing_ok=True)

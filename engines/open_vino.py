@@ -231,10 +231,8 @@ class OpenVINOEngine:
                 logger.info("compiled graph of %s not taken: %s", part.name, error)
         compiled, depths = self._compile_anew(part, shapes, element, options)
         if self._graphs:
-            try:
-                self._graphs.store(facts, {"depths": depths}, compiled.export_model().getvalue())
-            except RuntimeError as error:
-                logger.info("compiled graph of %s not kept: %s", part.name, error)
+            notes = {"depths": depths}
+            self._graphs.store(facts, notes, lambda: compiled.export_model().getvalue())
         return _Compiled(compiled, part, element, depths)
 
     def _compile_anew(

@@ -172,11 +172,11 @@ def test_graphs_of_large_networks_are_not_kept(small_bundle, folder, expected, m
 def test_files_that_were_not_used_for_long_make_room(tmp_path):
     graphs = CompiledGraphs(tmp_path, limit=3500)
     for number in range(3):
-        graphs.store({"n": number}, {}, bytes(1000))
+        graphs.store({"n": number}, {}, lambda: bytes(1000))
         path = graphs._path({"n": number})
         os.utime(path, (time.time() - 100 + number,) * 2)
     assert graphs.load({"n": 0}) is not None  # used last
-    graphs.store({"n": 3}, {}, bytes(1000))
+    graphs.store({"n": 3}, {}, lambda: bytes(1000))
     assert [graphs.load({"n": n}) is not None for n in range(4)] == [True, False, True, True]
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3500
 
@@ -186,6 +186,6 @@ def test_files_of_processes_that_died_are_deleted(tmp_path):
     for path, age in ((old, 2 * compiled.ABANDONED), (new, 0)):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age,) * 2)
-    CompiledGraphs(tmp_path).store({}, {}, b"")
+    CompiledGraphs(tmp_path).store({}, {}, bytes)
     assert not old.exists()
     assert new.exists()
