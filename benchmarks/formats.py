@@ -4,8 +4,9 @@
     python benchmarks/formats.py --shape 512,512,300 --format nii --format nii.gz
 
 A synthetic torso is drawn once. `copy` reads it and writes it in slabs of 16 slices, in the same
-format. `encode` and `reconstruct` are commands, program start included; their `waited` is what the
-network's thread did not compute: it waited for slices to be read or written, and for the start.
+format. `encode` and `reconstruct` are commands, program start included; their `processor` is the
+time of all their threads, and `waited` is what the network's thread did not compute: it waited for
+slices to be read or written, and for the start.
 Each cell is one run. The page cache is warm for reading; writing ends with a flush to the disk.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,8 @@ from fvae_deploy.volume.open import create_volume, open_volume
 FORMATS = ("nii", "nii.gz", "nrrd", "mha", "zarr", "dcm")
 SLAB = 16  # slices
 HEADINGS = (
-    "format", "GB", "copy, s", "encode, s", "waited, s", "peak MiB",
-    "reconstruct, s", "waited, s", "peak MiB",
+    "format", "GB", "copy, s", "encode, s", "processor, s", "waited, s", "peak MiB",
+    "reconstruct, s", "processor, s", "waited, s", "peak MiB",
 )  # fmt: skip
 
 
@@ -44,16 +46,22 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - begin
 
 
-def command(verb: str, source: Path, output: Path, model: str) -> tuple[float, float, float]:
-    """Run a command; returns seconds, of these not computing, and its peak in MiB."""
+def command(verb: str, source: Path, output: Path, model: str) -> tuple[float, float, float, float]:
+    """Run a command; returns seconds, of the processor, not computing, and its peak in MiB."""
     report = output.with_name(f"{verb}.json")
     words = [verb, source, "-o", output, "--model", model, "--json", report, "--overwrite", "-q"]
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), _processor_seconds()
     subprocess.run([sys.executable, "-m", "fvae_deploy", *map(str, words)], check=True)
-    seconds = time.perf_counter() - begin
+    seconds, used = time.perf_counter() - begin, _processor_seconds() - used
     facts = json.loads(report.read_text())
     busy = sum(facts["seconds"].get(stage, 0.0) for stage in ("engine", "encode", "decode"))
-    return seconds, seconds - busy, facts["memory"]["peak_rss_bytes"] / 2**20
+    return seconds, used, seconds - busy, facts["memory"]["peak_rss_bytes"] / 2**20
+
+
+def _processor_seconds() -> float:
+    """Return the time on processors of all commands that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def size_of(path: Path) -> int:
@@ -83,8 +91,8 @@ def main() -> None:
             copied = copy(source, output)
             row = [suffix, f"{size_of(source) / 1e9:.2f}", f"{copied:.1f}"]
             for verb, target in (("encode", folder / "latents.zarr"), ("reconstruct", output)):
-                seconds, waited, peak = command(verb, source, target, options.model)
-                row += [f"{seconds:.1f}", f"{waited:.1f}", f"{peak:.0f}"]
+                *seconds, peak = command(verb, source, target, options.model)
+                row += [*(f"{n:.1f}" for n in seconds), f"{peak:.0f}"]
             print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -66,6 +66,15 @@ class BuiltAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsCompiled(Protocol):
+    """An engine that can keep what it compiles in a folder, for the next program to use."""
+
+    def keep_compiled(self, folder: Path) -> None:
+        """Keep compiled parts in a folder from now on; the results are the same bits."""
+        ...
+
+
 @dataclass(frozen=True)
 class Entry:
     """The module of an engine, the package it needs and how to install that."""

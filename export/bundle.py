@@ -3,7 +3,7 @@
     manifest.json         a `Bundle` of some kind
     weights.safetensors   the exported weights; the graphs refer into it
     *.onnx                one graph per part; it holds only those weights that the exporter
-                          had to transpose
+                          had to transpose or reshape
 
 `Bundle.load` checks kind, schema version, every field's type and every file's sha256. A damaged
 bundle, or one of another version, raises an error that names the remedy.

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # for each other than computing. Must be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests compile what they test, and leave the user's cache alone.
+os.environ.setdefault("FVAE_COMPILED", "off")
+
 pytest.register_assert_rewrite("engine_contract")
 
 # A slow example on a busy machine is no defect of the code.

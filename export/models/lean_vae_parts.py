@@ -148,8 +148,9 @@ class EncodeParts(nn.Module):
         x = x.reshape(c, t // frames, frames, height, width).transpose(0, 1)
         x = x.reshape(t // frames, c * frames, height, width)
         weight, bias = self.get_parameter(f"{kind}_embed"), self.get_parameter(f"{kind}_embed_bias")
-        # Pixel unshuffle and a 1x1 convolution are faster than a strided 8x8 convolution.
-        x = F.conv2d(F.pixel_unshuffle(x, PATCH), weight, bias)
+        # Pixel unshuffle and 1x1 convolution took 4.2 ms in ONNX Runtime, this takes 1.2 (OpenVINO:
+        # 2.6 and 1.9; 512x512, 4 frames, 128 channels, one thread on Zen 5).
+        x = F.conv2d(x, weight.reshape(len(weight), -1, PATCH, PATCH), bias, stride=PATCH)
         history, states = iter(past), list[Tensor]()
         low = self.low(x[:, : self.low_width], history, states)
         high = self.high(x[:, self.low_width :], history, states)

@@ -14,13 +14,19 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fvae_deploy.engines.base import choose, obstacle, open_engine, precision_problem
+from fvae_deploy.engines.base import (
+    KeepsCompiled,
+    choose,
+    obstacle,
+    open_engine,
+    precision_problem,
+)
 from fvae_deploy.errors import BundleError, EngineError, VolumeError
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.hub import is_hub_id
 from fvae_deploy.export.hub_bundles import kept
 from fvae_deploy.export.manifest import Manifest
-from fvae_deploy.storage.cache import cache_folder
+from fvae_deploy.storage.cache import cache_folder, compiled_folder
 from fvae_deploy.stream import schedule
 from fvae_deploy.stream.arrays import LatentFrames, ModelFrames
 from fvae_deploy.stream.pieces import Pieces
@@ -72,6 +78,8 @@ class Opened(Generic[Kind]):
         if engine == "auto":
             engine, self.why = _choose_engine(bundle, manifest, precision, device)
         self.engine = open_engine(bundle, manifest, engine, device, precision, threads)
+        if (folder := compiled_folder()) and isinstance(self.engine, KeepsCompiled):
+            self.engine.keep_compiled(folder)
         logger.info("engine: %s %s on %s (%s)", engine, precision, device, self.why)
 
     def close(self) -> None:
