@@ -164,7 +164,7 @@ def write_list(folder, command):
 def test_a_documented_command_runs(command, files, tmp_path):
     folder = tmp_path / "here"
     shutil.copytree(files, folder, symlinks=True)
-    words = [word.replace("/var/lib/fvae", "server") for word in command.words]
+    words = [word.replace("fvae-server", "server") for word in command.words]
     written = ("-o", "--labels", "--disease-mask") if "phantom" in words else ("-o",)
     outputs = [words[at + 1] for at, word in enumerate(words) if word in written]
     for output in [*outputs, *(["server"] if "token add" in command.text else [])]:
