@@ -55,11 +55,7 @@ def run(
                 f"expected no other server on {settings.folder}, found one: stop it or choose "
                 "another --folder"
             ) from None
-        if (missing_viewer := pages.missing_viewer()) is not None:
-            print(f"fvae: warning: {missing_viewer}", file=sys.stderr, flush=True)
-        if settings.authenticated and not Store(settings.folder).tokens():
-            hint = f"make one with fvae token add NAME --folder {settings.folder}"
-            print(f"fvae: warning: no token may use this server yet: {hint}", file=sys.stderr)
+        warn(settings)
         check_address(host, port)
         say(
             f"fvae serves {'http' if cert is None else 'https'}://{shown(host)}:{port} until Ctrl-C"
@@ -84,6 +80,18 @@ def run(
             log_level="warning",
         )
         audit("server stops")
+
+
+def warn(settings: Settings) -> None:
+    """Print what the server lacks and runs without: the viewer of its page, a token."""
+    warnings = [pages.missing_viewer()]
+    if settings.authenticated and not Store(settings.folder).tokens():
+        warnings.append(
+            "expected a token that may use this server, found none: make one with fvae token add "
+            f"NAME --folder {settings.folder}"
+        )
+    for warning in filter(None, warnings):
+        print(f"fvae: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def check_address(host: str, port: int) -> None:
