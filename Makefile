@@ -1,6 +1,6 @@
 # make demo    encode and decode a CT, generate another one, draw both (CT=path: use your own CT)
 # make test    check a change before it is accepted: format, lint, types, tests
-# make e2e     tests that need Debian packages (Orthanc, nginx, Chromium, npm) or minutes; run as root
+# make e2e     tests that need Debian packages (Orthanc, nginx, systemd, Chromium, npm) or minutes; run as root
 # make page    fetch NiiVue and Swagger UI, at fixed versions, for the page of fvae serve (needs npm)
 # make docs    build the documentation as a site in build/site; warnings are errors
 # make sbom    list all dependencies with their licences, as a table and as CycloneDX, in build/sbom
@@ -68,7 +68,7 @@ test: .venv/installed-dev
 check: test
 
 # Only missing packages are installed. Any npm will do, so Debian's is added only if there is none.
-DEBIAN := chromium dicom3tools nginx orthanc orthanc-dicomweb prometheus $(shell command -v npm >/dev/null || echo npm)
+DEBIAN := chromium dicom3tools docker-compose nginx orthanc orthanc-dicomweb prometheus systemd $(shell command -v npm >/dev/null || echo npm)
 e2e: .venv/installed-dev
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \

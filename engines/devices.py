@@ -6,22 +6,26 @@ import ctypes
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from fvae_deploy.engines.base import load, obstacle
+from fvae_deploy.engines.base import load, missing, obstacle
 
-DRIVER = "an NVIDIA GPU with its driver (nvidia-smi lists both): install the driver from nvidia.com"
+NVIDIA = "an NVIDIA GPU with its driver (nvidia-smi lists both)"
+DRIVER = f"{NVIDIA}: install the driver from nvidia.com"
 MAJOR, MINOR = 75, 76  # the driver's attribute numbers for the compute capability
+CUDA_ONNX_RUNTIME = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
 
 
 def problems(name: str) -> list[str]:
     """Return everything that an engine lacks on this machine to run on a GPU."""
     first = obstacle(name)
-    missing = [] if first is None else [first]
+    if name == "onnxruntime" and missing(name):
+        first = f"needs the package onnxruntime-gpu: {CUDA_ONNX_RUNTIME}"
+    lacking = [] if first is None else [first]
     if name != "openvino" and target() is None:
-        missing.append(f"needs {DRIVER}")
+        lacking.append(f"needs {DRIVER}")
     if first is None:
-        missing += CHECKS[name]()
-    return missing
+        lacking += CHECKS[name]()
+    return lacking
 
 
 def unfit(name: str) -> str | None:

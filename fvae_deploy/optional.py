@@ -11,7 +11,7 @@ def require(*packages: str, extra: str = "export") -> None:
     """Raise EngineError with the pip command if an optional package is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
+        names = f"package{'s' * (len(missing) > 1)} {', '.join(missing)}"
         raise EngineError(
-            f"expected the packages {', '.join(packages)}, found {', '.join(missing)} missing: "
-            f"pip install 'fvae-deploy[{extra}]'"
+            f"expected the {names}, found none of that name: pip install 'fvae-deploy[{extra}]'"
         )

@@ -457,6 +457,7 @@ REMEDIES = {
 EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> words of the errors
     "needs a GPU or a device that is not here": (
         "expected a GPU to test",
+        "leave --device out to compute on the CPU",
         "run fvae kernels check, which needs none",
         "expected the GPU to keep working",
         "leaves {} to the CPU",
@@ -495,6 +496,7 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
         "raise --max-volume",
         "raise --max-upload",
         "choose another --folder",
+        "choose another --port or --host",
         "give --tls-cert and --tls-key",
         "expected a Ray cluster",
     ),

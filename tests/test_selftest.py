@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fvae_deploy import selftest
+from fvae_deploy.cli import main as cli
 from fvae_deploy.engines import devices
+from fvae_deploy.engines.base import precisions
 from fvae_deploy.engines.devices import target
 from fvae_deploy.errors import EngineError
 
@@ -33,10 +36,34 @@ def test_the_checks_run_on_the_cpu_and_return_one_json(
     report = json.loads(json.dumps(selftest.selftest(gpu=False, suites=False)))
     (row,) = (row for row in report["checks"] if row["passed"] is not None)
     assert report["passed"]
-    assert row["against"] == "onnxruntime"
+    assert row["against"] in ("torch", "openvino")  # never with itself
     assert row["parity"]["hu_max"] < 0.01
     assert row["tiled_difference"] < 1e-5
     assert row["throughput"]["decode"]["slices_per_second"] > 0
+
+
+def test_with_one_engine_float32_has_no_parity_and_bfloat16_is_compared_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [("openvino", precision) for precision in precisions("openvino")]
+    monkeypatch.setattr(selftest, "SIDE", 64)
+    monkeypatch.setattr(selftest, "ROUNDS", 2)
+    monkeypatch.setattr(selftest, "cases", lambda device: pairs)
+    monkeypatch.setattr(
+        selftest, "obstacle", lambda name: None if name == "openvino" else "is missing"
+    )
+    monkeypatch.setattr(sys, "argv", ["fvae", "selftest", "--no-suites", "--json", "-"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
+    rows = {row["name"]: row for row in json.loads(out)["checks"]}
+    assert rows["openvino fp32"]["passed"]
+    assert rows["openvino fp32"]["parity"] is None
+    assert "of which none is installed: pip install 'fvae-deploy[cpu]'" in err
+    if "bf16" in precisions("openvino"):
+        assert rows["openvino bf16"]["against"] == "openvino"
+        assert 0 < rows["openvino bf16"]["parity"]["hu_max"] < 250
 
 
 def test_a_failing_check_is_reported_and_the_others_still_run(

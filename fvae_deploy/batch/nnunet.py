@@ -78,9 +78,10 @@ class Dataset:
             channels, ending = content["channel_names"], content["file_ending"]
             count = len(channels)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
             raise VolumeError(
-                f"expected nnU-Net's dataset.json in {folder}, found {type(error).__name__} "
-                f"{error}: pass a folder named DatasetXXX_NAME, or TaskXXX_NAME of version 1"
+                f"expected nnU-Net's dataset.json in {folder}, found {found}: pass a "
+                "folder named DatasetXXX_NAME, or TaskXXX_NAME of version 1"
             ) from None
         if ending not in ENDINGS:
             raise VolumeError(

@@ -22,12 +22,18 @@ def read_rows(path: Path, needed: str | Sequence[str], fields: Set[str]) -> list
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows: list[Any] = (
-            list(csv.DictReader(io.StringIO(text, newline="")))
+            [_stripped(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
             if path.suffix == ".csv"
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
-    except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"expected a list of jobs, CSV or JSONL, found {path}: {error}") from None
+    except OSError as error:
+        raise UsageError(
+            f"expected a list at {path}, found {error.strerror or error}: check the path"
+        ) from None
+    except (ValueError, csv.Error) as error:
+        raise UsageError(
+            f"expected a list, CSV or JSONL, at {path}, found {error}: correct it"
+        ) from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or all(row.get(n) in (None, "") for n in one_of):
             columns = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
@@ -43,6 +49,16 @@ def read_rows(path: Path, needed: str | Sequence[str], fields: Set[str]) -> list
                 f"{path}: remove it"
             )
     return rows
+
+
+def _stripped(row: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a row of a CSV without the spaces that stand around names and values."""
+    return {
+        name.strip() if isinstance(name, str) else name: (
+            value.strip() if isinstance(value, str) else value
+        )
+        for name, value in row.items()
+    }
 
 
 def check_apart(outputs: list[Path], path: Path) -> None:

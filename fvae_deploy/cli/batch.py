@@ -32,12 +32,13 @@ class Spread:
         if self.ray is not None and self.workers is not None:
             raise UsageError("expected --ray or --workers, found both: leave one of them out")
 
-    def check_one_scan(self) -> None:
+    def check_one_scan(self, source: Path) -> None:
         """Raise UsageError if it was given for one scan."""
         for name in ("ray", "workers"):
             if getattr(self, name) is not None:
                 raise UsageError(
-                    f"expected a batch with --{name}, found one scan: leave --{name} out"
+                    f"expected a folder of scans or a list with --{name}, found {source}: check "
+                    f"the path, or leave --{name} out"
                 )
 
 

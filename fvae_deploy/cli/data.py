@@ -109,8 +109,8 @@ def phantom(
             findings=disease_mask,
             overwrite=overwrite,
         )
-    if patient is not None:
-        terminal.print(who.report())
+    drawn = f"{output}: {size[2]} slices of {size[0]}x{size[1]}"
+    terminal.print(drawn if patient is None else f"{drawn}. Report: {who.report()}")
 
 
 @command(app, "Run", ("model", *ENGINE_OPTIONS, "hu_window", "published", "protocol"))

@@ -146,7 +146,7 @@ def decode(
             )
         run_batch("decode", latents, output, extension, options, terminal, spread, report, dry_run)
         return
-    spread.check_one_scan()
+    spread.check_one_scan(latents)
     from fvae_deploy import api
     from fvae_deploy.storage.latents import LatentReader
 
@@ -216,7 +216,7 @@ def _run_one(
     dry_run: bool,
 ) -> None:
     """Encode or reconstruct one CT, which may come from a DICOMweb server."""
-    spread.check_one_scan()
+    spread.check_one_scan(ct)
     from fvae_deploy import api
     from fvae_deploy.volume.open import open_volume
 

@@ -18,7 +18,7 @@ INPUT = ("series", "level", "skip_unreadable", "any_range")
 CTs = Annotated[
     list[Path],
     typer.Argument(
-        metavar="CT...",
+        metavar="CT",
         help="CTs: files, folders of DICOM slices, .zarr stores, folders of scans, or lists (.csv, "
         ".jsonl) with the columns ct, reconstruction, method, labels, reconstruction_labels and "
         "series.",

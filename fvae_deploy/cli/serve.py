@@ -85,7 +85,7 @@ def serve(
 ) -> None:
     """Run encode, decode, reconstruct and generate as jobs over HTTP.
 
-    Example: `fvae serve --folder /var/lib/fvae --memory 2GiB`
+    Example: `fvae serve --folder fvae-server --memory 2GiB`
     """
     require(*NEEDS, extra="serve")
     from fvae_deploy.parse import parse_bytes
@@ -106,7 +106,16 @@ def serve(
         hosts=("127.0.0.1", "localhost", "[::1]") if insecure_no_auth else (),
         limits=Limits(parse_bytes(upload), parse_bytes(volume), silence=silence, queue=queue),
     )
-    run(settings, host, port, cert=tls_cert, key=tls_key, proxied=behind_proxy, log=log)
+    run(
+        settings,
+        host,
+        port,
+        cert=tls_cert,
+        key=tls_key,
+        proxied=behind_proxy,
+        log=log,
+        say=terminal.print,
+    )
 
 
 @command(app, "Deploy")
@@ -120,7 +129,7 @@ def token(
 ) -> None:
     """Create, list or revoke the access tokens of fvae serve.
 
-    Example: `fvae token add radiology --folder /var/lib/fvae`
+    Example: `fvae token add radiology --folder fvae-server`
     """
     from fvae_deploy.server.auth import make_token
     from fvae_deploy.server.store import Store

@@ -117,7 +117,7 @@ def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) 
                 report["volume"]["slices"],
                 report["seconds"]["total"],
                 report["slices_per_second"],
-                report["memory"]["beyond_baseline_bytes"] >> 20,
+                report["memory"]["peak_rss_bytes"] >> 20,
             )
             table.add_row(name, *(f"{n:.4g}" for n in numbers), "done")
         else:
@@ -191,14 +191,18 @@ def report_table(content: dict[str, Any]) -> Table:
     """Return the table of a report: mean, deviation and worst case of every method."""
     from rich.table import Table
 
-    table = Table(title=f"{len(content['scans'])} scans, reconstruction - original")
+    from fvae_deploy.report.cohort import MEASURES
+
+    count = len(content["scans"])
+    table = Table(title=f"{count} scan{'s' * (count != 1)}, reconstruction - original")
     for column in ("method", "measure", "scans", "mean", "deviation", "worst", "of"):
         table.add_column(column, overflow="fold")
     for method, measures in content["cohort"].items():
         for name, found in measures.items():
             deviation = "-" if found["deviation"] is None else f"{found['deviation']:.4g}"
             numbers = (f"{found['mean']:.5g}", deviation, f"{found['worst']:.5g}")
-            table.add_row(method, name, str(found["scans"]), *numbers, found["worst_scan"])
+            label = f"{name}, {unit}" if (unit := MEASURES[name][1]) else name
+            table.add_row(method, label, str(found["scans"]), *numbers, found["worst_scan"])
     return table
 
 

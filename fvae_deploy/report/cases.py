@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_cases(
 
     The second part names files of a folder that are no readable scan, with the reason. Where
     reconstructions or labels are given, there must be one for each source, in the same order.
-    Raises UsageError if these numbers differ or a source holds no scan.
+    Raises UsageError if these numbers differ, or a source does not exist or holds no scan.
     """
     given = {
         "--reconstruction": reconstructions,
@@ -93,6 +94,8 @@ def _found(source: Path) -> tuple[list[Case], list[tuple[Path, str]]]:
     """Return the scans of one source, and the damaged files of a folder."""
     if source.suffix in LISTS:
         return _listed(source), []
+    if not os.path.lexists(source):
+        raise UsageError(f"expected CTs at {source}, found nothing: check the path")
     if not source.is_dir() or is_zarr(source):
         return [Case(scan_name(source), source)], []
     scans, untaken = search("report", source, source / ".none", ".html")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +18,7 @@ from fvae_deploy.server import pages
 from fvae_deploy.server.app import create_app
 from fvae_deploy.server.audit import Audit
 from fvae_deploy.server.settings import Settings
+from fvae_deploy.server.store import Store
 from fvae_deploy.stream.codec import bundle_path
 
 
@@ -28,11 +31,12 @@ def run(
     key: Path | None = None,
     proxied: bool = False,
     log: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Serve until a signal arrives.
 
-    Raises UsageError if another server uses the folder, and BundleError or EngineError if the
-    worker could not open the model or the engine.
+    Raises UsageError if another server uses the folder or the port, and BundleError or EngineError
+    if the worker could not open the model or the engine.
     """
     Manifest.load(bundle_path(settings.options.model or MODEL))
     engine = settings.options.engine
@@ -51,8 +55,11 @@ def run(
                 f"expected no other server on {settings.folder}, found one: stop it or choose "
                 "another --folder"
             ) from None
-        if (missing_viewer := pages.missing_viewer()) is not None:
-            print(f"fvae: warning: {missing_viewer}", file=sys.stderr, flush=True)
+        warn(settings)
+        check_address(host, port)
+        say(
+            f"fvae serves {'http' if cert is None else 'https'}://{shown(host)}:{port} until Ctrl-C"
+        )
         audit = Audit(log)
         audit("server starts", host=host, port=port, authenticated=settings.authenticated)
         uvicorn.run(
@@ -73,3 +80,38 @@ def run(
             log_level="warning",
         )
         audit("server stops")
+
+
+def warn(settings: Settings) -> None:
+    """Print what the server lacks and runs without: the viewer of its page, a token."""
+    warnings = [pages.missing_viewer()]
+    if settings.authenticated and not Store(settings.folder).tokens():
+        warnings.append(
+            "expected a token that may use this server, found none: make one with fvae token add "
+            f"NAME --folder {settings.folder}"
+        )
+    for warning in filter(None, warnings):
+        print(f"fvae: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UsageError if the server could not listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # as uvicorn does: IPv4 may have the port as well
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"expected to listen on {shown(host)}:{port}, found {error.strerror}: choose another "
+            "--port or --host"
+        ) from None
+
+
+def shown(host: str) -> str:
+    """Return a host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host

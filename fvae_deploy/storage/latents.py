@@ -338,6 +338,11 @@ def _is_partial(path: Path) -> bool:
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     if not path.exists():
         raise LatentError(f"expected a latent store at {path}, found nothing: check the path")
+    if path.is_file():
+        raise LatentError(
+            f"expected a latent store, which is a folder, at {path}, found a file: create one "
+            "with fvae encode"
+        )
     try:
         array = zarr.open_array(store=str(path), mode="r+" if path.suffix == ".partial" else "r")
         if array.ndim != 4:

@@ -100,7 +100,13 @@ class Opened(Generic[Kind]):
 
 def _choose_engine(bundle: Path, manifest: Bundle, precision: str, device: str) -> tuple[str, str]:
     """Return an engine that runs here, and why; TensorRT only with engines for this GPU."""
-    from fvae_deploy.engines.devices import unfit
+    from fvae_deploy.engines.devices import NVIDIA, target, unfit
+
+    if device.startswith("cuda") and target() is None:
+        raise EngineError(
+            f"expected {NVIDIA} for --device {device}, found none: install the driver from "
+            "nvidia.com, or leave --device out to compute on the CPU"
+        )
 
     def problem(name: str) -> str | None:
         reason = obstacle(name) if device == "cpu" else unfit(name)

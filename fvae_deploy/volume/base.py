@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.errors import OutputError, VolumeError
-from fvae_deploy.volume.publish import Partial, hidden
+from fvae_deploy.volume.publish import Partial, hidden, write_remedy
 
 HuFrames = NDArray[Any]  # [t, x, y] in HU, int16 or float32
 
@@ -337,9 +336,7 @@ class FrameWriter(Writer):
         return frame.astype(self._dtype, copy=False)
 
     def _write_error(self, error: OSError) -> OutputError:
-        remedy = "check that the path is writable and the disk is not full"
-        if error.errno == errno.ENAMETOOLONG:
-            remedy = "choose a shorter name"
         return OutputError(
-            f"expected to write {self.path}, found: {error.strerror or error}: {remedy}"
+            f"expected to write {self.path}, found: {error.strerror or error}: "
+            f"{write_remedy(error)}"
         )

@@ -13,7 +13,7 @@ import numpy as np
 from fvae_deploy.errors import OutputError, UsageError, VolumeError
 from fvae_deploy.volume.base import Geometry, Reader, Writer
 from fvae_deploy.volume.options import ReadOptions
-from fvae_deploy.volume.publish import check_name, recover
+from fvae_deploy.volume.publish import check_name, recover, write_remedy
 from fvae_deploy.volume.suffixes import FILES, ITK, NIFTI, OUTPUTS
 from fvae_deploy.volume.zarr_paths import is_zarr
 
@@ -145,9 +145,8 @@ def check_output(path: Path | str, *, overwrite: bool, geometry: Geometry | None
     try:
         check_name(Path(path))
     except OSError as error:
-        raise OutputError(
-            f"expected to write {path}, found: {error.strerror}: choose a shorter name"
-        ) from None
+        remedy = write_remedy(error)
+        raise OutputError(f"expected to write {path}, found: {error.strerror}: {remedy}") from None
     recover(Path(path))
     if not overwrite and os.path.lexists(path):
         raise VolumeError(

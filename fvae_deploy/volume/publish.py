@@ -46,6 +46,13 @@ def check_name(path: Path) -> None:
         os.lstat(path)
 
 
+def write_remedy(error: OSError) -> str:
+    """Return what helps against an error of writing a path."""
+    if error.errno == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "check that the path is writable and the disk is not full"
+
+
 def hidden(path: Path, kind: str = "partial") -> Path:
     """Return a new hidden name beside an output, which no other run uses."""
     return path.with_name(f"{_prefix(path, kind)}{secrets.token_hex(4)}.{kind}")

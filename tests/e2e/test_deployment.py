@@ -42,6 +42,15 @@ def test_systemd_takes_the_unit_and_finds_it_confined(tmp_path):
     assert float(re.search(r"exposure level for fvae.service: ([\d.]+)", exposure)[1]) < 4
 
 
+def test_compose_takes_the_file_and_refuses_an_option_that_it_does_not_know(tmp_path):
+    compose = tool("docker-compose")
+    run(compose, "-f", DEPLOY / "compose.yaml", "config", "-q")
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text((DEPLOY / "compose.yaml").read_text().replace("mem_limit", "memory_limit"))
+    with pytest.raises(AssertionError, match="Unsupported config option"):
+        run(compose, "-f", wrong, "config", "-q")
+
+
 def test_every_alert_fires_where_it_should_and_nowhere_else(tmp_path):
     promtool = tool("promtool")
     alerts = DEPLOY / "alerts.yaml"
@@ -64,3 +73,21 @@ def test_alerts_and_dashboard_name_metrics_that_the_server_has(tmp_path):
     names = {name for expression in used for name in re.findall(r"\bfvae_\w+", expression)}
     assert len(names) > 8
     assert names <= known
+
+
+def test_prometheus_can_parse_every_query_of_the_dashboard(tmp_path):
+    promtool = tool("promtool")
+    board = json.loads((DEPLOY / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+
+    def rules(expressions):
+        path = tmp_path / "rules.yaml"
+        listed = [{"record": f"q:{n}", "expr": text} for n, text in enumerate(expressions)]
+        path.write_text(json.dumps({"groups": [{"name": "board", "rules": listed}]}))
+        return path
+
+    assert len(queries) > 5
+    plain = [re.sub(r"\$__\w+", "5m", query) for query in queries]
+    run(promtool, "check", "rules", rules(plain))
+    with pytest.raises(AssertionError, match="parse error"):
+        run(promtool, "check", "rules", rules([f"{plain[0]})"]))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 LEFT_OUT = {  # by a pattern in the command
     r"dicomweb\+": "needs a server: test_orthanc.py and tests/volume/test_dicomweb.py have one",
     "fvae serve": "does not end: tests/server",
-    "--gpu": "needs a GPU",
+    "--gpu|--device cuda": "needs a GPU",
     "fvae build": "minutes of TensorRT's builder: tests/export/test_to_tensorrt.py",
     "fvae kernels": "minutes of Triton's compiler: tests/kernels",
     "fvae bench": "minutes: tests/bench",
@@ -91,7 +91,7 @@ def files(tmp_path_factory):
         (folder / kind).mkdir()
         for case in ("one", "two"):
             (folder / kind / f"{case}{suffix}").symlink_to(folder / source)
-    for name in ("normal.nii.gz", "made.nii.gz"):
+    for name in ("normal.nii.gz", "made.nii.gz", "cpu.nii.gz", "gpu.nii.gz"):
         (folder / name).symlink_to(folder / "ct.nii.gz")
     write_masks(folder)
     write_sets(folder)
@@ -164,7 +164,7 @@ def write_list(folder, command):
 def test_a_documented_command_runs(command, files, tmp_path):
     folder = tmp_path / "here"
     shutil.copytree(files, folder, symlinks=True)
-    words = [word.replace("/var/lib/fvae", "server") for word in command.words]
+    words = [word.replace("fvae-server", "server") for word in command.words]
     written = ("-o", "--labels", "--disease-mask") if "phantom" in words else ("-o",)
     outputs = [words[at + 1] for at, word in enumerate(words) if word in written]
     for output in [*outputs, *(["server"] if "token add" in command.text else [])]:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from fake_engine import write_fake_bundle
 
-from fvae_deploy.engines import base
+from fvae_deploy.engines import base, devices
 from fvae_deploy.engines.base import choose, open_engine, precision_problem, precisions
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.stream.codec import open_codec
 
 Absent = Callable[..., None]
 ROOT = Path(__file__).parents[2]
@@ -200,3 +201,21 @@ def test_auto_on_a_gpu_takes_tensorrt_then_onnx_runtime_then_torch() -> None:
     assert (engine, why) == ("onnxruntime", "tensorrt is not built; onnxruntime is installed")
     with pytest.raises(EngineError, match="tensorrt no; onnxruntime no; torch no"):
         choose("cuda:0", lambda name: "no")
+
+
+def test_without_a_gpu_the_error_says_so_once_and_not_for_every_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "target", lambda: None)
+    with pytest.raises(EngineError, match="found none: install the driver") as caught:
+        open_codec("tiny", device="cuda")
+    assert str(caught.value).count("NVIDIA") == 1
+
+
+def test_onnx_runtime_for_a_gpu_is_another_package_than_for_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "_installed", lambda entry: [])
+    cpu, gpu = base.obstacle("onnxruntime"), devices.problems("onnxruntime")[0]
+    assert cpu == "needs the package onnxruntime: pip install 'fvae-deploy[cpu]'"
+    assert gpu == ("needs the package onnxruntime-gpu: pip install 'onnxruntime-gpu[cuda,cudnn]'")

@@ -321,7 +321,7 @@ def test_line_breaks_within_a_cell_stay(tmp_path):
         ("a.csv", "mask,seed\nx.nii,ten\n", "found 'ten'"),
         ("a.csv", "mask,seed\nx.nii,-1\n", "found '-1'"),
         ("a.csv", "mask\nx.nii\nx.nii\n", "found x.nii in rows 1 and 2"),
-        ("a.jsonl", '{"mask": 1}\n{', "a list of jobs"),
+        ("a.jsonl", '{"mask": 1}\n{', "a list, CSV or JSONL, at"),
         ("a.jsonl", "[1]", "a mask or patient or like in row 1"),
     ],
 )

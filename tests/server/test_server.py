@@ -276,6 +276,18 @@ def test_a_second_server_on_the_same_folder_is_refused(server, serve_fake):
         other.start()
 
 
+def test_a_port_that_another_program_has_is_refused(server, capsys, monkeypatch, tmp_path):
+    line = ["fvae", "serve", "--folder", str(tmp_path), "--port", str(server.port)]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert "found none: make one with fvae token add NAME --folder" in err
+    assert f"expected to listen on 127.0.0.1:{server.port}, found Address already in use" in err
+    assert out == ""
+
+
 def test_serving_a_network_without_tls_or_tokens_is_refused(capsys, monkeypatch):
     from fvae_deploy.errors import UsageError
     from fvae_deploy.server.settings import check_exposure
