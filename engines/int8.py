@@ -117,13 +117,16 @@ def _quantised_weight(weight: NDArray[np.float32]) -> ov.Node:
     return op.fake_quantize(op.constant(weight), low, high, low, high, 255)
 
 
+_Observed = tuple[ov.CompiledModel | None, list[str], list[str]]  # inputs, layers
+
+
 class Observer:
     """Runs graphs in float32, and samples what their convolutions read."""
 
     def __init__(self, bundle: Path) -> None:
         self._bundle, self._core = bundle, ov.Core()
         self._random = np.random.default_rng(0)
-        self._compiled: dict[tuple[Any, ...], tuple[ov.CompiledModel | None, list[str]]] = {}
+        self._compiled: dict[tuple[Any, ...], _Observed] = {}
         self.weights: dict[str, dict[str, NDArray[np.float32]]] = {}  # by part and layer
 
     def sample(
@@ -133,10 +136,10 @@ class Observer:
         key = (part.name, *(inputs[spec.name].shape for spec in part.inputs))
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, inputs)
-        compiled, names = self._compiled[key]
+        compiled, parameters, names = self._compiled[key]
         if compiled is None:
             return {}
-        results = compiled({i.any_name: inputs[i.any_name] for i in compiled.inputs})
+        results = compiled([inputs[name] for name in parameters])
         samples = {}
         for number, name in enumerate(names):
             pixels = np.moveaxis(results[number], 1, 0).reshape(results[number].shape[1], -1)
@@ -144,16 +147,16 @@ class Observer:
             samples[name] = pixels[:, picked].copy()
         return samples
 
-    def _compile(
-        self, part: Part, inputs: Mapping[str, NDArray[Any]]
-    ) -> tuple[ov.CompiledModel | None, list[str]]:
+    def _compile(self, part: Part, inputs: Mapping[str, NDArray[Any]]) -> _Observed:
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({spec.name: list(inputs[spec.name].shape) for spec in part.inputs})
         found = {} if part.halo is None else convolutions(model)
         self.weights[part.name] = {name: weight_of(node) for name, node in found.items()}
         if not found:
-            return None, []
+            return None, [], []
         results = [op.result(node.input_value(0)) for node in found.values()]
         observed = ov.Model(results, model.get_parameters(), part.name)
         hint = {"INFERENCE_PRECISION_HINT": ov.Type.f32}
-        return self._core.compile_model(observed, "CPU", hint), list(found)
+        compiled = self._core.compile_model(observed, "CPU", hint)
+        # A parameter's tensor may have several names; its own is that of the graph.
+        return compiled, [p.get_friendly_name() for p in observed.get_parameters()], list(found)

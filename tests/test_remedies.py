@@ -484,6 +484,10 @@ EXEMPT: dict[str, tuple[str, ...]] = {  # why a remedy is not tried here -> word
     "a network that answers with NaN; tried in tests/stream and tests/generation": (
         "use --precision fp32",
     ),
+    "a bundle to calibrate for int8; tried in tests/engines/test_int8.py": (
+        "expected {} to be calibrated for int8",
+        "that int8 makes faster and represents well",
+    ),
     "a class of Python, tried in tests/training": ("create some with fvae encode",),
     "a worker that is killed; tried in tests/batch/test_processes.py": (
         "lower --memory or --workers",

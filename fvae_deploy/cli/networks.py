@@ -59,6 +59,12 @@ Calibrate = Annotated[
         help="CT from which convolutions get ranges for --precision int8; may be repeated.",
     ),
 ]
+ValueRange = Annotated[
+    str,
+    typer.Option(
+        "--range", help="Input values for -1000 and 1000 HU, as a,b.", rich_help_panel=FOREIGN
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -100,14 +106,7 @@ def export(
         int,
         typer.Option("--window", min=1, help="Slices per window.", rich_help_panel=FOREIGN),
     ] = 65,
-    value_range: Annotated[
-        str,
-        typer.Option(
-            "--range",
-            help="Input values for -1000 and 1000 HU, as a,b.",
-            rich_help_panel=FOREIGN,
-        ),
-    ] = "-1,1",
+    value_range: ValueRange = "-1,1",
     calibrate: Calibrate = None,
     config: Config = None,
     text: Text = None,

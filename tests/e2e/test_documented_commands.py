@@ -28,6 +28,7 @@ LEFT_OUT = {  # by a pattern in the command
     "fvae kernels": "minutes of Triton's compiler: tests/kernels",
     "fvae bench": "minutes: tests/bench",
     "fvae export": "needs weights from a hub or another's code: tests/export",
+    "--precision int8": "needs a calibrated bundle: tests/engines/test_int8.py",
     "hf:OWNER": "needs a hub: tests/export/test_hub_bundles.py",
     "--segment": "needs TotalSegmentator: tests/report",
     "--i3d": "needs I3D: tests/score",
