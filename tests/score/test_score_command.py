@@ -296,7 +296,7 @@ def test_a_damaged_ct_is_passed_over_and_told(fvae, shelf, tmp_path):
     ("arguments", "code", "words"),
     [
         (["real", "empty"], 2, "found none"),
-        (["real", "none"], 2, "expected at least 2 CTs as GENERATED"),
+        (["real", "none"], 2, "expected CTs at none, found nothing: check the path"),
         (["real", "made/none*.nii.gz"], 2, "check the pattern"),
         (["real", "made/m1.nii.gz"], 2, "fvae report judges single CTs"),
         (["real", "real"], 2, "found 5 in both"),
