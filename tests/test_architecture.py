@@ -249,7 +249,7 @@ def test_the_linked_folders_are_no_packages_of_their_own(layer: str) -> None:
 @pytest.mark.parametrize("path", sources(ROOT / "engines"), ids=lambda path: path.name)
 def test_engines_know_the_manifest_and_torch_alone_the_networks(path: Path) -> None:
     exported = {m for m in imports(path) if m.startswith("fvae_deploy.export.")}
-    known = [f"fvae_deploy.export.{name}." for name in ("bundle", "manifest", "built")]
+    known = [f"fvae_deploy.export.{name}." for name in ("bundle", "manifest", "built", "int8")]
     if path.name == "eager.py":
         known += ["fvae_deploy.export.models.", "fvae_deploy.export.cut."]
     assert [m for m in exported if not m.startswith(tuple(known))] == []

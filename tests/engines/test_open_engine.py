@@ -60,7 +60,7 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(
 def test_an_unknown_precision_is_refused_with_the_known_ones(
     tmp_path: Path, manifest: Manifest, engine: str
 ) -> None:
-    with pytest.raises(EngineError, match=r"fp32, bf16, fp16, found precision 'int4'"):
+    with pytest.raises(EngineError, match=r"fp32, bf16, fp16(, int8)?, found precision 'int4'"):
         open_engine(tmp_path, manifest, engine, precision="int4")
 
 
