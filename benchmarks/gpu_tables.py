@@ -253,7 +253,7 @@ def _engines(document: Document) -> str:
                 row["precision"],
                 yes(row["passed"]),
                 _both(row["throughput"], "slices_per_second"),
-                number(row["parity"]["hu_max"]),
+                number((row["parity"] or {}).get("hu_max")),
                 number(row["tiled_difference"]),
             )
             for row in rows_of(document)

@@ -88,7 +88,7 @@ def test_one_onnx_runtime_is_installed_and_never_both(path: Path) -> None:
     assert installs
     for extras in installs:
         found = needed(*extras.split(",")) & {"onnxruntime", "onnxruntime-gpu"}
-        assert len(found) == 1, extras
+        assert len(found) == (extras != "export"), extras  # which brings the engine torch alone
 
 
 def test_the_base_install_brings_openvino_alone_and_no_torch() -> None:

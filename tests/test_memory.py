@@ -106,7 +106,7 @@ def test_what_small_planes_tell_of_a_stage_holds_on_large_ones(direction):
     (line,) = memory_lines(bundle, manifest, "openvino", "fp32", direction, (8, 16))
     job = {"task": "stages", "bundle": str(bundle), "engine": "openvino", "precision": "fp32"}
     found = in_process(**job, direction=direction, side=64)[direction]["most"]
-    assert found / 1.1 < line.bytes(64 * 64) < 1.3 * found
+    assert found / 1.15 < line.bytes(64 * 64) < 1.3 * found
 
 
 @pytest.mark.parametrize("verb", ["encode", "decode"])

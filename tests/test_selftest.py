@@ -45,7 +45,7 @@ def test_the_checks_run_on_the_cpu_and_return_one_json(
 def test_with_one_engine_float32_has_no_parity_and_bfloat16_is_compared_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = [("openvino", precision) for precision in precisions("openvino")]
+    pairs = [("openvino", precision) for precision in precisions("openvino") if precision != "int8"]
     monkeypatch.setattr(selftest, "SIDE", 64)
     monkeypatch.setattr(selftest, "ROUNDS", 2)
     monkeypatch.setattr(selftest, "cases", lambda device: pairs)

@@ -129,7 +129,7 @@ def test_what_workers_cannot_do_is_one_line(
 def test_a_single_scan_has_no_workers(scans: Path, tmp_path: Path) -> None:
     code, err = run("encode", scans / "0.nii.gz", "-o", tmp_path / "0.zarr", "--workers", 2)
     assert code == 2
-    assert "expected a batch with --workers" in err
+    assert "expected a folder of scans or a list with --workers" in err
 
 
 @given(cores=st.integers(1, 64), count=st.integers(1, 64))

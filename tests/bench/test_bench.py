@@ -114,7 +114,7 @@ def test_without_a_hash_a_peer_is_checked_by_its_geometry(exported: Path, weight
     [
         (["--engines", "tflite"], r"--engines among .*openvino.*, found 'tflite'"),
         (["--engines", "torch,"], r"--engines among .*, found ''"),
-        (["--engines", "openvino:int8"], r"openvino among fp32, bf16, fp16, found 'int8'"),
+        (["--engines", "openvino:int4"], r"openvino among fp32, bf16, fp16.*, found 'int4'"),
         (["--engines", "fake", "--step", "2"], r"1 latent frame per step of fake, found 2"),
         (["--device", "gpu"], r"--engines with --device gpu, found none"),
     ],

@@ -72,7 +72,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, vae: Any, window: int, **options: Any) 
     module.vae = vae  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "recipe", module)
     model, _ = load("recipe:vae", window=window, **options)
-    return cut_whole_stages(model.stages, parts_of(model))
+    return cut_whole_stages(model.stages, parts_of(model), model.foreign)
 
 
 def runs_in_pieces(parts: Any, programs: Any) -> None:
