@@ -34,7 +34,8 @@ class DrawnLabels:
             raise UsageError(f"expected a patient's seed of at least 0, found {seed}: correct it")
         self.path = Path(f"patient {seed}")
         x, y, z = (mm / n for mm, n in zip(FIELD_OF_VIEW, (nx, ny, nz), strict=True))
-        self.geometry = Geometry((nx, ny, nz), lps_affine((nx, ny, nz), (x, y, z)))
+        affine = lps_affine((nx, ny, nz), (x, y, z)).astype(np.float32)  # as a file holds it
+        self.geometry = Geometry((nx, ny, nz), affine.astype(np.float64))
         self._torso = Torso((nx, ny, nz), (x, y, z), seed, varied(seed))
 
     def slabs(self, *depths: int, start: int = 0) -> Iterator[HuFrames]:
