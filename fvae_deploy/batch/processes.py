@@ -17,14 +17,16 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fvae_deploy.batch.run import ScanResult, Worker
 from fvae_deploy.batch.scans import Scan
 from fvae_deploy.errors import EngineError, FvaeError, UsageError
+from fvae_deploy.interrupts import free_quietly
 from fvae_deploy.stream.limits import available_bytes
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import SHARE
@@ -46,7 +48,8 @@ class _Process:
         self.scan: int | None = None
         self.ready = False
         self.process = context.Process(target=_work, args=(other, verb, scans, options, share))
-        self.process.start()
+        with _without_interrupts():
+            self.process.start()
         other.close()
 
     def take(self, number: int, scan: Scan) -> None:
@@ -138,6 +141,20 @@ def run_in_processes(
     return [results[number] for number in sorted(results)]
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold back SIGINT from this process, and for good from those that it starts here.
+
+    Ctrl-C in a terminal reaches all of them, at any moment of their start.
+    """
+    resource_tracker.ensure_running()  # starting it would let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def divided(numbers: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
     """Divide cores into `count` shares of neighbours; where cores are fewer, some are in several.
 
@@ -156,14 +173,21 @@ def _work(
     """Answer scans with their results until None comes, or nobody is there any more."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt, EOFError, OSError):
-        try:
-            worker = Worker(verb, scans, options)
-        except FvaeError as error:
-            pipe.send(error)
-            return
-        pipe.send(None)
-        while (scan := pipe.recv()) is not None:
-            pipe.send(worker.run(scan))
+    try:
+        _answer(pipe, verb, scans, options)
+    except KeyboardInterrupt as interrupt:
+        free_quietly(interrupt)
+    except (EOFError, OSError):
+        return
+
+
+def _answer(pipe: Connection, verb: str, scans: list[Scan], options: RunOptions) -> None:
+    try:
+        worker = Worker(verb, scans, options)
+    except FvaeError as error:
+        pipe.send(error)
+        return
+    pipe.send(None)
+    while (scan := pipe.recv()) is not None:
+        pipe.send(worker.run(scan))

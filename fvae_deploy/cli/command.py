@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.cli.options import COMMON, Debug, Quiet, Verbose
 from fvae_deploy.errors import StoppedError
+from fvae_deploy.interrupts import free_quietly
 from fvae_deploy.stream.options import RunOptions
 
 RESUMABLE = ("encode", "decode", "reconstruct", "generate")
@@ -42,6 +43,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
+            free_quietly(interrupt)
             resume = ctx.invoked_subcommand in RESUMABLE
             error = StoppedError("Interrupted." + " Run again with --resume to continue." * resume)
             if isinstance(interrupt, TerminatedError):

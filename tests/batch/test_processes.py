@@ -93,6 +93,39 @@ def test_a_worker_that_is_killed_fails_its_scan_alone(scans: Path, tmp_path: Pat
     assert len(list(output.glob("*.zarr"))) == SCANS
 
 
+def test_an_interrupt_in_the_making_of_an_event_loop_is_one_line(
+    scans: Path, tmp_path: Path
+) -> None:
+    patched = (
+        "import asyncio.selector_events as events\n"
+        "def interrupted(self): raise KeyboardInterrupt\n"
+        "events.BaseSelectorEventLoop._make_self_pipe = interrupted\n"
+        "from fvae_deploy.cli.main import main; main()"
+    )
+    line = [sys.executable, "-c", patched, "encode", str(scans / "0.nii.gz"), "-q"]
+    ended = subprocess.run(
+        [*line, "-o", str(tmp_path / "out.zarr")], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 130
+    assert ended.stderr == "fvae: Interrupted. Run again with --resume to continue.\n"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5])
+def test_ctrl_c_in_a_terminal_reaches_workers_that_only_start(
+    scans: Path, tmp_path: Path, delay: float
+) -> None:
+    line = [*COMMAND, "encode", str(scans), "-o", str(tmp_path), "--workers", "2", "-q"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not children(process.pid):
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal interrupts the workers too
+    assert process.communicate()[1] == (
+        "fvae: Interrupted. Run again with --resume to continue.\n"
+    )
+    assert process.returncode == 130
+
+
 def test_an_interrupted_batch_ends_its_workers_and_goes_on_with_resume(
     scans: Path, tmp_path: Path
 ) -> None:
