@@ -91,6 +91,7 @@ class Supervisor:
         return subprocess.Popen(
             [sys.executable, "-m", "fvae_deploy.server.worker", *arguments],
             stdin=subprocess.PIPE,
+            process_group=0,  # Ctrl-C in a terminal reaches the server alone
         )
 
     def _check_memory(self, worker: subprocess.Popen[bytes]) -> None:
