@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.compiled import SMALL, CompiledGraphs, processor  # noqa: E402
 from fvae_deploy.engines.frames import frame_name, split_states  # noqa: E402
 from fvae_deploy.engines.int8 import apply_int8, supported  # noqa: E402
+from fvae_deploy.engines.layout import apply_channels_last  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
@@ -44,7 +45,7 @@ logger = logging.getLogger("fvae")
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
 # What rewrites graphs before they are compiled.
-CODE = ("open_vino.py", "frames.py", "int8.py", "shuffle.py", "winograd.py")
+CODE = ("open_vino.py", "frames.py", "int8.py", "layout.py", "shuffle.py", "winograd.py")
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -56,6 +57,23 @@ class _State(list[ov.Tensor]):
         """The shape of the state as a part declares it."""
         frames, *rest = self[0].shape
         return (frames * len(self), *rest)
+
+
+class _Results:
+    """Memory for the results of a segment."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.arrays = [np.empty(shape, np.float32) for shape in shapes]
+        self.tensors = [ov.Tensor(array, shared_memory=True) for array in self.arrays]
+        self._references = self._counted()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody refers to the arrays, or to views of them, any more."""
+        return self._counted() == self._references
+
+    def _counted(self) -> list[int]:
+        return [sys.getrefcount(array) for array in self.arrays]
 
 
 class _Compiled:
@@ -78,11 +96,14 @@ class _Compiled:
         self.compiled = compiled
         self.request: ov.InferRequest | None = None
         self.spare: list[list[ov.Tensor]] = []  # consumed frames or states, reused as outputs
+        self._results: list[_Results] = []  # of a segment; reused when nobody refers to them
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         request = self.request = self.request or self.compiled.create_infer_request()
         for spec in self.part.inputs[: len(self.part.inputs) - len(self.part.state_inputs)]:
             request.set_tensor(spec.name, _data(inputs[spec.name], spec.type))
+        if self.part.maps:
+            return self._mapped(request)
         past = [
             self._given(inputs[spec.name], index)
             for index, spec in enumerate(self.part.state_inputs)
@@ -106,9 +127,23 @@ class _Compiled:
         }
         return {**{o.name: request.get_tensor(o.name).data for o in data}, **named}
 
+    def _mapped(self, request: ov.InferRequest) -> dict[str, Any]:
+        """Compute a segment, whose results are the caller's."""
+        results = next((each for each in self._results if each.is_free), None)
+        if results is None:
+            outputs = (self.compiled.output(spec.name) for spec in self.part.outputs)
+            results = _Results([tuple(output.shape) for output in outputs])
+            self._results.append(results)
+        for spec, tensor in zip(self.part.outputs, results.tensors, strict=True):
+            request.set_tensor(spec.name, tensor)
+        request.infer()
+        names = (spec.name for spec in self.part.outputs)
+        return dict(zip(names, results.arrays, strict=True))
+
     def release(self) -> None:
         """Free intermediate buffers and spare states, and the request, which refers to both."""
         self.spare.clear()
+        self._results.clear()
         self.request = None
         self.compiled.release_memory()
 
@@ -262,6 +297,8 @@ class OpenVINOEngine:
         depths: dict[int, int] = {}
         if self._device == "CPU":
             apply_winograd(model)
+            if part.maps:
+                apply_channels_last(model)
             model, depths = split_states(model, part)
             apply_final_shuffle(model)
         model = _typed(_states_first(model), part, element, depths)

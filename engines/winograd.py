@@ -22,6 +22,8 @@ A. Lavin and S. Gray, 2016, arXiv:1509.09308.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
@@ -70,7 +72,7 @@ def _fits(node: ov.Node, least: int) -> bool:
 def _replace(node: ov.Node) -> None:
     """Replace a convolution and its bias by four convolutions for every two output frames."""
     weights = [op.constant(w) for w in _transformed(node.input_value(1).get_node().data)]
-    form, bias = node.get_attributes(), _bias_sum(node)
+    form, bias = node.get_attributes(), bias_sum(node)
 
     def convolved(frame: ov.Node, number: int) -> ov.Node:
         return op.convolution(
@@ -107,7 +109,7 @@ def _transformed(weight: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     return [g0, *(half.astype(np.float32) for half in halves), -g2]
 
 
-def _bias_sum(node: ov.Node) -> ov.Node | None:
+def bias_sum(node: ov.Node) -> ov.Node | None:
     """Return the sum that adds a bias to a convolution, if it is the only node to use its output.
 
     The bias must be a constant with one value per channel.
@@ -118,7 +120,7 @@ def _bias_sum(node: ov.Node) -> ov.Node | None:
         return None
     value = following.input_value(1)
     constant = value.get_node().get_type_name() == "Constant"
-    return following if constant and value.get_shape()[2:] == [1, 1, 1] else None
+    return following if constant and math.prod(value.get_shape()[2:]) == 1 else None
 
 
 def _frames(value: ov.Output) -> list[ov.Output]:

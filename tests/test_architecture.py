@@ -22,7 +22,7 @@ from fvae_deploy.stream.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "export", "engines"]  # top-level folders, linked into the package
-GROUND = {"errors", "organs", "optional", "parse", "version"}  # may be imported from anywhere
+GROUND = {"errors", "interrupts", "organs", "optional", "parse", "version"}  # may be imported from anywhere
 
 # Which rooms a room may import, besides itself and GROUND.
 MAY: dict[str, set[str]] = {

@@ -27,7 +27,7 @@ PACKED = 2  # the weights of a compiled segment over those in the bundle: 1 to 2
 COMPILING, PACKED_SECOND = 0.1, 2e8  # seconds to compile a segment; bytes/s of its weights
 CALL = 3e-4  # seconds to start a segment on a tile
 SEGMENTED = 1.1  # relative time of a run in segments: copies of tiles, passes
-MAC_SECOND, FILE_SECOND = 5e10, 1e9  # multiply-adds/s and bytes/s of a nominal machine
+MAC_SECOND, FILE_SECOND = 2e11, 1e9  # multiply-adds/s and bytes/s of a nominal machine
 STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
 ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
 FINER = 0.95  # of the memory that maps need, at which more of them in the file are another way
@@ -247,7 +247,8 @@ def _filings(
     """Yield sets of maps to wait in the file, from none to all, each with less in memory at most.
 
     Where most is needed, beside a strip of the segment that runs, the map is filed that frees
-    memory in most such places for each time that it is written or read.
+    memory in most such places for each time that it is written or read. A segment without any map
+    left to file can only take smaller tiles, and does not count any more.
     """
     states = {*program.past, *program.next}
     able = {name for name in sizes if name not in states}
@@ -263,13 +264,15 @@ def _filings(
     told = math.inf
     while True:
         needs = [b + n for b, n in zip(_resident(program, sizes, filed), strips, strict=True)]
-        most = max(needs)
+        most = max(
+            (need for need, names in zip(needs, alive, strict=True) if names - filed), default=0
+        )
         if most <= FINER * told:
             told = most
             yield filed
-        there = alive[needs.index(most)] - filed
-        if not there:
+        if not most:
             break
+        there = alive[needs.index(most)] - filed
         tight = [names for names, need in zip(alive, needs, strict=True) if need > TIGHT * most]
         relief = {n: sum(n in names for names in tight) / (1 + reads[n]) for n in there}
         filed |= {max((relief[n], sizes[n], n) for n in there)[-1]}

@@ -6,7 +6,8 @@
 
 Results are those of the whole stage. A group norm takes the statistics of the whole map; the keys
 of an attention are read whole for every tile of queries. States are maps that wait for the next
-step. Threads read the next tile from the file and write the last one while the engine computes.
+step. Threads read the next tile from the file, and write the last one while the passes and the
+engine go on.
 """
 
 from __future__ import annotations
@@ -171,20 +172,17 @@ class SegmentStream:
 
         work = Costs(segment, self._pieces.plane, None).mac * grid.cells / max(1, self._pieces.mac)
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
-        ahead_of = grid.count > 1 and any(store.in_file for store in maps.values())
-        behind = grid.count > 1 and bool(self._pieces.filed.intersection(segment.outputs))
         with contextlib.ExitStack() as stack:
-            keep: Callable[[Kept], None] = state.keep
-            if ahead_of:
+            write: Callable[[Kept], None] = state.write
+            if grid.count > 1 and any(store.in_file for store in maps.values()):
                 tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
-            if behind:
-                keep = stack.enter_context(Behind(state.keep, 1)).put
+            if grid.count > 1:
+                write = stack.enter_context(Behind(state.write, 1)).put
             for tile, inputs in tiles:
                 outputs = self._engine.run(part.name, wholes | inputs)
                 kept = self._kept(state, segment, tile, outputs)
-                if behind:  # the engine's memory is used again while they wait
-                    kept = [(name, index, value.copy()) for name, index, value in kept]
-                keep(kept)
+                write(kept)
+                state.pass_over({name: values for name, _, values in kept})
                 self._advance(self._share * work)
         state.finish_passes()
         self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
@@ -192,10 +190,7 @@ class SegmentStream:
     def _kept(
         self, state: _State, segment: Segment, tile: Tile, outputs: Mapping[str, Any]
     ) -> Kept:
-        """Return what a tile keeps of every map: its name, its place and the elements.
-
-        The engine may use their memory again when the part runs again.
-        """
+        """Return what a tile keeps of every map: its name, its place and the elements."""
         kept, part = [], segment.part
         keep = tile.rows.keep, tile.columns.keep
         for spec, name in zip(part.outputs, segment.outputs, strict=True):
@@ -244,9 +239,8 @@ class _State:
         value = self.maps[name].whole()
         return np.ascontiguousarray(value).reshape(spec.sized(1, 1, 1, math.prod(self._plane)))
 
-    def keep(self, tiles: Kept) -> None:
-        """Take tiles of maps into the passes over them, and write those that are read later."""
-        self.pass_over({name: tile for name, _, tile in tiles})
+    def write(self, tiles: Kept) -> None:
+        """Write tiles of the maps that are read later."""
         for name, index, tile in tiles:
             store = self.maps.get(name) or self._stream.store(name, self.spares)
             if store is not None:

@@ -120,9 +120,7 @@ def test_ctrl_c_in_a_terminal_reaches_workers_that_only_start(
         time.sleep(0.002)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)  # a terminal interrupts the workers too
-    assert process.communicate()[1] == (
-        "fvae: Interrupted. Run again with --resume to continue.\n"
-    )
+    assert process.communicate()[1] == ("fvae: Interrupted. Run again with --resume to continue.\n")
     assert process.returncode == 130
 
 
