@@ -22,7 +22,8 @@ from fvae_deploy.stream.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "export", "engines"]  # top-level folders, linked into the package
-GROUND = {"errors", "interrupts", "organs", "optional", "parse", "version"}  # may be imported from anywhere
+# Files that may be imported from anywhere.
+GROUND = {"errors", "interrupts", "organs", "optional", "parse", "version"}
 
 # Which rooms a room may import, besides itself and GROUND.
 MAY: dict[str, set[str]] = {
