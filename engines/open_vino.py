@@ -32,6 +32,7 @@ from fvae_deploy.engines.compiled import SMALL, CompiledGraphs, processor  # noq
 from fvae_deploy.engines.frames import frame_name, split_states  # noqa: E402
 from fvae_deploy.engines.int8 import apply_int8, supported  # noqa: E402
 from fvae_deploy.engines.layout import apply_channels_last  # noqa: E402
+from fvae_deploy.engines.norms import apply_exact_norms  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
@@ -45,7 +46,15 @@ logger = logging.getLogger("fvae")
 TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}
 ARRAYS = {ov.Type.f32: np.float32, ov.Type.bf16: ml_dtypes.bfloat16, ov.Type.f16: np.float16}
 # What rewrites graphs before they are compiled.
-CODE = ("open_vino.py", "frames.py", "int8.py", "layout.py", "shuffle.py", "winograd.py")
+CODE = (
+    "open_vino.py",
+    "frames.py",
+    "int8.py",
+    "layout.py",
+    "norms.py",
+    "shuffle.py",
+    "winograd.py",
+)
 CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -299,6 +308,8 @@ class OpenVINOEngine:
             apply_winograd(model)
             if part.maps:
                 apply_channels_last(model)
+            if self._float == "fp32" and self._manifest.exact_norms:
+                apply_exact_norms(model)
             model, depths = split_states(model, part)
             apply_final_shuffle(model)
         model = _typed(_states_first(model), part, element, depths)
@@ -332,6 +343,7 @@ class OpenVINOEngine:
             "graph": self._manifest.files[part.file],
             "weights": self._manifest.files["weights.safetensors"],
             "int8": self._manifest.files.get(RANGES, "") if part.name in self._layers else "",
+            "exact_norms": self._manifest.exact_norms,
             "shapes": shapes,
             "options": {name: str(value) for name, value in options.items()},
         }

@@ -174,6 +174,8 @@ class Bundle:
     precision: str
     parts: tuple[Part, ...]
     files: dict[str, str]
+    # Its memory was measured with the norms of large maps summed in two steps, in OpenVINO.
+    exact_norms: bool = dataclasses.field(default=False, kw_only=True)
 
     def part(self, name: str) -> Part:
         """Return the part of that name; raises BundleError when there is none."""

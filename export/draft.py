@@ -67,5 +67,6 @@ def draft_vae(loaded: LoadedModel, version: str) -> BundleDraft[Manifest]:
         latent=model.latent,
         averaging=model.averaging,
         programs=programs,
+        exact_norms=True,
     )
     return BundleDraft(manifest, model.stages, foreign=model.foreign, segments=segments)
