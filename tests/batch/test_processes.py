@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-c", f"{LISTEN}; from fvae_deploy.cli.main import ma
 def scans(tmp_path_factory: pytest.TempPathFactory, write_ct: Callable[..., object]) -> Path:
     folder = tmp_path_factory.mktemp("scans")
     for n in range(SCANS):
-        write_ct(folder / f"{n}.nii.gz", (48, 40, 150), seed=n)
+        write_ct(folder / f"{n}.nii.gz", (48, 40, 900), seed=n)
     return folder
 
 
