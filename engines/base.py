@@ -26,10 +26,10 @@ class Engine(Protocol):
         """Compute one part of the network.
 
         The data input is a C-contiguous array of the type that the part declares. The data output
-        is a float32 array that stays valid until the same part runs again; all results of a segment
-        are the caller's, and stay valid as long as he refers to them. A state input is a
-        state that this engine returned, or a numpy array. If the part returns new state, its
-        state inputs are consumed: the engine may overwrite them.
+        is a float32 array that stays valid until the same part runs again; the results of a segment
+        stay valid as long as anything refers to them. A state input is a state that this engine
+        returned, or a numpy array. If the part returns new state, its state inputs are consumed:
+        the engine may overwrite them.
 
         Raises EngineError when the inputs do not fit the part or the runtime fails.
         """

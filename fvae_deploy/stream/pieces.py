@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from types import MappingProxyType
 
 from fvae_deploy.export.bundle import TensorSpec
@@ -264,15 +265,13 @@ def _filings(
     told = math.inf
     while True:
         needs = [b + n for b, n in zip(_resident(program, sizes, filed), strips, strict=True)]
-        most = max(
-            (need for need, names in zip(needs, alive, strict=True) if names - filed), default=0
-        )
+        left = [(need, names - filed) for need, names in zip(needs, alive, strict=True)]
+        most, there = max((pair for pair in left if pair[1]), key=itemgetter(0), default=(0, set()))
         if most <= FINER * told:
             told = most
             yield filed
         if not most:
             break
-        there = alive[needs.index(most)] - filed
         tight = [names for names, need in zip(alive, needs, strict=True) if need > TIGHT * most]
         relief = {n: sum(n in names for names in tight) / (1 + reads[n]) for n in there}
         filed |= {max((relief[n], sizes[n], n) for n in there)[-1]}
