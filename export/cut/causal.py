@@ -31,6 +31,7 @@ from fvae_deploy.export.cut.step_graph import StepEmitter
 from fvae_deploy.export.cut.steps import Step, in_cells
 from fvae_deploy.export.cut.timing import Clock, NotCausal, Timed, latest
 from fvae_deploy.export.cut.trace import Graph, trace_stage
+from fvae_deploy.export.cut.writes import joined
 
 TURNS = 4  # latent frames of the window that is traced
 LENGTHS = (16, 32, 64)  # latent frames of the window in which a stream that looks ahead is found
@@ -84,7 +85,7 @@ def causal_stage(network: nn.Module, pace: Pace, check: bool = True, own: int = 
     traced. The stream is compared with the network on a window longer than the traced one, and on
     the network's own window of `own` latent frames; without `check`, it is not compared.
     """
-    graph = margins_last(trace_stage(network, pace.spec(TURNS)))
+    graph = margins_last(joined(trace_stage(network, pace.spec(TURNS))))
     clock = Clock(graph, pace.frames(TURNS, pace.encode))
     found = clock.timings[graph.result].infos[0]
     due = tuple(pace.frames(TURNS, not pace.encode))
@@ -161,7 +162,7 @@ def ahead_stage(network: nn.Module, pace: Pace, check: bool = True, own: int = 0
 
 def _ahead(network: nn.Module, pace: Pace, turns: int) -> AheadStage:
     """Find the stream in a window of so many latent frames."""
-    graph = margins_last(trace_stage(network, pace.spec(turns)))
+    graph = margins_last(joined(trace_stage(network, pace.spec(turns))))
     clock = ClockAhead(graph, turns)
     found = clock.timings[graph.result].infos[0]
     count = 1 + pace.temporal * (turns - 1)

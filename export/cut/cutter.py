@@ -17,6 +17,7 @@ from fvae_deploy.export.cut.parts import costs_of, part_of, spec
 from fvae_deploy.export.cut.phases import Phase, depth_first, is_spatial, split
 from fvae_deploy.export.cut.storage import Storage
 from fvae_deploy.export.cut.trace import Ref, trace_stage
+from fvae_deploy.export.cut.writes import joined
 from fvae_deploy.export.program import Pass, Program, Segment
 
 
@@ -58,7 +59,7 @@ def cut_stage(network: nn.Module, stage: str, data: TensorSpec, *states: TensorS
     frames do, share one. Raises BundleError, with the reason, if the stage cannot be traced or its
     numbers depend on the plane in a way that parts cannot follow.
     """
-    graph = trace_stage(network, data, *states)
+    graph = joined(trace_stage(network, data, *states))
     try:
         ops, results = lower(graph)
         phases, storage = split(ops, results), Storage.of(ops, "x", results[0])

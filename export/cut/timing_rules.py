@@ -270,21 +270,6 @@ def _beside(clock: Clock, node: Node, dim: int) -> Timing | None:
     return Timing((replace(found[0], steps=steps),), spans)
 
 
-@rule("slice_scatter", "select_scatter")
-def scatter(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
-    """Replace a part of every frame."""
-    x, y = node.args[:2]
-    dim = (node.args[2] if len(node.args) > 2 else 0) % len(shape_of(node))
-    old, new = clock.info(x), clock.info(y)
-    if not isinstance(old, Timed) or not isinstance(new, Timed) or old.axis == dim:
-        return None
-    axis = new.axis + ("select" in str(node.target) and dim <= new.axis)
-    if replace(new, axis=axis, steps=()) != replace(old, steps=()):
-        return None
-    steps = tuple(map(max, old.steps, new.steps))
-    return Timing((replace(old, steps=steps),), {x.name: same, y.name: same})
-
-
 @rule("stack")
 def stack(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Join tensors of the same frames along a new axis."""

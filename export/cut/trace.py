@@ -24,6 +24,7 @@ from fvae_deploy.export.cut.axes import SIZES, Triple
 
 aten = torch.ops.aten
 FILLED = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
+FILLED |= {"empty", "new_empty", "empty_like"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,13 @@ class _Recorder(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         leaves = tree_leaves(results)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
+        packet = str(func.overloadpacket).rpartition(".")[2]
+        if packet == "copy" and _alike(*args[:2]):
+            self._remember(results, self._reference(args[1]).name)  # nothing of the first is left
+            return results
+        if func is aten.fill.Tensor and args[0].dtype == args[1].dtype:
+            func, args = aten.expand.default, (args[1], list(args[0].shape))
         if tensors:
-            packet = str(func.overloadpacket).rpartition(".")[2]
             name = f"{packet}_{len(self.calls)}"
             given = tree_map(self._reference, (args, dict(kwargs or {})))
             if packet in FILLED:  # its type may be that of an argument, which it otherwise ignores
@@ -144,7 +150,7 @@ def trace_stage(network: nn.Module, data: TensorSpec, *states: TensorSpec) -> Gr
     if len({tuple((c.name, str(c.target)) for c in calls) for calls in lists}) > 1:
         raise BundleError("expected the same operations for every size of the plane, found others")
     nodes = [_node(calls) for calls in zip(*lists, strict=True)]
-    return _without_unused(nodes, runs[0][1])
+    return without_unused(nodes, runs[0][1])
 
 
 def _record(
@@ -173,6 +179,10 @@ def _record(
     return recorder.calls, tuple(recorder.names[id(result)] for result in results)
 
 
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
+
+
 def _node(calls: Sequence[_Call]) -> Node:
     """Merge one operation of the three runs."""
     first = calls[0]
@@ -194,7 +204,8 @@ def _merge(triple: Sequence[Any]) -> Any:
     return tree_unflatten(merged, structure[0])
 
 
-def _without_unused(nodes: list[Node], results: tuple[str, ...]) -> Graph:
+def without_unused(nodes: list[Node], results: tuple[str, ...]) -> Graph:
+    """Return a graph of what these results need, and of all inputs."""
     needed = {*results, *(node.name for node in nodes if node.target == "input")}
     for node in reversed(nodes):
         if node.name in needed:

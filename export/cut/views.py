@@ -57,7 +57,7 @@ def _item(state: Lowering, node: Node) -> Op:
     return made(state, node, op.axes[index], cheap=op.cheap and not op.whole)
 
 
-@rule("pointwise", "where", "_to_copy", "masked_fill", "copy")
+@rule("pointwise", "where", "_to_copy", "masked_fill", "copy", "fill")
 def pointwise(state: Lowering, node: Node) -> Op:
     """Combine elements of equal position."""
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Sized)]
@@ -153,8 +153,12 @@ def filled(state: Lowering, node: Node) -> Op:
 
 
 @rule("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+@rule("empty", "new_empty", "empty_like")
 def filled_like(state: Lowering, node: Node) -> Op:
-    """Make a tensor of one number, whose size or type are those of another tensor."""
+    """Make a tensor of one number, whose size or type are those of another tensor.
+
+    One whose values do not matter, as they are written later, is filled with zeros.
+    """
     name = packet_name(node.target)
     axes = state.axes(node.args[0]) if name.endswith("like") else by_size(node.shapes[0])
     if axes is None:
@@ -191,17 +195,6 @@ def cat(state: Lowering, node: Node) -> Op:
     axes = list(many[0])
     axes[dim] = constant(node.shapes[0][dim][0])
     return made(state, node, tuple(axes))
-
-
-@rule("slice_scatter", "select_scatter")
-def scatter(state: Lowering, node: Node) -> Op:
-    """Replace a part of a constant axis."""
-    old, new = (state.axes(ref) for ref in node.args[:2])
-    dim = along(state, node, node.args[2] if len(node.args) > 2 else 0)
-    after = dim + ("slice" in str(node.target))
-    if not is_plain(old[dim]) or (old[:dim], old[dim + 1 :]) != (new[:dim], new[after:]):
-        raise NotLocal("it replaces rows or columns")
-    return made(state, node, old)
 
 
 @rule("stack")
