@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -23,10 +24,13 @@ class Lock:
         self._folder = folder
         while not self.held:  # another run may remove or rename the folder before this one has it
             self.close()
-            folder.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
             try:
                 self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
+                if folder.is_symlink():
+                    raise  # it leads nowhere
                 continue
             if locked(self._descriptor) is False:
                 self.close()

@@ -329,6 +329,41 @@ def test_a_lock_follows_its_folder(tmp_path):
     lock.close()
 
 
+def take_and_leave(folder, results):
+    found = set()
+    for _ in range(2000):
+        try:
+            lock = Lock(folder)
+            folder.rmdir()
+            lock.close()
+            found.add("done")
+        except VolumeError:
+            found.add("refused")
+    results.put(found)
+
+
+def test_a_folder_that_vanishes_while_it_is_locked_is_made_again(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [
+        context.Process(target=take_and_leave, args=(tmp_path / "a", results)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert set().union(*(results.get(timeout=9) for _ in processes)) == {"done", "refused"}
+
+
+def test_what_is_no_folder_cannot_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(OSError, match="directory"):
+            Lock(tmp_path / name)
+
+
 def test_a_codec_in_two_threads_at_once_is_an_error(fake_codec, write_ct, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
