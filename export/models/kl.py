@@ -37,7 +37,7 @@ from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
+from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_pixels
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -146,7 +146,7 @@ def _stages(
             model.post_quant_conv, inner.in_channels, inner.weight.dtype, shift, scale
         )
         if geometry.channels == 1:
-            fold_gray(encoder.conv_in, None if averaging.clamped else decoder.conv_out)
+            fold_pixels(encoder.conv_in, None if averaging.clamped else decoder.conv_out, 1)
         for block in decoder.up_blocks:
             if block.upsamplers is not None:
                 block.upsamplers = nn.ModuleList(Doubling(u.conv) for u in block.upsamplers)

@@ -21,6 +21,7 @@ reordering (70 ms instead of 76 ms per decoder step of 512x512x4 voxels).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -254,12 +255,15 @@ def rebuild(
 def _stages(
     model: LeanVAE, geometry: Geometry, scale: Sequence[float], averaging: Averaging
 ) -> dict[str, nn.Module]:
-    channels = geometry.channels
+    channels, dtype = geometry.channels, model.latent_bottleneck.phi.dtype
     clamp = clamp_of(averaging, geometry, INTENSITY, model.config.in_channels)
+    model = copy.deepcopy(
+        model
+    ).double()  # sums in float32 would differ from processor to processor
     with torch.no_grad():
         encode = EncodeParts(model, channels, scale)
         decode = DecodeParts(model, channels, scale, clamp)
-    return {"encode": encode.eval(), "decode": decode.eval()}
+    return {"encode": encode.to(dtype).eval(), "decode": decode.to(dtype).eval()}
 
 
 def _patch_weights(model: LeanVAE, frames: int) -> tuple[Tensor, Tensor]:

@@ -39,10 +39,11 @@ class Doubling(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         weight = convolution.weight
-        upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=weight.dtype)
+        upper = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
         for i, rows in enumerate((upper, upper.flip(0, 1))):
             for j, columns in enumerate((upper, upper.flip(0, 1))):
-                combined = torch.einsum("ar,bc,oirc->oiab", rows, columns, weight)
+                combined = torch.einsum("ar,bc,oirc->oiab", rows, columns, weight.double())
+                combined = combined.to(weight.dtype)
                 self.register_parameter(f"weight{i}{j}", nn.Parameter(combined))
         self.bias = convolution.bias
 
@@ -71,26 +72,18 @@ def channels_of(config: Mapping[str, Any], channels: int | None) -> int:
     return channels or int(inside)
 
 
-def fold_gray(first: nn.Conv2d, last: nn.Conv2d | None) -> None:
+def fold_pixels(first: Any, last: Any | None, pixels: int) -> None:
     """Fold gray into the weights: sum over input channels, mean over output channels.
 
-    `last` is None if the output channels are clamped before they are averaged.
+    Of a convolution on patches, the pixels vary fastest among the channels.
+    `last` is None if the output channels are clamped before they are averaged. All sums are in
+    float64, so that every processor gives the same weights.
     """
-    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    weight = first.weight.double().unflatten(1, (-1, pixels)).sum(1)
+    first.weight = nn.Parameter(weight.to(first.weight))
     if last is None:
         return
-    assert last.bias is not None
-    last.weight = nn.Parameter(last.weight.mean(0, keepdim=True))
-    last.bias = nn.Parameter(last.bias.mean(0, keepdim=True))
-
-
-def fold_pixels(first: Any, last: Any | None, pixels: int) -> None:
-    """Fold gray into 3-D convolutions on patches, whose pixels vary fastest among the channels.
-
-    `last` is None if the output channels are clamped before they are averaged.
-    """
-    first.weight = nn.Parameter(first.weight.unflatten(1, (-1, pixels)).sum(1))
-    if last is None:
-        return
-    last.weight = nn.Parameter(last.weight.unflatten(0, (-1, pixels)).mean(0))
-    last.bias = nn.Parameter(last.bias.unflatten(0, (-1, pixels)).mean(0))
+    for name in ("weight", "bias"):
+        value = getattr(last, name)
+        mean = value.double().unflatten(0, (-1, pixels)).mean(0)
+        setattr(last, name, nn.Parameter(mean.to(value)))

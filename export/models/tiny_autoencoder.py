@@ -29,7 +29,7 @@ from fvae_deploy.export.bundle import Network
 from fvae_deploy.export.manifest import Averaging, Geometry, Intensity, LatentNormalisation
 from fvae_deploy.export.models.colours import clamp_of
 from fvae_deploy.export.models.family import Model
-from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_gray
+from fvae_deploy.export.models.slicewise import Doubling, Slices, channels_of, fold_pixels
 
 INTENSITY = Intensity(hu_min=-1000.0, hu_max=1000.0, model_min=-1.0, model_max=1.0)
 LIMIT = 3.0  # the decoder limits latents to (-3, 3) with tanh
@@ -130,7 +130,7 @@ def stages_of(
         decoder[0].weight = nn.Parameter(decoder[0].weight * LIMIT)
         _fold_affine(decoder[-1], 2.0, -1.0)
         if geometry.channels == 1:
-            fold_gray(encoder[0], None if averaging.clamped else decoder[-1])
+            fold_pixels(encoder[0], None if averaging.clamped else decoder[-1], 1)
         squash = Squash(shift, scale)
         clamp = clamp_of(averaging, geometry, INTENSITY, decoder[-1].out_channels)
         last = [] if clamp is None else [clamp]

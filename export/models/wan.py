@@ -269,9 +269,10 @@ def _decoder_stages(
 
 def _fold_latent(last: Any, first: Any, shift: Tensor, scale: Tensor) -> None:
     """Make latents (mean - shift) * scale; the mean is the posterior's first half."""
+    moved = first.bias + first.weight.flatten(1).double() @ shift.double()
     shift, scale = shift.to(last.weight), scale.to(last.weight)
     weight, bias = last.weight[: len(shift)], last.bias[: len(shift)]
     last.weight = nn.Parameter(weight * scale.view(-1, 1, 1, 1, 1))
     last.bias = nn.Parameter((bias - shift) * scale)
-    first.bias = nn.Parameter(first.bias + first.weight.flatten(1) @ shift)
+    first.bias = nn.Parameter(moved.to(first.bias))
     first.weight = nn.Parameter(first.weight / scale.view(1, -1, 1, 1, 1))

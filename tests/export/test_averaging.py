@@ -261,7 +261,7 @@ def test_the_built_in_network_of_one_channel_is_the_same_for_every_choice() -> N
         assert model.averaging == Averaging()
         for name, stage in model.stages.items():
             for key, value in stage.state_dict().items():
-                assert torch.equal(value, expected[f"{name}.{key}"])
+                torch.testing.assert_close(value, expected[f"{name}.{key}"], rtol=0, atol=1e-6)
 
 
 def test_an_unknown_choice_is_refused(sources: dict[str, Path]) -> None:
