@@ -61,11 +61,11 @@ def _fits(node: ov.Node) -> bool:
     weight = node.input_value(1)
     shape = weight.get_shape()
     constant = weight.get_node().get_type_name() == "Constant"
-    return constant and len(shape) == 4 and min(shape[:2]) >= CHANNELS
+    return constant and len(shape) in (4, 5) and min(shape[:2]) >= CHANNELS
 
 
 def weight_of(node: ov.Node) -> NDArray[np.float32]:
-    """Return a copy of a convolution's weights [O, C, h, w]."""
+    """Return a copy of a convolution's weights, [O, C, h, w] or [O, C, t, h, w]."""
     return np.array(node.input_value(1).get_node().data, np.float32)
 
 
@@ -88,14 +88,19 @@ def apply_int8(model: ov.Model, part: Part, layers: Mapping[str, Layer]) -> None
         key = (source.get_node().get_friendly_name(), source.get_index(), layer.high.tobytes())
         if key not in shared:
             shared[key] = _quantised_input(source, layer)
-        scaled = weight * (layer.high / most)[None, :, None, None]
+        scaled = weight * _by_channel(layer.high / most, weight.ndim)
         node.input(0).replace_source_output(shared[key].output(0))
         node.input(1).replace_source_output(_quantised_weight(scaled).output(0))
         targets = node.output(0).get_target_inputs()
-        corrected = op.subtract(node, op.constant(layer.bias[None, :, None, None]))
+        corrected = op.subtract(node, op.constant(_by_channel(layer.bias, weight.ndim)))
         for target in targets:
             target.replace_source_output(corrected.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _by_channel(values: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """Shape values [C] to meet arrays [N, C, ...] of so many dimensions."""
+    return values.reshape(1, -1, *[1] * (dimensions - 2))
 
 
 def _quantised_input(source: ov.Output, layer: Layer) -> ov.Node:
@@ -105,14 +110,14 @@ def _quantised_input(source: ov.Output, layer: Layer) -> ov.Node:
     if (layer.high == layer.high[0]).all():
         ranges = [values[:1] for values in ranges]
     else:
-        ranges = [values[None, :, None, None] for values in ranges]
+        ranges = [_by_channel(values, len(source.get_shape())) for values in ranges]
     ranges += [layer.low[[widest]], layer.high[[widest]]]
     return op.fake_quantize(source, *map(op.constant, ranges), 256)
 
 
 def _quantised_weight(weight: NDArray[np.float32]) -> ov.Node:
     """Round to 255 levels from -m to m, where m is the largest magnitude of an output channel."""
-    most = np.maximum(np.abs(weight).max((1, 2, 3), keepdims=True), 1e-12).astype(np.float32)
+    most = np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True), 1e-12).astype(np.float32)
     low, high = op.constant(-most), op.constant(most)
     return op.fake_quantize(op.constant(weight), low, high, low, high, 255)
 
