@@ -13,6 +13,7 @@ ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the export extra")
 from openvino import opset13 as op  # noqa: E402
+from random_wan import random_wan  # noqa: E402
 
 from fvae_deploy.engines import int8  # noqa: E402
 from fvae_deploy.engines.int8 import apply_int8, convolutions, weight_of  # noqa: E402
@@ -25,7 +26,6 @@ from fvae_deploy.export.models.diffusers_family import cut  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.make.bundle import calibrated  # noqa: E402
 from fvae_deploy.stream.codec import open_codec  # noqa: E402
-from random_wan import random_wan  # noqa: E402
 
 WAN = {
     "base_dim": 64,
