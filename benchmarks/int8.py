@@ -4,7 +4,8 @@
 
 A copy of the bundle is calibrated on some CTs and measured on another. The precisions take turns,
 and the rows hold medians, so that other work on the machine meets all alike. `psnr` is that of the
-reconstruction against the CT clipped to the HU window; `hu_mean` the mean difference from fp32's.
+reconstruction against the CT clipped to the HU window; `latent_mean` and `decoded_mean` the mean
+difference from fp32's, in deviations of fp32's, and `hu_mean` the latter in HU.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def measure(bundle: Path, clip: NDArray[np.float32], rounds: int) -> list[dict[s
         difference = np.abs(x.astype(np.float64) - x0) * gain
         row |= {
             "latent_mean": float(np.abs(z - z0).mean() / z0.std()),
+            "decoded_mean": float(difference.mean() / gain / x0.std()),
             "hu_mean": float(difference.mean()),
             "hu_p99": float(np.quantile(difference, 0.99)),
             "psnr": float(10 * np.log10(span**2 / error)),

@@ -9,10 +9,16 @@ OpenVINO computes a convolution in int8 if its input and its weights each come f
 The input's FakeQuantize maps ranges that differ by channel to one range: it divides each channel by
 its factor, so it costs no more than one without factors.
 
-Only convolutions with constant two-dimensional kernels and at least `CHANNELS` input and output
-channels are computed in int8. So the first and last layers of a network, depthwise convolutions and
-layers to and from latents stay float, and gain nothing otherwise. Stages that need the whole plane
-stay float too: their segments, which run instead where memory is short, have not seen samples.
+Only convolutions with constant kernels, in two or three dimensions, and at least `CHANNELS` input
+and output channels are computed in int8. So the first and last layers of a network, depthwise
+convolutions and layers to and from latents stay float, and gain nothing otherwise. Stages that need
+the whole plane stay float too: their segments, which run instead where memory is short, have not
+seen samples.
+
+Kernels that reach two frames or more into padding are wrong in OpenVINO 2026.4: with AMX, signed
+inputs and bfloat16 around them, results are off by their own size or not finite. Where there is a
+single frame, as at the start of a stream, one tap meets it, and it alone is kept; this is faster
+too. The others stay float.
 """
 
 from __future__ import annotations
@@ -47,12 +53,14 @@ def supported() -> bool:
 def convolutions(model: ov.Model) -> dict[str, ov.Node]:
     """Return the convolutions that may be computed in int8, by name.
 
-    Computed constants of the model are folded in place. The model must have static shapes.
+    Computed constants of the model are folded in place, and kernels over a single frame cut to the
+    tap that meets it. The model must have static shapes.
     """
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
-    return {n.get_friendly_name(): n for n in model.get_ordered_ops() if _fits(n)}
+    found = [_on_frame(node) for node in model.get_ordered_ops() if _fits(node)]
+    return {n.get_friendly_name(): n for n in found if max(_padding_in_time(n)) < 2}
 
 
 def _fits(node: ov.Node) -> bool:
@@ -61,11 +69,34 @@ def _fits(node: ov.Node) -> bool:
     weight = node.input_value(1)
     shape = weight.get_shape()
     constant = weight.get_node().get_type_name() == "Constant"
-    return constant and len(shape) == 4 and min(shape[:2]) >= CHANNELS
+    return constant and len(shape) in (4, 5) and min(shape[:2]) >= CHANNELS
+
+
+def _padding_in_time(node: ov.Node) -> tuple[int, int]:
+    """Return how many frames a convolution pads before the first and after the last one."""
+    form = node.get_attributes()
+    before, after = form["pads_begin"], form["pads_end"]
+    return (before[0], after[0]) if len(before) == 3 else (0, 0)
+
+
+def _on_frame(node: ov.Node) -> ov.Node:
+    """Cut a convolution to the tap that meets a single frame; returns others as they are."""
+    before, after = _padding_in_time(node)
+    frames = (node.get_input_shape(0)[2], node.get_output_shape(0)[2])
+    if before + after == 0 or frames != (1, 1):
+        return node
+    form, weight = node.get_attributes(), weight_of(node)[:, :, [before]]
+    begin, end = ([0, *form[pads][1:]] for pads in ("pads_begin", "pads_end"))
+    tap = op.constant(np.ascontiguousarray(weight))
+    cut = op.convolution(node.input_value(0), tap, form["strides"], begin, end, form["dilations"])
+    cut.set_friendly_name(node.get_friendly_name())
+    for target in node.output(0).get_target_inputs():
+        target.replace_source_output(cut.output(0))
+    return cut
 
 
 def weight_of(node: ov.Node) -> NDArray[np.float32]:
-    """Return a copy of a convolution's weights [O, C, h, w]."""
+    """Return a copy of a convolution's weights, [O, C, h, w] or [O, C, t, h, w]."""
     return np.array(node.input_value(1).get_node().data, np.float32)
 
 
@@ -88,14 +119,19 @@ def apply_int8(model: ov.Model, part: Part, layers: Mapping[str, Layer]) -> None
         key = (source.get_node().get_friendly_name(), source.get_index(), layer.high.tobytes())
         if key not in shared:
             shared[key] = _quantised_input(source, layer)
-        scaled = weight * (layer.high / most)[None, :, None, None]
+        scaled = weight * _by_channel(layer.high / most, weight.ndim)
         node.input(0).replace_source_output(shared[key].output(0))
         node.input(1).replace_source_output(_quantised_weight(scaled).output(0))
         targets = node.output(0).get_target_inputs()
-        corrected = op.subtract(node, op.constant(layer.bias[None, :, None, None]))
+        corrected = op.subtract(node, op.constant(_by_channel(layer.bias, weight.ndim)))
         for target in targets:
             target.replace_source_output(corrected.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _by_channel(values: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """Shape values [C] to meet arrays [N, C, ...] of so many dimensions."""
+    return values.reshape(1, -1, *[1] * (dimensions - 2))
 
 
 def _quantised_input(source: ov.Output, layer: Layer) -> ov.Node:
@@ -105,14 +141,16 @@ def _quantised_input(source: ov.Output, layer: Layer) -> ov.Node:
     if (layer.high == layer.high[0]).all():
         ranges = [values[:1] for values in ranges]
     else:
-        ranges = [values[None, :, None, None] for values in ranges]
+        ranges = [_by_channel(values, len(source.get_shape())) for values in ranges]
     ranges += [layer.low[[widest]], layer.high[[widest]]]
     return op.fake_quantize(source, *map(op.constant, ranges), 256)
 
 
 def _quantised_weight(weight: NDArray[np.float32]) -> ov.Node:
     """Round to 255 levels from -m to m, where m is the largest magnitude of an output channel."""
-    most = np.maximum(np.abs(weight).max((1, 2, 3), keepdims=True), 1e-12).astype(np.float32)
+    most = np.maximum(
+        np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True), 1e-12
+    ).astype(np.float32)
     low, high = op.constant(-most), op.constant(most)
     return op.fake_quantize(op.constant(weight), low, high, low, high, 255)
 
