@@ -44,7 +44,9 @@ def run_plain(
         for name in segment.outputs:
             if maps[name].dtype != x.dtype:
                 found = str(maps[name].dtype).removeprefix("torch.")
-                raise BundleError(f"expected maps of floating-point numbers, found one of {found}")
+                raise BundleError(
+                    f"expected maps of floating-point numbers, found a map of {found}"
+                )
         for name in segment.outputs:
             _passes(program.passes, name, maps, values)
         for name in segment.done:

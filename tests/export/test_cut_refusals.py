@@ -68,7 +68,7 @@ def test_maps_of_other_numbers_are_refused(function: Any, kind: str) -> None:
     network = seeded(lambda: Network([Layer(function)], [False], False))
     cut = cut_of(network, 1)
     part = as_part((1, 1, f"{FINE}*h", f"{FINE}*w"))
-    with pytest.raises(BundleError, match=f"maps of floating-point numbers, found one of {kind}"):
+    with pytest.raises(BundleError, match=f"maps of floating-point numbers, found a map of {kind}"):
         confirm(network, [part], [cut])
 
 
