@@ -22,8 +22,6 @@ A. Lavin and S. Gray, 2016, arXiv:1509.09308.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
@@ -112,15 +110,17 @@ def _transformed(weight: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 def bias_sum(node: ov.Node) -> ov.Node | None:
     """Return the sum that adds a bias to a convolution, if it is the only node to use its output.
 
-    The bias must be a constant with one value per channel.
+    The bias must be a constant with one value per channel, [1, O, 1, 1...].
     """
     targets = list(node.output(0).get_target_inputs())
+    rank, channels = len(node.get_output_shape(0)), node.get_output_shape(0)[1]
     following = targets[0].get_node()
     if len(targets) > 1 or following.get_type_name() != "Add" or targets[0].get_index() != 0:
         return None
     value = following.input_value(1)
     constant = value.get_node().get_type_name() == "Constant"
-    return following if constant and math.prod(value.get_shape()[2:]) == 1 else None
+    fits = list(value.get_shape()) == [1, channels, *[1] * (rank - 2)]
+    return following if constant and fits else None
 
 
 def _frames(value: ov.Output) -> list[ov.Output]:

@@ -110,6 +110,20 @@ def products(m: Any, x: Any) -> Any:
     return x + pairs.flip(1).amax(1).reshape(x.shape[0], 1, *x.shape[-2:])
 
 
+def counted(m: Any, x: Any) -> Any:
+    """Places, counted by adding up ones."""
+    ones = torch.ones_like(x[:, :1])
+    return x + torch.sin(ones.cumsum(-1) + 2 * ones.cumsum(-2))
+
+
+def edges(m: Any, x: Any) -> Any:
+    """Weights that differ at the first row and at the last column."""
+    weights = torch.ones_like(x)
+    weights[..., 0, :] = 0
+    weights[..., -1] = 2
+    return x * weights
+
+
 def reverse_rows(m: Any, x: Any) -> Any:
     return x + x.flip(-2)
 
@@ -126,6 +140,14 @@ PLAIN = {
     ),
     "cropped": lambda c: Layer(
         lambda m, x: m.a(F.pad(x, (2, 2, 2, 2)))[..., 1:-1, 1:-1], a=nn.Conv2d(c, c, 3)
+    ),
+    "a border of zeros": lambda c: Layer(lambda m, x: F.pad(x[..., 1:-1, 2:-2], (2, 2, 1, 1))),
+    "an inner border": lambda c: Layer(
+        lambda m, x: F.pad(m.a(x[..., 1:, :-1]), (0, 1, 1, 0)), a=nn.Conv2d(c, c, 3, padding=1)
+    ),
+    "cropped, spread": lambda c: Layer(
+        lambda m, x: F.avg_pool2d(m.a(x[..., 1:-1, 1:-1]), 2, 2, 1),
+        a=nn.ConvTranspose2d(c, c, 4, 2),
     ),
     "silu": lambda c: nn.SiLU(),
     "in place": lambda c: Layer(in_place),
@@ -164,6 +186,10 @@ WHOLE = {
     "products of places": lambda c: Layer(products),
     "reversed": lambda c: Layer(reverse_rows),
     "column sums": lambda c: Layer(lambda m, x: x - x.mean(-1, keepdim=True)),
+    "counted places": lambda c: Layer(counted),
+    "edges": lambda c: Layer(edges),
+    "middle value": lambda c: Layer(lambda m, x: x - x.flatten(1).median(1).values),
+    "least and largest": lambda c: Layer(lambda m, x: x / (1 + torch.aminmax(x).max)),
     "position": lambda c: Layer(lambda m, x: x + torch.arange(x.shape[-1], dtype=x.dtype) / 9),
     "corners aligned": lambda c: nn.Sequential(
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.AvgPool2d(2)

@@ -36,6 +36,13 @@ class Atom:
         a, b, c = (self.size * cells(self.kind, *plane) + extra for plane in SIZES)
         return a, b, c
 
+    def refilled(self, low: int, high: int) -> int:
+        """Return how far from its edge a tile is wrong if so many elements are added at the ends.
+
+        In the plane, they take the place of elements that were cut off. In a tile, these are there.
+        """
+        return max(-self.low if low > 0 else 0, -self.high if high > 0 else 0, 0)
+
 
 def cells(kind: str, h: int, w: int) -> int:
     """Return how many cells an atom of this kind has on a plane."""

@@ -144,6 +144,12 @@ class Emitter:
                 count = self.graph.call_function(aten.sym_size.int, (node, i))
                 self.cells[atom.kind] = self._ratio(count, self._per_cell(atom))
 
+    def _count(self, kind: str) -> Any:
+        """Return how many cells the tile has; raises BundleMisfit if no input tells."""
+        if kind not in self.cells:
+            raise BundleMisfit("an operation without a map takes the size of the plane")
+        return self.cells[kind]
+
     def _per_cell(self, atom: Atom) -> int:
         return atom.size // self.scale if atom.kind in ("h", "w") else atom.size
 
@@ -165,7 +171,7 @@ class Emitter:
             if not atom.kind:
                 total = self._times(total, atom.size)
                 continue
-            count = self._times(self.cells[atom.kind], self._per_cell(atom))
+            count = self._times(self._count(atom.kind), self._per_cell(atom))
             count = self._plus(count, atom.low + atom.high)
             total = count if total == 1 else self.graph.call_function(operator.mul, (total, count))
         return total
@@ -214,13 +220,13 @@ class Emitter:
             tall, wide = (factor * x * y * self.scale**2 for x, y in SIZES[1:])
             if factor.denominator != 1 or (tall, wide) != (b, c):
                 return self._misfit()
-            cells = self._times(self.cells["h"], int(factor))
-            return self.graph.call_function(operator.mul, (cells, self.cells["w"]))
+            cells = self._times(self._count("h"), int(factor))
+            return self.graph.call_function(operator.mul, (cells, self._count("w")))
         kind, slope, length = ("h", down, h) if down else ("w", right, w)
         slope /= self.scale
         if slope.denominator != 1:
             return self._misfit()
-        count = self._times(self.cells[kind], int(slope))
+        count = self._times(self._count(kind), int(slope))
         return self._plus(count, a - int(slope) * self.scale * length)
 
     def _misfit(self) -> Any:

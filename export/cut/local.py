@@ -169,7 +169,8 @@ def _slide(
     new = Atom(atom.kind, atom.size // stride)
     new = _placed(new, target, (atom.low + padding - (width - stride) // 2) // stride)
     before = atom.low + padding - new.low * stride
-    return (new,), Fraction(max(before, width - stride - before, 0), atom.size)
+    far = max(before, width - stride - before, 0) + atom.refilled(padding, padding)
+    return (new,), Fraction(far, atom.size)
 
 
 def _spread(
@@ -184,7 +185,8 @@ def _spread(
     new = Atom(atom.kind, atom.size * stride)
     new = _placed(new, target, (width - stride) // 2 - padding + atom.low * stride)
     before = padding + new.low - atom.low * stride
-    return (new,), Fraction(max(before, width - stride - before, 0), new.size)
+    far = max(before, width - stride - before, 0) + stride * atom.refilled(1, 1)
+    return (new,), Fraction(far, new.size)
 
 
 def _placed(atom: Atom, target: tuple[int, int, int], low: int) -> Atom:

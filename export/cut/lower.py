@@ -129,6 +129,8 @@ class Lowering:
         op = self.ops[ref.name]
         if not spatial(op.axes[0]):
             return Ref(op.name)
+        if not op.data:
+            raise NotLocal("it needs all of a table that covers the plane")
         if packet_name(op.target) in VIEWS and not op.whole:
             try:
                 return self._again(op)
@@ -310,7 +312,8 @@ def _whole(state: Lowering, node: Node, reason: str) -> Op:
     op = state.make(node.name, node.target, node.args, tuple(axes), several=True, whole=reason)
     op.kwargs = node.kwargs
     sized = any(isinstance(n, Sized) for n in tree_leaves(node.args))
-    if not op.data and not sized and not any(state.ops[n].whole for n in op.inputs):
+    places = any(t.whole or any(map(spatial, t.axes)) for t in (state.ops[n] for n in op.inputs))
+    if not op.data and not sized and not places:
         op.whole = ""  # a table of another kind, the same for every plane
     return op
 

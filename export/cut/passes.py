@@ -34,6 +34,8 @@ def reduce(
     result has the remaining axes, and that of the groups in place of the channels.
     """
     axes = state.axes(x)
+    if not state.ops[x.name].data:
+        raise NotLocal("it reduces a table that covers the plane")
     if padded(axes):
         raise NotLocal("it reduces elements beyond the plane")
     kept = [axis for i, axis in enumerate(axes) if i not in dims]
@@ -267,6 +269,8 @@ def summed_product(state: Lowering, node: Node, a: Ref, b: Ref) -> Ref:
         raise NotLocal("it sums over rows and columns of different places")
     if padded(left) or padded(right):
         raise NotLocal("it sums elements beyond the plane")
+    if not (state.ops[a.name].data and state.ops[b.name].data):
+        raise NotLocal("it sums over a table that covers the plane")
     # Copies, so that one segment returns both.
     a, b = (state.add(node.name, aten.clone.default, (x,), state.axes(x)) for x in (a, b))
     batch = sum(len(axis) for axis in left[:-2])

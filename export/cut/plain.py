@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import CLOCK, TensorSpec
 from fvae_deploy.export.cut.cutter import Cut
 from fvae_deploy.export.program import Pass, Segment
@@ -40,6 +41,12 @@ def run_plain(
         _passes(program.passes, name, maps, values)
     for segment in program.segments:
         _segment(cut.modules[segment.part.name], segment, maps, values, plane, tile)
+        for name in segment.outputs:
+            if maps[name].dtype != x.dtype:
+                found = str(maps[name].dtype).removeprefix("torch.")
+                raise BundleError(
+                    f"expected maps of floating-point numbers, found a map of {found}"
+                )
         for name in segment.outputs:
             _passes(program.passes, name, maps, values)
         for name in segment.done:
@@ -74,7 +81,8 @@ def _segment(
             for spec, name, result in zip(part.outputs, segment.outputs, results, strict=True):
                 if name not in maps:
                     full = spec.sized(1, height, width)
-                    maps[name] = torch.full(full, math.nan, dtype=result.dtype)
+                    number = math.nan if result.is_floating_point() else 0
+                    maps[name] = torch.full(full, number, dtype=result.dtype)
                 read = (span[0][1] - span[0][0] for span in (rows, columns))
                 result = result.reshape(spec.sized(1, *read))
                 kept = result[index(spec, rows[1], columns[1])]

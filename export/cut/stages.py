@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,6 @@ from fvae_deploy.export.cut.cutter import Cut, cut_part
 from fvae_deploy.export.cut.plain import run_plain
 from fvae_deploy.export.program import Program
 
-PLANE, TILE = (3, 4), 2  # a plane of latent cells, and the cells of a tile, that confirm a cut
 TOLERANCE = 1e-4  # of the largest value, in float32
 
 Stages = tuple[tuple[Part, ...], tuple[Program, ...], dict[str, nn.Module]]
@@ -68,20 +68,38 @@ def confirm(network: nn.Module, parts: Sequence[Part], cuts: Sequence[Cut]) -> N
 
     Of a stage with states, three steps are compared.
     """
+    segments = [segment.part for cut in cuts for segment in cut.program.segments]
+    far = max(1, *(math.ceil((part.halo or 0) / part.scale) for part in segments))
+    for plane in planes(far):
+        _confirm_on(plane, far + 1, network, parts, cuts)
+
+
+def planes(far: int) -> list[tuple[int, int]]:
+    """Return planes of latent cells on which no tile of far + 1 cells with its halo sees all."""
+    return [(3, 4)] if far == 1 else [(3, 2 * far + 2), (2 * far + 2, 3)]
+
+
+def _confirm_on(
+    plane: tuple[int, int],
+    tile: int,
+    network: nn.Module,
+    parts: Sequence[Part],
+    cuts: Sequence[Cut],
+) -> None:
     stage, seeded = parts[0].stage, torch.Generator().manual_seed(0)
     dtype = next(network.parameters()).dtype
     past: list[Tensor] = []
-    kept = _zeros(cuts[0].program, dtype)
+    kept = _zeros(cuts[0].program, plane, dtype)
     for number in range(3 if cuts[-1].program.past else 1):
         place = min(number, len(parts) - 1)
         part, cut = parts[place], cuts[place]
-        h, w = (part.scale * n for n in PLANE)
+        h, w = (part.scale * n for n in plane)
         x = torch.randn(part.inputs[0].sized(1, h, w), generator=seeded).to(dtype)
         clock = torch.tensor((number, number - 2)) if part.looks_ahead else None
         with torch.no_grad():
             expected, *past = network(x, *([] if clock is None else [clock]), *past)
         try:
-            found, kept = run_plain(cut, x, tuple(expected.shape), PLANE, TILE, kept, clock)
+            found, kept = run_plain(cut, x, tuple(expected.shape), plane, tile, kept, clock)
         except RuntimeError as error:  # of torch
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected segments of {stage} that run, found: {reason}") from error
@@ -91,7 +109,7 @@ def confirm(network: nn.Module, parts: Sequence[Part], cuts: Sequence[Cut]) -> N
             )
 
 
-def _zeros(program: Program, dtype: torch.dtype) -> list[Tensor]:
+def _zeros(program: Program, plane: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
     """Return what a program takes as states if there was no step before."""
     specs = [spec for name in program.past if (spec := program.map(name))]
-    return [torch.zeros(spec.sized(1, *PLANE), dtype=dtype) for spec in specs]
+    return [torch.zeros(spec.sized(1, *plane), dtype=dtype) for spec in specs]

@@ -91,11 +91,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = [_Call(n, "input", (), {}, [tuple(x.shape)]) for n, x in inputs.items()]
         self.names = {id(x): name for name, x in inputs.items()}
+        self._inputs = {id(x) for x in inputs.values()}
         self._alive = list(inputs.values())  # so that no identity is used twice
         state = [*network.named_parameters(), *network.named_buffers()]
         self._weights = {id(tensor): name for name, tensor in state}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and id(args[0]) not in self._inputs:  # those are copied back
+            raise BundleError(f"{func.overloadpacket} inside another operation, a write in place")
         results = func(*args, **(kwargs or {}))
         leaves = tree_leaves(results)
         tensors = [t for t in leaves if isinstance(t, Tensor)]

@@ -54,7 +54,9 @@ def _weight(state: Lowering, node: Node) -> Op:
 def _item(state: Lowering, node: Node) -> Op:
     ref, index = node.args
     op = state.ops[ref.name]
-    return made(state, node, op.axes[index], cheap=op.cheap and not op.whole)
+    item = made(state, node, op.axes[index], cheap=op.cheap and not op.whole)
+    item.whole = op.whole  # in the segment of what it is an item of
+    return item
 
 
 @rule("pointwise", "where", "_to_copy", "masked_fill", "copy", "fill")
@@ -333,6 +335,7 @@ def pad(state: Lowering, node: Node) -> Op:
         elif len(axis) == 1 and axis[0].kind != "n":
             atom = replace(axis[0], low=axis[0].low + low, high=axis[0].high + high)
             axes[dim], moved = rebased(atom)
+            moved += Fraction(axis[0].refilled(low, high), atom.size)
             overhang = max(overhang, moved)
         else:
             raise NotLocal("it pads tokens")

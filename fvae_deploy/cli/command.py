@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,6 +18,7 @@ from fvae_deploy.errors import StoppedError
 from fvae_deploy.interrupts import free_quietly
 from fvae_deploy.stream.options import RunOptions
 
+REPEATED = 5.0  # seconds in which a signal is the same one again: timeout(1) sends it twice
 RESUMABLE = ("encode", "decode", "reconstruct", "generate")
 SHARED = {"quiet": Quiet, "verbose": Verbose, "debug": Debug}
 F = TypeVar("F", bound=Callable[..., None])
@@ -31,9 +33,13 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        last = -REPEATED
 
         def end(number: int, frame: object) -> None:
-            raise TerminatedError(number)
+            nonlocal last
+            before_this, last = last, time.monotonic()
+            if last - before_this >= REPEATED:
+                raise TerminatedError(number)
 
         before = {}
         if threading.current_thread() is threading.main_thread():

@@ -183,3 +183,17 @@ def test_no_number_changes(graph):
     for after in (interpreted(model, array), outputs_of(model, [array])):
         assert [value.shape for value in after] == [value.shape for value in before]
         assert all(map(np.array_equal, after, before))  # whole numbers: sums are exact in any order
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1), (FRAMES, CHANNELS, 1, 1), (CHANNELS, 1, 1)])
+def test_a_sum_that_is_no_bias_stays_a_sum(shape):
+    x = op.parameter([FRAMES, HEIGHT, WIDTH, CHANNELS], np.float32)
+    made = conv(transpose(x, 0, 3, 1, 2), 0).input_value(0)
+    added = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    model = ov.Model([op.add(made, op.constant(added))], [x])
+    array = np.random.default_rng(1).standard_normal(x.get_output_shape(0)).astype(np.float32)
+    before = outputs_of(model.clone(), [array])
+    apply_channels_last(model)
+    after = outputs_of(model, [array])
+    assert after[0].shape == before[0].shape
+    assert np.abs(after[0] - before[0]).max() < 1e-5

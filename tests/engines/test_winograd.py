@@ -39,7 +39,7 @@ def convolutions(model):
 
 
 def random_array(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 @settings(max_examples=40)
@@ -88,6 +88,19 @@ def test_other_convolutions_are_not_replaced(why, shape, kernel, options):
     model = model_of(random_array(0, *shape), weight=random_array(1, 2, 2, *kernel), **options)
     apply_winograd(model, channels=2)
     assert convolutions(model) == 1, why
+
+
+@pytest.mark.parametrize("shape", [(), (2, 4, 1, 1), (1, 2, 4, 1, 1), (4, 1, 1)])
+def test_a_sum_that_is_no_bias_stays_a_sum(shape):
+    """Such as one number, or one for each frame."""
+    array, weight = random_array(0, 1, 2, 6, 4, 4), random_array(1, 2, 2, 3, 3, 3)
+    options = {"weight": weight, "bias": random_array(2, *shape)}
+    (expected,) = run(model_of(array, **options), array)
+    model = model_of(array, **options)
+    apply_winograd(model, channels=2)
+    (found,) = run(model, array)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 3e-6 * np.abs(expected).max()
 
 
 def test_convolutions_of_few_channels_are_not_replaced():
