@@ -23,7 +23,7 @@ from fvae_deploy.export.manifest import Manifest, Memory, Parity
 from fvae_deploy.export.probe import parts_of
 from fvae_deploy.export.sources import Foreign, load
 from fvae_deploy.export.to_onnx import ExportOptions, export_bundle, write_bundle
-from fvae_deploy.make.calibration import calibrate
+from fvae_deploy.make.calibration import calibrate, check_cts
 from fvae_deploy.make.segments import segment_memory, segments_agree
 from fvae_deploy.parse import hu_window as parse_window
 from fvae_deploy.version import __version__
@@ -58,6 +58,9 @@ def make_bundle(
     folder appears when everything is measured. Raises BundleError for weights or a folder that do
     not fit.
     """
+    if calibration:  # before graphs are exported, which takes minutes
+        _check_int8()
+        check_cts(calibration)
     progress("loading weights")
     loaded = load(str(model), channels=channels, foreign=foreign, progress=progress)
     if hu_window is not None:
@@ -82,16 +85,20 @@ def calibrated(
 
     Raises EngineError on a machine that does not compute in int8, which could not measure it.
     """
-    if "int8" not in precisions("openvino"):
-        raise EngineError(
-            "expected a CPU that computes in int8 (AVX-VNNI, AVX-512 VNNI or AMX) for --calibrate, "
-            "found none: export on such a machine, or leave it out"
-        )
+    _check_int8()
     progress("choosing ranges for int8")
     write(folder, calibrate(folder, cts, progress))
     manifest = dataclasses.replace(manifest, files=manifest.files | {FILE: sha256(folder / FILE)})
     manifest.save(folder)
     return manifest
+
+
+def _check_int8() -> None:
+    if "int8" not in precisions("openvino"):
+        raise EngineError(
+            "expected a CPU that computes in int8 (AVX-VNNI, AVX-512 VNNI or AMX) for --calibrate, "
+            "found none: export on such a machine, or leave it out"
+        )
 
 
 def make_generator_bundle(

@@ -6,6 +6,7 @@ each of them reads (see `export/int8.py`).
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.engines.base import Engine
-from fvae_deploy.errors import BundleError
+from fvae_deploy.errors import BundleError, VolumeError
 from fvae_deploy.export.int8 import Layer, chosen
 from fvae_deploy.export.manifest import Manifest
 from fvae_deploy.stream.codec import open_codec
 from fvae_deploy.stream.intensity import ClippingTally, to_model
+from fvae_deploy.volume.base import HuFrames
 from fvae_deploy.volume.open import open_volume
 
 if TYPE_CHECKING:
@@ -108,26 +110,43 @@ class Sampler(Recorder):
         return self._engine.run(part, inputs)
 
 
+def check_cts(cts: Sequence[Path]) -> None:
+    """Read the middle of each CT; raises VolumeError for one that cannot be calibrated with."""
+    for path in cts:
+        _middle(path)
+
+
+def _middle(path: Path) -> HuFrames:
+    """Return the middle slices of a CT; raises VolumeError if they are not HU of a body."""
+    with contextlib.closing(open_volume(path)) as reader:
+        z = reader.geometry.shape[2]
+        count = min(z, SLICES)
+        frames = next(reader.slabs(count, start=(z - count) // 2))
+    low, high = float(frames.min()), float(frames.max())
+    if low == high:
+        raise VolumeError(
+            f"expected a CT of a body to calibrate with, found {low:g} HU everywhere in the middle "
+            f"of {path}: choose another CT"
+        )
+    tally = ClippingTally(frames.size, minimum=low, maximum=high)
+    tally.check_is_ct("Calibrate with a CT in HU")
+    return frames
+
+
 def _clips(
     manifest: Manifest, cts: Sequence[Path], most: int | None = None
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the middle slices of each CT as the network's input [C, T, H, W].
 
-    With `most`, the middle of larger slices. Raises VolumeError for a volume that is no CT in HU.
+    With `most`, the middle of larger slices. Raises VolumeError as `check_cts`.
     """
     geometry = manifest.geometry
-    for path in cts:
-        reader, tally = open_volume(path), ClippingTally()
-        z = reader.geometry.shape[2]
-        count = min(z, SLICES)
-        frames = next(reader.slabs(count, start=(z - count) // 2))
-        reader.close()
+    for frames in map(_middle, cts):
         for axis in (1, 2):
             excess = max(0, frames.shape[axis] - (most or frames.shape[axis]))
             frames = frames.take(
                 range(excess // 2, frames.shape[axis] - (excess - excess // 2)), axis
             )
         height, width = (-(-n // geometry.spatial) * geometry.spatial for n in frames.shape[1:])
-        clip = to_model(frames, manifest.intensity, height, width, tally)
-        tally.check_is_ct()
+        clip = to_model(frames, manifest.intensity, height, width, ClippingTally())
         yield clip.repeat(geometry.channels, axis=0)

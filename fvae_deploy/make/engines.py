@@ -60,6 +60,10 @@ def make_engines(
     for target in targets:
         for precision in precisions:
             check_request(package, target, precision)
+    if calibration:  # before engines are built, which takes minutes
+        from fvae_deploy.make.calibration import check_cts
+
+        check_cts(calibration)
     path, manifest = open_bundle(model)
     by_part = variants(manifest, planes, any_size, step, memory)
     rows: list[Row] = []

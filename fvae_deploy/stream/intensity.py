@@ -12,6 +12,7 @@ from fvae_deploy.errors import VolumeError
 from fvae_deploy.export.manifest import Intensity
 from fvae_deploy.volume.base import HuFrames
 
+REMEDY = "Convert them to HU, or pass --any-range if these really are HU"
 FEW = 20  # HU; values of a CT that was z-scored or scaled to -1..1 stay below
 
 
@@ -30,7 +31,7 @@ class ClippingTally:
         """Whether a value below 0 was found, as every CT in HU has in air and fat."""
         return self.minimum < 0
 
-    def check_is_ct(self) -> None:
+    def check_is_ct(self, remedy: str = REMEDY) -> None:
         """Raise VolumeError if these are no HU, in which air is near -1000 and fat near -100.
 
         That is so if no value is negative, and if all lie within a few units of 0, as after
@@ -46,8 +47,7 @@ class ClippingTally:
             return
         raise VolumeError(
             f"expected a CT in HU, with air or fat below 0, found values {self.minimum:g} to "
-            f"{self.maximum:g}: {guess} Convert them to HU, or pass --any-range if these really "
-            "are HU"
+            f"{self.maximum:g}: {guess} {remedy}"
         )
 
 

@@ -28,8 +28,12 @@ def test_clean_up_is_not_interrupted_by_the_same_signal_again(number: int) -> No
     @app.command()
     def other() -> None: ...
 
-    with pytest.raises(StoppedError, match="Interrupted") as stopped:
-        app(["work"], standalone_mode=False)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup would have had it ignored
+    try:
+        with pytest.raises(StoppedError, match="Interrupted") as stopped:
+            app(["work"], standalone_mode=False)
+    finally:
+        signal.signal(number, before)
     assert stopped.value.exit_code == 128 + number
     assert done == ["cleaned up"]
 
