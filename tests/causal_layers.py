@@ -65,7 +65,24 @@ def corner(m: Any, x: Any) -> Any:
     return F.interpolate(y, scale_factor=(1, 2, 2), mode="trilinear")
 
 
+def channels_written(_: Any, x: Any) -> Any:
+    y = torch.empty_like(x)
+    for i in range(x.shape[1]):
+        y[:, i] = x[:, -1 - i].tanh()
+    return y
+
+
+def frames_written(_: Any, x: Any) -> Any:
+    y = x.clone()
+    y[:, :, 1:] += x[:, :, :-1] * 2
+    y[:, :, :1].mul_(3)
+    y[:, :1].zero_()
+    return y
+
+
 CAUSAL = {
+    "channels written": lambda c: Layer(channels_written),
+    "frames written": lambda c: Layer(frames_written),
     "zeros in front": lambda c: Causal(c, False),
     "first frame repeated": lambda c: Causal(c, True),
     "margins too, repeated": lambda c: Causal(c, True, margins=True),

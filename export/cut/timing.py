@@ -202,9 +202,11 @@ def one(timed: Mapping[str, Timed]) -> tuple[str, Timed]:
     "copy",
     "_to_copy",
     "clone",
+    "fill",
     "zeros_like",
     "ones_like",
     "full_like",
+    "empty_like",
 )
 def pointwise(clock: Clock, node: Node, timed: Mapping[str, Timed]) -> Timing | None:
     """Combine elements of equal position: a frame is known when it is in all operands."""

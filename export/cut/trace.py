@@ -102,12 +102,11 @@ class _Recorder(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         leaves = tree_leaves(results)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
+        func, args = _filled(func, args)
         packet = str(func.overloadpacket).rpartition(".")[2]
         if packet == "copy" and _alike(*args[:2]):
             self._remember(results, self._reference(args[1]).name)  # nothing of the first is left
             return results
-        if func is aten.fill.Tensor and args[0].dtype == args[1].dtype:
-            func, args = aten.expand.default, (args[1], list(args[0].shape))
         if tensors:
             name = f"{packet}_{len(self.calls)}"
             given = tree_map(self._reference, (args, dict(kwargs or {})))
@@ -180,6 +179,15 @@ def _record(
     if any(id(result) not in recorder.names for result in results):
         raise BundleError("expected results that depend on the input, found a constant")
     return recorder.calls, tuple(recorder.names[id(result)] for result in results)
+
+
+def _filled(func: Any, args: Any) -> tuple[Any, Any]:
+    """Return an operation that fills a tensor as one that needs nothing of what was there."""
+    if func is aten.zero.default:
+        return aten.zeros_like.default, args
+    if func is aten.fill.Tensor and args[0].dtype == args[1].dtype:
+        return aten.expand.default, (args[1], list(args[0].shape))
+    return func, args
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

@@ -32,6 +32,8 @@ def written(x: Any, writes: Any, start: str) -> Any:
         to = (slice(None),) * axis + (part,)
         if source == "number":
             y[to] = 0.5
+        elif source == "zero":
+            y[to].zero_()
         elif source == "sum":
             y[to] += x[to] * 2
         else:
@@ -44,7 +46,10 @@ def written(x: Any, writes: Any, start: str) -> Any:
 
 
 WRITE = st.tuples(
-    st.sampled_from([1, 2]), PART, st.sampled_from(["number", "sum", "x", "y"]), st.integers(0, 3)
+    st.sampled_from([1, 2]),
+    PART,
+    st.sampled_from(["number", "zero", "sum", "x", "y"]),
+    st.integers(0, 3),
 )
 
 
