@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -20,9 +19,9 @@ def test_clean_up_is_not_interrupted_by_the_same_signal_again(number: int) -> No
     @app.command()
     def work() -> None:
         try:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         finally:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             done.append("cleaned up")
 
     @app.command()
@@ -45,9 +44,9 @@ def test_a_later_signal_ends_a_command_that_went_on(monkeypatch: pytest.MonkeyPa
     @app.command()
     def work() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         done.append("went on")
 
     @app.command()
