@@ -86,6 +86,10 @@ def test_a_package_without_a_licence_or_with_another_one_is_found(packages):
         ([("License", "LICENSE"), ("Classifier", "License :: X :: MIT License")], "MIT"),
         ([("License", "ask us"), ("Classifier", "License :: X :: Own License")], "unknown"),
         ([("Classifier", "Topic :: MIT License")], "unknown"),
+        ([("Name", "cuda-toolkits")], "unknown"),
+        ([("Name", "cuda-toolkit")], "proprietary"),
+        ([("Name", "nvidia-cusparselt-cu13")], "proprietary"),
+        ([("Name", "nvidia-nccl-cu13"), ("License-Expression", "BSD-3-Clause")], "BSD-3-Clause"),
         ([], "unknown"),
     ],
 )

@@ -38,6 +38,9 @@ VENDORED = {"swagger-ui-dist": "Apache-2.0", "@niivue/niivue": "BSD-2-Clause"}
 OURS = "fvae-deploy"
 UNKNOWN = "unknown"
 
+# Libraries that a CUDA build of torch brings. Some state no licence; NVIDIA's own terms hold for them.
+NVIDIA = re.compile(r"nvidia-|cuda-toolkit$")
+
 # What packages without a License-Expression write, in lower case -> an SPDX expression, or the
 # name of a family where a package does not say which of its texts it means.
 WRITTEN = {
@@ -79,7 +82,8 @@ class Package:
 def licence(metadata: Any) -> str:
     """Return the licence that a package's metadata states, as an SPDX expression where possible.
 
-    The first of License-Expression, a short License, and the classifiers. "unknown" if none says.
+    The first of License-Expression, a short License, and the classifiers. If none says: NVIDIA's
+    libraries are "proprietary", and others "unknown".
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -92,7 +96,8 @@ def licence(metadata: Any) -> str:
         if text.startswith("License :: ")
     ]
     known = {WRITTEN.get(text.lower(), UNKNOWN) for text in classifiers} - {UNKNOWN}
-    return " OR ".join(sorted(known)) or UNKNOWN
+    silent = "proprietary" if NVIDIA.match(metadata.get("Name") or "") else UNKNOWN
+    return " OR ".join(sorted(known)) or silent
 
 
 def groups() -> dict[str, list[str]]:
