@@ -38,7 +38,7 @@ VENDORED = {"swagger-ui-dist": "Apache-2.0", "@niivue/niivue": "BSD-2-Clause"}
 OURS = "fvae-deploy"
 UNKNOWN = "unknown"
 
-# Libraries that a CUDA build of torch brings. Some state no licence; NVIDIA's own terms hold for them.
+# Libraries that a CUDA build of torch brings. Some state no licence; NVIDIA's terms hold for them.
 NVIDIA = re.compile(r"nvidia-|cuda-toolkit$")
 
 # What packages without a License-Expression write, in lower case -> an SPDX expression, or the
