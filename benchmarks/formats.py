@@ -7,7 +7,8 @@ A synthetic torso is drawn once. `copy` reads it and writes it in slabs of 16 sl
 format. `encode` and `reconstruct` are commands, program start included; their `processor` is the
 time of all their threads, and `waited` is what the network's thread did not compute: it waited for
 slices to be read or written, and for the start.
-Each cell is one run. The page cache is warm for reading; writing ends with a flush to the disk.
+The formats take turns; with `--rounds 3` each cell is the median of three runs. The page cache is
+warm for reading; writing ends with a flush to the disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,30 +72,46 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def measure(source: Path, folder: Path, model: str) -> list[float]:
+    """Return a row of the table: seconds and MiB of a copy and of both commands."""
+    output = folder / source.name.replace("ct.", "recon.", 1)
+    row = [copy(source, output)]
+    for verb, target in (("encode", folder / "latents.zarr"), ("reconstruct", output)):
+        row += command(verb, source, target, model)
+    return row
+
+
 def main() -> None:
-    """Print the table, a row after each format."""
+    """Print the table after the last round, and the time of each round on stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", default="tiny", help="built-in name or bundle")
     parser.add_argument("--shape", default="512,512,1200")
     parser.add_argument("--format", action="append", choices=FORMATS)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
     options = parser.parse_args()
     x, y, z = (int(n) for n in options.shape.split(","))
-    print(f"{options.shape}, {machine()['processor']}, {machine()['cores']} cores")
-    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
+    print(f"{options.shape}, {machine()['processor']}, {machine()['cores']} cores", flush=True)
+    chosen = options.format or FORMATS
+    rows: dict[str, list[list[float]]] = {suffix: [] for suffix in chosen}
+    sizes = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         drawn = folder / "drawn.nii"
         write_phantom(drawn, (x, y, z))
-        for suffix in options.format or FORMATS:
-            source, output = folder / f"ct.{suffix}", folder / f"recon.{suffix}"
-            copy(drawn, source)
-            copied = copy(source, output)
-            row = [suffix, f"{size_of(source) / 1e9:.2f}", f"{copied:.1f}"]
-            for verb, target in (("encode", folder / "latents.zarr"), ("reconstruct", output)):
-                *seconds, peak = command(verb, source, target, options.model)
-                row += [*(f"{n:.1f}" for n in seconds), f"{peak:.0f}"]
-            print(f"| {' | '.join(row)} |", flush=True)
+        for suffix in chosen:
+            copy(drawn, folder / f"ct.{suffix}")
+            sizes[suffix] = size_of(folder / f"ct.{suffix}") / 1e9
+        for number in range(options.rounds):
+            for suffix in chosen:
+                rows[suffix].append(measure(folder / f"ct.{suffix}", folder, options.model))
+            print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr, flush=True)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    for suffix in chosen:
+        medians = [statistics.median(column) for column in zip(*rows[suffix], strict=True)]
+        digits = ["0f" if name.startswith("peak") else "1f" for name in HEADINGS[2:]]
+        cells = [f"{n:.{form}}" for n, form in zip(medians, digits, strict=True)]
+        print(f"| {suffix} | {sizes[suffix]:.2f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 
 from fvae_deploy.cli.command import Verbs, command
 from fvae_deploy.cli.console import Terminal
-from fvae_deploy.cli.options import Overwrite, Report
+from fvae_deploy.cli.options import Overwrite, Report, engine_pairs
 from fvae_deploy.cli.output_options import choice
 from fvae_deploy.cli.tables import bench_table, models_table, noise_table, parity_table
 from fvae_deploy.errors import EngineError, UsageError
@@ -57,6 +57,14 @@ Calibrate = Annotated[
     typer.Option(
         "--calibrate",
         help="CT from which convolutions get ranges for --precision int8; may be repeated.",
+    ),
+]
+Measured = Annotated[
+    str,
+    typer.Option(
+        "--engines",
+        help="Measure in these alone, such as openvino:bf16,torch; always in their fp32 too. "
+        "[default: all engines and precisions of this machine]",
     ),
 ]
 ValueRange = Annotated[
@@ -108,12 +116,13 @@ def export(
     ] = 65,
     value_range: ValueRange = "-1,1",
     calibrate: Calibrate = None,
+    engines: Measured = "",
     config: Config = None,
     text: Text = None,
     generator: Generator = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export weights to a bundle, and measure its parity and memory in every installed engine.
+    """Export weights to a bundle, and measure its parity and memory in the installed engines.
 
     Example: `fvae export -m wan2.1 -o wan21`
     """
@@ -131,15 +140,17 @@ def export(
     else:
         given = {"--config": bool(config), "--text": bool(text), "--generator": bool(generator)}
         _check_absent(given, f"a VAE, {model}")
+    pairs = engine_pairs(engines) if engines else None
     with new_folder(output, overwrite=overwrite, own=own_files) as folder:
         if is_generator(Path(model)):
-            more = {"config": config, "text": text, "generator": generator}
+            more = {"config": config, "text": text, "generator": generator, "engines": pairs}
             _export_generator(Path(model), folder, name, opset, terminal, **more)
         else:
             facts: dict[str, Any] = {
                 "channels": channels,
                 "hu_window": hu_window,
                 "calibration": calibrate or (),
+                "engines": pairs,
                 "foreign": Foreign(weights, window, _range(value_range)),
             }
             _export_vae(model, folder, name, opset, terminal, **facts)
@@ -362,7 +373,7 @@ def _engines(engines: str, device: str) -> list[tuple[str, str]]:
     Torch in half precision on a CPU is left out: it is ten times as slow. Raises UsageError
     for an unknown engine or precision, EngineError if none is installed.
     """
-    from fvae_deploy.engines.base import AUTO, ENGINES, offered
+    from fvae_deploy.engines.base import AUTO
     from fvae_deploy.selftest import cases
 
     if not engines:
@@ -376,18 +387,4 @@ def _engines(engines: str, device: str) -> list[tuple[str, str]]:
         if not installed:
             raise EngineError(f"expected an engine for {device}, found none: run fvae doctor")
         return installed
-    pairs = []
-    for item in engines.split(","):
-        engine, _, precision = item.strip().partition(":")
-        if engine not in ENGINES:
-            raise UsageError(
-                f"expected --engines among {', '.join(ENGINES)}, found {engine!r}: name them, as "
-                "openvino:fp32"
-            )
-        if (precision or "fp32") not in offered(engine):
-            raise UsageError(
-                f"expected a precision of {engine} among {', '.join(offered(engine))}, found "
-                f"{precision!r}"
-            )
-        pairs.append((engine, precision or "fp32"))
-    return pairs
+    return engine_pairs(engines)

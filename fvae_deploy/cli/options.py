@@ -9,7 +9,7 @@ import typer
 
 from fvae_deploy.cli.console import STDOUT
 from fvae_deploy.cli.output_options import OUTPUT, OUTPUT_OPTIONS, Common, choice
-from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED
+from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED, offered
 from fvae_deploy.errors import UsageError
 from fvae_deploy.version import __version__
 
@@ -26,6 +26,28 @@ def _report(path: Path | None) -> Path | None:
     if not path.absolute().parent.is_dir():
         raise UsageError(f"expected a folder for {path}, found none: create it")
     return path
+
+
+def engine_pairs(text: str) -> list[tuple[str, str]]:
+    """Parse "openvino:bf16,torch": engines with their precisions, fp32 where none is named.
+
+    Raises UsageError for an unknown engine or precision.
+    """
+    pairs = []
+    for item in text.split(","):
+        engine, _, precision = item.strip().partition(":")
+        if engine not in ENGINES:
+            raise UsageError(
+                f"expected --engines among {', '.join(ENGINES)}, found {engine!r}: name them, as "
+                "openvino:fp32"
+            )
+        if (precision or "fp32") not in offered(engine):
+            raise UsageError(
+                f"expected a precision of {engine} among {', '.join(offered(engine))}, found "
+                f"{precision!r}"
+            )
+        pairs.append((engine, precision or "fp32"))
+    return pairs
 
 
 def or_list(ctx: typer.Context, output: Path | None) -> Path | None:

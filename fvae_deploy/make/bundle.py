@@ -34,6 +34,7 @@ ENOUGH = 32  # latent cells along a plane from which on it shows what a first st
 STEEPER = 1.2  # 1.12 to 1.17 were missing: decoder of `tiny`, 64x64 cells told from 8x8 and 16x16
 
 Progress = Callable[[str], None]
+Pairs = Sequence[tuple[str, str]]  # engines and precisions
 Row = TypeVar("Row")
 
 
@@ -47,17 +48,20 @@ def make_bundle(
     hu_window: str | tuple[float, float] | None = None,
     opset: int = 18,
     calibration: Sequence[Path] = (),
+    engines: Pairs | None = None,
     progress: Progress = lambda message: None,
 ) -> Manifest:
-    """Export a VAE to a new bundle and measure it in every engine that runs on this machine.
+    """Export a VAE to a new bundle and measure it in the engines that run on this machine.
 
     `model`, `channels` and `foreign` are arguments of `export.sources.load`, `opset` is the ONNX
     operator set. `hu_window` are the HU that become the model's range unless a run says otherwise
     (see `parse.hu_window`); None: -1000 to 1000. For `gray`, the export also measures what
-    averaging first costs. `calibration` are CTs from which convolutions get ranges for int8. The
+    averaging first costs. `calibration` are CTs from which convolutions get ranges for int8.
+    `engines` are those to measure, in these precisions and in fp32; None: all there are. The
     folder appears when everything is measured. Raises BundleError for weights or a folder that do
-    not fit.
+    not fit, EngineError for an engine or a precision that does not run here.
     """
+    pairs = measurable(engines, calibrated=bool(calibration))
     if calibration:  # before graphs are exported, which takes minutes
         _check_int8()
         check_cts(calibration)
@@ -71,7 +75,7 @@ def make_bundle(
     def measure(where: Path, manifest: Manifest) -> Manifest:
         if calibration:
             manifest = calibrated(where, manifest, calibration, progress)
-        return measure_bundle(where, manifest, progress)
+        return measure_bundle(where, manifest, progress, pairs)
 
     options = ExportOptions(opset, progress, measure)
     loaded = dataclasses.replace(loaded, name=name or loaded.name)
@@ -110,14 +114,17 @@ def make_generator_bundle(
     text: str | None = None,
     generator: str | None = None,
     opset: int = 18,
+    engines: Pairs | None = None,
     progress: Progress = lambda message: None,
 ) -> GeneratorManifest:
-    """Export a generator to a new bundle and measure one step in every engine of this machine.
+    """Export a generator to a new bundle and measure one step in the engines of this machine.
 
     `name`, `config`, `text` and `generator` are arguments of `export.generators.load_generator`,
-    `opset` is the ONNX operator set. The folder appears when everything is measured. Raises
-    BundleError for files or a folder that do not fit.
+    `opset` is the ONNX operator set, `engines` as in `make_bundle`. The folder appears when
+    everything is measured. Raises BundleError for files or a folder that do not fit, EngineError
+    for an engine or a precision that does not run here.
     """
+    pairs = measurable(engines)
     progress("loading weights")
     draft = load_generator(
         weights,
@@ -129,13 +136,13 @@ def make_generator_bundle(
         progress=progress,
     )
     options = ExportOptions(
-        opset, progress, lambda where, manifest: measure_generator(where, manifest, progress)
+        opset, progress, lambda where, manifest: measure_generator(where, manifest, progress, pairs)
     )
     return write_bundle(draft, folder, options)
 
 
 def measure_generator(
-    folder: Path, manifest: GeneratorManifest, progress: Progress
+    folder: Path, manifest: GeneratorManifest, progress: Progress, pairs: Pairs
 ) -> GeneratorManifest:
     """Measure parity of one step with float32 torch; returns the manifest with the results."""
     reference = open_engine(folder, manifest, "torch")
@@ -143,6 +150,7 @@ def measure_generator(
         folder,
         manifest,
         lambda engine: noise_parity(reference, engine, manifest),
+        pairs,
         heavy=manifest.part("denoise").heavy,
         progress=progress,
     )
@@ -172,9 +180,7 @@ def _with_averaging_error(loaded: LoadedModel, text: str, progress: Progress) ->
     return dataclasses.replace(loaded, model=model)
 
 
-def measure_bundle(
-    folder: Path, manifest: Manifest, progress: Progress = lambda message: None
-) -> Manifest:
+def measure_bundle(folder: Path, manifest: Manifest, progress: Progress, pairs: Pairs) -> Manifest:
     """Measure parity with float32 torch and the memory use; returns the manifest with both."""
     errors: list[Parity] = []
     lines: list[Memory] = []
@@ -193,7 +199,7 @@ def measure_bundle(
         return parity(reference, engine, manifest, **clip)
 
     for engine, precision, row in _compare_engines(
-        folder, manifest, compare, heavy=heavy, progress=progress
+        folder, manifest, compare, pairs, heavy=heavy, progress=progress
     ):
         errors.append(row)
         if engine == "torch" and precision != "fp32":
@@ -212,6 +218,29 @@ def measure_bundle(
     )
 
 
+def measurable(engines: Pairs | None, *, calibrated: bool = False) -> list[tuple[str, str]]:
+    """Return the engines and precisions to measure, fp32 first; None: all of this machine.
+
+    Raises EngineError for one that does not run here.
+    """
+    able = (*PRECISIONS, "int8") if calibrated else PRECISIONS
+    here = {
+        name: [p for p in precisions(name) if p in able]
+        for name in MEASURED
+        if missing(name) is None
+    }
+    for name, precision in engines or ():
+        if precision not in here.get(name, ()):
+            found = ", ".join(f"{n}:{p}" for n, ps in here.items() for p in ps)
+            raise EngineError(
+                f"expected --engines that this export can measure here ({found}), found "
+                f"{name}:{precision}: name one of these"
+            )
+    asked = None if engines is None else {*engines, *((name, "fp32") for name, _ in engines)}
+    pairs = [(name, p) for name, ps in here.items() for p in ps]
+    return [pair for pair in pairs if asked is None or pair in asked]
+
+
 def _sides(manifest: Manifest) -> tuple[int, int]:
     """Return the sides, in latent cells, of two planes on which a heavy network is measured."""
     g = manifest.geometry
@@ -224,17 +253,16 @@ def _compare_engines(
     folder: Path,
     manifest: Bundle,
     compare: Callable[[Engine], Row],
+    pairs: Pairs,
     *,
     heavy: bool,
     progress: Progress,
 ) -> Iterator[tuple[str, str, Row]]:
-    """Open every engine and precision of this machine's CPU and yield what `compare` returns.
+    """Open engines in precisions, on this machine's CPU, and yield what `compare` returns.
 
     A precision other than fp32 in which the network overflows is reported and skipped.
     """
-    names = [name for name in MEASURED if missing(name) is None]
-    calibrated = (*PRECISIONS, "int8") if FILE in manifest.files else PRECISIONS
-    for name, precision in [(n, p) for n in names for p in precisions(n) if p in calibrated]:
+    for name, precision in pairs:
         if heavy and name == "torch" and precision != "fp32":
             progress(f"{name} {precision} is not measured: it would take hours on a CPU")
             continue

@@ -139,7 +139,7 @@ def made(
     """Give a function that exports a source once; it gives the bundle and what was printed."""
     folder, kept = tmp_path_factory.mktemp("made"), dict[tuple[str, str], Any]()
     unmeasured = pytest.MonkeyPatch()  # parity and memory take most of an export's time
-    unmeasured.setattr(bundle, "measure_bundle", lambda folder, manifest, progress: manifest)
+    unmeasured.setattr(bundle, "measure_bundle", lambda folder, manifest, *more: manifest)
 
     def make(name: str, channels: str) -> tuple[Path, list[str]]:
         if (name, channels) not in kept:
@@ -172,7 +172,7 @@ def published(source: Path, x: np.ndarray) -> np.ndarray:
 def test_an_export_with_another_hu_window_has_its_errors_in_that_window(
     made: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "measure_bundle", lambda folder, manifest, progress: manifest)
+    monkeypatch.setattr(bundle, "measure_bundle", lambda folder, manifest, *more: manifest)
     source = sources["lean_vae"]
     soft = bundle.make_bundle(source, tmp_path / "b", channels="gray", hu_window="soft")
     usual = Manifest.load(made("lean_vae", "gray")[0])

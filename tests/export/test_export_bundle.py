@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 torch = pytest.importorskip("torch", reason="needs the export extra")
 from random_lean_vae import SMALL_SCALE  # noqa: E402
 
-from fvae_deploy.errors import BundleError  # noqa: E402
+from fvae_deploy.errors import BundleError, EngineError  # noqa: E402
 from fvae_deploy.export import exporter, to_onnx  # noqa: E402
 from fvae_deploy.export.bundle import Source, sha256  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
@@ -176,7 +176,7 @@ def test_the_folder_appears_after_everything_is_measured(
 def test_make_bundle_measures_before_the_folder_appears(
     tmp_path: Path, without_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path, manifest: Manifest, progress: object) -> Manifest:
+    def fail(folder: Path, manifest: Manifest, *more: object) -> Manifest:
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
         assert folder.name.startswith(".bundle.")
         raise KeyboardInterrupt
@@ -261,9 +261,39 @@ def test_a_precision_that_overflows_is_left_out_and_reported(
         model.encoder.projection(name).weight.data *= 1e6  # float16 ends at 65504
     messages: list[str] = []
     manifest = make_bundle.measure_bundle(
-        tmp_path / "b", export(model, tmp_path / "b"), messages.append
+        tmp_path / "b",
+        export(model, tmp_path / "b"),
+        messages.append,
+        make_bundle.measurable(None),
     )
     assert [p.precision for p in manifest.parity] == ["fp32", "bf16"]
     assert any(
         "left out: expected finite values from encode in torch fp16" in line for line in messages
     )
+
+
+def test_only_the_engines_that_were_asked_for_are_measured(
+    small_model: LeanVAE, tmp_path: Path
+) -> None:
+    pairs = make_bundle.measurable([("torch", "bf16")])
+    assert pairs == [("torch", "fp32"), ("torch", "bf16")]
+    manifest = make_bundle.measure_bundle(
+        tmp_path / "b", export(small_model, tmp_path / "b"), lambda message: None, pairs
+    )
+    assert [(p.engine, p.precision) for p in manifest.parity] == pairs
+    assert {(m.engine, m.precision) for m in manifest.memory} == {("torch", "fp32")}
+
+
+@pytest.mark.parametrize(
+    ("engines", "calibrated"),
+    [([("tensorrt", "fp32")], False), ([("openvino", "int8")], False), ([("torch", "int8")], True)],
+)
+def test_engines_that_cannot_be_measured_are_refused_before_the_export(
+    tmp_path: Path, engines: list[tuple[str, str]], calibrated: bool
+) -> None:
+    with pytest.raises(EngineError, match=r"can measure here .*: name one of these"):
+        make_bundle.measurable(engines, calibrated=calibrated)
+    with pytest.raises(EngineError, match="can measure here"):
+        make_bundle.make_bundle(tmp_path / "none", tmp_path / "b", engines=engines)
+    with pytest.raises(EngineError, match="can measure here"):
+        make_bundle.make_generator_bundle(tmp_path / "none", tmp_path / "b", engines=engines)
