@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 from fvae_deploy.phantom.torso import write_phantom
-from fvae_deploy.stream.report import cores, machine
+from fvae_deploy.stream.report import machine
+from fvae_deploy.stream.threads import cores
 
 
 def run(verb: str, scans: Path, output: Path, model: str, workers: int | None) -> float:
