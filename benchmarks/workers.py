@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 
 from fvae_deploy.phantom.torso import write_phantom
-from fvae_deploy.stream.report import machine
-from fvae_deploy.stream.threads import cores
+from fvae_deploy.stream.report import cores, machine
 
 
 def run(verb: str, scans: Path, output: Path, model: str, workers: int | None) -> float:

@@ -30,7 +30,7 @@ from fvae_deploy.interrupts import free_quietly
 from fvae_deploy.stream.limits import available_bytes
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import SHARE
-from fvae_deploy.stream.threads import cores
+from fvae_deploy.stream.report import cores
 
 _PATIENCE = 10.0  # seconds for a worker to end
 

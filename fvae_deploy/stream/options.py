@@ -36,7 +36,7 @@ class RunOptions:
     device: str = "cpu"
     """cpu, cuda, cuda:N, tensorrt or gpu, as the engine names it."""
     threads: int | None = None
-    """CPU threads that the engine uses, and statistics of maps; None: all cores."""
+    """CPU threads that the engine uses; None: all cores."""
     protocol: str | None = None
     """causal or windows; None: the model's default."""
     hu_window: str | tuple[float, float] | None = None

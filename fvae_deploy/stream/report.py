@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from fvae_deploy.stream.codec import Codec
 from fvae_deploy.stream.plan import Plan
 from fvae_deploy.stream.rss import peak_rss
 from fvae_deploy.stream.run import Outcome
-from fvae_deploy.stream.threads import cores
 from fvae_deploy.version import __version__
 from fvae_deploy.volume.publish import new_file
 
@@ -136,6 +136,13 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "predicted_bytes": plan.predicted_bytes,
         "budget_bytes": plan.budget_bytes,
     }
+
+
+def cores() -> tuple[int, ...]:
+    """Return the numbers of the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def machine() -> dict[str, Any]:

@@ -145,7 +145,6 @@ class Run:
             self.folder,
             lean=self.plan.lean,
             pieces=self.plan.pieces,
-            threads=self.options.threads,
             **({"advance": progress.add} if progress else {}),
         )
 

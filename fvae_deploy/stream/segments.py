@@ -7,7 +7,7 @@
 Results are those of the whole stage. A group norm takes the statistics of the whole map; the keys
 of an attention are read whole for every tile of queries. States are maps that wait for the next
 step. Threads read the next tile from the file, and write the last one while the passes and the
-engine go on; the passes have threads of their own.
+engine go on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fvae_deploy.stream.arrays import FeatureMap
 from fvae_deploy.stream.maps import Array, MapStore, at
 from fvae_deploy.stream.pieces import Costs, Pieces
 from fvae_deploy.stream.statistics import Passes
-from fvae_deploy.stream.threads import Behind, ahead, cores
+from fvae_deploy.stream.threads import Behind, ahead
 from fvae_deploy.stream.tiles import Grid, Tile
 
 Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in them, and elements
@@ -39,8 +38,7 @@ Kept = list[tuple[str, tuple[slice, ...], Array]]  # names of maps, places in th
 class SegmentStream:
     """One stage, run in segments; the counterpart of `StageStream`.
 
-    `advance` is called with the share of a run's work that was done since the last call. `threads`
-    compute the passes; None: as many as there are cores.
+    `advance` is called with the share of a run's work that was done since the last call.
     """
 
     def __init__(
@@ -51,9 +49,7 @@ class SegmentStream:
         pieces: Pieces,
         folder: Path | None,
         advance: Callable[[float], None] = lambda share: None,
-        threads: int | None = None,
     ) -> None:
-        self._pool = ThreadPoolExecutor(threads or len(cores()), "passes")
         self._engine, self._manifest, self._stage, self._ways = engine, manifest, stage, pieces
         self._states: list[MapStore] = []
         self._select(first=True)
@@ -223,7 +219,7 @@ class SegmentStream:
     def passes(self, names: Mapping[str, Any]) -> Passes:
         """Return the passes over these maps."""
         found = (p for p in self._program.passes if p.source in names)
-        return Passes(tuple(found), self._pool)
+        return Passes(tuple(found))
 
 
 class _State:

@@ -162,7 +162,7 @@ class CausalStream:
     States of the stages in `spilled` are stored in a file in `folder`, not in memory. With `lean`,
     heavy stages release their working memory after every run, for the next stage to use. Stages in
     `pieces` run in segments, and call `advance` with their name and the share of a step's work that
-    they did since the last call; `threads` is as in `SegmentStream`.
+    they did since the last call.
     """
 
     def __init__(
@@ -177,18 +177,11 @@ class CausalStream:
         lean: bool = False,
         pieces: Mapping[str, Pieces] = MappingProxyType({}),
         advance: Callable[[str, float], None] = lambda stage, share: None,
-        threads: int | None = None,
     ) -> None:
         self._engine, self._manifest, self._grids = engine, manifest, grids
         self.stages: dict[str, StageStream | SegmentStream] = {
             stage: SegmentStream(
-                engine,
-                manifest,
-                stage,
-                pieces[stage],
-                folder,
-                functools.partial(advance, stage),
-                threads,
+                engine, manifest, stage, pieces[stage], folder, functools.partial(advance, stage)
             )
             if stage in pieces
             else StageStream(

@@ -2,14 +2,13 @@
 
 Deviations are taken from the mean of an eighth of a piece, summed 64 at a time in the type of the
 map, and all further sums are in float64. So a mean is exact to 1e-8 deviations, and a variance to
-1e-7. Several threads take pieces of the same sizes, so the bits do not depend on how many they are.
+1e-7.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,8 @@ from fvae_deploy.export.program import Pass
 
 Array = NDArray[Any]
 CHUNK = 1 << 17  # elements at a time, so that they stay in the cache
-PIECE = 1 << 20  # elements that a thread takes at a time
 RUN = 64  # elements summed in the type of the map
 SAMPLE = 8  # of so many rows, one counts for the mean from which deviations are taken
-Map = Callable[[Callable[[Array], "Moments"], list[Array]], Iterator["Moments"]]
 
 
 class Moments:
@@ -40,15 +37,15 @@ class Moments:
         self.count = total
 
 
-def moments(x: Array, axes: tuple[int, ...], each: Map = map) -> Moments:
-    """Return the moments of x over `axes`; `each` maps a function over pieces, in their order.
+def moments(x: Array, axes: tuple[int, ...]) -> Moments:
+    """Return the moments of x over `axes`.
 
     Axes that lie side by side in memory are reduced first, the others in float64.
     """
     first, last = max(_runs(axes), key=lambda run: math.prod(x.shape[run[0] : run[1]]))
     before, inside, after = x.shape[:first], x.shape[first:last], x.shape[last:]
     flat = x.reshape(math.prod(before), math.prod(inside), math.prod(after))
-    found = [_of_matrix(matrix, each) for matrix in flat]
+    found = [_of_matrix(matrix) for matrix in flat]
     count = flat.shape[1]
     mean = np.stack([one.mean for one in found]).reshape((*before, *after))
     squares = np.stack([one.squares for one in found]).reshape((*before, *after))
@@ -72,20 +69,13 @@ def _runs(axes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     yield start, end + 1
 
 
-def _of_matrix(x: Array, each: Map) -> Moments:
+def _of_matrix(x: Array) -> Moments:
     """Return the moments of every column of x [n, columns]."""
     total = Moments()
-    for found in each(_of_piece, _pieces(x, PIECE)):
-        total.merge(found)
-    return total
-
-
-def _of_piece(x: Array) -> Moments:
-    """Return the moments of every column of x [n, columns], in chunks of the cache's size."""
-    total = Moments()
-    chunks = _pieces(x, CHUNK)
-    memory = np.empty_like(chunks[0])
-    for chunk in chunks:
+    step = max(RUN, CHUNK // x.shape[1] // RUN * RUN)
+    memory = np.empty_like(x[:step])
+    for start in range(0, len(x), step):
+        chunk = x[start : start + step]
         count = len(chunk)
         sample = chunk[::SAMPLE]
         shift = (_sums(sample) / len(sample)).astype(x.dtype)
@@ -95,12 +85,6 @@ def _of_piece(x: Array) -> Moments:
         squares = np.maximum(_sums(apart) - rest**2 / count, 0)
         total.merge(Moments(count, shift.astype(np.float64) + rest / count, squares))
     return total
-
-
-def _pieces(x: Array, size: int) -> list[Array]:
-    """Cut x [n, columns] into pieces of about `size` elements."""
-    rows = max(RUN, size // x.shape[1] // RUN * RUN)
-    return [x[start : start + rows] for start in range(0, len(x), rows)]
 
 
 def _sums(x: Array) -> Array:
@@ -114,10 +98,10 @@ def _sums(x: Array) -> Array:
 
 
 class Passes:
-    """The passes over one map, or over a map and another, tile by tile; `pool` computes them."""
+    """The passes over one map, or over a map and another, tile by tile."""
 
-    def __init__(self, passes: tuple[Pass, ...], pool: ThreadPoolExecutor) -> None:
-        self._passes, self._pool = passes, pool
+    def __init__(self, passes: tuple[Pass, ...]) -> None:
+        self._passes = passes
         self._moments: dict[tuple[Any, ...], Moments] = {}
         self._found: dict[str, Array] = {}
         self._type: np.dtype[Any] = np.dtype(np.float32)
@@ -135,8 +119,7 @@ class Passes:
             if each.kind in ("mean", "variance"):
                 key = (each.source, each.axes, each.split, each.groups)
                 if key not in done:
-                    found = moments(tile, axes, self._pool.map)
-                    self._moments.setdefault(key, Moments()).merge(found)
+                    self._moments.setdefault(key, Moments()).merge(moments(tile, axes))
                 done.add(key)
             elif each.kind == "sum":
                 self._merge(each, tile.sum(axis=axes, dtype=np.float64), np.add)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Generator, Iterable
 from queue import Empty, Full, Queue
@@ -11,13 +10,6 @@ from threading import Event, Thread
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-
-
-def cores() -> tuple[int, ...]:
-    """Return the numbers of the CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
