@@ -55,7 +55,7 @@ def _onnxruntime() -> Iterator[str]:
 
 
 def _openvino() -> Iterator[str]:
-    if "GPU" not in load("openvino").core().available_devices:
+    if "GPU" not in load("openvino").CORE.available_devices:
         yield "needs an Intel GPU with its OpenCL runtime: apt install intel-opencl-icd"
 
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 from openvino.passes import ConstantFolding, Manager
 
-from fvae_deploy.engines.openvino_core import core
+from fvae_deploy.engines.openvino_core import CORE
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Part
 from fvae_deploy.export.int8 import Layer
@@ -163,7 +163,7 @@ class Observer:
     """Runs graphs in float32, and samples what their convolutions read."""
 
     def __init__(self, bundle: Path) -> None:
-        self._bundle, self._core = bundle, core()
+        self._bundle, self._core = bundle, CORE
         self._random = np.random.default_rng(0)
         self._compiled: dict[tuple[Any, ...], _Observed] = {}
         self.weights: dict[str, dict[str, NDArray[np.float32]]] = {}  # by part and layer

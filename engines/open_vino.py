@@ -33,7 +33,7 @@ from fvae_deploy.engines.frames import frame_name, split_states  # noqa: E402
 from fvae_deploy.engines.int8 import apply_int8, supported  # noqa: E402
 from fvae_deploy.engines.layout import apply_channels_last  # noqa: E402
 from fvae_deploy.engines.norms import apply_exact_norms  # noqa: E402
-from fvae_deploy.engines.openvino_core import core  # noqa: E402
+from fvae_deploy.engines.openvino_core import CORE  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
 from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
@@ -212,7 +212,7 @@ class OpenVINOEngine:
     ) -> None:
         self.precision, self._threads = precision, threads
         self._bundle, self._manifest, self._device = bundle, manifest, device.upper()
-        self._core = core()
+        self._core = CORE
         if self._device not in self._core.available_devices:
             raise EngineError(
                 f"expected an OpenVINO device among {', '.join(self._core.available_devices)}, "
@@ -386,8 +386,8 @@ def precisions(device: str = "cpu") -> list[str]:
 
     int8 only computes bundles that were calibrated for it.
     """
-    if device.upper() not in core().available_devices:
+    if device.upper() not in CORE.available_devices:
         return []
-    able = core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    able = CORE.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     floats = [precision for precision, name in CAPABILITY.items() if name in able]
     return [*floats, "int8"] if device.upper() == "CPU" and supported() else floats

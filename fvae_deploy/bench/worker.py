@@ -101,7 +101,7 @@ def _openvino_product(job: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
     a = np.random.default_rng(0).random((n, n), dtype=np.float32)
     parameter = opset13.parameter([n, n], np.float32)
     product = opset13.matmul(parameter, opset13.constant(a), False, False)
-    compiled = engine.core().compile_model(
+    compiled = engine.CORE.compile_model(
         engine.ov.Model([product], [parameter]),
         "CPU",
         {"INFERENCE_PRECISION_HINT": engine.TYPES[job["precision"]], "NUM_STREAMS": 1},

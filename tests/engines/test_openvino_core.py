@@ -53,7 +53,7 @@ def test_a_signal_is_heard_after_engines_were_closed() -> None:
 def test_engines_share_the_core_of_the_process() -> None:
     folder = bundle_path("tiny")
     one, two = (open_engine(folder, Manifest.load(folder), "openvino") for _ in range(2))
-    assert one._core is two._core is load("openvino").core()
+    assert one._core is two._core is load("openvino").CORE
 
 
 def test_networks_that_differ_in_their_weights_alone_are_not_mixed_up(tmp_path: Path) -> None:
