@@ -67,10 +67,8 @@ def videovaeplus(settle: bool = True) -> nn.Module:
     torch.manual_seed(0)
     network = instantiate_from_config(config)
     for module in network.modules():
-        if isinstance(
-            module, nn.GroupNorm
-        ):  # theirs casts to float32, in float64 too
-            module.__class__ = nn.GroupNorm
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = nn.GroupNorm  # theirs casts to float32, in float64 too
     spatial, temporal = network.encode_2plus1d, network.encode_temporal
     network.encode = lambda x: temporal(spatial(x).mode()).mode()
     return _settled(network, network.decoder.conv_out, 16) if settle else network

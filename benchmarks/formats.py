@@ -82,7 +82,7 @@ def measure(source: Path, folder: Path, model: str) -> list[float]:
 
 
 def main() -> None:
-    """Print the table after the last round, and the time of each round on stderr."""
+    """Print the table after the last round, and on stderr when a round is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", default="tiny", help="built-in name or bundle")
     parser.add_argument("--shape", default="512,512,1200")
