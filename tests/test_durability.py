@@ -32,11 +32,13 @@ class Disk:
 
     Contents are those of the last fsync of each file; a file without one is empty. Names are
     either those of the last fsync of each folder, or those of now, since a file system may write
-    names early. Every inode stays open, so that none is used twice.
+    names early. Every inode stays open, so that none is used twice. Threads take turns, so that
+    no name goes while another thread notes the states.
     """
 
     def __init__(self, root: Path, monkeypatch) -> None:
         self.root, self.contents, self.names, self.states = root, {}, {}, []
+        self.turn = threading.RLock()
         self.open = [os.open(path, os.O_RDONLY) for path in (root, *root.rglob("*"))]
         for descriptor in self.open[:]:
             self.keep(descriptor)
@@ -60,16 +62,18 @@ class Disk:
             self.names[inode][entry.name] = os.fstat(self.open[-1]).st_ino, entry.is_dir()
 
     def on_fsync(self, descriptor: int) -> None:
-        self.fsync(descriptor)
-        self.keep(descriptor)
-        self.cut()
+        with self.turn:
+            self.fsync(descriptor)
+            self.keep(descriptor)
+            self.cut()
 
     def watched(self, function):
         def run(*arguments, **keywords):
-            self.cut()
-            result = function(*arguments, **keywords)
-            self.cut()
-            return result
+            with self.turn:
+                self.cut()
+                result = function(*arguments, **keywords)
+                self.cut()
+                return result
 
         return run
 
