@@ -1,11 +1,45 @@
-"""Ends an interrupted run without the noise of what it left half made."""
+"""Interrupts a run on signals, and ends it without the noise of what it left half made."""
 
 from __future__ import annotations
 
 import gc
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+REPEATED = 5.0  # seconds in which a signal is the same one again: timeout(1) sends it twice
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: from `kill`, a batch system, `docker stop`, a closed terminal."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise TerminatedError in the main thread on SIGTERM and SIGHUP, once where they repeat."""
+    last = -REPEATED
+
+    def end(number: int, frame: object) -> None:
+        nonlocal last
+        before_this, last = last, time.monotonic()
+        if last - before_this >= REPEATED:
+            raise TerminatedError(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_quietly(interrupt: BaseException) -> None:

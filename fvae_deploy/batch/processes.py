@@ -7,7 +7,8 @@ This is meant for many cores, over which one small network does not divide well;
 gains nothing. The weights are mapped from their file, of which all processes
 share one copy in memory. A worker that dies fails its scan, and another takes its place. A scan
 gives the same bytes as in a run of its own with the same budget. On Ctrl-C, only this process is
-interrupted: it ends the workers, which leave nothing half-written.
+interrupted: it ends the workers, which leave nothing half-written. SIGTERM and SIGHUP may reach all
+of them, and then the workers once more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from fvae_deploy.batch.run import ScanResult, Worker
 from fvae_deploy.batch.scans import Scan
 from fvae_deploy.errors import EngineError, FvaeError, UsageError
-from fvae_deploy.interrupts import free_quietly
+from fvae_deploy.interrupts import free_quietly, terminable
 from fvae_deploy.stream.limits import available_bytes
 from fvae_deploy.stream.options import RunOptions
 from fvae_deploy.stream.plan import SHARE
@@ -173,9 +174,9 @@ def _work(
     """Answer scans with their results until None comes, or nobody is there any more."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _answer(pipe, verb, scans, options)
+        with terminable():
+            _answer(pipe, verb, scans, options)
     except KeyboardInterrupt as interrupt:
         free_quietly(interrupt)
     except (EOFError, OSError):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,17 +12,12 @@ from typer.core import TyperGroup
 from fvae_deploy.cli.console import Terminal
 from fvae_deploy.cli.options import COMMON, Debug, Quiet, Verbose
 from fvae_deploy.errors import StoppedError
-from fvae_deploy.interrupts import free_quietly
+from fvae_deploy.interrupts import TerminatedError, free_quietly, terminable
 from fvae_deploy.stream.options import RunOptions
 
-REPEATED = 5.0  # seconds in which a signal is the same one again: timeout(1) sends it twice
 RESUMABLE = ("encode", "decode", "reconstruct", "generate")
 SHARED = {"quiet": Quiet, "verbose": Verbose, "debug": Debug}
 F = TypeVar("F", bound=Callable[..., None])
-
-
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: from `kill`, a batch system, `docker stop`, a closed terminal."""
 
 
 class Verbs(TyperGroup):
@@ -33,31 +25,16 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        last = -REPEATED
-
-        def end(number: int, frame: object) -> None:
-            nonlocal last
-            before_this, last = last, time.monotonic()
-            if last - before_this >= REPEATED:
-                raise TerminatedError(number)
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                    before[number] = signal.signal(number, end)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            free_quietly(interrupt)
-            resume = ctx.invoked_subcommand in RESUMABLE
-            error = StoppedError("Interrupted." + " Run again with --resume to continue." * resume)
-            if isinstance(interrupt, TerminatedError):
-                error.exit_code = 128 + interrupt.args[0]
-            raise error from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with terminable():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as interrupt:
+                free_quietly(interrupt)
+                again = " Run again with --resume to continue."
+                error = StoppedError("Interrupted." + again * (ctx.invoked_subcommand in RESUMABLE))
+                if isinstance(interrupt, TerminatedError):
+                    error.exit_code = 128 + interrupt.args[0]
+                raise error from None
 
 
 def command(

@@ -140,6 +140,25 @@ def test_an_interrupted_batch_ends_its_workers_and_goes_on_with_resume(
     assert content(output) == content(tmp_path / "one")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_whole_group_lets_workers_clean_up(
+    scans: Path, tmp_path: Path, number: int
+) -> None:
+    # With SIGHUP ignored, as by nohup, a command and its workers go on.
+    listen = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)"
+    line = [sys.executable, "-c", f"{listen}; from fvae_deploy.cli.main import main; main()"]
+    output, log = tmp_path / "out", tmp_path / "log"
+    line += ["reconstruct", str(scans), "-o", str(output), "--workers", "2", "-q"]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(line, stderr=stderr, start_new_session=True)
+        started = len(begun(process, output))
+        os.killpg(process.pid, number)  # and the parent sends its workers SIGTERM besides
+        assert process.wait() == 128 + number
+    assert started == 2
+    assert log.read_text() == "fvae: Interrupted. Run again with --resume to continue.\n"
+    assert not [path for path in output.rglob("*") if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

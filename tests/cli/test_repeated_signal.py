@@ -7,7 +7,7 @@ import signal
 import pytest
 import typer
 
-from fvae_deploy.cli import command
+from fvae_deploy import interrupts
 from fvae_deploy.cli.command import Verbs
 from fvae_deploy.errors import StoppedError
 
@@ -38,7 +38,7 @@ def test_clean_up_is_not_interrupted_by_the_same_signal_again(number: int) -> No
 
 
 def test_a_later_signal_ends_a_command_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "REPEATED", 0.0)
+    monkeypatch.setattr(interrupts, "REPEATED", 0.0)
     app, done = typer.Typer(cls=Verbs), []
 
     @app.command()
