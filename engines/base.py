@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from fvae_deploy.engines.pages import share_heap
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle, Part
 
@@ -233,5 +234,6 @@ def open_engine(
         raise EngineError(
             f"expected one of {', '.join(able)}, found precision {precision!r} for {name}"
         )
+    share_heap()
     engine: Engine = load(name).open(bundle, manifest, device, precision, threads)
     return engine

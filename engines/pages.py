@@ -1,4 +1,4 @@
-"""Return unused memory to the system. Works on Linux and does nothing elsewhere."""
+"""Returns unused memory to the system. Works on Linux and does nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 from pathlib import Path
 
 DONTNEED = 4  # MADV_DONTNEED in <sys/mman.h> on Linux
+ARENA_MAX = -8  # M_ARENA_MAX in <malloc.h> of the GNU library
 
 
 def unmap(path: Path) -> None:
@@ -35,3 +36,13 @@ def trim() -> None:
     """Return freed memory that the allocator keeps between blocks in use."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def share_heap() -> None:
+    """Let all threads that start from now on allocate from one heap, as with MALLOC_ARENA_MAX=1.
+
+    The GNU library gives threads heaps of their own, and `trim` returns only a part of what is free
+    in these: 450 MiB were left after a few steps of a network in segments.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)

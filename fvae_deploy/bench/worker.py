@@ -273,7 +273,6 @@ def segments(job: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
             kept = max(0, current_rss() - before)
             opened.release(part.name, compiled=True)
             row = {"cells": side**2, "most": max(peaks), "last": peaks[-1], "kept": kept}
-            row["inputs"] = sum(array.nbytes for array in inputs.values())
             results.setdefault(part.name, []).append(row)
     return results
 

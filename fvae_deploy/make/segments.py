@@ -57,10 +57,7 @@ def segments_agree(engine: Engine, manifest: Manifest, stage: str) -> bool:
 
 
 def segment_memory(folder: Path, engine: str) -> list[Memory]:
-    """Return an upper bound of every segment's memory as a line through the peaks on two tiles.
-
-    What is kept between runs is counted without the inputs, which grow with the tile.
-    """
+    """Return an upper bound of every segment's memory as a line through the peaks on two tiles."""
     lines = []
     for direction in DIRECTIONS:
         job = {"task": "segments", "bundle": str(folder), "engine": engine, "precision": "fp32"}
@@ -68,8 +65,7 @@ def segment_memory(folder: Path, engine: str) -> list[Memory]:
             cells = large["cells"] - small["cells"]
             per_cell = max(1, -(-(large["last"] - small["last"]) // max(1, cells)))
             fixed = max(0, small["last"] - per_cell * small["cells"])
-            kept, compiling = max(t["kept"] - t["inputs"] for t in (small, large)), small["most"]
-            kept = max(0, kept)
+            kept, compiling = max(small["kept"], large["kept"]), small["most"]
             line = Memory(engine, "fp32", name, fixed, per_cell, kept, compiling)
             excess = max(0, large["most"] - line.bytes(large["cells"]))
             lines.append(dataclasses.replace(line, fixed=fixed + excess))

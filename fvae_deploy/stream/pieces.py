@@ -49,7 +49,7 @@ class Pieces:
     working: int  # bytes during a run
     spare: tuple[int, ...]  # bytes of these that every segment leaves
     keep: frozenset[str]  # parts that stay compiled
-    kept: int  # bytes between runs: weights, compiled segments and their inputs
+    kept: int  # bytes between runs: states, and segments that stay compiled
     mac: int  # multiply-adds of a run
     moved: int  # bytes written to the file and read from it
     starting: float  # seconds of every run for compiling, and for starting on tiles
@@ -126,16 +126,12 @@ class Costs:
         least = 0 if self.line is None else self.line.compiling
         return max(least, int(self.fixed + self.per_cell * cells))
 
-    def kept(self, cells: int) -> int:
-        """Return the bytes that stay between runs if the segment stays compiled.
-
-        OpenVINO keeps the inputs of all that is compiled.
-        """
-        inputs = self.segment.part.inputs
-        small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
-        small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
-        own = COMPILED + PACKED * self.weights if self.line is None else self.line.kept
-        return self.input_bytes * cells + small + own
+    @property
+    def kept(self) -> int:
+        """Bytes that stay between runs if the segment stays compiled, for a tile of any size."""
+        if self.line is None:
+            return COMPILED + PACKED * self.weights
+        return max(self.line.kept, COMPILED + self.weights)
 
     def extent(self, limit: float) -> Extent:
         """Return the largest tiles that take at most `limit` bytes, or the smallest there are."""
@@ -311,22 +307,26 @@ def _kept(
     counts = [c.count(tile) for c, tile in pairs]
     computed = [n * math.prod(tile) for n, tile in zip(counts, tiles, strict=True)]
     working = [r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True)]
-    most = max(working)
-    spare = tuple(most - each for each in working)
     mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
     moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
-    kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
+    kept = {c.segment.part.name: c.kept for c in costs}
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])
         dropped = sum(c.compiling for c in costs if c.segment.part.name not in keep)
+        # What a segment keeps is counted there, not once more while it runs.
+        needs = [
+            max(0, need - kept[c.segment.part.name] * (c.segment.part.name in keep))
+            for c, need in zip(costs, working, strict=True)
+        ]
+        most = max(needs)
         yield Pieces(
             costs[0].plane,
             tiles,
             max(counts),
             filed,
             most,
-            spare,
+            tuple(most - need for need in needs),
             keep,
             states + sum(kept[name] for name in keep),
             mac,

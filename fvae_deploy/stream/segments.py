@@ -6,8 +6,8 @@
 
 Results are those of the whole stage. A group norm takes the statistics of the whole map; the keys
 of an attention are read whole for every tile of queries. States are maps that wait for the next
-step. Threads read the next tile from the file, and write the last one while the passes and the
-engine go on.
+step. While the engine computes a tile, one thread reads the next, and another writes the last and
+takes it into the passes.
 """
 
 from __future__ import annotations
@@ -173,16 +173,13 @@ class SegmentStream:
         work = Costs(segment, self._pieces.plane, None).mac * grid.cells / max(1, self._pieces.mac)
         tiles: Iterable[tuple[Tile, dict[str, Array]]] = map(read, grid.tiles)
         with contextlib.ExitStack() as stack:
-            write: Callable[[Kept], None] = state.write
-            if grid.count > 1 and any(store.in_file for store in maps.values()):
-                tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
+            take: Callable[[Kept], None] = state.take
             if grid.count > 1:
-                write = stack.enter_context(Behind(state.write, 1)).put
+                tiles = stack.enter_context(contextlib.closing(ahead(tiles, 1)))
+                take = stack.enter_context(Behind(state.take, 1)).put
             for tile, inputs in tiles:
                 outputs = self._engine.run(part.name, wholes | inputs)
-                kept = self._kept(state, segment, tile, outputs)
-                write(kept)
-                state.pass_over({name: values for name, _, values in kept})
+                take(self._kept(state, segment, tile, outputs))
                 self._advance(self._share * work)
         state.finish_passes()
         self._engine.release(part.name, compiled=part.name not in self._pieces.keep)
@@ -239,13 +236,14 @@ class _State:
         value = self.maps[name].whole()
         return np.ascontiguousarray(value).reshape(spec.sized(1, 1, 1, math.prod(self._plane)))
 
-    def write(self, tiles: Kept) -> None:
-        """Write tiles of the maps that are read later."""
+    def take(self, tiles: Kept) -> None:
+        """Write tiles of the maps that are read later, and take them into the passes."""
         for name, index, tile in tiles:
             store = self.maps.get(name) or self._stream.store(name, self.spares)
             if store is not None:
                 self.maps[name] = store
                 store.write(index, tile)
+        self.pass_over({name: tile for name, _, tile in tiles})
 
     def pass_over(self, tiles: dict[str, Array]) -> None:
         """Take tiles into the passes over their maps."""

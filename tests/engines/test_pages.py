@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +36,39 @@ def test_changed_pages_are_kept(tmp_path: Path) -> None:
         mapped[:4096] = b"\x01" * 4096
         unmap(path)
         assert mapped[:4096] == b"\x01" * 4096
+
+
+# What threads allocate together and the main thread frees, as the tiles of a network in segments.
+THREADS = """
+import sys, threading
+import numpy as np
+from fvae_deploy.engines.pages import share_heap, trim
+from fvae_deploy.stream.rss import current_rss
+if sys.argv[1] == "shared":
+    share_heap()
+np.ones(30 << 18, np.float32)  # freed: memory of up to 30 MiB comes from heaps from now on
+before = current_rss()
+for turn in range(12):
+    arrays, together = [], threading.Barrier(4)
+    def work():
+        arrays.append([np.ones((3 + turn % 5) << 18, np.float32) for _ in range(3)])
+        together.wait()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    arrays.clear()
+    trim()
+print((current_rss() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps of the GNU library")
+def test_no_free_memory_is_left_where_threads_share_a_heap() -> None:
+    left = {
+        case: int(subprocess.check_output([sys.executable, "-c", THREADS, case]))
+        for case in ("apart", "shared")
+    }
+    assert left["shared"] < 8  # MiB
+    assert left["apart"] > 24
