@@ -96,7 +96,8 @@ class Memory:
 
     A tile of k * h * w of the stage's own cells needs fixed + per_cell * cells, and at least
     `compiling`, which compiling the stage takes for any tile. A heavy part keeps `kept` bytes
-    between runs, besides its states.
+    between runs, besides its states; a segment keeps kept + kept_per_cell * cells, and
+    `kept_per_cell` is None where it was not measured.
     """
 
     engine: str
@@ -106,6 +107,7 @@ class Memory:
     per_cell: int
     kept: int = 0
     compiling: int = 0
+    kept_per_cell: int | None = None
 
     def bytes(self, cells: int) -> int:
         """Return the bytes for a tile of `cells` cells, over all latent frames of a step."""

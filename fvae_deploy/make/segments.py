@@ -65,8 +65,10 @@ def segment_memory(folder: Path, engine: str) -> list[Memory]:
             cells = large["cells"] - small["cells"]
             per_cell = max(1, -(-(large["last"] - small["last"]) // max(1, cells)))
             fixed = max(0, small["last"] - per_cell * small["cells"])
-            kept, compiling = max(small["kept"], large["kept"]), small["most"]
-            line = Memory(engine, "fp32", name, fixed, per_cell, kept, compiling)
+            keeping = max(0, -(-(large["kept"] - small["kept"]) // max(1, cells)))
+            kept = max(0, *(tile["kept"] - keeping * tile["cells"] for tile in (small, large)))
+            compiling = small["most"]
+            line = Memory(engine, "fp32", name, fixed, per_cell, kept, compiling, keeping)
             excess = max(0, large["most"] - line.bytes(large["cells"]))
             lines.append(dataclasses.replace(line, fixed=fixed + excess))
     return lines

@@ -126,12 +126,19 @@ class Costs:
         least = 0 if self.line is None else self.line.compiling
         return max(least, int(self.fixed + self.per_cell * cells))
 
-    @property
-    def kept(self) -> int:
-        """Bytes that stay between runs if the segment stays compiled, for a tile of any size."""
-        if self.line is None:
-            return COMPILED + PACKED * self.weights
-        return max(self.line.kept, COMPILED + self.weights)
+    def kept(self, cells: int) -> int:
+        """Return the bytes that stay between runs if the segment stays compiled.
+
+        Some segments keep memory for tiles in OpenVINO; where that was not measured, it is taken
+        for as much as the inputs.
+        """
+        if self.line is not None and self.line.kept_per_cell is not None:
+            return max(self.line.kept, COMPILED) + self.line.kept_per_cell * cells
+        inputs = self.segment.part.inputs
+        small = sum(4 * math.prod(s.sized(1, 1, 1)) for s in inputs if not s.factor("h"))
+        small *= math.prod(self.plane) if any(s.factor("n") for s in inputs) else 1
+        own = COMPILED + PACKED * self.weights if self.line is None else self.line.kept
+        return self.input_bytes * cells + small + own
 
     def extent(self, limit: float) -> Extent:
         """Return the largest tiles that take at most `limit` bytes, or the smallest there are."""
@@ -309,7 +316,7 @@ def _kept(
     working = [r + c.working(math.prod(tile)) for (c, tile), r in zip(pairs, resident, strict=True)]
     mac = sum(n * c.mac for c, n in zip(costs, computed, strict=True))
     moved = sum(c.traffic(n, filed) for c, n in zip(costs, computed, strict=True)) if filed else 0
-    kept = {c.segment.part.name: c.kept for c in costs}
+    kept = {c.segment.part.name: c.kept(math.prod(tile)) for c, tile in pairs}
     order = sorted(kept, key=kept.__getitem__)
     for count in sorted({len(order) * quarters // 4 for quarters in range(5)}, reverse=True):
         keep = frozenset(order[:count])

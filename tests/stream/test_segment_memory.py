@@ -21,11 +21,11 @@ from fvae_deploy.bench.run import Case, Work, bench  # noqa: E402
 from fvae_deploy.errors import PlanError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
-from fvae_deploy.export.manifest import Manifest  # noqa: E402
+from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.make.segments import segment_memory  # noqa: E402
-from fvae_deploy.stream.pieces import ways  # noqa: E402
+from fvae_deploy.stream.pieces import Costs, ways  # noqa: E402
 from fvae_deploy.stream.plan import HEADROOM, LIBRARIES, plan  # noqa: E402
 
 SIDE = 512  # latent cells; this network does not halve, so a map of 32 channels is 32 MiB
@@ -80,6 +80,7 @@ def test_segments_stay_within_their_prediction(bundle: Path) -> None:
     program: Any = manifest.program("decode")
     names = {segment.part.name for segment in program.segments}
     assert {line.stage for line in manifest.memory} > names
+    assert all(line.kept_per_cell is not None for line in manifest.memory)
     memory = {line.stage: line for line in manifest.memory}
     least = min(way.working + way.kept for way in ways(program, (SIDE, SIDE), memory))
     for budget in (max(2 * least, 80 << 20), 256 << 20):
@@ -90,6 +91,20 @@ def test_segments_stay_within_their_prediction(bundle: Path) -> None:
         assert tiles > 1
         assert filed or budget > 200 << 20
         assert peak < HEADROOM * (predicted + LIBRARIES)  # as a plan counts
+
+
+def test_what_a_segment_keeps_is_as_measured_or_else_as_much_as_its_inputs(bundle: Path) -> None:
+    program: Any = Manifest.load(bundle, verify=False).program("decode")
+    segment = program.segments[1]
+    line = Memory("openvino", "fp32", segment.part.name, 0, 1, kept=50 << 20, kept_per_cell=7)
+    measured, older = (
+        Costs(segment, (SIDE, SIDE), each)
+        for each in (line, dataclasses.replace(line, kept_per_cell=None))
+    )
+    assert measured.kept(1000) == (50 << 20) + 7000
+    assert older.kept(1000) >= (50 << 20) + 1000 * older.input_bytes
+    for cost in (measured, older):
+        assert cost.kept(2000) > cost.kept(1000)
 
 
 def test_bench_measures_a_network_in_segments(bundle: Path) -> None:
