@@ -30,8 +30,10 @@ class Verbs(TyperGroup):
                 return super().invoke(ctx)
             except KeyboardInterrupt as interrupt:
                 free_quietly(interrupt)
-                again = " Run again with --resume to continue."
-                error = StoppedError("Interrupted." + again * (ctx.invoked_subcommand in RESUMABLE))
+                resume = ctx.invoked_subcommand in RESUMABLE
+                error = StoppedError(
+                    "Interrupted." + " Run again with --resume to continue." * resume
+                )
                 if isinstance(interrupt, TerminatedError):
                     error.exit_code = 128 + interrupt.args[0]
                 raise error from None
