@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import PlanError
 from fvae_deploy.export.bundle import Part
 from fvae_deploy.export.manifest import Manifest, Memory
@@ -74,9 +75,11 @@ def plan(
     """Choose tiles for a plane of (h, w) latent cells: the least time that fits the budget.
 
     Without `memory`, the budget is 60 % of the available memory. Stages in `extents` take only
-    tiles of those sizes. With `segments`, a stage that was cut may run in segments. Raises
-    PlanError with the least budget that is enough, or if no tile of a stage fits the plane.
+    tiles of those sizes. With `segments`, a stage that was cut may run in segments, except in int8
+    and fp8, which are calibrated for whole stages. Raises PlanError with the least budget that is
+    enough, or if no tile of a stage fits the plane.
     """
+    quantised = precision in QUANTISED
     budget = int(SHARE * available_bytes()) if memory is None else memory
     stages = [
         Stage.of(
@@ -87,7 +90,7 @@ def plan(
             engine,
             precision,
             tuple(extents.get(stage, ())),
-            segments,
+            segments and not quantised,
         )
         for direction in directions
         for stage in manifest.stages(direction)
@@ -109,10 +112,12 @@ def plan(
     worst = stages[totals.index(max(totals))]
     whole = worst.part.whole if worst.program is None else "; ".join(worst.program.whole)
     reason = f" ({worst.name} cannot be tiled: {whole})" if whole else ""
+    able = segments and quantised and any(manifest.program(stage.name) for stage in stages)
+    other = ", or use --precision fp32, which can run in segments" if able else ""
     raise PlanError(
         f"expected a memory budget of at least {show_bytes(predicted)} for slices of "
         f"{height}x{width} with {engine} {precision}{reason}, found {show_bytes(budget)}: "
-        "raise --memory"
+        f"raise --memory{other}"
     )
 
 

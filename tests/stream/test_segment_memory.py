@@ -124,3 +124,17 @@ def test_bench_measures_a_network_in_segments(bundle: Path) -> None:
     assert tight["engine"] == "openvino in segments"
     assert tight["segments"]
     assert tight["peak_mib"] < whole["peak_mib"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_calibrated_precisions_never_run_in_segments(bundle: Path, precision: str) -> None:
+    """Ranges belong to whole stages: a segment would compute in another precision, unsaid."""
+    line = Memory("openvino", "fp32", "decode", 64 << 20, 8192)  # of the whole: 2 GiB
+    manifest = dataclasses.replace(Manifest.load(bundle), memory=(line,))
+    options: Any = {"engine": "openvino", "segments": True, "memory": 1 << 30}
+    asked = (manifest, ("decode",), (SIDE, SIDE))
+    assert plan(*asked, precision="fp32", **options).pieces
+    with pytest.raises(PlanError, match="or use --precision fp32, which can run in segments"):
+        plan(*asked, precision=precision, **options)
+    ample = plan(*asked, precision=precision, **options | {"memory": 1 << 40})
+    assert not ample.pieces
