@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -13,9 +14,19 @@ import onnx
 import torch
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _fx_passes, _registration
 
 from fvae_deploy.errors import BundleError
 from fvae_deploy.export.bundle import TensorSpec
+
+ASSERTIONS = {  # the exporter drops them
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+}
+_BUILD = _registration.ONNXRegistry.from_torchlib
 
 
 def run_exporter(
@@ -26,7 +37,7 @@ def run_exporter(
     `name` is what errors call it; `options` are those of `torch.onnx.export`.
     """
     try:
-        with _quiet(), _without_slice_split_rule():
+        with _quiet(), _without_slice_split_rule(), _without_needless_work():
             program = torch.onnx.export(
                 network, example, dynamo=True, opset_version=opset, verbose=False, **options
             )
@@ -79,6 +90,48 @@ def _without_slice_split_rule() -> Iterator[None]:
         yield
     finally:
         del slice_split_rule.try_rewrite
+
+
+@contextlib.contextmanager
+def _without_needless_work() -> Iterator[None]:
+    """Spare the exporter, within this context, more than half of its time.
+
+    It builds its table of ONNX operations anew for every graph, and traces a graph once more to
+    take operations apart that ONNX lacks, also where there are none.
+    """
+    registry, passes = _registration.ONNXRegistry, _fx_passes
+    build, decompose = registry.__dict__["from_torchlib"], passes.decompose_with_registry
+
+    def decomposed(
+        program: torch.export.ExportedProgram, operations: _registration.ONNXRegistry
+    ) -> torch.export.ExportedProgram:
+        return program if _translatable(program, operations) else decompose(program, operations)
+
+    setattr(registry, "from_torchlib", staticmethod(_operations))  # noqa: B010
+    setattr(passes, "decompose_with_registry", decomposed)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(registry, "from_torchlib", build)  # noqa: B010
+        setattr(passes, "decompose_with_registry", decompose)  # noqa: B010
+
+
+@functools.cache
+def _operations(opset_version: int) -> _registration.ONNXRegistry:
+    return _BUILD(opset_version)
+
+
+def _translatable(
+    program: torch.export.ExportedProgram, operations: _registration.ONNXRegistry
+) -> bool:
+    """Return whether all operations of a graph have ONNX translations, and none writes in place."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    return all(
+        operations.is_registered(target)
+        and not isinstance(target, torch._ops.HigherOrderOperator)  # has graphs of its own
+        and not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
+        for target in targets - ASSERTIONS
+    )
 
 
 @contextlib.contextmanager

@@ -35,11 +35,11 @@ def run(folder: Path, *parts: gpu.Part, minutes: float = 1) -> gpu.Document:
 
 def test_jobs_that_hang_die_or_fail_are_recorded_and_the_others_run(tmp_path):
     jobs = ("sleep", "die", "fail", "measure:7", "measure:nan")
-    faults = gpu.Part("faults", 20, tuple(f"faulty_jobs:{job}" for job in jobs), "", at_once=True)
+    faults = gpu.Part("faults", 8, tuple(f"faulty_jobs:{job}" for job in jobs), "", at_once=True)
     after = gpu.Part("after", 60, ("faulty_jobs:measure:8",), "")
     document = run(tmp_path, faults, after)
     sleep, die, fail, measured, nan = document["parts"]["faults"]
-    assert sleep["outcome"].startswith("stopped after 20")
+    assert sleep["outcome"].startswith("stopped after 8")
     assert (die["outcome"], fail["outcome"]) == ("killed by signal 9", "failed")
     assert (sleep["rows"], die["rows"]) == ([{"number": 1}], [{"number": 2}])
     assert fail["output"].endswith("ValueError: the GPU is on fire")
@@ -53,13 +53,13 @@ def test_a_job_that_hangs_is_stopped_with_the_processes_that_it_started(tmp_path
     file = tmp_path / "pid"
     folder = tmp_path / "out"
     folder.mkdir()
-    run(folder, gpu.Part("hung", 20, (f"faulty_jobs:start_and_sleep:{file}",), ""))
+    run(folder, gpu.Part("hung", 8, (f"faulty_jobs:start_and_sleep:{file}",), ""))
     state = Path(f"/proc/{file.read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_jobs_that_measure_run_one_after_the_other_and_those_without_time_are_named(tmp_path):
-    part = gpu.Part("part", 20, ("faulty_jobs:measure:1", "faulty_jobs:sleep", "a:b"), "")
+    part = gpu.Part("part", 8, ("faulty_jobs:measure:1", "faulty_jobs:sleep", "a:b"), "")
     first, second, third = run(tmp_path, part)["parts"]["part"]
     assert first["outcome"] == "done"
     assert second["outcome"].startswith("stopped after")
