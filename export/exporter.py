@@ -26,6 +26,7 @@ ASSERTIONS = {  # the exporter drops them
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_tensor_metadata.default,
 }
+CASTS = {getattr(torch.ops.aten.to, kind) for kind in ("dtype", "dtype_layout", "device", "other")}
 _BUILD = _registration.ONNXRegistry.from_torchlib
 
 
@@ -125,13 +126,31 @@ def _translatable(
     program: torch.export.ExportedProgram, operations: _registration.ONNXRegistry
 ) -> bool:
     """Return whether all operations of a graph have ONNX translations, and none writes in place."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        _name_otherwise(node)
     return all(
         operations.is_registered(target)
         and not isinstance(target, torch._ops.HigherOrderOperator)  # has graphs of its own
         and not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
-        for target in targets - ASSERTIONS
+        for target in {node.target for node in nodes} - ASSERTIONS
     )
+
+
+def _name_otherwise(node: torch.fx.Node) -> None:
+    """Turn moved axes and casts, which ONNX does not have, into operations that it has."""
+    if node.target is torch.ops.aten.movedim.int:
+        x, source, target = node.args
+        order = list(range(x.meta["val"].ndim))  # type: ignore[union-attr]
+        order.insert(target % len(order), order.pop(source))  # type: ignore[operator,arg-type]
+        node.target, node.args = torch.ops.aten.permute.default, (x, order)
+    elif node.target in CASTS and node.kwargs.get("memory_format") is None:
+        before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        if before.device != after.device:
+            return
+        node.args, cast = node.args[:1], before.dtype != after.dtype
+        node.kwargs = {"dtype": after.dtype} if cast else {}
+        node.target = torch.ops.aten._to_copy.default if cast else torch.ops.aten.alias.default
 
 
 @contextlib.contextmanager

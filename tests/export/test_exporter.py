@@ -20,7 +20,7 @@ from fvae_deploy.export import exporter  # noqa: E402
 
 
 class Translatable(nn.Module):
-    """Only operations that ONNX has."""
+    """Only operations that ONNX has, some under other names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,17 +31,19 @@ class Translatable(nn.Module):
         """Map [1, 3, h, w] to [1, 2, 2*h, 2*w]."""
         y = F.silu(self.norm(self.conv(x)))
         y = F.interpolate(F.dropout(y, training=False), scale_factor=2.0, mode="nearest")
-        first, second = y.chunk(2, dim=1)
-        return torch.cat([first.mean(1, keepdim=True), second.amax(1, keepdim=True)], 1)
+        first, second = y.to(torch.float32).to(y).chunk(2, dim=1)
+        pair = [first.mean(1, keepdim=True), second.to(torch.float64).amax(1, keepdim=True)]
+        moved = torch.cat([pair[0], pair[1].to(torch.float32)], 1).movedim(-3, -1)
+        return (moved + moved.to(moved.dtype)).movedim(3, 1)
 
 
 class InPlace(nn.Module):
-    """Also writes into parts of a tensor, changes types, and uses operations that ONNX lacks."""
+    """Also writes into parts of a tensor, and uses operations that ONNX lacks."""
 
     def forward(self, x: Any) -> Any:
         """Map [1, 3, h, w] to the same shape."""
         y = torch.zeros_like(x)
-        y[:, :2] = x[:, 1:].to(torch.float64).to(torch.float32)
+        y[:, :2] = x[:, 1:]
         y.mul_(2).add_(1)
         return torch.addcmul(y, x, x).clamp_(min=-1)
 
