@@ -76,7 +76,7 @@ e2e: .venv/installed-dev
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
 	@$(MAKE) --no-print-directory page
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m e2e -n 2 --dist worksteal
 
 docs: .venv/installed-dev
 	$(BIN)/mkdocs build -q --strict
