@@ -127,12 +127,14 @@ def _translatable(
 ) -> bool:
     """Return whether all operations of a graph have ONNX translations, and none writes in place."""
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    schemas = [getattr(node.target, "_schema", None) for node in nodes]
+    if any(schema is not None and schema.is_mutable for schema in schemas):
+        return False  # and which tensors share memory matters, so nothing may be renamed
     for node in nodes:
         _name_otherwise(node)
     return all(
         operations.is_registered(target)
         and not isinstance(target, torch._ops.HigherOrderOperator)  # has graphs of its own
-        and not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
         for target in {node.target for node in nodes} - ASSERTIONS
     )
 

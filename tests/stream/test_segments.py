@@ -234,7 +234,10 @@ def streams(folder: Path, engine: str, direction: str, plane: tuple[int, int]) -
     grid = whole_grids(manifest, (direction,), plane)[direction]
     whole = StageStream(opened, manifest, direction, grid)
     found = list(ways(manifest.program(direction), plane))
-    cut = [SegmentStream(opened, manifest, direction, way, folder.parent) for way in found[:: len(found) // 3]]
+    cut = [
+        SegmentStream(opened, manifest, direction, way, folder.parent)
+        for way in found[:: len(found) // 3]
+    ]
     return manifest.stage_part(direction, first=False), whole, cut
 
 
