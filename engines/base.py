@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from fvae_deploy.engines.pages import share_heap
 from fvae_deploy.errors import EngineError
 from fvae_deploy.export.bundle import Bundle, Part
+from fvae_deploy.export.manifest import QUANTISED
 
 Array = Any  # numpy float32 for data; each engine has its own type for state
 
@@ -101,7 +102,6 @@ ENGINES = {
 }
 AUTO = {"cpu": ("openvino", "onnxruntime", "torch"), "cuda": ("tensorrt", "onnxruntime", "torch")}
 PRECISIONS = ("fp32", "bf16", "fp16")
-QUANTISED = ("int8", "fp8")  # need a bundle or engines that were calibrated with CTs
 
 
 def missing(name: str) -> str | None:

@@ -27,7 +27,7 @@ ASSERTIONS = {  # the exporter drops them
     torch.ops.aten._assert_tensor_metadata.default,
 }
 CASTS = {getattr(torch.ops.aten.to, kind) for kind in ("dtype", "dtype_layout", "device", "other")}
-_BUILD = _registration.ONNXRegistry.from_torchlib
+_BUILD_ONCE = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
 
 def run_exporter(
@@ -108,18 +108,13 @@ def _without_needless_work() -> Iterator[None]:
     ) -> torch.export.ExportedProgram:
         return program if _translatable(program, operations) else decompose(program, operations)
 
-    setattr(registry, "from_torchlib", staticmethod(_operations))  # noqa: B010
+    setattr(registry, "from_torchlib", staticmethod(_BUILD_ONCE))  # noqa: B010
     setattr(passes, "decompose_with_registry", decomposed)  # noqa: B010
     try:
         yield
     finally:
         setattr(registry, "from_torchlib", build)  # noqa: B010
         setattr(passes, "decompose_with_registry", decompose)  # noqa: B010
-
-
-@functools.cache
-def _operations(opset_version: int) -> _registration.ONNXRegistry:
-    return _BUILD(opset_version)
 
 
 def _translatable(

@@ -11,6 +11,8 @@ from fvae_deploy.errors import UsageError
 from fvae_deploy.export.bundle import Bundle, Part
 from fvae_deploy.export.program import Program
 
+QUANTISED = ("int8", "fp8")  # need a bundle or engines that were calibrated with CTs
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("FVAE_COMPILED", "off")
 
 pytest.register_assert_rewrite("engine_contract")
+
+# torch's exporter makes millions of objects that live on: looking through all of them for garbage,
+# again and again, takes a fifth of an export's time.
+gc.set_threshold(100_000, 20, 100)
 
 # A slow example on a busy machine is no defect of the code.
 settings.register_profile("fvae", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fvae_deploy.bench.worker import in_process
-from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import EngineError
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.manifest import QUANTISED, Manifest
 from fvae_deploy.stream.plan import plan
 
 DIRECTIONS = ("encode", "decode")

@@ -9,8 +9,9 @@ import typer
 
 from fvae_deploy.cli.console import STDOUT
 from fvae_deploy.cli.output_options import OUTPUT, OUTPUT_OPTIONS, Common, choice
-from fvae_deploy.engines.base import ENGINES, PRECISIONS, QUANTISED, offered
+from fvae_deploy.engines.base import ENGINES, PRECISIONS, offered
 from fvae_deploy.errors import UsageError
+from fvae_deploy.export.manifest import QUANTISED
 from fvae_deploy.version import __version__
 
 COMPUTE = "Model and engine"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fvae_deploy.engines import devices
-from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import UsageError
 from fvae_deploy.export.built import ANY
 from fvae_deploy.export.bundle import Bundle, kind_of
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.known import known
-from fvae_deploy.export.manifest import Manifest
+from fvae_deploy.export.manifest import QUANTISED, Manifest
 from fvae_deploy.export.to_tensorrt import Row, Sizes, Variant, build, check_request
 from fvae_deploy.parse import parse_bytes
 from fvae_deploy.stream.codec import bundle_path

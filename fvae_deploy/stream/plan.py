@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from fvae_deploy.engines.base import QUANTISED
 from fvae_deploy.errors import PlanError
 from fvae_deploy.export.bundle import Part
-from fvae_deploy.export.manifest import Manifest, Memory
+from fvae_deploy.export.manifest import QUANTISED, Manifest, Memory
 from fvae_deploy.export.program import Program
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream import pieces
