@@ -21,14 +21,21 @@ from __future__ import annotations
 import errno
 
 
+def printable(text: str) -> str:
+    """Return text with spaces for control characters and line breaks, which a terminal obeys.
+
+    Headers, names of files and damaged files may contain any.
+    """
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 class FvaeError(Exception):
     """Base of every error that fvae raises on purpose."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        # Text quoted from damaged files may contain control characters and line breaks.
-        super().__init__("".join(c if c.isprintable() else " " for c in message))
+        super().__init__(printable(message))
 
 
 class UsageError(FvaeError):

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fvae_deploy.errors import printable
+
 LOGGER = logging.getLogger("fvae")
 STDOUT = Path("-")  # as the name of a report
 
@@ -46,12 +48,12 @@ class Terminal:
     def say(self, message: str) -> None:
         """Print progress on stderr, unless quiet."""
         if not self.quiet:
-            print(message, file=sys.stderr)
+            print(_lines(message), file=sys.stderr)
 
     def print(self, message: str) -> None:
         """Print a readable result, unless quiet."""
         if not self.quiet:
-            print(message, file=sys.stderr if self.stdout_taken else sys.stdout)
+            print(_lines(message), file=sys.stderr if self.stdout_taken else sys.stdout)
 
     def show(self, renderable: Any) -> None:
         """Print a rich table, in a fixed width if the output is not a terminal, unless quiet."""
@@ -61,7 +63,9 @@ class Terminal:
 
         stream = sys.stderr if self.stdout_taken else sys.stdout
         width = None if stream.isatty() or "COLUMNS" in os.environ else 110
-        Console(width=width, stderr=self.stdout_taken).print(renderable)
+        # Brackets and colons in cells are text, such as [cpu] in a remedy or a scan's name.
+        console = Console(width=width, stderr=self.stdout_taken, markup=False, emoji=False)
+        console.print(renderable)
 
     def report(self, content: Any, path: Path | None) -> None:
         """Write a JSON report to a file, or to stdout if `path` is "-"."""
@@ -149,7 +153,7 @@ def _bars(units: Mapping[str, str]) -> Iterator[Callable[[str, int], Callable[[i
             return Text(f"{unit}, {task.speed:.3g}/s" if task.speed else unit)
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Speed(),
@@ -162,3 +166,8 @@ def _bars(units: Mapping[str, str]) -> Iterator[Callable[[str, int], Callable[[i
             return lambda done: bar.advance(task, done)
 
         yield begin
+
+
+def _lines(message: str) -> str:
+    """Return a message without control characters but its line breaks."""
+    return "\n".join(map(printable, message.split("\n")))

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fvae_deploy.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
@@ -110,7 +112,7 @@ def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) 
     for column in ("scan", "slices", "seconds", "slices/s", "peak MiB", "result"):
         table.add_column(column, overflow="fold")
     for scan in batch["scans"]:
-        name = Path(scan["input"]).name
+        name = printable(Path(scan["input"]).name)
         if "report" in scan:
             report = scan["report"]
             numbers = (
@@ -123,7 +125,7 @@ def scans_table(batch: dict[str, Any], untaken: Iterable[tuple[str, str]] = ()) 
         else:
             table.add_row(name, *4 * ["-"], scan.get("error", "skipped"))
     for path, reason in untaken:
-        table.add_row(Path(path).name, *4 * ["-"], reason)
+        table.add_row(printable(Path(path).name), *4 * ["-"], reason)
     return table
 
 

@@ -33,6 +33,8 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from fvae_deploy.errors import printable
+
 HEAD = 132  # bytes at the start of a file that tell whether it is DICOM
 _NEEDED = (
     "SOPClassUID SOPInstanceUID SeriesInstanceUID Modality ImageType NumberOfFrames "
@@ -104,7 +106,7 @@ class Image:
 
 def one_line(value: object) -> str:
     """Format a header value or an exception on one line, for messages."""
-    return " ".join(str(value).split())
+    return " ".join(printable(str(value)).split())
 
 
 def image_type(values: dict[str, Any]) -> tuple[str, ...]:

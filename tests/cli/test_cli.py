@@ -298,6 +298,17 @@ def test_list_prints_the_series_and_needs_no_output(fvae, tmp_path, verb, monkey
     assert fvae(verb, tmp_path / "scans" / "notes.txt", "--list")[0] == 2
 
 
+def test_brackets_and_control_characters_in_tables_are_only_text(fvae, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    about = "[bold] [/b] :lung: [cpu]"
+    series(tmp_path / "scans", 3, SeriesDescription=f"{about} \x1b[31mred")
+    (tmp_path / "scans" / "\x1b[31mred.dcm").write_bytes(b"")
+    code, out, err = fvae("encode", tmp_path / "scans", "--list")
+    assert (code, err) == (0, "")
+    assert f"{about} [31mred" in out
+    assert "\x1b" not in out
+
+
 @pytest.mark.parametrize(
     ("made", "compared", "told"),
     [("soft", "ct", True), ("soft", "soft", False), ("ct", "soft", False), ("wide", "ct", False)],
