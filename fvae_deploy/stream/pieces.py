@@ -33,7 +33,7 @@ STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in 
 ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
 FINER = 0.95  # of the memory that maps need, at which more of them in the file are another way
 TIGHT = 0.8  # of the most memory that maps need at once: filing a map there helps too
-WAITING = 3  # tiles of inputs that are in use or read ahead, and of outputs that wait
+WAITING = 2  # tiles of inputs: one in use, one read ahead; of outputs: one made, one written
 
 Extent = tuple[int, int]  # rows and columns of cells that a tile computes
 

@@ -26,7 +26,7 @@ from fvae_deploy.stream.limits import available_bytes
 from fvae_deploy.stream.pieces import FILE_SECOND, MAC_SECOND, Pieces
 from fvae_deploy.stream.tiles import Grid, fit, smallest
 
-SLABS = 4  # one being produced, two waiting, one in use
+SLABS = 3  # one in use, two that are made or wait
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 SHARE = 0.6  # of the free memory that a run takes without a budget
