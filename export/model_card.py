@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from fvae_deploy.errors import printable
 from fvae_deploy.export.bundle import Bundle
 from fvae_deploy.export.generator import GeneratorManifest
 from fvae_deploy.export.manifest import Manifest
@@ -24,7 +25,7 @@ GENERATOR = """
 
 def licence_of(bundle: Bundle) -> str:
     """Return the licence of a bundle's weights on one line; "" if the manifest does not know it."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in bundle.licence).split())
+    text = " ".join(printable(bundle.licence).split())
     return "" if text.startswith(("unknown", "see ")) else text
 
 
