@@ -3,11 +3,12 @@
     python benchmarks/bounded.py build/wfvae --size 128 --case 1GiB --case whole --case torch
 
 A case is a memory budget, `whole` (the engine, whole planes), `torch` (the authors' code in
-float32) or `float64` (the same in float64). For a bundle of foreign code, torch cases need that
-code on PYTHONPATH. Prints a Markdown table: seconds, seconds of processors, peak MiB beyond the
-libraries, bytes written to the file of maps and read from it, and the error against the last case,
-root mean square and largest, in deviations of its result. A case that is stopped has printed how
-far it came, and its peak so far, on stderr.
+float32) or `float64` (the same in float64); `torch:4GiB` and `float64:4GiB` run torch in segments,
+planned for float32, so that float64 takes up to twice that budget. For a bundle of foreign code,
+torch cases need that code on PYTHONPATH. Prints a Markdown table: seconds, seconds of processors,
+peak MiB beyond the libraries, bytes written to the file of maps and read from it, and the error
+against the last case, root mean square and largest, in deviations of its result. A case that is
+stopped has printed how far it came, and its peak so far, on stderr.
 """
 
 from __future__ import annotations
@@ -42,26 +43,26 @@ HEADINGS = ("direction", "case", "s", "processor s", "peak MiB", "file GB", "pla
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Pass windows through one direction; the result is saved to a file."""
-    bundle, case, direction = Path(job["bundle"]), job["case"], job["direction"]
+    bundle, direction = Path(job["bundle"]), job["direction"]
+    kind, budget = _case(job["case"])
     manifest = Manifest.load(bundle, verify=False)
     plane = (job["size"] // manifest.geometry.spatial,) * 2
-    name = "torch" if case in TORCH else job["engine"]
+    name = "torch" if kind in TORCH else job["engine"]
     before = begin_measuring()
     engine = open_engine(bundle, manifest, name, threads=os.cpu_count())
-    if case == "float64":
+    if kind == "float64":
         import torch
 
         engine._dtype = torch.float64
     grids, facts, plan_text = whole_grids(manifest, (direction,), plane), {}, "whole"
-    if case not in (*TORCH, "whole"):
-        budget = parse_bytes(case)
+    if budget:
         chosen = plan(
             manifest,
             (direction,),
             plane,
             engine=name,
             precision="fp32",
-            memory=budget,
+            memory=parse_bytes(budget),
             segments=True,
         )
         grids, plan_text = chosen.grids, chosen.describe()
@@ -96,6 +97,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "file GB": round((_moved() - moved) / 1e9, 2),
         "plan": plan_text,
     }
+
+
+def _case(text: str) -> tuple[str, str]:
+    """Return what a case runs on ("" is the engine) and its budget ("" is none)."""
+    kind, _, budget = text.partition(":")
+    return (kind, budget) if kind in TORCH or text == "whole" else ("", text)
 
 
 class _Teller:

@@ -35,6 +35,7 @@ from fvae_deploy.engines.layout import apply_channels_last  # noqa: E402
 from fvae_deploy.engines.norms import apply_exact_norms  # noqa: E402
 from fvae_deploy.engines.openvino_core import CORE  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
+from fvae_deploy.engines.permute import apply_large_transposes  # noqa: E402
 from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
@@ -53,6 +54,7 @@ CODE = (
     "int8.py",
     "layout.py",
     "norms.py",
+    "permute.py",
     "shuffle.py",
     "winograd.py",
 )
@@ -313,6 +315,7 @@ class OpenVINOEngine:
                 apply_exact_norms(model)
             model, depths = split_states(model, part)
             apply_final_shuffle(model)
+            apply_large_transposes(model)
         model = _typed(_states_first(model), part, element, depths)
         compiled = self._core.compile_model(model, self._device, options)
         unmap(self._bundle / "weights.safetensors")
