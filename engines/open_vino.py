@@ -31,11 +31,11 @@ from fvae_deploy.engines.base import check_inputs  # noqa: E402
 from fvae_deploy.engines.compiled import SMALL, CompiledGraphs, processor  # noqa: E402
 from fvae_deploy.engines.frames import frame_name, split_states  # noqa: E402
 from fvae_deploy.engines.int8 import apply_int8, supported  # noqa: E402
+from fvae_deploy.engines.large_maps import apply_large_transposes, check_sizes  # noqa: E402
 from fvae_deploy.engines.layout import apply_channels_last  # noqa: E402
 from fvae_deploy.engines.norms import apply_exact_norms  # noqa: E402
 from fvae_deploy.engines.openvino_core import CORE  # noqa: E402
 from fvae_deploy.engines.pages import trim, unmap  # noqa: E402
-from fvae_deploy.engines.permute import apply_large_transposes  # noqa: E402
 from fvae_deploy.engines.shuffle import apply_final_shuffle  # noqa: E402
 from fvae_deploy.engines.winograd import apply_winograd  # noqa: E402
 from fvae_deploy.errors import EngineError  # noqa: E402
@@ -52,9 +52,9 @@ CODE = (
     "open_vino.py",
     "frames.py",
     "int8.py",
+    "large_maps.py",
     "layout.py",
     "norms.py",
-    "permute.py",
     "shuffle.py",
     "winograd.py",
 )
@@ -304,6 +304,7 @@ class OpenVINOEngine:
         """Compile a part for these shapes; returns also how its states are cut into frames."""
         model = self._core.read_model(str(self._bundle / part.file))
         model.reshape({i.name: list(s) for i, s in zip(part.inputs, shapes, strict=True)})
+        check_sizes(model, part.name)
         if part.name in self._layers:
             apply_int8(model, part, self._layers[part.name])
         depths: dict[int, int] = {}

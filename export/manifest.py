@@ -12,6 +12,8 @@ from fvae_deploy.export.bundle import Bundle, Part
 from fvae_deploy.export.program import Program
 
 QUANTISED = ("int8", "fp8")  # need a bundle or engines that were calibrated with CTs
+# Numbers of a map from which on an engine takes no graph: whether it counts further was not seen.
+LARGEST = {"openvino": 1 << 31}
 
 
 @dataclass(frozen=True)

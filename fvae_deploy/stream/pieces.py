@@ -32,6 +32,7 @@ MAC_SECOND, FILE_SECOND = 2e11, 1e9  # multiply-adds/s and bytes/s of a nominal 
 STRIP = 16  # rows that a strip keeps for each row of its halo; below, tiles in the plane do less
 ENOUGH = 64  # and at most: more would spare little, and memory that is new costs time
 FINER = 0.95  # of the memory that maps need, at which more of them in the file are another way
+LARGEST = 1 << 33  # bytes of the maps alive in a tile: none has 2^31 numbers then
 TIGHT = 0.8  # of the most memory that maps need at once: filing a map there helps too
 WAITING = 2  # tiles of inputs: one in use, one read ahead; of outputs: one made, one written
 
@@ -145,6 +146,7 @@ class Costs:
         height, width = self.cells
         halo = self.segment.part.halo
         cells = int((limit - self.fixed) / max(1.0, self.per_cell))
+        cells = min(cells, LARGEST // max(1, self.segment.cell_bytes))
         if halo is None or cells >= height * width:
             return height, width
         kept = min(cells // width - 2 * halo, height - 2 * halo)

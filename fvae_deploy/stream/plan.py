@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from fvae_deploy.errors import PlanError
 from fvae_deploy.export.bundle import Part
-from fvae_deploy.export.manifest import QUANTISED, Manifest, Memory
+from fvae_deploy.export.manifest import LARGEST, QUANTISED, Manifest, Memory
 from fvae_deploy.export.program import Program
 from fvae_deploy.parse import show_bytes
 from fvae_deploy.stream import pieces
@@ -30,6 +30,7 @@ SLABS = 3  # one in use, two that are made or wait
 HEADROOM = 1.1  # allocators round up and keep some of what they freed
 LEAN = 1.05  # relative time of a lean run: it recompiles first parts per window and reallocates
 SHARE = 0.6  # of the free memory that a run takes without a budget
+NEVER = 1 << 62  # bytes that no budget has
 LIBRARIES = 48 << 20  # codecs, thread stacks and buffers outside the slabs
 
 
@@ -194,6 +195,7 @@ class Stage:
     program: Program | None = None  # how it may run in segments
     first: Program | None = None  # and its first step, if it has states
     segments: Mapping[str, Memory] = field(default_factory=dict)  # what they take, by their parts
+    largest: int | None = None  # numbers of a map that the engine no longer takes
 
     @classmethod
     def of(
@@ -224,6 +226,7 @@ class Stage:
             program,
             first,
             _of_segments(manifest, (program, first), engine, precision),
+            LARGEST.get(engine),
         )
 
     @property
@@ -235,6 +238,19 @@ class Stage:
     def smallest(self) -> Grid:
         """The grid of the smallest possible tiles."""
         return self.whole if self.part.halo is None else smallest(*self.plane, self.part.halo)
+
+    @property
+    def latent_plane(self) -> tuple[int, int]:
+        """The plane in latent cells."""
+        return self.plane[0] // self.part.scale, self.plane[1] // self.part.scale
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether a map of a stage that was cut is too large for the engine, so it runs cut."""
+        if self.program is None or self.largest is None:
+            return False
+        maps = (self.k * math.prod(m.sized(1, *self.latent_plane)) for m in self.program.maps)
+        return max(maps) >= self.largest
 
     def fit(self, cells: int) -> Grid:
         """Return the grid of least work with at most `cells` cells per tile, or the smallest."""
@@ -274,14 +290,14 @@ class Stage:
 
     def options(self, lean: bool) -> list[Option]:
         """Return the ways to run the stage, from one tile to the smallest tiles."""
-        ways = []
+        ways, more = [], NEVER if self.is_too_large else 0
         for grid, spill in itertools.product(self._grids(), (False, True)):
             if spill and not self.state_bytes:
                 continue
             states = self.state_bytes * grid.cells
             # The measured memory includes one tile's states, as input and as output. With states in
             # a file, the next tile's states are read at the same time.
-            working = self.memory.bytes(self.k * grid.cells) + states * spill
+            working = self.memory.bytes(self.k * grid.cells) + states * spill + more
             kept = 0 if spill else states * (grid.count - 1)
             if self.part.heavy and lean:
                 between = min(self.memory.kept or self.memory.fixed, self.memory.fixed)
@@ -299,9 +315,8 @@ class Stage:
         if self.program is None:
             return []
         slices = self.k if self.part.inputs[0].factor("k") else 1
-        plane = (self.plane[0] // self.part.scale, self.plane[1] // self.part.scale)
         found = []
-        for way in pieces.ways(self.program, plane, self.segments, self.first):
+        for way in pieces.ways(self.program, self.latent_plane, self.segments, self.first):
             seconds = slices * way.seconds
             found.append(Option(self.whole, False, way.kept, way.working, seconds, way))
         found.sort(key=lambda o: (o.seconds, o.working, o.kept))

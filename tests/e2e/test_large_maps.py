@@ -11,7 +11,7 @@ ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 
 from openvino import opset13 as op  # noqa: E402
 
-from fvae_deploy.engines.permute import LARGE, apply_large_transposes  # noqa: E402
+from fvae_deploy.engines.large_maps import LARGE, apply_large_transposes  # noqa: E402
 
 ROWS, CELLS = 2304, 488 * 488  # the frames of CV-VAE's decoder: 256 channels of 9 frames
 NEEDED = 11 << 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fvae_deploy.bench.run import Case, Work, bench  # noqa: E402
 from fvae_deploy.errors import PlanError  # noqa: E402
 from fvae_deploy.export.bundle import Source  # noqa: E402
 from fvae_deploy.export.draft import LoadedModel  # noqa: E402
-from fvae_deploy.export.manifest import Manifest, Memory  # noqa: E402
+from fvae_deploy.export.manifest import LARGEST, Manifest, Memory  # noqa: E402
 from fvae_deploy.export.models.diffusers_family import cut as family_of  # noqa: E402
 from fvae_deploy.export.to_onnx import export_bundle  # noqa: E402
 from fvae_deploy.make.segments import segment_memory  # noqa: E402
@@ -138,3 +139,20 @@ def test_calibrated_precisions_never_run_in_segments(bundle: Path, precision: st
         plan(*asked, precision=precision, **options)
     ample = plan(*asked, precision=precision, **options | {"memory": 1 << 40})
     assert not ample.pieces
+
+
+def test_maps_that_an_engine_does_not_take_are_cut_on_any_budget(bundle: Path) -> None:
+    """OpenVINO refuses maps of 2^31 numbers, torch does not; no tile comes near that size."""
+    manifest, side = Manifest.load(bundle), 8192  # a map of 32 channels has just that many
+    options: Any = {"precision": "fp32", "segments": True, "memory": 1 << 50}
+
+    def pieces(engine: str, plane: tuple[int, int]) -> Any:
+        return plan(manifest, ("decode",), plane, engine=engine, **options).pieces.get("decode")
+
+    assert pieces("openvino", (side, side - 1)) is None
+    assert pieces("torch", (side, side)) is None
+    way, program = pieces("openvino", (side, side)), manifest.program("decode")
+    assert program is not None
+    for segment, tile in zip(program.segments, way.tiles, strict=True):
+        for spec in (*segment.part.inputs, *segment.part.outputs):
+            assert math.prod(spec.sized(1, *tile)) < LARGEST["openvino"]

@@ -1,10 +1,13 @@
-"""Transposes of maps above 4 GiB, in OpenVINO's graphs: written so that it computes them rightly.
+"""Large maps in OpenVINO's graphs: transposes that it computes rightly, and a limit.
 
 OpenVINO 2026.4 addresses an axis with 32 bits if the first axis of a transpose stays where it is:
 [1, 2, 2304, n] to [1, 2304, 2, n] has half of its numbers wrong as soon as one of the two rows
 takes 2 GiB. The same transpose without its first axis, [2, 2304, n] to [2304, 2, n], is right. So
 axes of one element are left out here, axes that stay side by side become one, and a first axis that
 stays is cut apart. The results have the same bits; smaller maps are left as they are.
+
+Whether it counts to 2^31 elements and beyond in every operation was not seen: a graph with maps of
+that size is refused. The planner takes segments there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,23 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
+from fvae_deploy.errors import EngineError
+from fvae_deploy.export.manifest import LARGEST
+
 LARGE = 1 << 32  # bytes of a map; two rows of 2 GiB are the least that is computed wrongly
+
+
+def check_sizes(model: ov.Model, part: str) -> None:
+    """Raise EngineError if a map of a model is as large as `LARGEST` says, or larger."""
+    for node in model.get_ordered_ops():
+        for output in node.outputs():
+            sizes = output.partial_shape
+            if sizes.is_static and math.prod(map(int, output.shape)) >= LARGEST["openvino"]:
+                raise EngineError(
+                    f"expected maps of fewer than 2^31 numbers in {part}, found one of "
+                    f"{'x'.join(str(n) for n in output.shape)}: OpenVINO may compute it wrongly, "
+                    "so use a smaller --memory, which runs in tiles, or --engine torch"
+                )
 
 
 def apply_large_transposes(model: ov.Model, large: int = LARGE) -> None:

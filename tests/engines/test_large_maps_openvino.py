@@ -14,7 +14,8 @@ ov = pytest.importorskip("openvino", reason="needs the cpu extra")
 
 from openvino import opset13 as op  # noqa: E402
 
-from fvae_deploy.engines.permute import apply_large_transposes, merged  # noqa: E402
+from fvae_deploy.engines.large_maps import apply_large_transposes, check_sizes, merged  # noqa: E402
+from fvae_deploy.errors import EngineError  # noqa: E402
 
 
 def model_of(shape, order, kind=np.float32):
@@ -76,3 +77,14 @@ def test_small_transposes_are_left_as_they_are():
 def test_frames_that_are_doubled_from_channels_become_a_transpose_of_three_axes():
     """The doubling of CV-VAE's decoder, whose maps of 17 slices of 512x512 exceed 4 GiB."""
     assert merged([1, 2, 256, 9, 512, 512], [0, 2, 3, 1, 4, 5]) == ([2, 2304, 1 << 18], [1, 0, 2])
+
+
+def test_a_graph_with_a_map_of_2_31_numbers_is_refused():
+    for last, refused in ((1 << 15, True), ((1 << 15) - 1, False)):
+        given = op.parameter([1, 1 << 16, 1], np.float32), op.parameter([1, 1, last], np.float32)
+        model = ov.Model([op.add(*given)], [*given], "m")
+        if not refused:
+            check_sizes(model, "decode_step")
+            continue
+        with pytest.raises(EngineError, match=r"numbers in decode_step.*smaller --memory"):
+            check_sizes(model, "decode_step")
