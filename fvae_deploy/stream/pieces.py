@@ -146,7 +146,8 @@ class Costs:
         height, width = self.cells
         halo = self.segment.part.halo
         cells = int((limit - self.fixed) / max(1.0, self.per_cell))
-        cells = min(cells, LARGEST // max(1, self.segment.cell_bytes))
+        alive = self.segment.cell_bytes + self.segment.pair_bytes * math.prod(self.plane)
+        cells = min(cells, LARGEST // max(1, alive))
         if halo is None or cells >= height * width:
             return height, width
         kept = min(cells // width - 2 * halo, height - 2 * halo)

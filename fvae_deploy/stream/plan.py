@@ -246,11 +246,13 @@ class Stage:
 
     @property
     def is_too_large(self) -> bool:
-        """Whether a map of a stage that was cut is too large for the engine, so it runs cut."""
+        """Whether the engine refuses maps, or scores of attention, of a stage that was cut."""
         if self.program is None or self.largest is None:
             return False
-        maps = (self.k * math.prod(m.sized(1, *self.latent_plane)) for m in self.program.maps)
-        return max(maps) >= self.largest
+        height, width = self.latent_plane
+        maps = [math.prod(spec.sized(1, height, width)) for spec in self.program.maps]
+        pairs = [s.pair_bytes // 4 * s.part.scale**2 for s in self.program.segments]
+        return self.k * max(*maps, max(pairs) * (height * width) ** 2) >= self.largest
 
     def fit(self, cells: int) -> Grid:
         """Return the grid of least work with at most `cells` cells per tile, or the smallest."""

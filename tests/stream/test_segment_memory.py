@@ -156,3 +156,21 @@ def test_maps_that_an_engine_does_not_take_are_cut_on_any_budget(bundle: Path) -
     for segment, tile in zip(program.segments, way.tiles, strict=True):
         for spec in (*segment.part.inputs, *segment.part.outputs):
             assert math.prod(spec.sized(1, *tile)) < LARGEST["openvino"]
+
+
+def test_scores_of_attention_that_an_engine_does_not_take_are_cut(bundle: Path) -> None:
+    """Of a plane of 256x256 cells, 2^32 pairs are scored; of 200x200, 1.6 times 10^9."""
+    manifest = Manifest.load(bundle)
+    program: Any = manifest.program("decode")
+    first, *others = program.segments
+    scored = dataclasses.replace(first, pair_bytes=4)
+    paired = dataclasses.replace(program, segments=(scored, *others))
+    programs = tuple(paired if p == program else p for p in manifest.programs)
+    manifest = dataclasses.replace(manifest, programs=programs)
+    for side, cut in ((256, True), (200, False)):
+        options: Any = {"engine": "openvino", "precision": "fp32", "memory": 1 << 50}
+        found = plan(manifest, ("decode",), (side, side), segments=True, **options)
+        assert bool(found.pieces) == cut
+        if cut:
+            tile = math.prod(found.pieces["decode"].tiles[0])
+            assert tile * side**2 < LARGEST["openvino"]
